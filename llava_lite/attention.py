@@ -1,0 +1,91 @@
+"""The decoder's attention over packed rows, with a tuple KV cache.
+
+A batch is its items' rows, one item after the other, with no padding between them: projections run on
+all rows at once, attention on each item by itself. So items of any length share a batch, and nobody
+has to mask anybody.
+
+The cache of one layer is a plain pair (k, v), each (1, H, length, D); k is stored rotated, so later
+tokens need not know any earlier position. Nothing is kept on the module: caches go in and come out.
+
+Shapes: R packed rows, n rows of one item, H heads, D head dim, C width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llava_lite.config import TextConfig
+from llava_lite.rope import apply_rope
+
+LayerCache = tuple[Tensor, Tensor]
+KVCache = tuple[LayerCache, ...]
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """(num_queries, num_keys) bool, True = may attend. The queries are the LAST rows of the keys."""
+    ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return ones.tril(num_keys - num_queries)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Fused attention of one item, causal unless a mask is given. q (1, H, n, D) -> (1, H, n, D)."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if mask is None and 1 < num_queries < num_keys:
+        # is_causal would align the triangle to the top left corner, as if there were no cache.
+        mask = causal_mask(num_queries, num_keys, q.device)
+    is_causal = mask is None and num_queries == num_keys
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+
+class HybridAttention(nn.Module):
+    """Multi-head attention with RoPE. One forward serves prefill, chat continuation and decode."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        width = config.hidden_size
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        lengths: Sequence[int],
+        past_key_values: Sequence[LayerCache | None],
+        masks: Sequence[Tensor | None],
+    ) -> tuple[Tensor, list[LayerCache]]:
+        """Attend within each item.
+
+        x (R, C) packed rows, cos and sin (R, D) of their positions, `lengths` the rows of each item,
+        and per item this layer's cache so far and a mask (n, keys) (None = causal).
+        Returns (R, C) and each item's new cache."""
+        q, k, v = (
+            rearrange(proj(x), "r (h d) -> r h d", h=self.num_heads)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        mixed, caches = [], []
+        for past, mask, rows in zip(past_key_values, masks, split_rows((q, k, v), lengths), strict=True):
+            item_q, item_k, item_v = rows  # (1, H, n, D) each
+            if past is not None:
+                item_k, item_v = torch.cat((past[0], item_k), 2), torch.cat((past[1], item_v), 2)
+            mixed.append(attend(item_q, item_k, item_v, mask))
+            caches.append((item_k, item_v))
+        x = torch.cat([rearrange(item, "1 h n d -> n (h d)") for item in mixed])
+        return self.o_proj(x), caches
+
+
+def split_rows(packed: Sequence[Tensor], lengths: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    """Packed (R, H, D) tensors -> for each item its (1, H, n, D) slice of every tensor."""
+    pieces = [tensor.split(list(lengths)) for tensor in packed]
+    return [
+        tuple(rearrange(piece, "n h d -> 1 h n d") for piece in item)
+        for item in zip(*pieces, strict=True)
+    ]

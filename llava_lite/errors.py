@@ -1,0 +1,21 @@
+"""The errors a user can cause: one base class, one line each, no traceback on the command line."""
+
+
+class LlavaLiteError(Exception):
+    """Base of every error that llava_lite raises on purpose."""
+
+
+class ImageError(LlavaLiteError):
+    """The image cannot be used: unreadable, truncated, too large, refused URL. Names the source."""
+
+
+class PromptError(LlavaLiteError):
+    """The prompt and the images given do not fit together. Names both counts."""
+
+
+class ContextError(LlavaLiteError):
+    """Prompt, image and new tokens exceed the context. Names the three counts."""
+
+
+class CheckpointError(LlavaLiteError):
+    """A checkpoint is incomplete, damaged, misshapen or unsafe. Names the file and the tensor."""

@@ -1,0 +1,745 @@
+"""Drawn scenes and questions about them: the small world the embedded model understands."""
+
+import colorsys
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import combinations
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+RGB = tuple[int, int, int]
+Point = tuple[float, float]
+Identity = tuple[str, str]  # (color, shape)
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLORS: dict[str, RGB] = {
+    "red": (220, 40, 40),
+    "orange": (245, 130, 30),
+    "yellow": (235, 205, 40),
+    "green": (40, 170, 60),
+    "blue": (40, 80, 220),
+    "purple": (140, 50, 170),
+    "white": (245, 245, 245),
+    "black": (15, 15, 15),
+}
+PLACES = (
+    "top left",
+    "top",
+    "top right",
+    "left",
+    "center",
+    "right",
+    "bottom left",
+    "bottom",
+    "bottom right",
+)  # row by row, so that the index is 3 * row + column
+MAX_OBJECTS = 6
+DIGIT_SHAPES = ("circle", "square")
+COUNT_WORDS = ("zero", "one", "two", "three", "four", "five", "six")
+
+RADIUS_RANGE = (0.06, 0.15)  # of the short side
+MIN_GAP = 4.0  # pixels between circumcircles
+MIN_CONTRAST = 45.0  # in some channel
+COLOR_JITTER = 15  # per channel
+MAX_NOISE_SIGMA = 12.0  # of 255
+RELATION_GAP = 0.10  # of the short side, along the axis asked about
+DIGIT_HEIGHTS = {"circle": (0.55, 0.70), "square": (0.40, 0.55)}  # of the circumdiameter
+
+_MAX_BACKGROUND_SATURATION = 0.25
+_PLACEMENT_TRIES = 120
+_GRADIENT_SAMPLES = 17
+_GLYPH_SIZE = 160  # font size of the reference glyphs that every digit is scaled down from
+_DIGIT_WEIGHTS = (0.02, 0.03, 0.04)  # stroke added around the regular face, of the font size
+_DIGIT_STRETCH = (0.95, 1.15)
+# The proportions a shape may take; SceneObject.proportion runs from the first to the second.
+_PROPORTIONS = {"star": (0.39, 0.46), "ring": (0.48, 0.58), "cross": (0.29, 0.38)}
+
+
+@dataclass(frozen=True)
+class DigitStyle:
+    """How a digit is drawn: ink height in pixels, stroke weight, width stretch, ink colour.
+
+    `weight` is the width of a stroke around the face, as a part of the font size. `font` names a
+    TrueType file; None stands for the face that comes with Pillow.
+    """
+
+    height: float
+    weight: float = _DIGIT_WEIGHTS[1]
+    stretch: float = 1.0
+    ink: RGB = (255, 255, 255)
+    font: str | None = None
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One drawn object; centre and circumradius in pixels of the scene, rotation in radians.
+
+    `proportion` in 0..1 picks the star's inner radius, the ring's hole and the cross's arm width
+    within their ranges. A digit without a style is drawn in the middle of the allowed heights.
+    """
+
+    shape: str
+    color: str
+    rgb: RGB
+    x: float
+    y: float
+    radius: float
+    rotation: float
+    digit: int | None = None
+    proportion: float = 0.5
+    digit_style: DigitStyle | None = None
+
+    @property
+    def name(self) -> str:
+        """The colour and shape, which no other object of the scene shares: "red circle"."""
+        return f"{self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A scene in pixels; `background` turns into `background_end` along the gradient, if any."""
+
+    width: int
+    height: int
+    background: RGB
+    objects: tuple[SceneObject, ...]
+    background_end: RGB | None = None
+    gradient_angle: float = 0.0
+    noise_sigma: float = 0.0
+    noise_seed: int = 0
+
+    @property
+    def short_side(self) -> int:
+        """The shorter of width and height."""
+        return min(self.width, self.height)
+
+    def place(self, scene_object: SceneObject) -> str:
+        """The third of the image, in each direction, that holds the object's centre."""
+        row, column = _cell(self, scene_object)
+        return PLACES[3 * row + column]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene, its answer, and the family it belongs to."""
+
+    text: str
+    answer: str
+    family: str
+
+
+# ---------------------------------------------------------------------------- sampling
+
+
+def sample_scene(
+    rng: np.random.Generator,
+    num_objects: int | None = None,
+    short_side: tuple[int, int] = (224, 1024),
+    confusable: float = 0.5,
+    digit_probability: float = 0.5,
+    fonts: Sequence[str | None] = (None,),
+) -> Scene:
+    """Sample a scene with `num_objects` objects (uniform in 1..6 if None).
+
+    The short side is uniform in log scale within `short_side`. With probability `confusable` an
+    object after the first takes the shape or the colour of an earlier one. Each digit takes one
+    of `fonts`, bold TrueType files or None for the face that comes with Pillow. Raises ValueError
+    for a number of objects outside 1..6 or an empty size range.
+    """
+    if num_objects is not None and not 1 <= num_objects <= MAX_OBJECTS:
+        raise ValueError(f"num_objects must be within 1..{MAX_OBJECTS}, got {num_objects}")
+    if not 32 <= short_side[0] <= short_side[1]:
+        raise ValueError(f"short_side must be a range that starts at 32 or more, got {short_side}")
+    count = int(rng.integers(1, MAX_OBJECTS + 1)) if num_objects is None else num_objects
+    width, height = _sample_size(rng, short_side)
+    while True:
+        scene = _sample_empty_scene(rng, width, height)
+        objects: list[SceneObject] = []
+        while len(objects) < count:
+            placed = _place_object(rng, scene, objects, confusable)
+            if placed is None:
+                break
+            objects.append(_add_digit(rng, placed, digit_probability, fonts))
+        else:
+            return replace(scene, objects=tuple(objects))
+
+
+def _sample_size(rng: np.random.Generator, short_side: tuple[int, int]) -> tuple[int, int]:
+    low, high = short_side
+    short = min(max(round(math.exp(rng.uniform(math.log(low), math.log(high)))), low), high)
+    long = min(round(short * math.exp(rng.uniform(0.0, math.log(2.0)))), 2 * short)
+    return (long, short) if rng.random() < 0.5 else (short, long)
+
+
+def _sample_empty_scene(rng: np.random.Generator, width: int, height: int) -> Scene:
+    return Scene(
+        width=width,
+        height=height,
+        background=_sample_background(rng),
+        objects=(),
+        background_end=_sample_background(rng) if rng.random() < 0.5 else None,
+        gradient_angle=rng.uniform(0.0, 2 * math.pi),
+        noise_sigma=rng.uniform(0.0, MAX_NOISE_SIGMA) if rng.random() < 0.5 else 0.0,
+        noise_seed=int(rng.integers(2**31)),
+    )
+
+
+def _sample_background(rng: np.random.Generator) -> RGB:
+    saturation = rng.uniform(0.0, _MAX_BACKGROUND_SATURATION)
+    red, green, blue = colorsys.hsv_to_rgb(rng.random(), saturation, rng.random())
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _place_object(
+    rng: np.random.Generator,
+    scene: Scene,
+    placed: Sequence[SceneObject],
+    confusable: float,
+) -> SceneObject | None:
+    """Find room for one more object by rejection; None when it cannot be found."""
+    low, high = RADIUS_RANGE
+    wanted = rng.uniform(low, high)
+    for attempt in range(_PLACEMENT_TRIES):
+        shrink = max(0.0, 2 * attempt / _PLACEMENT_TRIES - 1)  # from halfway on, towards 6 %
+        radius = scene.short_side * (wanted + (low - wanted) * shrink)
+        x = rng.uniform(radius, scene.width - radius)
+        y = rng.uniform(radius, scene.height - radius)
+        if any(math.hypot(x - o.x, y - o.y) < radius + o.radius + MIN_GAP for o in placed):
+            continue
+        color, shape = _sample_identity(rng, placed, confusable)
+        rgb = _jitter(rng, COLORS[color])
+        if contrast(scene, rgb, x, y, radius) < MIN_CONTRAST:
+            continue
+        rotation = rng.uniform(0.0, 2 * math.pi)
+        return SceneObject(
+            shape, color, rgb, x, y, radius, rotation, proportion=float(rng.random())
+        )
+    return None
+
+
+def _sample_identity(
+    rng: np.random.Generator, placed: Sequence[SceneObject], confusable: float
+) -> Identity:
+    taken = {(o.color, o.shape) for o in placed}
+    names = tuple(COLORS)
+    while True:
+        color = names[rng.integers(len(names))]
+        shape = SHAPES[rng.integers(len(SHAPES))]
+        if placed and rng.random() < confusable:
+            earlier = placed[int(rng.integers(len(placed)))]
+            if rng.random() < 0.5:
+                color = earlier.color
+            else:
+                shape = earlier.shape
+        if (color, shape) not in taken:
+            return color, shape
+
+
+def _jitter(rng: np.random.Generator, rgb: RGB) -> RGB:
+    red, green, blue = np.clip(rgb + rng.integers(-COLOR_JITTER, COLOR_JITTER + 1, 3), 0, 255)
+    return int(red), int(green), int(blue)
+
+
+def _add_digit(
+    rng: np.random.Generator,
+    bare: SceneObject,
+    probability: float,
+    fonts: Sequence[str | None],
+) -> SceneObject:
+    if bare.shape not in DIGIT_SHAPES or rng.random() >= probability:
+        return bare
+    font = fonts[int(rng.integers(len(fonts)))]
+    style = DigitStyle(
+        height=2 * bare.radius * rng.uniform(*DIGIT_HEIGHTS[bare.shape]),
+        weight=_DIGIT_WEIGHTS[rng.integers(len(_DIGIT_WEIGHTS))] if font is None else 0.0,
+        stretch=rng.uniform(*_DIGIT_STRETCH),
+        ink=_ink(bare.rgb, by_luma=rng.random() < 0.5),
+        font=font,
+    )
+    return replace(bare, digit=int(rng.integers(10)), digit_style=style)
+
+
+def _ink(rgb: RGB, by_luma: bool = False) -> RGB:
+    """Black or white, whichever contrasts better; the two usual measures disagree on green."""
+    if by_luma:
+        dark = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] < 127.5
+    else:
+        red, green, blue = ((channel / 255) ** 2.2 for channel in rgb)
+        luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        dark = 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05  # WCAG 2 contrast ratio
+    return (255, 255, 255) if dark else (0, 0, 0)
+
+
+def _gradient_frame(scene: Scene) -> tuple[float, float, float, float]:
+    """Direction cosines, start and length of the gradient, which runs from corner to corner."""
+    dx, dy = math.cos(scene.gradient_angle), math.sin(scene.gradient_angle)
+    start = min(0.0, dx * scene.width) + min(0.0, dy * scene.height)
+    return dx, dy, start, abs(dx) * scene.width + abs(dy) * scene.height
+
+
+def contrast(scene: Scene, rgb: RGB, x: float, y: float, radius: float) -> float:
+    """A lower bound of the largest channel difference to the background anywhere in a disc."""
+    if scene.background_end is None:
+        return float(max(abs(a - b) for a, b in zip(rgb, scene.background, strict=True)))
+    dx, dy, start, length = _gradient_frame(scene)
+    middle, half = (x * dx + y * dy - start) / length, radius / length
+    t = np.linspace(max(middle - half, 0.0), min(middle + half, 1.0), _GRADIENT_SAMPLES)
+    first, last = np.array(scene.background), np.array(scene.background_end)
+    colors = first + t[:, None] * (last - first)  # (samples, 3)
+    differences = np.abs(colors - np.array(rgb)).max(axis=1)
+    # Between two samples the difference can dip by half a step of the steepest channel, and
+    # drawing rounds the background to whole levels.
+    dip = float(np.abs(last - first).max()) * (t[1] - t[0]) / 2
+    return float(differences.min()) - dip - 0.5
+
+
+# ----------------------------------------------------------------------------- drawing
+
+
+def object_polygon(scene_object: SceneObject) -> list[Point]:
+    """Corners of a square, triangle, star or cross, in pixels of the scene.
+
+    All lie within the circumradius. Raises ValueError for a circle or ring, which have none.
+    """
+    shape = scene_object.shape
+    if shape == "square":
+        polar = [(1.0, math.pi / 4 + math.pi / 2 * corner) for corner in range(4)]
+    elif shape == "triangle":
+        polar = [(1.0, -math.pi / 2 + 2 * math.pi / 3 * corner) for corner in range(3)]
+    elif shape == "star":
+        inner = _proportion(scene_object)
+        step = math.pi / 5
+        polar = [(inner if k % 2 else 1.0, -math.pi / 2 + step * k) for k in range(10)]
+    elif shape == "cross":
+        # Each arm ends in two corners on the circumcircle; arms meet in four inner corners.
+        arm = math.atan(_proportion(scene_object))
+        inner = math.sqrt(2) * math.sin(arm)
+        polar = []
+        for quarter in (0.0, math.pi / 2, math.pi, 3 * math.pi / 2):
+            polar += [(1.0, quarter - arm), (1.0, quarter + arm), (inner, quarter + math.pi / 4)]
+    else:
+        raise ValueError(f"a {shape} has no corners")
+    return [
+        (
+            scene_object.x + scene_object.radius * rho * math.cos(angle + scene_object.rotation),
+            scene_object.y + scene_object.radius * rho * math.sin(angle + scene_object.rotation),
+        )
+        for rho, angle in polar
+    ]
+
+
+def _proportion(scene_object: SceneObject) -> float:
+    low, high = _PROPORTIONS[scene_object.shape]
+    return low + (high - low) * scene_object.proportion
+
+
+def draw_scene(scene: Scene, supersample: int = 2) -> Image.Image:
+    """Draw the scene as an RGB image; `supersample` 1 leaves Pillow's hard edges."""
+    image = Image.fromarray(_draw_background(scene))
+    for scene_object in scene.objects:
+        _paste_object(image, scene_object, supersample)
+    if scene.noise_sigma > 0:
+        image = Image.fromarray(_add_noise(np.asarray(image), scene.noise_sigma, scene.noise_seed))
+    return image
+
+
+def draw_instances(scene: Scene, size: int) -> NDArray[np.uint8]:
+    """Object indices (size, size) after padding to a square and resizing, as the model sees them.
+
+    0 is background and padding, i the i-th object counted from 1.
+    """
+    side = max(scene.width, scene.height)
+    origin = (-((side - scene.width) // 2), -((side - scene.height) // 2))
+    instances = Image.new("L", (size, size))
+    draw = ImageDraw.Draw(instances)
+    for index, scene_object in enumerate(scene.objects, start=1):
+        _draw_shape(draw, scene_object, index, origin, size / side)
+    return np.array(instances)
+
+
+def _draw_shape(
+    draw: ImageDraw.ImageDraw, scene_object: SceneObject, fill: int, origin: Point, scale: float
+) -> None:
+    """Fill one shape on a canvas whose corner is at `origin` of the scene."""
+
+    def to_canvas(x: float, y: float) -> tuple[int, int]:
+        # The nearest border between pixels; Pillow would truncate fractions towards zero.
+        return round((x - origin[0]) * scale), round((y - origin[1]) * scale)
+
+    def fill_disc(radius: float, fill: int) -> None:
+        x, y = scene_object.x, scene_object.y
+        left, top = to_canvas(x - radius, y - radius)
+        right, bottom = to_canvas(x + radius, y + radius)
+        draw.ellipse((left, top, max(right - 1, left), max(bottom - 1, top)), fill=fill)
+
+    if scene_object.shape in ("circle", "ring"):
+        fill_disc(scene_object.radius, fill)
+        if scene_object.shape == "ring":
+            fill_disc(scene_object.radius * _proportion(scene_object), 0)
+        return
+    # Pillow names the centres of pixels, half a pixel off the scene's coordinates.
+    half = 0.5 / scale
+    corners = [to_canvas(x - half, y - half) for x, y in object_polygon(scene_object)]
+    draw.polygon(corners, fill=fill)
+
+
+def _paste_object(image: Image.Image, scene_object: SceneObject, supersample: int) -> None:
+    reach = math.ceil(scene_object.radius) + 2
+    left, top = math.floor(scene_object.x) - reach, math.floor(scene_object.y) - reach
+    tile = 2 * reach + 1
+    mask = Image.new("L", (tile * supersample, tile * supersample))
+    _draw_shape(ImageDraw.Draw(mask), scene_object, 255, (left, top), supersample)
+    image.paste(scene_object.rgb, (left, top), _reduce(mask, supersample))
+    if scene_object.digit is None:
+        return
+    style = scene_object.digit_style or _default_style(scene_object)
+    glyph = _scaled_glyph(scene_object.digit, style, supersample)
+    ink = Image.new("L", mask.size)
+    corner_x = round((scene_object.x - left) * supersample - glyph.width / 2)
+    corner_y = round((scene_object.y - top) * supersample - glyph.height / 2)
+    ink.paste(glyph, (corner_x, corner_y))
+    image.paste(style.ink, (left, top), _reduce(ink, supersample))
+
+
+def _reduce(mask: Image.Image, factor: int) -> Image.Image:
+    return mask.reduce(factor) if factor > 1 else mask
+
+
+def _default_style(scene_object: SceneObject) -> DigitStyle:
+    height = scene_object.radius * sum(DIGIT_HEIGHTS[scene_object.shape])
+    return DigitStyle(height=height, ink=_ink(scene_object.rgb))
+
+
+def _scaled_glyph(digit: int, style: DigitStyle, supersample: int) -> Image.Image:
+    glyph = _glyph(digit, style.weight, style.font)
+    height = max(1, round(style.height * supersample))
+    width = max(1, round(style.stretch * height * glyph.width / glyph.height))
+    return glyph.resize((width, height), Image.Resampling.BOX)
+
+
+@lru_cache(maxsize=256)
+def _glyph(digit: int, weight: float, font: str | None) -> Image.Image:
+    """The digit in white on black, cropped to its ink, much larger than ever drawn."""
+    canvas = Image.new("L", (2 * _GLYPH_SIZE, 2 * _GLYPH_SIZE))
+    face = ImageFont.truetype(font, _GLYPH_SIZE) if font else ImageFont.load_default(_GLYPH_SIZE)
+    ImageDraw.Draw(canvas).text(
+        (_GLYPH_SIZE // 2, _GLYPH_SIZE // 2),
+        str(digit),
+        fill=255,
+        font=face,
+        stroke_width=round(weight * _GLYPH_SIZE),
+    )
+    return canvas.crop(canvas.getbbox())
+
+
+def _draw_background(scene: Scene) -> NDArray[np.uint8]:
+    """The flat colour or the gradient, (height, width, 3)."""
+    canvas = np.empty((scene.height, scene.width, 3), np.uint8)
+    if scene.background_end is None:
+        canvas[:] = scene.background
+        return canvas
+    dx, dy, start, length = _gradient_frame(scene)
+    columns = ((np.arange(scene.width) + 0.5) * dx - start) / length
+    rows = (np.arange(scene.height) + 0.5) * dy / length
+    t = np.add.outer(rows, columns).astype(np.float32)  # (height, width)
+    for channel, (first, last) in enumerate(
+        zip(scene.background, scene.background_end, strict=True)
+    ):
+        # Adding a half turns the truncating cast into rounding: values are never negative.
+        canvas[:, :, channel] = t * np.float32(last - first) + np.float32(first + 0.5)
+    return canvas
+
+
+def _add_noise(pixels: NDArray[np.uint8], sigma: float, seed: int) -> NDArray[np.uint8]:
+    # Looking random 16-bit numbers up in a table of quantiles is several times faster than
+    # drawing normal deviates, and noise on whole levels cannot tell the difference.
+    levels = np.rint(_normal_quantiles() * sigma).astype(np.int16)
+    generator = np.random.Generator(np.random.SFC64(seed))
+    picks = np.frombuffer(generator.bytes(2 * pixels.size), np.uint16).reshape(pixels.shape)
+    noisy = levels[picks]
+    noisy += pixels
+    return np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)
+
+
+@lru_cache(maxsize=1)
+def _normal_quantiles() -> NDArray[np.float32]:
+    """The standard normal deviates at the middle of 2^16 equally likely intervals."""
+    normal = NormalDist()
+    count = 2**16
+    return np.array([normal.inv_cdf((k + 0.5) / count) for k in range(count)], np.float32)
+
+
+# --------------------------------------------------------------------------- questions
+
+# The first wording of each family is the canonical one.
+PARAPHRASES: dict[str, tuple[str, ...]] = {
+    "count": (
+        "How many objects are there?",
+        "How many objects are in the image?",
+        "How many objects can you see?",
+        "What is the number of objects?",
+    ),
+    "count_color": (
+        "How many {color} objects are there?",
+        "How many {color} objects are in the image?",
+        "How many objects are {color}?",
+        "What is the number of {color} objects?",
+    ),
+    "count_shape": (
+        "How many {shapes} are there?",
+        "How many {shapes} are in the image?",
+        "How many {shapes} can you see?",
+        "What is the number of {shapes}?",
+    ),
+    "color": (
+        "What color is the {shape}?",
+        "What is the color of the {shape}?",
+        "Which color does the {shape} have?",
+        "What colour is the {shape}?",
+    ),
+    "shape": (
+        "What shape is the {color} object?",
+        "What is the shape of the {color} object?",
+        "Which shape does the {color} object have?",
+        "What is the {color} object?",
+    ),
+    "exists": (
+        "Is there {an_object}?",
+        "Is there {an_object} in the image?",
+        "Can you see {an_object}?",
+        "Does the image contain {an_object}?",
+    ),
+    "where": (
+        "Where is the {object}?",
+        "Where is the {object} in the image?",
+        "In which part of the image is the {object}?",
+        "What is the position of the {object}?",
+    ),
+    "relation": (
+        "Is the {object} {direction} the {other}?",
+        "Is the {object} {long_direction} the {other}?",
+        "Is the {object} located {long_direction} the {other}?",
+        "Does the {object} lie {long_direction} the {other}?",
+    ),
+    "digit": (
+        "What digit is on the {object}?",
+        "Which digit is on the {object}?",
+        "What number is on the {object}?",
+        "What digit does the {object} show?",
+    ),
+    "describe": (
+        "Describe the image.",
+        "Describe this image.",
+        "What is in this picture?",
+        "What do you see in the image?",
+    ),
+}
+
+_LONG_DIRECTIONS = {
+    "left of": "to the left of",
+    "right of": "to the right of",
+    "above": "above",
+    "below": "below",
+}
+_PLACE_PHRASES = {place: f"at the {place}" for place in PLACES} | {
+    "left": "on the left",
+    "right": "on the right",
+    "center": "in the center",
+}
+_YES_NO = ("yes", "no")
+
+# What may be answered, for every family but "describe".
+ANSWERS: dict[str, tuple[str, ...]] = {
+    "count": COUNT_WORDS[1:],
+    "count_color": COUNT_WORDS,
+    "count_shape": COUNT_WORDS,
+    "color": tuple(COLORS),
+    "shape": SHAPES,
+    "exists": _YES_NO,
+    "where": PLACES,
+    "relation": _YES_NO,
+    "digit": tuple("0123456789"),
+}
+
+ANSWER_WORDS: tuple[str, ...] = tuple(
+    sorted(
+        {answer for answers in ANSWERS.values() for answer in answers}
+        | {word for phrase in _PLACE_PHRASES.values() for word in phrase.split()}
+        | {"There", "is", "are", "object", "objects", "a", "an", "and"}
+    )
+)
+
+
+def with_article(name: str) -> str:
+    """The name with its indefinite article: "a red circle", "an orange star"."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def plural(shape: str) -> str:
+    """The plural of a shape: "circles", "crosses"."""
+    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
+
+
+def questions(scene: Scene, rng: np.random.Generator, paraphrase: float = 0.3) -> list[Question]:
+    """All questions worth asking about a scene, each reworded with probability `paraphrase`.
+
+    "exists" and "relation" have as many yes as no; about a quarter of the counts by colour or
+    shape are zero; colours and shapes are asked for only where one object fits.
+    """
+    asker = _Asker(rng, paraphrase)
+    asker.ask("count", COUNT_WORDS[len(scene.objects)])
+    _ask_counts(asker, scene)
+    _ask_attributes(asker, scene)
+    _ask_existence(asker, scene)
+    for scene_object in scene.objects:
+        asker.ask("where", scene.place(scene_object), object=scene_object.name)
+    _ask_relations(asker, scene)
+    for scene_object in scene.objects:
+        if scene_object.digit is not None:
+            asker.ask("digit", str(scene_object.digit), object=scene_object.name)
+    asker.ask("describe", describe(scene))
+    return asker.asked
+
+
+class _Asker:
+    """Collects questions, choosing the wording of each."""
+
+    def __init__(self, rng: np.random.Generator, paraphrase: float) -> None:
+        self.rng = rng
+        self.paraphrase = paraphrase
+        self.asked: list[Question] = []
+
+    def ask(self, family: str, answer: str, **slots: str) -> None:
+        wordings = PARAPHRASES[family]
+        chosen = 0
+        if self.rng.random() < self.paraphrase:
+            chosen = int(self.rng.integers(1, len(wordings)))
+        self.asked.append(Question(wordings[chosen].format(**slots), answer, family))
+
+    def some(self, candidates: Sequence[str], expected: float) -> list[str]:
+        """A random choice of `expected` candidates on average, fewer if there are fewer."""
+        number = int(expected + self.rng.random())
+        order = self.rng.permutation(len(candidates))[:number]
+        return [candidates[index] for index in order]
+
+
+def _ask_counts(asker: _Asker, scene: Scene) -> None:
+    colors = [o.color for o in scene.objects]
+    absent = [color for color in COLORS if color not in colors]
+    present = sorted(set(colors))
+    for color in present + asker.some(absent, len(present) / 3):
+        asker.ask("count_color", COUNT_WORDS[colors.count(color)], color=color)
+    shapes = [o.shape for o in scene.objects]
+    absent = [shape for shape in SHAPES if shape not in shapes]
+    present = sorted(set(shapes))
+    for shape in present + asker.some(absent, len(present) / 3):
+        asker.ask("count_shape", COUNT_WORDS[shapes.count(shape)], shapes=plural(shape))
+
+
+def _ask_attributes(asker: _Asker, scene: Scene) -> None:
+    colors = [o.color for o in scene.objects]
+    shapes = [o.shape for o in scene.objects]
+    for color, shape in zip(colors, shapes, strict=True):
+        if shapes.count(shape) == 1:
+            asker.ask("color", color, shape=shape)
+        if colors.count(color) == 1:
+            asker.ask("shape", shape, color=color)
+
+
+def _ask_existence(asker: _Asker, scene: Scene) -> None:
+    present = {(o.color, o.shape) for o in scene.objects}
+    for scene_object in scene.objects:
+        asker.ask("exists", "yes", an_object=with_article(scene_object.name))
+    for color, shape in _absent_identities(asker.rng, present):
+        asker.ask("exists", "no", an_object=with_article(f"{color} {shape}"))
+
+
+def _absent_identities(rng: np.random.Generator, present: set[Identity]) -> list[Identity]:
+    """As many absent objects as there are present ones, four in five of them confusable.
+
+    Best are those whose colour and shape are both present, on different objects; where these run
+    out, those that share the colour or the shape.
+    """
+    colors = {color for color, _ in present}
+    shapes = {shape for _, shape in present}
+    tiers: tuple[list[Identity], ...] = ([], [], [])  # sharing nothing, one, both
+    order = rng.permutation(len(COLORS) * len(SHAPES))
+    names = tuple(COLORS)
+    for index in order:
+        color, shape = names[index // len(SHAPES)], SHAPES[index % len(SHAPES)]
+        if (color, shape) not in present:
+            tiers[(color in colors) + (shape in shapes)].append((color, shape))
+    chosen: list[Identity] = []
+    while len(chosen) < len(present):
+        preference = (2, 1, 0) if rng.random() < 0.8 else (0, 1, 2)
+        tier = next(tiers[rank] for rank in preference if tiers[rank])
+        chosen.append(tier.pop())
+    return chosen
+
+
+def _ask_relations(asker: _Asker, scene: Scene) -> None:
+    least = RELATION_GAP * scene.short_side
+    for first, second in combinations(scene.objects, 2):
+        if abs(first.x - second.x) >= least:
+            near, far = (first, second) if first.x < second.x else (second, first)
+            _ask_relation(asker, near, far, ("left of", "right of"))
+        if abs(first.y - second.y) >= least:
+            near, far = (first, second) if first.y < second.y else (second, first)
+            _ask_relation(asker, near, far, ("above", "below"))
+
+
+def _ask_relation(
+    asker: _Asker, near: SceneObject, far: SceneObject, directions: tuple[str, str]
+) -> None:
+    """One yes and one no about a pair; near is `directions[0]` far, far `directions[1]` near."""
+    for answer in _YES_NO:
+        swapped = int(asker.rng.integers(2))
+        subject, other = (far, near) if swapped else (near, far)
+        direction = directions[swapped if answer == "yes" else 1 - swapped]
+        asker.ask(
+            "relation",
+            answer,
+            object=subject.name,
+            other=other.name,
+            direction=direction,
+            long_direction=_LONG_DIRECTIONS[direction],
+        )
+
+
+def describe(scene: Scene) -> str:
+    """One sentence: the count, then each object with its place, by thirds from the top left."""
+    ordered = sorted(scene.objects, key=lambda o: (*_cell(scene, o), o.x))
+    parts = [f"{with_article(o.name)} {_PLACE_PHRASES[scene.place(o)]}" for o in ordered]
+    if len(parts) == 1:
+        return f"There is one object: {parts[0]}."
+    comma = "," if len(parts) > 2 else ""
+    listed = f"{', '.join(parts[:-1])}{comma} and {parts[-1]}"
+    return f"There are {COUNT_WORDS[len(parts)]} objects: {listed}."
+
+
+def _cell(scene: Scene, scene_object: SceneObject) -> tuple[int, int]:
+    """Row and column, 0..2 each, of the third of the image that holds the object's centre."""
+    row = min(int(3 * scene_object.y / scene.height), 2)
+    column = min(int(3 * scene_object.x / scene.width), 2)
+    return row, column
+
+
+def corpus(rng: np.random.Generator, n: int) -> Iterator[str]:
+    """Yield n texts "question answer" about random scenes, one per family and scene, undrawn."""
+    produced = 0
+    while produced < n:
+        asked = questions(sample_scene(rng), rng, paraphrase=0.5)
+        by_family: dict[str, list[Question]] = {}
+        for question in asked:
+            by_family.setdefault(question.family, []).append(question)
+        for members in by_family.values():
+            if produced == n:
+                return
+            question = members[rng.integers(len(members))]
+            produced += 1
+            yield f"{question.text} {question.answer}"
