@@ -1,8 +1,8 @@
 """The decoder's attention over packed rows, with a tuple KV cache.
 
-A batch is its items' rows, one item after the other, with no padding between them: projections run on
-all rows at once, attention on each item by itself. So items of any length share a batch, and nobody
-has to mask anybody.
+A batch is its items' rows, one item after the other, with no padding between them: projections run
+on all rows at once, attention on each item by itself. So items of any length share a batch, and
+nobody has to mask anybody.
 
 The cache of one layer is a plain pair (k, v), each (1, H, length, D); k is stored rotated, so later
 tokens need not know any earlier position. Nothing is kept on the module: caches go in and come out.
@@ -25,13 +25,13 @@ KVCache = tuple[LayerCache, ...]
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """(num_queries, num_keys) bool, True = may attend. The queries are the LAST rows of the keys."""
+    """(num_queries, num_keys) bool, True = may attend; the queries are the LAST of the keys."""
     ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
     return ones.tril(num_keys - num_queries)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Fused attention of one item, causal unless a mask is given. q (1, H, n, D) -> (1, H, n, D)."""
+    """Fused attention of one item, causal unless a mask is given: (1, H, n, D) like q."""
     num_queries, num_keys = q.shape[2], k.shape[2]
     if mask is None and 1 < num_queries < num_keys:
         # is_causal would align the triangle to the top left corner, as if there were no cache.
@@ -63,16 +63,18 @@ class HybridAttention(nn.Module):
     ) -> tuple[Tensor, list[LayerCache]]:
         """Attend within each item.
 
-        x (R, C) packed rows, cos and sin (R, D) of their positions, `lengths` the rows of each item,
-        and per item this layer's cache so far and a mask (n, keys) (None = causal).
-        Returns (R, C) and each item's new cache."""
+        x (R, C) packed rows, cos and sin (R, D) of their positions, `lengths` the rows of each
+        item; per item this layer's cache so far, and a mask (n, keys), bool (True = may attend) or
+        additive (None = causal). Returns (R, C) and each item's new cache."""
         q, k, v = (
             rearrange(proj(x), "r (h d) -> r h d", h=self.num_heads)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         mixed, caches = [], []
-        for past, mask, rows in zip(past_key_values, masks, split_rows((q, k, v), lengths), strict=True):
+        for past, mask, rows in zip(
+            past_key_values, masks, split_rows((q, k, v), lengths), strict=True
+        ):
             item_q, item_k, item_v = rows  # (1, H, n, D) each
             if past is not None:
                 item_k, item_v = torch.cat((past[0], item_k), 2), torch.cat((past[1], item_v), 2)

@@ -1,15 +1,16 @@
 """Facts of a checkpoint: frozen, parsed from its config.json, never changed by a call.
 
-`LlavaConfig.from_dict` reads our own config.json; `parse_official` and `parse_llava_hf` read the two
-published families (they share `model_type: "llava"`, so `parse` tells them apart by content).
+`LlavaConfig.from_dict` reads our own config.json; `parse_official` and `parse_llava_hf` read the
+two published families (they share `model_type: "llava"`, so `parse` tells them apart by content).
 """
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+
 @dataclass(frozen=True)
 class VisionConfig:
-    """CLIP vision tower. Defaults: ViT-L/14 at 336 px. Sizes in pixels (image, patch) and channels."""
+    """CLIP vision tower, by default ViT-L/14 at 336 px. Sizes in pixels and channels."""
 
     image_size: int = 336
     patch_size: int = 14
@@ -32,8 +33,8 @@ class VisionConfig:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that run: entry `feature_layer` of the hidden states, where entry k is the output of
-        k blocks. -2 of 24 layers means 23 blocks."""
+        """Blocks that run: entry `feature_layer` of the hidden states, where entry k is the output
+        of k blocks. -2 of 24 layers means 23 blocks."""
         layer = self.feature_layer
         return layer if layer >= 0 else self.num_layers + 1 + layer
 
@@ -63,8 +64,8 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """The whole stack: tower, projector depth (2 = `mlp2x_gelu`), decoder, and how prompts and images
-    are prepared for it (`pad` to a square, chat `template`, tokenizer `legacy` mode)."""
+    """The whole stack: tower, projector depth (2 = `mlp2x_gelu`), decoder, and how prompts and
+    images are prepared for it (`pad` to a square, chat `template`, tokenizer `legacy` mode)."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -122,13 +123,13 @@ LLAVA_1_5_13B = LlavaConfig(
 TINY = LlavaConfig(
     vision=VisionConfig(hidden_size=192, intermediate_size=768, num_layers=7, num_heads=6),
     text=TextConfig(
-        vocab_size=512,
+        vocab_size=640,
         hidden_size=256,
         intermediate_size=640,
         num_layers=6,
         num_heads=8,
         max_positions=2048,
-        sampled_vocab_size=512,
+        sampled_vocab_size=640,
     ),
     name="llava-tiny-scenes",
 )
@@ -136,7 +137,7 @@ PRESETS = {config.name: config for config in (LLAVA_1_5_7B, LLAVA_1_5_13B, TINY)
 
 
 def parse(raw: dict[str, Any], vision: dict[str, Any] | None = None) -> LlavaConfig:
-    """Parse any config.json: ours, llava-hf (`text_config` + `vision_config`), official (flat `mm_*`).
+    """Parse any config.json: ours, llava-hf (nested `text_config`), official (flat `mm_*`).
 
     `vision` is the config.json of a separate CLIP tower folder, where the layout has one.
     Raises ValueError when the config describes another architecture."""
@@ -157,16 +158,21 @@ def parse_llava_hf(raw: dict[str, Any]) -> LlavaConfig:
     if not isinstance(layer, int) or strategy not in ("default", "patch"):
         raise ValueError(f"unsupported vision features: layer {layer!r}, strategy {strategy!r}")
     vision = replace(parse_vision(raw["vision_config"]), feature_layer=layer)
-    config = LlavaConfig(vision=vision, text=parse_text(text_raw), name="llava-hf")
-    if raw.get("image_token_index", 32000) < config.text.sampled_vocab_size:
-        raise ValueError(f"image_token_index {raw['image_token_index']} is an ordinary text id")
-    return config
+    image_id = raw.get("image_token_index", raw.get("image_token_id", 32000))
+    text = parse_text(text_raw)
+    if not isinstance(image_id, int) or image_id <= max(text.bos_id, text.eos_id):
+        raise ValueError(f"image_token_index {image_id!r} is an ordinary text id")
+    # Text ids end where the image marker is, also in vocabularies smaller than Llama's.
+    text = replace(text, sampled_vocab_size=min(text.sampled_vocab_size, image_id))
+    return LlavaConfig(vision=vision, text=text, name="llava-hf")
 
 
 def parse_official(raw: dict[str, Any], vision: dict[str, Any] | None = None) -> LlavaConfig:
-    """Official config (flat Llama fields + `mm_*`), or a plain Llama / Vicuna base without `mm_*`."""
+    """Official config (flat Llama fields + `mm_*`), or a plain Llama base without `mm_*`."""
     if raw.get("mm_use_im_start_end") or raw.get("mm_vision_select_feature", "patch") != "patch":
-        raise ValueError("mm_use_im_start_end and mm_vision_select_feature != patch are unsupported")
+        raise ValueError(
+            "mm_use_im_start_end and mm_vision_select_feature != patch are unsupported"
+        )
     feature_layer = raw.get("mm_vision_select_layer", -2)
     return LlavaConfig(
         vision=replace(parse_vision(vision or {}), feature_layer=feature_layer),
@@ -189,10 +195,12 @@ def projector_depth(kind: str) -> int:
 def parse_text(raw: dict[str, Any]) -> TextConfig:
     """Llama fields of either family."""
     heads = raw.get("num_attention_heads", 32)
+    rope = raw.get("rope_parameters") or {}  # how transformers 5 writes rope_theta
     refused = {
         "num_key_value_heads": (raw.get("num_key_value_heads", heads), heads),
         "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
         "rope_scaling": (raw.get("rope_scaling"), None),
+        "rope_type": (rope.get("rope_type", "default"), "default"),
         "tie_word_embeddings": (raw.get("tie_word_embeddings", False), False),
         "attention_bias": (raw.get("attention_bias", False), False),
     }
@@ -207,7 +215,7 @@ def parse_text(raw: dict[str, Any]) -> TextConfig:
         num_layers=raw.get("num_hidden_layers", 32),
         num_heads=heads,
         rms_norm_eps=raw.get("rms_norm_eps", 1e-5),
-        rope_theta=float(raw.get("rope_theta", 10000.0)),
+        rope_theta=float(raw.get("rope_theta", rope.get("rope_theta", 10000.0))),
         max_positions=raw.get("max_position_embeddings", 4096),
         sampled_vocab_size=min(vocab_size, 32000),
         bos_id=raw.get("bos_token_id", 1),

@@ -66,8 +66,8 @@ class DecoderLayer(nn.Module):
 
 
 class LlamaDecoder(nn.Module):
-    """Embeddings in, normed hidden states and the grown caches out; `lm_head` is applied by the caller,
-    to the rows it wants."""
+    """Embeddings in, normed hidden states and the grown caches out; `lm_head` is applied by the
+    caller, to the rows it wants."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()

@@ -1,11 +1,12 @@
 """LLaVA-1.5 (arXiv 2310.03744) in one page: look, project, splice, decode.
 
-    pixel_values (1, 3, 336, 336)
-      -> vision    24 x 24 = 576 patches + class token, 23 blocks, class token dropped  (1, 576, 1024)
-      -> projector                                                                     (1, 576, 4096)
-      -> splice    the one image slot (-200) of T prompt ids gives way to the 576 rows  (T + 575, 4096)
-      -> decoder   32 layers; the last row's logits choose the first token              (1, 1, 32000)
-    then one token at a time over the tuple cache ((k, v), ...), each (1, H, length, D) per layer.
+    pixel_values   one image, 336 px                                            (1, 3, 336, 336)
+    vision         24 x 24 = 576 patches + class token, 23 blocks, token dropped  (1, 576, 1024)
+    projector      image features become image embeds                             (1, 576, 4096)
+    splice         the image slot (-200) among T prompt ids gives way to 576 rows     (N, 4096)
+    decoder        32 layers; the last row's logits choose the first token        (1, 1, 32000)
+
+Then one token at a time over the tuple cache ((k, v), ...), each (1, H, length, D) per layer.
 
 A batch is a list of items. `forward` runs any number of them, of any lengths, with or without a
 cache; `prefill` and `decode` are its two uses for a single item.
@@ -27,7 +28,7 @@ IMAGE_TOKEN_ID = -200
 
 
 class Llava(nn.Module):
-    """The whole model: `vision`, `projector`, `decoder`. Holds weights only, never state of a call."""
+    """The whole model: `vision`, `projector`, `decoder`. Holds weights, never state of a call."""
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class Llava(nn.Module):
         return self.decoder.norm.weight.dtype
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values (B, 3, S, S) -> image_embeds (B, P, C), ready to stand among word embeddings."""
+        """pixel_values (B, 3, S, S) -> image_embeds (B, P, C), to stand among words."""
         return self.projector(self.vision(pixel_values.to(self.device, self.dtype)))
 
     def splice(self, input_ids: Sequence[int], image_embeds: Sequence[Tensor]) -> Tensor:
@@ -55,7 +56,8 @@ class Llava(nn.Module):
         slots = [row for row, token in enumerate(input_ids) if token == IMAGE_TOKEN_ID]
         if len(slots) != len(image_embeds):
             raise PromptError(
-                f"the prompt has {len(slots)} <image> markers but {len(image_embeds)} images are given"
+                f"the prompt has {len(slots)} <image> markers, "
+                f"but {len(image_embeds)} images were given"
             )
         pieces, start = [], 0
         for slot, image in zip([*slots, len(input_ids)], [*image_embeds, None], strict=True):
@@ -74,14 +76,19 @@ class Llava(nn.Module):
         past_key_values: Sequence[KVCache | None],
         all_logits: bool = False,
     ) -> tuple[Tensor, list[KVCache]]:
-        """Run a batch: per item its rows (n, C), the position of its first row, and its cache (None at
-        prefill). Returns the logits of each item's last row (B, V), or of all packed rows (R, V), and
-        the grown caches."""
+        """Run a batch: per item its rows (n, C), the position of its first row, and its cache (None
+        at prefill). Returns the logits of each item's last row (B, V), or of all packed rows
+        (R, V), and the grown caches."""
         lengths = [len(rows) for rows in input_embeds]
         position_ids = torch.cat(
-            [torch.arange(p, p + n, device=self.device) for p, n in zip(positions, lengths, strict=True)]
+            [
+                torch.arange(p, p + n, device=self.device)
+                for p, n in zip(positions, lengths, strict=True)
+            ]
         )
-        x, caches = self.decoder(torch.cat(list(input_embeds)), position_ids, lengths, past_key_values)
+        x, caches = self.decoder(
+            torch.cat(list(input_embeds)), position_ids, lengths, past_key_values
+        )
         if not all_logits:
             x = x[torch.tensor(lengths).cumsum(0) - 1]  # (B, C)
         return self.decoder.lm_head(x), caches
@@ -100,7 +107,7 @@ class Llava(nn.Module):
     def decode(
         self, token: Tensor, position: int, past_key_values: KVCache
     ) -> tuple[Tensor, KVCache]:
-        """One token (any shape, one element) at `position` -> logits (1, 1, V) and the grown cache."""
+        """One token (one element, any shape) at `position` -> logits (1, 1, V), the grown cache."""
         input_embeds = self.decoder.embed_tokens(token.to(self.device).reshape(1))  # (1, C)
         logits, caches = self([input_embeds], [position], [past_key_values])
         return logits[None], caches[0]

@@ -1,10 +1,10 @@
 """CLIP ViT-L/14 at 336 px (Radford et al., arXiv 2103.00020), the part LLaVA-1.5 looks through.
 
-LLaVA reads the hidden states after 23 of the 24 blocks and drops the class token, so the last block,
-the final norm and CLIP's own projection are never built.
+LLaVA reads the hidden states after 23 of the 24 blocks and drops the class token, so the last
+block, the final norm and CLIP's own projection are never built.
 
-Shapes: B images, P patches (24 x 24 = 576, row by row), T = P + 1 tokens with the class token at row
-0, H heads, D head dim, C width.
+Shapes: B images, P patches (24 x 24 = 576, row by row), T = P + 1 tokens with the class token at
+row 0, H heads, D head dim, C width.
 """
 
 import torch

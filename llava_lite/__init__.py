@@ -1,0 +1,171 @@
+"""LLaVA-1.5 in small files: an image and a question in, an answer out.
+
+    import llava_lite
+    print(llava_lite.generate("photo.jpg", "What is in this picture?"))
+
+Start reading at `llava_lite/llava.py`. Importing this package imports neither torch nor anything
+else heavy; that happens at the first use.
+"""
+
+import os
+import sys
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_lite.errors import (
+    CheckpointError,
+    ContextError,
+    ImageError,
+    LlavaLiteError,
+    PromptError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from llava_lite.generation import Answer, Chat, EncodedImage, Model, Score
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "Chat",
+    "CheckpointError",
+    "ContextError",
+    "EncodedImage",
+    "ImageError",
+    "LlavaLiteError",
+    "Model",
+    "PromptError",
+    "Score",
+    "__version__",
+    "embedded_model",
+    "generate",
+    "load",
+]
+
+_FROM_GENERATION = ("Answer", "Chat", "EncodedImage", "Model", "Score")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FROM_GENERATION:
+        return getattr(import_module("llava_lite.generation"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def generate(
+    image: Any,
+    prompt: "str | Sequence[str]",
+    model: "Model | str | os.PathLike[str] | None" = None,
+    **options: Any,
+) -> "Answer | list[Answer]":
+    """Answer a prompt about an image; see `Model.generate` for images, prompts, options and errors.
+
+    `model`: a loaded one, or a source for `load`, which is kept loaded for the next call. Without
+    it `$LLAVA_LITE_MODEL` is used, else the embedded model."""
+    if model is None or isinstance(model, str | os.PathLike):
+        model = _load_once(_source_or_default(model))
+    return model.generate(image, prompt, **options)
+
+
+def load(
+    source: "str | os.PathLike[str] | None" = None,
+    device: "str | torch.device" = "auto",
+    dtype: "str | torch.dtype" = "auto",
+    download: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+) -> "Model":
+    """Load a model: a converted folder, any official layout, or a hub id (`owner/name`).
+
+    source: None means `$LLAVA_LITE_MODEL`, else the embedded model.
+    device: "auto" is the first of cuda, mps, cpu that is there.
+    dtype: "float32", "bfloat16", "float16" or the torch dtype; "auto" is the dtype of the file, but
+        bfloat16 for a float16 file on the CPU, where float16 arithmetic is about ten times slower.
+    download: fetch a hub id that is not on this disk; without it the error says how large it is.
+    revision, offline: of a hub id; offline never asks the network.
+    base: the model below a LoRA adapter or a projector file. vision_tower: the CLIP folder or file
+        for a checkpoint without its own.
+
+    Raises CheckpointError, and ValueError for a device or dtype that does not exist here."""
+    from llava_lite.checkpoint import load_source, load_tokenizer, open_source, parse_dtype
+    from llava_lite.download import resolve
+    from llava_lite.generation import Model
+
+    path = resolve(
+        _source_or_default(source), download_missing=download, revision=revision, offline=offline
+    )
+    device = _pick_device(device)
+    wanted = None if dtype == "auto" else parse_dtype(dtype)
+    checkpoint = open_source(path, base, vision_tower)
+    wanted = wanted or _pick_dtype(checkpoint.dtype, device)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_file or path, checkpoint.config)
+    return Model(load_source(checkpoint, device, wanted), tokenizer, checkpoint.config)
+
+
+def embedded_model() -> Path:
+    """Folder of the small model that comes with the package. Raises CheckpointError without one."""
+    package = Path(__file__).resolve().parent
+    # Inside the package where a wheel was installed, beside it in a source checkout.
+    for folder in (package / "weights" / "tiny", package.parent / "weights" / "tiny"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise CheckpointError("this installation carries no embedded model: name a model to load")
+
+
+_EMBEDDED_NOTICE = (
+    "llava_lite: using the embedded model, which knows only drawn scenes of colored shapes. For "
+    "the real one run `llava-lite download` or `llava-lite convert`, and name the folder as the "
+    "model or in $LLAVA_LITE_MODEL."
+)
+
+
+def _source_or_default(source: "str | os.PathLike[str] | None") -> str:
+    if source is not None:
+        return os.fspath(source)
+    if os.environ.get("LLAVA_LITE_MODEL"):
+        return os.environ["LLAVA_LITE_MODEL"]
+    folder = embedded_model()
+    _say_once(_EMBEDDED_NOTICE)
+    return str(folder)
+
+
+@lru_cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@lru_cache(maxsize=1)
+def _load_once(source: str) -> "Model":
+    return load(source)
+
+
+def _pick_device(device: "str | torch.device") -> "torch.device":
+    import torch
+
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        device = next(name for name, is_there in available.items() if is_there)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is not one of auto, cuda, mps, cpu") from None
+    if not available.get(chosen.type, True):
+        raise ValueError(f"device {str(device)!r} is not available here")
+    return chosen
+
+
+def _pick_dtype(stored: "torch.dtype", device: "torch.device") -> "torch.dtype":
+    import torch
+
+    return torch.bfloat16 if stored == torch.float16 and device.type == "cpu" else stored

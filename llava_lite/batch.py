@@ -1,0 +1,380 @@
+"""Many questions in, one JSON line per answer out; a run that was cut off goes on where it stopped.
+
+    read_rows(path)    a JSONL file, a CSV file or a folder of images -> rows
+    plan(rows, ...)    what is left to do; every problem of input and output shows here, before work
+    run_batch(...)     answers the rows batch by batch and appends each batch to the output
+
+The output only ever grows by whole batches of lines {id, prompt, image, answer | error, ...}; a
+killed process leaves at most one half-written line at its end, which the next run drops.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_lite.errors import LlavaLiteError
+
+if TYPE_CHECKING:
+    from llava_lite.generation import Answer, Model
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+DEFAULT_BATCH_SIZE = 8
+# A row may fail for these reasons without ending the run. Out of memory is a RuntimeError.
+ROW_ERRORS = (LlavaLiteError, OSError, RuntimeError, MemoryError)
+
+RowId = str | int
+Record = dict[str, Any]
+
+
+class BatchError(LlavaLiteError):
+    """The input or the output of a batch cannot be used. Names the file and the line."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question. `image` stands as in the input (None: text only), relative to `folder`."""
+
+    id: RowId
+    prompt: str
+    image: str | list[str] | None
+    folder: Path
+    line: int
+
+    @property
+    def sources(self) -> list[str]:
+        """Its images as paths or URLs that can be opened from anywhere."""
+        names = [self.image] if isinstance(self.image, str) else self.image or []
+        is_url = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
+        return [name if is_url.match(name) else str(self.folder / name) for name in names]
+
+    def asked(self) -> Record:
+        """The part of its output line that repeats the question."""
+        return {"id": self.id, "prompt": self.prompt, "image": self.image}
+
+    def answered(self, answer: "Answer") -> Record:
+        """Its output line."""
+        return {
+            **self.asked(),
+            "answer": str(answer),
+            "finish_reason": answer.finish_reason,
+            "usage": answer.usage,
+        }
+
+    def failed(self, error: BaseException) -> Record:
+        """Its output line when there is no answer."""
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        return {**self.asked(), "error": reason, "finish_reason": "error", "usage": {}}
+
+
+# ---- input -------------------------------------------------------------------------------------
+
+
+def read_rows(path: str | os.PathLike[str], prompt: str | None = None) -> list[Row]:
+    """Read all rows of a `.csv` file with a header, of a JSONL file, or of a folder of images.
+
+    Fields: `id` (or `question_id`; without one the line number), `image` or `images`, and `prompt`,
+    `question` or `text`; rows without a prompt get the argument's. A folder is searched with its
+    subfolders, each image's id is its path in the folder. Raises BatchError naming file and line of
+    anything malformed and of repeated ids."""
+    path = Path(path)
+    if path.is_dir():
+        rows = list(folder_rows(path, prompt))
+    elif not path.is_file():
+        raise BatchError(f"{path}: no such file or folder")
+    else:
+        read = read_csv if path.suffix.lower() == ".csv" else read_jsonl
+        rows = [parse_row(fields, path, line, prompt) for line, fields in read(path)]
+    if not rows:
+        what = "images" if path.is_dir() else "rows"
+        raise BatchError(f"{path}: holds no {what}")
+    refuse_repeated_ids(rows, path)
+    return rows
+
+
+def folder_rows(folder: Path, prompt: str | None) -> Iterator[Row]:
+    """One row per image file, hidden files left out, ordered by path."""
+    if not prompt:
+        raise BatchError(f"{folder}: a folder of images needs a prompt (-p, --prompt)")
+    names = sorted(
+        file.relative_to(folder).as_posix()
+        for file in folder.rglob("*")
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+    )
+    visible = [name for name in names if not any(part[0] == "." for part in name.split("/"))]
+    for number, name in enumerate(visible, start=1):
+        yield Row(name, prompt, name, folder, number)
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
+    """(line number, object) of every line that is not blank."""
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, parse_object(line, path, number)
+        except UnicodeDecodeError as error:
+            raise BatchError(f"{path}: is not UTF-8 text: {error.reason}") from error
+
+
+def parse_object(line: str | bytes, path: Path, number: int) -> Record:
+    """One JSON object. Raises BatchError naming the line."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BatchError(f"{path}, line {number}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise BatchError(f"{path}, line {number}: a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, Record]]:
+    """(line number, fields) of every row; an empty cell is a field that is not there."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for cells in reader:
+                if None in cells or None in cells.values():
+                    columns = len(reader.fieldnames or ())
+                    raise BatchError(
+                        f"{path}, line {reader.line_num}: needs {columns} columns like the header"
+                    )
+                yield reader.line_num, {name.strip(): cell for name, cell in cells.items() if cell}
+        except csv.Error as error:
+            raise BatchError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from error
+        except UnicodeDecodeError as error:
+            raise BatchError(f"{path}: is not UTF-8 text: {error.reason}") from error
+
+
+def parse_row(fields: Record, path: Path, line: int, prompt: str | None) -> Row:
+    """Check one row's fields. Raises BatchError naming the line and the field."""
+    where = f"{path}, line {line}"
+    row_id = one_of(fields, ("id", "question_id"), where, line)
+    if not isinstance(row_id, str | int) or isinstance(row_id, bool):
+        raise BatchError(f"{where}: the id {row_id!r} is neither a string nor an integer")
+    question = one_of(fields, ("prompt", "question", "text"), where, prompt)
+    if not isinstance(question, str) or not question:
+        raise BatchError(f"{where}: needs a prompt (fields prompt, question or text, or --prompt)")
+    image = one_of(fields, ("image", "images"), where, None)
+    several = isinstance(image, list) and all(isinstance(name, str) and name for name in image)
+    if not (several or image is None or (isinstance(image, str) and image)):
+        raise BatchError(
+            f"{where}: the image {image!r} is neither a path, a list of paths nor null"
+        )
+    return Row(row_id, question, image, path.parent, line)
+
+
+def one_of(fields: Record, names: tuple[str, ...], where: str, default: Any) -> Any:
+    """The one field of these names that is there. Raises BatchError for two of them."""
+    present = [name for name in names if fields.get(name) is not None]
+    if len(present) > 1:
+        raise BatchError(f"{where}: has both {present[0]!r} and {present[1]!r}, give one")
+    return fields[present[0]] if present else default
+
+
+def refuse_repeated_ids(rows: Iterable[Row], path: Path) -> None:
+    """Raise BatchError naming the lines of an id that stands twice."""
+    first: dict[RowId, int] = {}
+    for row in rows:
+        line = first.setdefault(row.id, row.line)
+        if line != row.line:
+            raise BatchError(f"{path}: lines {line} and {row.line} have the same id {row.id!r}")
+
+
+def select_shard(rows: Sequence[Row], shard: tuple[int, int]) -> list[Row]:
+    """Every n-th row, beginning with the i-th, for shard = (i, n) with 1 <= i <= n.
+
+    Over all i the shards hold every row once. Raises ValueError out of range."""
+    part, total = shard
+    if not 1 <= part <= total:
+        raise ValueError(f"shard {part}/{total}: must be i/n with 1 <= i <= n")
+    return list(rows[part - 1 :: total])
+
+
+# ---- output ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do: `todo` rows, beside `answered` and `failed` ones that the output holds
+    and that stay. `drop`: ids whose error lines go. `size`: bytes of the output's whole lines."""
+
+    todo: list[Row]
+    answered: int = 0
+    failed: int = 0
+    drop: frozenset[RowId] = frozenset()
+    size: int = 0
+
+
+def plan(
+    rows: Sequence[Row],
+    output: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    retry_errors: bool = False,
+) -> Plan:
+    """Compare the rows with what the output holds. Changes nothing.
+
+    Raises BatchError when the output is in use and `resume` is not set, when it is no output of a
+    batch, and when it answers another question under the same id."""
+    output = Path(output)
+    if not output.parent.is_dir():
+        raise BatchError(f"{output}: the folder {output.parent} does not exist")
+    if output.is_dir():
+        raise BatchError(f"{output}: is a folder, the output must be a file")
+    if not output.exists() or not output.stat().st_size:
+        return Plan(list(rows))
+    if not resume:
+        raise BatchError(f"{output}: is not empty; go on with it (--resume) or name another file")
+    done: dict[RowId, bool] = {}
+    size, by_id = 0, {row.id: row for row in rows}
+    for number, line in complete_lines(output):
+        record = parse_record(line, output, number)
+        row_id = record["id"]
+        if row_id in by_id:
+            refuse_other_question(by_id[row_id], record, f"{output}, line {number}")
+        done[row_id] = done.get(row_id, False) or "answer" in record
+        size += len(line)
+    failed = [row.id for row in rows if not done.get(row.id, True)]
+    drop = frozenset(failed if retry_errors else ())
+    todo = [row for row in rows if row.id not in done or row.id in drop]
+    return Plan(
+        todo, len(rows) - len(todo) - len(failed) + len(drop), len(failed) - len(drop), drop, size
+    )
+
+
+def complete_lines(output: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of an output file without the half-written end a killed run may have left.
+
+    Raises BatchError when the end looks like something else: it would be lost."""
+    with open(output, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                yield number, line
+            elif not b'{"id": '.startswith(line[:7]) or b"\0" in line:
+                raise BatchError(f"{output}, line {number}: is no line of a batch output")
+
+
+def parse_record(line: bytes, output: Path, number: int) -> Record:
+    """One line of an output file. Raises BatchError naming it if it is none."""
+    record = parse_object(line, output, number)
+    is_row = isinstance(record.get("id"), str | int) and ("answer" in record) != ("error" in record)
+    if not is_row:
+        raise BatchError(f"{output}, line {number}: is no line of a batch output")
+    return record
+
+
+def refuse_other_question(row: Row, record: Record, where: str) -> None:
+    """Raise BatchError where the output's line is about another prompt or image than the row."""
+    for name in ("prompt", "image"):
+        if record.get(name) != getattr(row, name):
+            raise BatchError(
+                f"{where}: id {row.id!r} was asked with another {name}; name another output file"
+            )
+
+
+def repair(output: Path, plan: Plan) -> None:
+    """Cut off a half-written last line, and take out the error lines of rows that run again."""
+    if not output.exists():
+        return
+    if plan.size < output.stat().st_size:
+        os.truncate(output, plan.size)
+    if plan.drop:
+        output = output.resolve()  # replace what a link points to, not the link
+        staging = output.with_name(f".{output.name}.partial")
+        with open(staging, "wb") as file:
+            for number, line in complete_lines(output):
+                record = parse_record(line, output, number)
+                if "answer" in record or record["id"] not in plan.drop:
+                    file.write(line)
+        shutil.copymode(output, staging)
+        os.replace(staging, output)
+
+
+# ---- run ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Summary:
+    """Rows by outcome. `present` were answered by an earlier run; `failed` counts its errors, too.
+    `first_error` is the line of the first row that failed now."""
+
+    answered: int = 0
+    failed: int = 0
+    present: int = 0
+    first_error: Record | None = None
+
+
+def run_batch(
+    model: "Model",
+    rows: Sequence[Row],
+    output: str | os.PathLike[str],
+    *,
+    batch_size: int | None = None,
+    resume: bool = False,
+    retry_errors: bool = False,
+    shard: tuple[int, int] = (1, 1),
+    open_image: Callable[[str], Any] | None = None,
+    on_record: Callable[[Record], None] | None = None,
+    **options: Any,
+) -> Summary:
+    """Answer rows in order and append their lines to `output`, one batch at a time.
+
+    `resume` goes on with an output, skipping rows it holds; `retry_errors` runs those again that
+    failed, at its end. `open_image` opens a path or URL (None: the model does). `on_record` hears
+    of each line written. `options` are those of `Model.generate`. A row that fails is recorded with
+    its error and costs no other row. An interrupt leaves complete lines. Raises as `plan` and
+    `select_shard`, ValueError for bad options, OSError when the output cannot be written."""
+    size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
+    if size < 1:
+        raise ValueError(f"batch_size {size} must be at least 1")
+    output = Path(output)
+    work = plan(select_shard(rows, shard), output, resume=resume, retry_errors=retry_errors)
+    repair(output, work)
+    summary = Summary(failed=work.failed, present=work.answered)
+    with open(output, "ab") as file:
+        for start in range(0, len(work.todo), size):
+            records = answer_rows(model, work.todo[start : start + size], open_image, options)
+            # Escaped to ASCII: no reader splits a line at a Unicode line separator in an answer.
+            file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+            file.flush()
+            for record in records:
+                count(record, summary)
+                if on_record:
+                    on_record(record)
+    return summary
+
+
+def count(record: Record, summary: Summary) -> None:
+    """Book one new line."""
+    if "error" in record:
+        summary.failed += 1
+        summary.first_error = summary.first_error or record
+    else:
+        summary.answered += 1
+
+
+def answer_rows(
+    model: "Model",
+    rows: Sequence[Row],
+    open_image: Callable[[str], Any] | None,
+    options: dict[str, Any],
+) -> list[Record]:
+    """The records of some rows, asked as one batch, or one by one if that fails."""
+    try:
+        images = [
+            [open_image(s) for s in row.sources] if open_image else row.sources for row in rows
+        ]
+        prompts = [row.prompt for row in rows]
+        answers = model.generate(images, prompts, batch_size=len(rows), **options)
+        assert isinstance(answers, list)  # a list of prompts has a list of answers
+        return [row.answered(answer) for row, answer in zip(rows, answers, strict=True)]
+    except ROW_ERRORS as error:
+        if len(rows) == 1:
+            return [rows[0].failed(error)]
+    return [record for row in rows for record in answer_rows(model, [row], open_image, options)]

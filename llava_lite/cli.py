@@ -1,0 +1,766 @@
+"""The program `llava-lite`: arguments in, the answer on stdout, everything else on stderr.
+
+Each subcommand is one function that takes the parsed arguments and returns the exit code. What is
+slow to import is imported there, so that help and usage errors come at once.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_lite import __version__, batch, embedded_model
+from llava_lite.errors import LlavaLiteError
+from llava_lite.prompt import ALIASES, TEMPLATES
+
+if TYPE_CHECKING:
+    from llava_lite.batch import Record, Summary
+    from llava_lite.generation import Answer, Chat, Model
+
+OK, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+EXIT_CODES = "exit codes: 0 ok, 1 failed, 2 wrong usage, 130 interrupted"
+DTYPES = {
+    "auto": "auto",
+    **dict.fromkeys(("float32", "fp32", "f32"), "float32"),
+    **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
+    **dict.fromkeys(("float16", "fp16", "f16", "half"), "float16"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program with `argv` (default: the process's own) and return its exit code."""
+    argv = [hyphenated(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack letters that answers have
+    try:
+        args, unknown = build_parser(argv).parse_known_args(argv)
+        if unknown:
+            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    except SystemExit as end:  # after help, or wrong usage
+        return end.code if isinstance(end.code, int) else WRONG_USAGE
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {one_line(message)}")
+        if getattr(args, "quiet", False):
+            warnings.simplefilter("ignore")
+        return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen subcommand; turn what a user can cause into one line and an exit code."""
+    try:
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        say("interrupted")
+        return INTERRUPTED
+    except SystemExit as end:  # usage errors that only show with the arguments at hand
+        return end.code if isinstance(end.code, int) else WRONG_USAGE
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        drop_stdout()
+        return FAILED
+    except Exception as error:
+        if args.debug or not is_users(error):
+            raise
+        say(f"error: {one_line(error)}")
+        if isinstance(error, OSError):
+            drop_stdout()  # if that is what failed, it would fail again at exit
+        return FAILED
+
+
+def is_users(error: Exception) -> bool:
+    """True for errors that a user can cause; any other is a bug and keeps its traceback."""
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, LlavaLiteError | ValueError | OSError) or out_of_memory
+
+
+def one_line(error: Exception | str) -> str:
+    """The error in one line, without error numbers."""
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return f"{place}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def drop_stdout() -> None:
+    """Send what is still in stdout's buffer nowhere, so that Python does not complain at exit."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(text: str) -> None:
+    """One line for the user, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def hyphenated(argument: str) -> str:
+    """--max_new_tokens means --max-new-tokens; what follows a `=` stays as it is."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+
+
+# ---- arguments ---------------------------------------------------------------------------------
+
+
+def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The whole command line. `argv` only decides whether the arguments of `convert` are needed:
+    they come from a module that imports torch."""
+    parser = argparse.ArgumentParser(
+        prog="llava-lite",
+        description="LLaVA-1.5: ask questions about images.",
+        epilog=f"llava-lite COMMAND --help explains a command\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"llava-lite {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add_generate(commands)
+    add_chat(commands)
+    add_batch(commands)
+    add_convert(commands, wanted=list(argv[:1]) == ["convert"])
+    add_download(commands)
+    add_info(commands)
+    return parser
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    usage: str,
+    summary: str,
+    details: str = "",
+) -> argparse.ArgumentParser:
+    """One subcommand; `details` stand below its arguments in the help."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        usage=f"llava-lite {name} {usage} [options]",
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"{details}\n\n{EXIT_CODES}".strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run, parser=parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def add_generate(commands: Any) -> None:
+    details = """examples:
+  llava-lite generate -i photo.jpg -p "What is in this picture?"
+  llava-lite generate -i a.png b.png -p "What differs between <image> and <image>?"
+  echo "Describe the image." | llava-lite generate -m weights/llava-1.5-7b -i photo.jpg --json"""
+    parser = add_command(
+        commands, "generate", run_generate, "-i IMAGE -p TEXT", "answer one prompt", details
+    )
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the question (default: stdin)")
+    add_image_sources(parser, "image to ask about: path, URL, or - for stdin; repeat for more")
+    add_sampling_arguments(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print the answer while it is written (default: when stdout is a terminal)",
+    )
+    output.add_argument(
+        "--json", action="store_true", help="print one object: text, finish_reason, usage, timings"
+    )
+    add_notice_arguments(output)
+    add_model_arguments(parser)
+
+
+def add_chat(commands: Any) -> None:
+    details = f"commands during the chat:\n{CHAT_HELP}\nCtrl-C stops an answer, not the program."
+    parser = add_command(
+        commands, "chat", run_chat, "-i IMAGE", "talk about images, turn by turn", details
+    )
+    add_image_sources(parser, "image of the first question: path or URL; repeat for more")
+    add_sampling_arguments(parser)
+    add_notice_arguments(parser.add_argument_group("output"))
+    add_model_arguments(parser)
+
+
+def add_batch(commands: Any) -> None:
+    details = """input:
+  JSONL  one object a line: id (optional), image or images, prompt (or question, text)
+  CSV    with a header naming the same fields
+  folder every image in it, asked the one --prompt
+  Image paths are relative to the folder of the input file. A row without an image is text only.
+
+output: one JSON line per row, in order: id, prompt, image, answer or error, finish_reason, usage.
+  A row that fails (bad image, prompt too long) gets an error line and costs no other row.
+  After a crash or Ctrl-C the same command with --resume goes on where it stopped.
+
+exit code 0 means that every row is answered, 1 that some rows failed.
+
+examples:
+  llava-lite batch questions.jsonl -o answers.jsonl --resume
+  llava-lite batch photos/ -o captions.jsonl -p "Describe the image." --batch-size 16"""
+    parser = add_command(
+        commands, "batch", run_batch, "INPUT -o FILE", "answer many prompts from a file", details
+    )
+    parser.add_argument("input", metavar="INPUT", help="JSONL file, CSV file, or folder of images")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="JSONL file to write")
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="prompt of rows that have none")
+    rows = parser.add_argument_group("rows")
+    rows.add_argument("--resume", action="store_true", help="skip rows that FILE already holds")
+    rows.add_argument(
+        "--retry-errors", action="store_true", help="with --resume: run rows again that failed"
+    )
+    rows.add_argument(
+        "--shard",
+        type=shard,
+        default=(1, 1),
+        metavar="I/N",
+        help="only every N-th row from the I-th on, I = 1..N, for N machines with an output each",
+    )
+    rows.add_argument(
+        "--batch-size",
+        type=positive,
+        default=batch.DEFAULT_BATCH_SIZE,
+        metavar="N",
+        help=f"rows that run at once (default: {batch.DEFAULT_BATCH_SIZE})",
+    )
+    add_sampling_arguments(parser)
+    add_notice_arguments(parser.add_argument_group("output"), stats=False)
+    add_model_arguments(parser)
+
+
+def add_convert(commands: Any, wanted: bool) -> None:
+    summary = "write a checkpoint of any layout as one folder that loads fast"
+    parser = add_command(commands, "convert", run_convert, "SOURCE DESTINATION", summary)
+    if wanted:
+        from llava_lite import convert
+
+        convert.add_arguments(parser)
+
+
+def add_download(commands: Any) -> None:
+    details = "Prints the folder. A download that was cut off goes on where it stopped."
+    summary = "fetch a checkpoint from the Hugging Face hub"
+    parser = add_command(commands, "download", run_download, "REPO", summary, details)
+    parser.add_argument("repo", metavar="REPO", help="hub id, such as llava-hf/llava-1.5-7b-hf")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit")
+    parser.add_argument("--out", metavar="DIR", help="folder to write (default: the hub's cache)")
+    parser.add_argument("--offline", action="store_true", help="only look into the cache")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def add_info(commands: Any) -> None:
+    summary = "show a model's architecture, tensors and memory needs"
+    parser = add_command(commands, "info", run_info, "[MODEL]", summary)
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="folder, file or hub id of any layout, or a preset name (default: as for generate)",
+    )
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--presets", action="store_true", help="list the known architectures")
+    parser.add_argument(
+        "--checksums", action="store_true", help="compare a converted folder with its manifest"
+    )
+    parser.add_argument("--json", action="store_true", help="print one object")
+    add_source_arguments(parser)
+
+
+def add_image_sources(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument(
+        "-i", "--image", nargs="+", action="extend", default=[], metavar="IMAGE", help=text
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """How answers are generated, and what stands around the prompt."""
+    group = parser.add_argument_group("generation")
+    group.add_argument(
+        "-n",
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer in tokens (default: 512)",
+    )
+    group.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 = greedy, the default"
+    )
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P only"
+    )
+    group.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K best only (0 = all)"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="same seed, same answer")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated"
+    )
+    group.add_argument("--system", metavar="TEXT", help="instead of the template's system text")
+    group.add_argument(
+        "--template",
+        choices=[*TEMPLATES, *ALIASES],
+        metavar="NAME",
+        help=f"prompt format: {', '.join(TEMPLATES)} (default: the model's)",
+    )
+    images = parser.add_argument_group("image preparation")
+    images.add_argument(
+        "--no-pad", action="store_true", help="crop the middle square instead of padding to one"
+    )
+    images.add_argument(
+        "--no-exif", action="store_true", help="ignore the camera's rotation, as LLaVA does"
+    )
+
+
+def add_notice_arguments(group: argparse._ArgumentGroup, stats: bool = True) -> None:
+    """What is said on stderr."""
+    if stats:
+        group.add_argument(
+            "--stats", action="store_true", help="token counts and timings on stderr"
+        )
+    group.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, and where it runs."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="converted folder, official checkpoint of any layout, or hub id "
+        "(default: $LLAVA_LITE_MODEL, else the embedded model)",
+    )
+    add_source_arguments(group)
+    group.add_argument("--download", action="store_true", help="fetch a hub id that is not here")
+    group.add_argument(
+        "--device",
+        type=device,
+        default="auto",
+        metavar="NAME",
+        help="auto (the default), cpu, cuda, cuda:1, mps",
+    )
+    group.add_argument(
+        "--dtype",
+        type=dtype,
+        default="auto",
+        metavar="NAME",
+        help="auto (the file's, the default), float32, bfloat16, float16, or fp32, bf16, fp16",
+    )
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+
+
+def add_source_arguments(group: argparse._ActionsContainer) -> None:
+    """What a model's name alone does not say."""
+    group.add_argument("--base", metavar="DIR", help="model below a LoRA adapter or a projector")
+    group.add_argument(
+        "--vision-tower", metavar="DIR", help="CLIP folder or file for a checkpoint without one"
+    )
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
+    group.add_argument("--offline", action="store_true", help="never use the network for a model")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not re.fullmatch(r"0*[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def shard(text: str) -> tuple[int, int]:
+    """ "2/5" -> (2, 5)."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N")
+    return int(found[1]), int(found[2])
+
+
+def device(text: str) -> str:
+    """A device name that torch knows."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda, cuda:N, mps")
+    return text
+
+
+def dtype(text: str) -> str:
+    """A dtype's full name."""
+    if text not in DTYPES:
+        names = ", ".join(dict.fromkeys(DTYPES.values()))
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {names}")
+    return DTYPES[text]
+
+
+# ---- what the commands share -------------------------------------------------------------------
+
+
+def load_model(args: argparse.Namespace) -> "Model":
+    """The model of the arguments, prepared as they say."""
+    import torch
+
+    import llava_lite
+    from llava_lite.generation import Model
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # With --quiet the source is named, and then `load` has no reason to say which it took.
+    model = llava_lite.load(
+        default_source(args.model) if args.quiet else args.model,
+        device=args.device,
+        dtype=args.dtype,
+        download=args.download,
+        revision=args.revision,
+        offline=args.offline,
+        base=args.base,
+        vision_tower=args.vision_tower,
+    )
+    if args.no_pad:
+        model = Model(model.llava, model.tokenizer, replace(model.config, pad=False))
+    return model
+
+
+def default_source(named: str | None) -> str:
+    """What is loaded when no model is named."""
+    return named or os.environ.get("LLAVA_LITE_MODEL") or str(embedded_model())
+
+
+def generation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `Model.generate`. Raises ValueError before any model is loaded."""
+    from llava_lite.generation import GenerationOptions
+
+    names = "max_new_tokens temperature top_p top_k seed stop system template"
+    options = {name: getattr(args, name) for name in names.split()}
+    GenerationOptions(**options)
+    return options
+
+
+def image_opener(args: argparse.Namespace) -> Callable[[str], Any]:
+    """Opens a path, a URL, or - for stdin, as the arguments say. Raises ImageError."""
+    import numpy as np
+
+    from llava_lite.image import load_image
+
+    def open_image(source: str) -> Any:
+        image = load_image(sys.stdin.buffer if source == "-" else source, exif=not args.no_exif)
+        # The bare pixels: a PIL image would still carry its EXIF, and be turned after all.
+        return np.asarray(image)
+
+    return open_image
+
+
+def print_pieces(pieces: "Generator[str, None, Answer]") -> "Answer":
+    """Print the pieces as they come, and the end of the line however it ends."""
+    try:
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                return end.value
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:
+        pieces.close()
+        print(flush=True)
+
+
+def format_stats(answer: "Answer") -> str:
+    """Token counts and timings in one line."""
+    usage, timings = answer.usage, answer.timings
+    parts = ("preprocess", "vision", "prefill", "decode")
+    times = ", ".join(f"{part} {timings.get(part, 0.0):.2f} s" for part in parts)
+    return (
+        f"[{usage.get('prompt_tokens', 0)} prompt + {usage.get('image_tokens', 0)} image tokens -> "
+        f"{usage.get('completion_tokens', 0)} new ({answer.finish_reason}); {times}; "
+        f"{timings.get('tokens_per_second', 0.0):.1f} tokens/s]"
+    )
+
+
+# ---- generate ----------------------------------------------------------------------------------
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """`llava-lite generate`."""
+    if args.json and args.stream:
+        args.parser.error("--json prints one object at the end: it does not go with --stream")
+    prompt = read_prompt(args)
+    options = generation_options(args)
+    images = [image_opener(args)(source) for source in args.image]
+    model = load_model(args)
+    answer: Answer | list[Answer]
+    if args.stream or (args.stream is None and not args.json and sys.stdout.isatty()):
+        answer = print_pieces(model.stream(images, prompt, **options))
+    else:
+        answer = model.generate(images, prompt, **options)
+        assert not isinstance(answer, list)  # one prompt has one answer
+        print(json.dumps(answer.to_dict()) if args.json else answer)
+    if args.stats:
+        say(format_stats(answer))
+    return OK
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt of the arguments, or all of stdin when that is no terminal."""
+    prompt = args.prompt
+    if args.image.count("-") > 1 or (prompt is None and "-" in args.image):
+        args.parser.error("stdin can be one image or the prompt: give the prompt with -p")
+    if prompt is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            args.parser.error("a prompt is needed: -p TEXT, or on stdin")
+        prompt = sys.stdin.read().strip()
+    if not prompt:
+        args.parser.error("the prompt is empty")
+    return prompt
+
+
+# ---- chat --------------------------------------------------------------------------------------
+
+CHAT_HELP = """\
+  /image PATH ...  show one or more images with the next question
+  /clear           start over; the images shown last stay
+  /stats           token counts and timings of the last answer
+  /help            this list
+  /quit            leave (also /exit, Ctrl-D)"""
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    """`llava-lite chat`."""
+    if "-" in args.image:
+        args.parser.error("stdin holds the questions, it cannot be an image as well")
+    options = generation_options(args)
+    open_image = image_opener(args)
+    images = [open_image(source) for source in args.image]
+    chat = Repl(load_model(args).chat(**options), open_image, images, args.stats)
+    if chat.interactive and not args.quiet:
+        shown = f"about {', '.join(args.image)}" if args.image else "without an image (/image PATH)"
+        say(f"Chat {shown}. /help lists the commands.")
+    return chat.run()
+
+
+class Repl:
+    """Reads lines, answers them. From a script instead of a terminal it only reads and answers.
+
+    `images` are those shown last; `unseen` those that go with the next question."""
+
+    def __init__(
+        self, chat: "Chat", open_image: Callable[[str], Any], images: list[Any], stats: bool = False
+    ) -> None:
+        self.chat, self.open_image, self.stats = chat, open_image, stats
+        self.images, self.unseen = images, list(images)
+        self.last: Answer | None = None
+        self.interactive = sys.stdin.isatty()
+        if self.interactive:
+            try:
+                import readline  # noqa: F401 (makes input() edit lines and remember them)
+            except ImportError:
+                pass
+
+    def run(self) -> int:
+        """Until the user leaves: by command, end of input, or Ctrl-C twice."""
+        hinted = False
+        while True:
+            try:
+                line = self.read_line()
+                hinted = False
+                if not self.handle(line.strip()):
+                    return OK
+            except EOFError:
+                if self.interactive:
+                    say("")
+                return OK
+            except Stopped:
+                say("(stopped)")
+            except KeyboardInterrupt:
+                if hinted or not self.interactive:
+                    raise
+                hinted = True
+                say("\n(Ctrl-C again or /quit leaves)")
+            except BrokenPipeError:
+                raise
+            except (LlavaLiteError, ValueError, OSError) as error:
+                say(f"error: {one_line(error)}")
+
+    def read_line(self) -> str:
+        """The next line. Raises EOFError at the end."""
+        if self.interactive and sys.stdout.isatty():
+            return input("> ")
+        if self.interactive:
+            print("> ", end="", file=sys.stderr, flush=True)  # stdout is a file, for answers only
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line
+
+    def handle(self, line: str) -> bool:
+        """Do what a line says. False to leave."""
+        command, _, rest = line.partition(" ")
+        if not line.startswith("/"):
+            if line:
+                self.ask(line)
+        elif command in ("/quit", "/exit"):
+            return False
+        elif command == "/image":
+            self.show(rest.strip())
+        elif command == "/clear":
+            self.chat.clear()
+            self.unseen = list(self.images)
+            if self.interactive:
+                say("(starting over" + (", the images shown last stay)" if self.images else ")"))
+        elif command == "/stats":
+            say(format_stats(self.last) if self.last is not None else "no answer yet")
+        elif command == "/help":
+            say(CHAT_HELP)
+        else:
+            raise ValueError(f"unknown command {command}; /help lists them")
+        return True
+
+    def ask(self, question: str) -> None:
+        """Stream one answer. One that is stopped stays in the conversation as far as it came."""
+        turns = len(self.chat.history)
+        try:
+            self.last = print_pieces(self.chat.stream(question, self.unseen or None))
+        except KeyboardInterrupt:
+            if not self.interactive:
+                raise
+            raise Stopped from None
+        finally:
+            if len(self.chat.history) > turns:
+                self.unseen = []
+        if self.stats:
+            say(format_stats(self.last))
+
+    def show(self, text: str) -> None:
+        """Open images for the next question. Raises ImageError, and then nothing changes."""
+        paths = [text] if os.path.exists(text) else shlex.split(text, posix=os.name != "nt")
+        if not paths:
+            raise ValueError("/image needs a path")
+        self.images = [self.open_image(os.path.expanduser(path)) for path in paths]
+        self.unseen = list(self.images)
+        if self.interactive:
+            say(f"({', '.join(paths)}: shown with the next question)")
+
+
+class Stopped(Exception):
+    """Ctrl-C while an answer was being written."""
+
+
+# ---- batch -------------------------------------------------------------------------------------
+
+
+def run_batch(args: argparse.Namespace) -> int:
+    """`llava-lite batch`."""
+    if args.retry_errors and not args.resume:
+        args.parser.error("--retry-errors needs --resume")
+    options = generation_options(args)
+    rows = batch.select_shard(batch.read_rows(args.input, args.prompt), args.shard)
+    resume = {"resume": args.resume, "retry_errors": args.retry_errors}
+    plan = batch.plan(rows, args.output, **resume)  # problems show before the model loads
+    if plan.todo:
+        with Progress(len(plan.todo), args.quiet) as progress:
+            summary = batch.run_batch(
+                load_model(args),
+                rows,
+                args.output,
+                batch_size=args.batch_size,
+                open_image=image_opener(args),
+                on_record=progress,
+                **resume,
+                **options,
+            )
+    else:
+        summary = batch.Summary(failed=plan.failed, present=plan.answered)
+    if not args.quiet:
+        say(format_summary(summary, args.output))
+    return FAILED if summary.failed else OK
+
+
+class Progress:
+    """A bar of finished rows on stderr, only where that is a terminal."""
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        self.failed, self.total = 0, total
+        self.hidden = quiet or not sys.stderr.isatty()
+
+    def __enter__(self) -> "Progress":
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=self.total, unit="row", file=sys.stderr, disable=self.hidden)
+        return self
+
+    def __call__(self, record: "Record") -> None:
+        if "error" in record:
+            self.failed += 1
+            self.bar.set_postfix(failed=self.failed, refresh=False)
+        self.bar.update()
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+def format_summary(summary: "Summary", output: str) -> str:
+    """What a batch did, in one line, or two if rows failed."""
+    parts = [f"{summary.answered} answered", f"{summary.failed} failed"]
+    if summary.present:
+        parts.insert(0, f"{summary.present} were there")
+    text = f"{output}: {', '.join(parts)}"
+    if summary.first_error:
+        first = summary.first_error
+        text += f"\nfirst to fail: {first['id']!r}: {first['error']}"
+    return text + ("\n(--resume --retry-errors runs them again)" if summary.failed else "")
+
+
+# ---- convert, download, info -------------------------------------------------------------------
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """`llava-lite convert`."""
+    from llava_lite import convert
+
+    return convert.run(args)
+
+
+def run_download(args: argparse.Namespace) -> int:
+    """`llava-lite download`."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    from llava_lite.download import download
+
+    if args.quiet or not sys.stderr.isatty():
+        disable_progress_bars()
+    folder = download(args.repo, revision=args.revision, offline=args.offline, destination=args.out)
+    print(folder)
+    return OK
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """`llava-lite info`."""
+    from llava_lite import info
+    from llava_lite.config import PRESETS
+    from llava_lite.download import resolve
+
+    if args.presets:
+        presets = {name: info.describe_preset(name).to_dict() for name in PRESETS}
+        for content in presets.values():
+            del content["tensors"]
+        print(json.dumps(presets) if args.json else info.format_presets())
+        return OK
+    named = default_source(args.model)
+    if named in PRESETS and not Path(named).exists():
+        described = info.describe_preset(named)
+    else:
+        path = resolve(named, revision=args.revision, offline=args.offline)
+        described = info.describe_source(path, args.base, args.vision_tower)
+    verified = info.verify_checksums(described) if args.checksums else None
+    if args.json:
+        print(json.dumps({**described.to_dict(), "verified_tensors": verified}))
+    else:
+        print(info.format_info(described, args.tensors))
+        if verified is not None:
+            print(f"\nchecksums: all {verified} tensors equal the manifest")
+    return OK

@@ -1,0 +1,464 @@
+"""From any image source to pixel values, bit-exact with the official preprocessing.
+
+Bad input ends in an ImageError that names the source. PIL does the decoding and the resizing; its
+global settings are never touched.
+"""
+
+import base64
+import contextlib
+import http.client
+import io
+import ipaddress
+import os
+import re
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+import warnings
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from llava_lite.errors import ImageError
+
+# TIFF is left out: its decoder is by far the largest attack surface of the common formats.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 64 * 2**20
+MAX_REDIRECTS = 5
+_REDIRECT_STATUS = (301, 302, 303, 307, 308)
+
+# 255 * mean, truncated as the official code does, not rounded.
+BACKGROUND = (122, 116, 104)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Beyond this side a padded canvas takes more than 800 MB; such strips are resized before padding.
+_MAX_CANVAS_SIDE = 16_384
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+# PIL warns about large images through the process-wide filters, which are not safe to swap in
+# two threads at once.
+_WARNING_FILTERS = threading.Lock()
+
+
+class _Limits(NamedTuple):
+    """What a source may cost and reach."""
+
+    allow_urls: bool
+    allow_private: bool
+    timeout: float
+    max_bytes: int
+
+
+# ---- loading -----------------------------------------------------------------------------------
+
+
+def load_image(
+    source: Any,
+    *,
+    exif: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    allow_urls: bool = True,
+    allow_private: bool = False,
+    timeout: float = 10.0,
+    max_bytes: int = MAX_BYTES,
+) -> Image.Image:
+    """Load an image as RGB.
+
+    `source` is a path, bytes, a PIL image, a uint8 numpy array (H, W) or (H, W, 1 | 3 | 4), a
+    tensor (1 | 3 | 4, H, W) of uint8 or of floats in 0..1, an http(s) URL, a data URL, or a binary
+    file object. The size is checked against `max_pixels` before any pixel is decoded. `exif=False`
+    ignores the camera's rotation, as LLaVA does.
+
+    URLs: `timeout` is in seconds for everything but name resolution, redirects included; proxies
+    of the environment are not used. Addresses that are not public are refused unless
+    `allow_private`, on every redirect anew. `max_bytes` holds for URLs, data URLs and file objects;
+    data URLs stay allowed with `allow_urls=False`. Raises ImageError.
+    """
+    name = _describe(source)
+    limits = _Limits(allow_urls, allow_private, timeout, max_bytes)
+    try:
+        with contextlib.ExitStack() as files:
+            image = _open_source(source, name, limits, files)
+            _check_size(image, name, max_pixels)
+            image.load()
+            return to_rgb(_upright(image) if exif else image)
+    except ImageError:
+        raise
+    except OSError as error:
+        raise ImageError(f"{name}: {error.strerror or _reason(error)}") from error
+    except Exception as error:  # on damaged data PIL's parsers raise almost anything
+        raise ImageError(f"{name}: cannot be decoded: {_reason(error)}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB copy of an image in any PIL mode, as `Image.convert` does it.
+
+    Grey is replicated, alpha dropped without compositing, 16-bit and float grey clipped at 255.
+    """
+    if "transparency" in image.info:
+        # It never changes the RGB values, but PIL warns about some forms of it.
+        image = image.copy()
+        del image.info["transparency"]
+    if image.mode == "La":
+        image = image.convert("LA")
+    return image.convert("RGB")
+
+
+def _open_source(
+    source: Any, name: str, limits: _Limits, files: contextlib.ExitStack
+) -> Image.Image:
+    """The image behind a source, with its pixels not decoded yet where that is possible."""
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name)
+    if isinstance(source, Tensor):
+        return _from_tensor(source, name)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _open_encoded(io.BytesIO(source), name)
+    if isinstance(source, str) and not source:
+        raise ImageError("the image source is an empty string")
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return _open_encoded(io.BytesIO(_data_url_bytes(source, name, limits)), name)
+    if isinstance(source, str) and (scheme := _SCHEME.match(source)):
+        if scheme[1].lower() not in ("http", "https"):
+            raise ImageError(f"{name}: unsupported URL scheme {scheme[1]!r}, use http or https")
+        return _open_encoded(io.BytesIO(_fetch(source, name, limits)), name)
+    if isinstance(source, (str, os.PathLike)):
+        file = files.enter_context(open(source, "rb"))
+        return _open_encoded(file if file.seekable() else _drain(file, name, limits), name)
+    if hasattr(source, "read"):
+        return _open_encoded(_drain(source, name, limits), name)
+    raise ImageError(f"{name}: not an image source (path, URL, bytes, PIL image, array or tensor)")
+
+
+def _open_encoded(file: BinaryIO, name: str) -> Image.Image:
+    """Read the header only. Our own pixel limit replaces PIL's, which is global and warns first."""
+    if not file.read(1):
+        raise ImageError(f"{name}: the file is empty")
+    file.seek(0)
+    try:
+        with _WARNING_FILTERS, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: too many pixels: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        known = ", ".join(FORMATS)
+        raise ImageError(
+            f"{name}: not an image, or an unsupported format (supported: {known})"
+        ) from error
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: the image is {width}x{height}, it has no pixels")
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name}: {width}x{height} = {width * height} pixels exceed the limit of {max_pixels}"
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF says nothing about the orientation; the pixels are fine
+        return image
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    shape = array.shape
+    has_channels = array.ndim == 3 and shape[2] in (1, 3, 4)
+    if array.dtype != np.uint8 or not (array.ndim == 2 or has_channels):
+        raise ImageError(
+            f"{name}: an array must be uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
+            f"got {array.dtype} {shape}"
+        )
+    if array.size == 0:
+        raise ImageError(f"{name}: the array {shape} has no pixels")
+    if array.ndim == 3 and shape[2] == 1:
+        array = array[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _from_tensor(tensor: Tensor, name: str) -> Image.Image:
+    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4):
+        raise ImageError(
+            f"{name}: a tensor must be (C, H, W) with 1, 3 or 4 channels, got {tuple(tensor.shape)}"
+        )
+    if tensor.numel() == 0:
+        raise ImageError(f"{name}: the tensor {tuple(tensor.shape)} has no pixels")
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        low, high = tensor.min().item(), tensor.max().item()
+        if not (0.0 <= low and high <= 1.0):  # also false for NaN
+            raise ImageError(f"{name}: float values must lie in 0..1, got {low:g}..{high:g}")
+        tensor = (tensor.float() * 255).round().to(torch.uint8)
+    if tensor.dtype != torch.uint8:
+        raise ImageError(f"{name}: a tensor must be uint8 or float, got {tensor.dtype}")
+    return _from_array(tensor.permute(1, 2, 0).numpy(), name)  # (H, W, C)
+
+
+def _drain(file: Any, name: str, limits: _Limits) -> io.BytesIO:
+    data = file.read(limits.max_bytes + 1)
+    if not isinstance(data, bytes):
+        raise ImageError(f"{name}: the file object is not opened in binary mode")
+    if len(data) > limits.max_bytes:
+        raise ImageError(f"{name}: more than {limits.max_bytes} bytes")
+    return io.BytesIO(data)
+
+
+def _data_url_bytes(url: str, name: str, limits: _Limits) -> bytes:
+    header, comma, payload = url.partition(",")
+    if not comma:
+        raise ImageError(f"{name}: a data URL needs a comma before its data")
+    if len(payload) > 4 * limits.max_bytes:  # percent-encoding takes 3 characters for a byte
+        raise ImageError(f"{name}: more than {limits.max_bytes} bytes")
+    data = urllib.parse.unquote_to_bytes(payload)
+    if header.lower().endswith(";base64"):
+        try:
+            data = base64.b64decode(b"".join(data.split()), validate=True)
+        except ValueError as error:
+            raise ImageError(f"{name}: damaged base64 data: {error}") from error
+    if len(data) > limits.max_bytes:
+        raise ImageError(f"{name}: more than {limits.max_bytes} bytes")
+    return data
+
+
+def _describe(source: Any) -> str:
+    """A short name for messages: no image data, no credentials, no query of a URL."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"<{len(source)} bytes>"
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return f"{source.partition(',')[0][:40]},... ({len(source)} characters)"
+    if isinstance(source, str) and _SCHEME.match(source):
+        scheme, rest = source.split("://", 1)
+        location = re.split(r"[?#]", rest, maxsplit=1)[0].rpartition("@")[2]
+        return _shorten(f"{scheme}://{location}")
+    if isinstance(source, (str, os.PathLike)):
+        return _shorten(str(os.fspath(source)))
+    if isinstance(source, Image.Image):
+        return _shorten(str(getattr(source, "filename", "") or "<PIL image>"))
+    file_name = getattr(source, "name", None)  # of a file object
+    return _shorten(file_name) if isinstance(file_name, str) else f"<{type(source).__name__}>"
+
+
+def _reason(error: Exception) -> str:
+    return _shorten(str(error).strip() or type(error).__name__)
+
+
+def _shorten(text: str, limit: int = 200) -> str:
+    """One printable line: names and servers must not get control characters into a terminal."""
+    text = "".join(character if character.isprintable() else "?" for character in text[: limit + 1])
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+# ---- URLs --------------------------------------------------------------------------------------
+
+
+class _Redirect(NamedTuple):
+    url: str
+
+
+def _fetch(url: str, name: str, limits: _Limits) -> bytes:
+    """Body of a URL; every hop is resolved, checked and connected to by its checked address."""
+    if not limits.allow_urls:
+        raise ImageError(f"{name}: image URLs are switched off here")
+    deadline = time.monotonic() + limits.timeout
+    for _ in range(MAX_REDIRECTS + 1):
+        try:
+            response = _get(url, name, limits, deadline)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            _check_deadline(name, limits, deadline)
+            raise ImageError(f"{name}: cannot be fetched: {_reason(error)}") from error
+        if isinstance(response, bytes):
+            return response
+        url = response.url
+    raise ImageError(f"{name}: more than {MAX_REDIRECTS} redirects")
+
+
+def _check_deadline(name: str, limits: _Limits, deadline: float) -> None:
+    if time.monotonic() >= deadline:
+        raise ImageError(f"{name}: timed out after {limits.timeout:g} s")
+
+
+def _get(url: str, name: str, limits: _Limits, deadline: float) -> bytes | _Redirect:
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ImageError(f"{name}: leads to {_describe(url)}, which is no http(s) URL")
+    host = parts.hostname if ":" in parts.hostname else parts.hostname.encode("idna").decode()
+    secure = parts.scheme == "https"
+    default_port = 443 if secure else 80
+    port = parts.port or default_port
+    connection = http.client.HTTPConnection(host, port)
+    with _connect(host, port, name, limits, deadline) as raw, _watchdog(raw, deadline) as guard:
+        sock = _wrap_tls(raw, host, guard) if secure else raw
+        with sock:
+            connection.sock = sock
+            authority = f"[{host}]" if ":" in host else host
+            headers = {
+                "Host": authority if port == default_port else f"{authority}:{port}",
+                "User-Agent": "llava_lite",
+                "Accept": "image/*",
+                "Accept-Encoding": "identity",
+            }
+            connection.request("GET", _request_target(parts), headers=headers)
+            with connection.getresponse() as response:
+                location = response.headers.get("Location")
+                if response.status in _REDIRECT_STATUS and location:
+                    return _Redirect(urllib.parse.urljoin(url, location))
+                return _read_body(response, name, limits, deadline)
+
+
+def _request_target(parts: urllib.parse.SplitResult) -> str:
+    """Path and query with everything quoted that may not stand in a request line."""
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return urllib.parse.quote(target, safe="%/:=&?~#+!$,;'@()*[]")
+
+
+def _read_body(
+    response: http.client.HTTPResponse, name: str, limits: _Limits, deadline: float
+) -> bytes:
+    if response.status != 200:
+        raise ImageError(f"{name}: HTTP status {response.status}")
+    expected = response.length  # None without a Content-Length
+    if expected is not None and expected > limits.max_bytes:
+        raise ImageError(f"{name}: {expected} bytes exceed the limit of {limits.max_bytes}")
+    body = bytearray()
+    while chunk := response.read1(65536):
+        body += chunk
+        if len(body) > limits.max_bytes:
+            raise ImageError(f"{name}: more than {limits.max_bytes} bytes")
+        _check_deadline(name, limits, deadline)
+    # A connection cut by the watchdog looks like the end of a body.
+    _check_deadline(name, limits, deadline)
+    if expected is not None and len(body) < expected:
+        raise ImageError(f"{name}: the connection ended after {len(body)} of {expected} bytes")
+    return bytes(body)
+
+
+def _connect(host: str, port: int, name: str, limits: _Limits, deadline: float) -> socket.socket:
+    """Connect to an address that was checked: resolving again later could give another one."""
+    candidates = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for *_, address in candidates:
+        if not limits.allow_private and not _is_public(str(address[0])):
+            raise ImageError(f"{name}: {host} is at the non-public address {address[0]}, refused")
+    failure: OSError = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in candidates:
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(max(deadline - time.monotonic(), 0.001))
+            sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+    raise failure
+
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def _is_public(address: str) -> bool:
+    """Neither private, loopback, link-local, reserved nor multicast, also when wrapped in IPv6."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    wrapped: list[ipaddress.IPv4Address | None] = []
+    if isinstance(ip, ipaddress.IPv6Address):
+        wrapped = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+        if ip in _NAT64:
+            wrapped.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+    inner = [address for address in wrapped if address is not None]
+    if inner:
+        return all(address.is_global and not address.is_multicast for address in inner)
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+class _Guard:
+    """The socket that the watchdog has to cut."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def cut(self) -> None:
+        with contextlib.suppress(OSError):
+            # Unbound, because SSLSocket.shutdown drops its TLS state under the reading thread.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def _watchdog(sock: socket.socket, deadline: float) -> Iterator[_Guard]:
+    """Cut the connection at the deadline: socket timeouts start anew with every byte received."""
+    guard = _Guard(sock)
+    timer = threading.Timer(max(deadline - time.monotonic(), 0.0), guard.cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield guard
+    finally:
+        timer.cancel()
+
+
+def _wrap_tls(raw: socket.socket, host: str, guard: _Guard) -> ssl.SSLSocket:
+    context = ssl.create_default_context()
+    sock = context.wrap_socket(raw, server_hostname=host, do_handshake_on_connect=False)
+    guard.sock = sock
+    sock.do_handshake()
+    return sock
+
+
+# ---- pixel values ------------------------------------------------------------------------------
+
+
+def pad_to_square(image: Image.Image, color: tuple[int, int, int] = BACKGROUND) -> Image.Image:
+    """The image centred on a square canvas of its longer side; an odd rest goes right or below."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    canvas = Image.new("RGB", (side, side), color)
+    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+    return canvas
+
+
+def preprocess(image: Image.Image, size: int = 336, pad: bool = True) -> Tensor:
+    """Pixel values (1, 3, size, size) in float32 of an image in any mode.
+
+    `pad=True` is LLaVA's own preprocessing (whole image on a square), `pad=False` that of llava-hf
+    (short edge to `size`, centre crop). Bit-exact with both.
+    """
+    image = to_rgb(image) if image.mode != "RGB" else image
+    square = _resize_padded(image, size) if pad else _resize_cropped(image, size)
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255  # (3, size, size)
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    return ((pixels - mean) / std)[None].contiguous()
+
+
+def _resize_padded(image: Image.Image, size: int) -> Image.Image:
+    side = max(image.size)
+    if side > _MAX_CANVAS_SIDE and image.size[0] != image.size[1]:
+        width, height = (max(1, round(edge * size / side)) for edge in image.size)
+        return pad_to_square(image.resize((width, height), Image.Resampling.BICUBIC))
+    return pad_to_square(image).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _resize_cropped(image: Image.Image, size: int) -> Image.Image:
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    long_edge = int(size * long / short)
+    if long_edge > _MAX_CANVAS_SIDE:
+        left, top = (width - short) / 2, (height - short) / 2
+        box = (left, top, left + short, top + short)
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    new_size = (long_edge, size) if width >= height else (size, long_edge)
+    image = image.resize(new_size, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))

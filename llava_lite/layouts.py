@@ -1,0 +1,215 @@
+"""Tensor names of every published checkpoint layout -> our names. Conversion renames, nothing else.
+
+A stored name is first normalised (`PREFIXES`: what wrappers, library versions and containers put
+in front), then looked up in one table per family. `{}` stands for a layer number, `.*` for
+`.weight` and `.bias`. What a checkpoint may hold and we never read is listed in `IGNORED`. Any
+other name is an error.
+
+Our vision names here cover the whole CLIP tower; a model builds only the blocks it runs, see
+`is_unused`.
+"""
+
+import re
+
+from llava_lite.config import VisionConfig
+from llava_lite.errors import CheckpointError
+
+# Applied in this order, each once, to the start of the name.
+PREFIXES = (
+    (r"(module\.|base_model\.model\.)+", ""),  # DataParallel, peft
+    (r"(.*\.)?mm_projector\.", "mm_projector."),  # official, projector files
+    (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),  # llava-hf old; new
+    (r"model\.language_model\.", "model."),  # llava-hf new
+    (r"language_model\.(model|lm_head)\.", r"\1."),  # llava-hf old
+    (r"(model\.)?(vision_tower\.)+(vision_model\.)?", "vision_model."),  # llava-hf; tower inside
+    (r"(embeddings|encoder|pre_layrnorm|post_layernorm)\.", r"vision_model.\1."),  # bare tower
+)
+
+LLAMA = {
+    "model.embed_tokens.weight": "decoder.embed_tokens.weight",
+    "model.layers.{}.input_layernorm.weight": "decoder.layers.{}.input_norm.weight",
+    "model.layers.{}.self_attn.q_proj.weight": "decoder.layers.{}.attn.q_proj.weight",
+    "model.layers.{}.self_attn.k_proj.weight": "decoder.layers.{}.attn.k_proj.weight",
+    "model.layers.{}.self_attn.v_proj.weight": "decoder.layers.{}.attn.v_proj.weight",
+    "model.layers.{}.self_attn.o_proj.weight": "decoder.layers.{}.attn.o_proj.weight",
+    "model.layers.{}.post_attention_layernorm.weight": "decoder.layers.{}.post_attn_norm.weight",
+    "model.layers.{}.mlp.gate_proj.weight": "decoder.layers.{}.mlp.gate_proj.weight",
+    "model.layers.{}.mlp.up_proj.weight": "decoder.layers.{}.mlp.up_proj.weight",
+    "model.layers.{}.mlp.down_proj.weight": "decoder.layers.{}.mlp.down_proj.weight",
+    "model.norm.weight": "decoder.norm.weight",
+    "lm_head.weight": "decoder.lm_head.weight",
+}
+
+# The odd numbers of an official projector are its activations; "linear" has no number at all.
+PROJECTOR_OFFICIAL = {
+    "mm_projector.*": "projector.layers.0.*",
+    "mm_projector.0.*": "projector.layers.0.*",
+    "mm_projector.2.*": "projector.layers.1.*",
+    "mm_projector.4.*": "projector.layers.2.*",
+    "mm_projector.6.*": "projector.layers.3.*",
+}
+
+PROJECTOR_HF = {
+    "multi_modal_projector.linear_1.*": "projector.layers.0.*",
+    "multi_modal_projector.linear_2.*": "projector.layers.1.*",
+}
+
+CLIP_HF = {
+    "vision_model.embeddings.class_embedding": "vision.class_embed",
+    "vision_model.embeddings.patch_embedding.weight": "vision.patch_embed.weight",
+    "vision_model.embeddings.position_embedding.weight": "vision.pos_embed",
+    "vision_model.pre_layrnorm.*": "vision.pre_norm.*",
+    "vision_model.encoder.layers.{}.layer_norm1.*": "vision.blocks.{}.norm1.*",
+    "vision_model.encoder.layers.{}.self_attn.q_proj.*": "vision.blocks.{}.attn.q_proj.*",
+    "vision_model.encoder.layers.{}.self_attn.k_proj.*": "vision.blocks.{}.attn.k_proj.*",
+    "vision_model.encoder.layers.{}.self_attn.v_proj.*": "vision.blocks.{}.attn.v_proj.*",
+    "vision_model.encoder.layers.{}.self_attn.out_proj.*": "vision.blocks.{}.attn.o_proj.*",
+    "vision_model.encoder.layers.{}.layer_norm2.*": "vision.blocks.{}.norm2.*",
+    "vision_model.encoder.layers.{}.mlp.fc1.*": "vision.blocks.{}.mlp.fc1.*",
+    "vision_model.encoder.layers.{}.mlp.fc2.*": "vision.blocks.{}.mlp.fc2.*",
+    "vision_model.post_layernorm.*": "vision.post_norm.*",
+}
+
+CLIP_OPENAI = {
+    "visual.class_embedding": "vision.class_embed",
+    "visual.conv1.weight": "vision.patch_embed.weight",
+    "visual.positional_embedding": "vision.pos_embed",
+    "visual.ln_pre.*": "vision.pre_norm.*",
+    "visual.transformer.resblocks.{}.ln_1.*": "vision.blocks.{}.norm1.*",
+    "visual.transformer.resblocks.{}.attn.out_proj.*": "vision.blocks.{}.attn.o_proj.*",
+    "visual.transformer.resblocks.{}.ln_2.*": "vision.blocks.{}.norm2.*",
+    "visual.transformer.resblocks.{}.mlp.c_fc.*": "vision.blocks.{}.mlp.fc1.*",
+    "visual.transformer.resblocks.{}.mlp.c_proj.*": "vision.blocks.{}.mlp.fc2.*",
+    "visual.ln_post.*": "vision.post_norm.*",
+}
+
+# q, k and v as three equal row blocks of one tensor, in this order.
+PACKED_OPENAI = {
+    "visual.transformer.resblocks.{}.attn.in_proj_weight": (
+        "vision.blocks.{}.attn.q_proj.weight",
+        "vision.blocks.{}.attn.k_proj.weight",
+        "vision.blocks.{}.attn.v_proj.weight",
+    ),
+    "visual.transformer.resblocks.{}.attn.in_proj_bias": (
+        "vision.blocks.{}.attn.q_proj.bias",
+        "vision.blocks.{}.attn.k_proj.bias",
+        "vision.blocks.{}.attn.v_proj.bias",
+    ),
+}
+
+IGNORED = (
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",  # recomputed in float32
+    r"vision_model\.embeddings\.position_ids",  # 0, 1, 2, ...
+    r"text_model\..*",  # CLIP's text tower, HF names
+    r"(visual|text)_projection\.weight|logit_scale|logit_bias",  # CLIP's contrastive head
+    r"visual\.proj|text_projection",  # the same, OpenAI names
+    r"positional_embedding|token_embedding\.weight|ln_final\.(weight|bias)|attn_mask",
+    r"transformer\.resblocks\..*",  # CLIP's text tower, OpenAI names
+    r"input_resolution|context_length|vocab_size",  # scalars of the OpenAI archive
+)
+
+LORA_NAME = re.compile(r"(.+)\.lora_([AB])(\.[^.]+)?\.weight")
+
+
+def expand(table: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """Write out each `.*` as `.weight` and `.bias`; every value becomes a tuple."""
+    full: dict[str, tuple[str, ...]] = {}
+    for stored, ours in table.items():
+        if stored.endswith(".*"):
+            for kind in ("weight", "bias"):
+                full[f"{stored[:-1]}{kind}"] = (f"{ours[:-1]}{kind}",)
+        else:
+            full[stored] = (ours,)
+    return full
+
+
+LOOKUP = (
+    expand(LLAMA)
+    | expand(PROJECTOR_OFFICIAL)
+    | expand(PROJECTOR_HF)
+    | expand(CLIP_HF)
+    | expand(CLIP_OPENAI)
+    | PACKED_OPENAI
+)
+HF_TABLES = expand(LLAMA) | expand(PROJECTOR_HF) | expand(CLIP_HF)
+TO_HF = {ours[0]: stored for stored, ours in HF_TABLES.items()}
+HF_CONTAINERS = {
+    "model": "language_model.",
+    "lm_head": "language_model.",
+    "vision_model": "vision_tower.",
+}
+
+
+def normalise(name: str) -> str:
+    """Strip what wrappers and library versions put in front: one spelling per tensor and family."""
+    for prefix, replacement in PREFIXES:
+        name = re.sub(f"^{prefix}", replacement, name)
+    return name
+
+
+def our_names(stored: str) -> tuple[str, ...]:
+    """Our names of a stored tensor: one, three for a packed q/k/v, none when it is ignored.
+
+    Raises CheckpointError for a name of no known layout."""
+    name = normalise(stored)
+    if name in LOOKUP:
+        return LOOKUP[name]
+    number = re.search(r"\.(\d+)\.", name)
+    pattern = name if number is None else re.sub(r"\.\d+\.", ".{}.", name, count=1)
+    if number is not None and pattern in LOOKUP:
+        return tuple(ours.replace("{}", number[1]) for ours in LOOKUP[pattern])
+    if any(re.fullmatch(ignored, name) for ignored in IGNORED):
+        return ()
+    raise CheckpointError(f"tensor {stored!r} belongs to no known layout")
+
+
+def lora_target(stored: str) -> tuple[str, str] | None:
+    """("A" | "B", our name of the weight it changes) of a LoRA tensor, None for LoRA on the tower.
+
+    Raises CheckpointError for anything else."""
+    found = LORA_NAME.fullmatch(stored)
+    if found is None:
+        raise CheckpointError(f"tensor {stored!r} is no lora_A or lora_B weight")
+    if re.search(r"vision_tower|vision_model|visual\.", found[1]):
+        return None
+    names = our_names(f"{found[1]}.weight")
+    if len(names) != 1:
+        raise CheckpointError(f"tensor {stored!r} changes no weight of the model")
+    return found[2], names[0]
+
+
+def hf_name(ours: str) -> str:
+    """Our name -> the llava-hf name (old style, which every transformers version reads).
+
+    Raises KeyError for a name llava-hf does not have, such as a third projector layer."""
+    exact = TO_HF.get(ours)
+    if exact is None:
+        number = re.search(r"\.(\d+)\.", ours)
+        pattern = re.sub(r"\.\d+\.", ".{}.", ours, count=1)
+        exact = TO_HF[pattern].replace("{}", number[1] if number else "")
+    return HF_CONTAINERS.get(exact.split(".")[0], "") + exact
+
+
+def is_unused(ours: str, vision: VisionConfig) -> bool:
+    """True for parts of a CLIP tower that LLaVA never runs: later blocks and the final norm."""
+    if ours.startswith("vision.post_norm."):
+        return True
+    block = re.match(r"vision\.blocks\.(\d+)\.", ours)
+    return block is not None and vision.num_blocks <= int(block[1]) < vision.num_layers
+
+
+def describe(names: list[str]) -> str:
+    """The layout in words, told from stored names: for reports only, nothing depends on it."""
+    joined = "\n" + "\n".join(names)
+    marks = (
+        ("\nlanguage_model.model.", "llava-hf, old names"),
+        ("\nmodel.vision_tower.vision_tower.", "official, tower inside"),
+        ("\nmodel.vision_tower.vision_model.", "llava-hf, new names"),
+        ("\nmodel.language_model.", "llava-hf, v5 names"),
+        ("\ndecoder.", "llava_lite"),
+        ("model.layers.", "official" if "mm_projector." in joined else "Llama base"),
+        ("\nvisual.", "CLIP tower, OpenAI names"),
+        ("vision_model.", "CLIP tower, HF names"),
+        ("mm_projector.", "projector"),
+    )
+    return next((layout for mark, layout in marks if mark in joined), "unknown")

@@ -1,0 +1,127 @@
+"""Prompt templates as data, byte-exact as the models were trained with.
+
+A history is `system, USER: q1, ASSISTANT: a1, USER: q2, ASSISTANT:`; templates differ only in the
+system text and in what stands between the parts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llava_lite.errors import PromptError
+
+IMAGE_MARKER = "<image>"
+
+_SYSTEM = (
+    "A chat between a curious {user} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {user}'s questions."
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """One chat format: `system + system_end`, then per turn `user_start + question + user_end`
+    (which ends where the answer is generated) and `answer_start + answer + answer_end`.
+    """
+
+    name: str
+    system: str = ""
+    system_end: str = " "
+    user_start: str = "USER: "
+    user_end: str = " ASSISTANT:"
+    answer_start: str = " "
+    answer_end: str = "</s>"
+    image_end: str = "\n"
+
+
+VICUNA_V1 = Template("vicuna_v1", system=_SYSTEM.format(user="user"))
+LLAVA_V1 = Template("llava_v1", system=_SYSTEM.format(user="human"))
+LLAVA_HF = Template("llava-hf", answer_end=" ")
+# Stage-1 projectors saw image and caption only: no roles, and no newline between the two.
+PLAIN = Template(
+    "plain", user_start="", user_end="", answer_start="", answer_end="\n", image_end=""
+)
+
+TEMPLATES: dict[str, Template] = {
+    template.name: template for template in (VICUNA_V1, LLAVA_V1, PLAIN, LLAVA_HF)
+}
+ALIASES = {"v1": "vicuna_v1"}
+DEFAULT_TEMPLATE = "vicuna_v1"
+
+
+def get_template(template: str | Template) -> Template:
+    """The template of that name or alias; a `Template` is returned as it is. Raises ValueError."""
+    if isinstance(template, Template):
+        return template
+    name = ALIASES.get(template, template)
+    if name not in TEMPLATES:
+        names = ", ".join([*TEMPLATES, *ALIASES])
+        raise ValueError(f"unknown prompt template {template!r}; known templates: {names}")
+    return TEMPLATES[name]
+
+
+def build_prompt(
+    template: str | Template,
+    turns: Sequence[tuple[str, str | None]],
+    system: str | None = None,
+) -> str:
+    """The prompt of a conversation given as (question, answer) pairs.
+
+    The last answer is None to generate it; with an answer the text is a finished conversation.
+    `system` replaces the template's own system text; "" leaves it out. Texts are taken as they are:
+    images are placed by `place_images`. Raises PromptError for no turns or an answer missing before
+    the last turn.
+    """
+    template = get_template(template)
+    if not turns:
+        raise PromptError("a prompt needs at least one turn, got 0")
+    system = template.system if system is None else system
+    prompt = system + template.system_end if system else ""
+    for index, (question, answer) in enumerate(turns):
+        prompt += template.user_start + question + template.user_end
+        if answer is not None:
+            prompt += template.answer_start + answer + template.answer_end
+        elif index < len(turns) - 1:
+            raise PromptError(f"turn {index + 1} of {len(turns)} has no answer; only the last may")
+    return prompt
+
+
+def next_turn_text(template: str | Template, question: str, *, closed: bool = False) -> str:
+    """What follows a cached history that ends with an answer, up to where the next answer starts.
+
+    `build_prompt` of the old turns, without what ends the last answer, plus this text equals
+    `build_prompt` of all turns. A KV cache holds ids, so encode this text on its own:
+
+    * cache ends with the answer's last token: `encode_prompt(text, after="text")`;
+    * cache also holds the id of `</s>`: take `closed=True`, which leaves `</s>` out of the text,
+      and `encode_prompt(text, after="special")`. Only for templates whose answers end with `</s>`;
+      for others a cached `</s>` is no part of the format, and `closed=True` raises ValueError.
+
+    Cached ids and new ids together then equal the ids of the whole history encoded at once, in
+    legacy and non-legacy mode, as far as the answer itself was generated in its canonical ids.
+    """
+    template = get_template(template)
+    turn = template.user_start + question + template.user_end
+    if not closed:
+        return template.answer_end + turn
+    if template.answer_end != "</s>":
+        raise ValueError(f"answers of template {template.name!r} do not end with </s>")
+    return turn
+
+
+def place_images(text: str, num_images: int, template: str | Template = DEFAULT_TEMPLATE) -> str:
+    """The question with one `<image>` marker per image.
+
+    Without markers they go first, each followed by a newline (by nothing for "plain", whose
+    prompt is `<image>` alone); with as many markers as images the text stays as it is.
+    Raises PromptError naming both counts otherwise.
+    """
+    if num_images < 0:
+        raise ValueError(f"num_images must be at least 0, got {num_images}")
+    markers = text.count(IMAGE_MARKER)
+    if markers == num_images:
+        return text
+    if markers:
+        raise PromptError(
+            f"the prompt has {markers} {IMAGE_MARKER} markers, but {num_images} images were given"
+        )
+    return (IMAGE_MARKER + get_template(template).image_end) * num_images + text

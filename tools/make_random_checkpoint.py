@@ -1,0 +1,250 @@
+"""Write a checkpoint of random weights in an official layout, to measure conversion and speed with.
+
+python tools/make_random_checkpoint.py --layout official --size 7b --out big/llava-v1.5-7b \
+    --tokenizer path/to/tokenizer.model
+
+Sizes, names, dtypes, shards and files are those of the published checkpoints; the values are noise
+of a sensible scale, so logits are finite and speed is the real one, but answers are not. A 7B model
+takes 13.5 GB of disk (official, plus 1.2 GB for the CLIP tower beside it) or 14.1 GB (llava-hf).
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from mmap import MAP_PRIVATE, MAP_SHARED
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llava_lite.checkpoint import Spec, expected_shapes, num_bytes, write_json, write_safetensors
+from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, LlavaConfig
+from llava_lite.convert import hf_documents, hf_vocab_size
+from llava_lite.layouts import hf_name
+
+SIZES = {"7b": LLAVA_1_5_7B, "13b": LLAVA_1_5_13B, "tiny": TINY}
+OFFICIAL_SHARD, HF_SHARD = 10_000_000_000, 5_000_000_000
+TOWER_NAME = "clip-vit-large-patch14-336"
+
+
+class Noise:
+    """Random tensors from one block of random numbers, read at a new place each time."""
+
+    def __init__(self, seed: int, length: int = (1 << 22) + 3) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.block = torch.randn(length, generator=generator)
+        self.start = 0
+
+    def fill(self, name: str, tensor: Tensor) -> None:
+        """Fill in place: norms 1, biases small, matrices with variance 1 / fan-in."""
+        if tensor.dtype == torch.int64:
+            tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape))
+        elif tensor.ndim <= 1 and ("norm" in name or "layrnorm" in name) and "weight" in name:
+            tensor.fill_(1.0)
+        elif name.endswith("inv_freq"):
+            count = len(tensor)
+            tensor.copy_(10000.0 ** (-torch.arange(count) / count))
+        else:
+            scale = 0.02 if tensor.ndim <= 1 else math.prod(tensor.shape[1:]) ** -0.5
+            half = len(self.block) // 2
+            for part in tensor.view(-1).split(half):
+                torch.mul(self.block[self.start : self.start + len(part)], scale, out=part)
+                self.start = (self.start + 7919) % half
+
+
+def empty_tower_config(config: LlavaConfig) -> LlavaConfig:
+    """The config with the whole tower, last block included, as published files hold it."""
+    return replace(config, vision=replace(config.vision, feature_layer=-1))
+
+
+def hf_specs(config: LlavaConfig, rows: int) -> dict[str, Spec]:
+    """llava-hf names (old style) of every published tensor, in float16."""
+    shapes = expected_shapes(empty_tower_config(config))
+    specs: dict[str, Spec] = {hf_name(name): (s, torch.float16) for name, s in shapes.items()}
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        specs[name] = ((rows, config.text.hidden_size), torch.float16)
+    for kind in ("weight", "bias"):
+        name = f"vision_tower.vision_model.post_layernorm.{kind}"
+        specs[name] = ((config.vision.hidden_size,), torch.float16)
+    return specs
+
+
+def official_specs(config: LlavaConfig) -> dict[str, Spec]:
+    """Names of the original release: Llama, projector and rotary buffers, no tower."""
+    specs: dict[str, Spec] = {}
+    for name, spec in hf_specs(config, config.text.vocab_size).items():
+        if name.startswith("language_model."):
+            specs[name.removeprefix("language_model.")] = spec
+        elif name.startswith("multi_modal_projector."):
+            number, kind = name.removeprefix("multi_modal_projector.linear_").split(".")
+            specs[f"model.mm_projector.{2 * (int(number) - 1)}.{kind}"] = spec
+    for layer in range(config.text.num_layers):
+        name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+        specs[name] = ((config.text.head_dim // 2,), torch.float32)
+    return specs
+
+
+def tower_specs(config: LlavaConfig) -> dict[str, Spec]:
+    """The CLIP repository's float32 file, with some of the text tower and buffers to ignore."""
+    width, positions = config.vision.hidden_size, config.vision.num_patches + 1
+    specs: dict[str, Spec] = {
+        name.removeprefix("vision_tower."): (spec[0], torch.float32)
+        for name, spec in hf_specs(config, config.text.vocab_size).items()
+        if name.startswith("vision_tower.")
+    }
+    specs["vision_model.embeddings.position_ids"] = ((1, positions), torch.int64)
+    specs["text_model.final_layer_norm.weight"] = ((width,), torch.float32)
+    specs["visual_projection.weight"] = ((width, width), torch.float32)
+    specs["logit_scale"] = ((), torch.float32)
+    return specs
+
+
+def split(specs: dict[str, Spec], limit: int) -> list[dict[str, Spec]]:
+    """Shards in order, each of at most `limit` bytes."""
+    shards: list[dict[str, Spec]] = [{}]
+    for name, spec in specs.items():
+        used = sum(num_bytes(other) for other in shards[-1].values())
+        if shards[-1] and used + num_bytes(spec) > limit:
+            shards.append({})
+        shards[-1][name] = spec
+    return shards
+
+
+@contextmanager
+def shared_mapping() -> Iterator[None]:
+    """torch.load(mmap=True) writes through to the file inside this context."""
+    torch.serialization.set_default_mmap_options(MAP_SHARED)
+    try:
+        yield
+    finally:
+        torch.serialization.set_default_mmap_options(MAP_PRIVATE)
+
+
+def write_pickle(path: Path, specs: dict[str, Spec], noise: Noise) -> None:
+    """A .bin file of any size in little memory: first the container with holes, then the values,
+    written through a mapping."""
+    with FakeTensorMode():
+        holes = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in specs.items()}
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(holes, path)
+    with shared_mapping():
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for name, tensor in tensors.items():
+            noise.fill(name, tensor)
+
+
+def write_index(path: Path, shards: dict[str, dict[str, Spec]]) -> None:
+    total = sum(num_bytes(spec) for specs in shards.values() for spec in specs.values())
+    weight_map = {name: file for file, specs in shards.items() for name in specs}
+    write_json(path, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_official(config: LlavaConfig, folder: Path, noise: Noise, say: Callable) -> None:
+    """pytorch_model-*.bin with index and config, and the CLIP tower in a folder beside it."""
+    specs, text, vision = official_specs(config), config.text, config.vision
+    total = sum(num_bytes(spec) for spec in specs.values())
+    parts = split(specs, min(OFFICIAL_SHARD, total * 3 // 4))
+    shards = {
+        f"pytorch_model-{number:05}-of-{len(parts):05}.bin": part
+        for number, part in enumerate(parts, start=1)
+    }
+    for file, part in shards.items():
+        say(f"{folder / file}: {len(part)} tensors")
+        write_pickle(folder / file, part, noise)
+    write_index(folder / "pytorch_model.bin.index.json", shards)
+    write_json(folder / "config.json", official_config(config))
+    tower = folder.parent / TOWER_NAME
+    tower.mkdir(exist_ok=True)
+    say(f"{tower / 'pytorch_model.bin'}")
+    write_pickle(tower / "pytorch_model.bin", tower_specs(config), noise)
+    vision_config = hf_documents(config, True, text.vocab_size, torch.float32)["config.json"]
+    clip = {"model_type": "clip", "vision_config": vision_config["vision_config"]}
+    write_json(tower / "config.json", clip)
+    size = {"size": vision.image_size, "crop_size": vision.image_size}
+    write_json(tower / "preprocessor_config.json", size)
+
+
+def official_config(config: LlavaConfig) -> dict:
+    """The flat config.json of the original release."""
+    text = config.text
+    return {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "hidden_act": "silu",
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_hidden_layers": text.num_layers,
+        "num_attention_heads": text.num_heads,
+        "num_key_value_heads": text.num_heads,
+        "max_position_embeddings": text.max_positions,
+        "rms_norm_eps": text.rms_norm_eps,
+        "vocab_size": text.vocab_size,
+        "bos_token_id": text.bos_id,
+        "eos_token_id": text.eos_id,
+        "pad_token_id": 0,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "image_aspect_ratio": "pad",
+        "mm_hidden_size": config.vision.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": config.vision.feature_layer,
+        "mm_vision_tower": f"openai/{TOWER_NAME}",
+    }
+
+
+def write_llava_hf(config: LlavaConfig, folder: Path, noise: Noise, say: Callable) -> None:
+    """model-*.safetensors with index, config and processor files."""
+    rows = hf_vocab_size(config)
+    parts = split(hf_specs(config, rows), HF_SHARD)
+
+    def random_tensor(name: str) -> Tensor:
+        shape, dtype = specs[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        noise.fill(name, tensor)
+        return tensor
+
+    shards = {
+        f"model-{number:05}-of-{len(parts):05}.safetensors": part
+        for number, part in enumerate(parts, start=1)
+    }
+    for file, specs in shards.items():
+        say(f"{folder / file}: {len(specs)} tensors")
+        write_safetensors(folder / file, specs, random_tensor)
+    write_index(folder / "model.safetensors.index.json", shards)
+    for name, content in hf_documents(config, True, rows, torch.float16).items():
+        write_json(folder / name, content)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layout", choices=("official", "llava-hf"), required=True)
+    parser.add_argument("--size", choices=tuple(SIZES), default="7b")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model or tokenizer.json to copy")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.out.exists() and any(args.out.iterdir()):
+        parser.error(f"{args.out} is not empty")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write = write_official if args.layout == "official" else write_llava_hf
+    write(SIZES[args.size], args.out, Noise(args.seed), lambda line: print(line, file=sys.stderr))
+    if args.tokenizer:
+        shutil.copyfile(args.tokenizer, args.out / args.tokenizer.name)
+    print(json.dumps({"folder": str(args.out), "layout": args.layout, "size": args.size}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,788 @@
+"""Train the embedded model `weights/tiny` from nothing: scenes, tower, decoder, joint, export.
+
+    python tools/train_tiny.py                     # all stages; continues where it was interrupted
+    python tools/train_tiny.py --stage tower       # one stage
+    python tools/train_tiny.py --device cuda
+
+The stages are LLaVA's own in small. `scenes` draws the training images once. `tower` teaches the
+vision tower what every patch belongs to (shape, color, digit, centre of its object), first on crops
+around objects, which are cheap, then on whole images. `decoder` trains projector and decoder on the
+frozen tower's features, computed once, with most background patches left out. `joint` trains
+everything on whole images. `export` writes the folder that `llava_lite.load` reads.
+
+Every image stands in front of many questions at once: each question block sees the image and
+itself, not its neighbours, and takes the positions it would have alone.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from llava_lite.checkpoint import save_model
+from llava_lite.config import TINY
+from llava_lite.llama import LlamaDecoder
+from llava_lite.llava import IMAGE_TOKEN_ID, Llava
+from llava_lite.projector import Projector
+from llava_lite.prompt import build_prompt
+from llava_lite.scenes import (
+    COLORS,
+    SHAPES,
+    Question,
+    Scene,
+    draw_instances,
+    draw_scene,
+    questions,
+    sample_scene,
+)
+from llava_lite.tokenizer import Tokenizer, train_tokenizer
+from llava_lite.vision import VisionTower
+
+SIZE, PATCH, GRID = 336, 14, 24
+CROP = 8  # patches along a crop's side
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+PAD_COLOR = (122, 116, 104)
+TRAIN_SEED, HELD_OUT_SEED = 1, 2
+IGNORE = -100
+
+
+# ------------------------------------------------------------------------------ scenes
+
+
+def make_scene(seed: int, index: int) -> Scene:
+    """Scene `index` of a set; the same every time, so only its pixels are stored."""
+    rng = np.random.default_rng([seed, index])
+    sizes = (224, 480) if rng.random() < 0.8 else (480, 1024)
+    return sample_scene(rng, short_side=sizes)
+
+
+def render(task: tuple[int, int]) -> np.ndarray:
+    """Draw one scene and bring it to the model's input size, as image.py does: (S, S, 3) uint8."""
+    scene = make_scene(*task)
+    image = draw_scene(scene, supersample=1 + task[1] % 3)
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), PAD_COLOR)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return np.asarray(square.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+
+
+class SceneSet:
+    """`count` scenes of a seed with their pixels (count, S, S, 3) in a memory-mapped file."""
+
+    def __init__(self, folder: Path, seed: int, count: int) -> None:
+        path = folder / f"scenes_{seed}_{count}.npy"
+        if not path.exists():
+            draw_all(path, seed, count)
+        self.pixels = np.load(path, mmap_mode="r")
+        self.scenes = [make_scene(seed, index) for index in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+
+def draw_all(path: Path, seed: int, count: int) -> None:
+    """Draw all scenes with every core into a file that takes its name only when it is complete."""
+    partial = path.with_suffix(".partial.npy")
+    shape = (count, SIZE, SIZE, 3)
+    pixels = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+    tasks = [(seed, index) for index in range(count)]
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        drawn = pool.imap(render, tasks, chunksize=32)
+        for index, image in enumerate(tqdm(drawn, "draw scenes", count)):
+            pixels[index] = image
+    pixels.flush()
+    partial.rename(path)
+
+
+# ------------------------------------------------------------------- what each patch shows
+
+
+@dataclass
+class PatchLabels:
+    """Targets for every patch of a batch: class indices (B, P), IGNORE where there is none;
+    `center` (B, P) 0/1; `offset` (B, P, 2) from patch to object centre in patches."""
+
+    color: Tensor
+    shape: Tensor
+    digit: Tensor
+    center: Tensor
+    offset: Tensor
+
+
+def label_patches(scene: Scene, instances: np.ndarray, corner: tuple[int, int]) -> dict[str, Any]:
+    """Labels of one window of a scene: `instances` (s, s) of it, `corner` its (x, y) in the
+    image."""
+    grid = instances.shape[0] // PATCH
+    blocks = instances.reshape(grid, PATCH, grid, PATCH).transpose(0, 2, 1, 3)
+    blocks = blocks.reshape(grid * grid, -1)
+    areas = np.stack(
+        [(blocks == i + 1).sum(1) for i in range(len(scene.objects))], 1
+    )  # (P, objects)
+    owner = np.where(areas.max(1) >= 16, areas.argmax(1), -1)  # (P,)
+    side = max(scene.width, scene.height)
+    scale, left, top = SIZE / side, (side - scene.width) // 2, (side - scene.height) // 2
+    objects = scene.objects
+    centers = np.array([((o.x + left) * scale, (o.y + top) * scale) for o in objects]) - corner
+    shapes = np.array([SHAPES.index(o.shape) for o in objects])
+    colors = np.array([list(COLORS).index(o.color) + 1 for o in objects])
+    digits = np.array([0 if o.digit is None else o.digit + 1 for o in objects])
+    digits[~np.isin(shapes, (SHAPES.index("circle"), SHAPES.index("square")))] = IGNORE
+    outside = ((centers < 0) | (centers >= grid * PATCH)).any(1)
+    shapes[outside], digits[outside] = IGNORE, IGNORE  # half an object need not be recognised
+    rows, columns = np.divmod(np.arange(grid * grid), grid)
+    middles = np.stack((columns + 0.5, rows + 0.5), 1) * PATCH
+    center = np.zeros(grid * grid, np.float32)
+    cells = (centers[~outside] // PATCH).astype(int)
+    center[cells[:, 1] * grid + cells[:, 0]] = 1
+    background = owner < 0
+    return {
+        "color": np.where(background, 0, colors[owner]),
+        "shape": np.where(background, IGNORE, shapes[owner]),
+        "digit": np.where(background, IGNORE, digits[owner]),
+        "center": center,
+        "offset": ((centers[owner] - middles) / PATCH).astype(np.float32),
+    }
+
+
+def stack_labels(labels: Sequence[dict[str, Any]]) -> PatchLabels:
+    """Labels of a batch as tensors."""
+    stacked = {key: torch.from_numpy(np.stack([one[key] for one in labels])) for key in labels[0]}
+    return PatchLabels(**stacked)
+
+
+def to_pixel_values(images: np.ndarray) -> Tensor:
+    """uint8 (B, S, S, 3) -> normalised (B, 3, S, S) float32."""
+    values = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    return (values - MEAN) / STD
+
+
+def crop_batch(scenes: SceneSet, rng: np.random.Generator, size: int) -> tuple[Tensor, PatchLabels]:
+    """`size` windows of CROP x CROP patches, each with an object's centre inside; mirrored or
+    turned where no digit would become unreadable."""
+    window, images, labels = CROP * PATCH, [], []
+    for index in rng.integers(len(scenes), size=size):
+        scene = scenes.scenes[index]
+        instances = draw_instances(scene, SIZE)
+        side = max(scene.width, scene.height)
+        chosen = scene.objects[rng.integers(len(scene.objects))]
+        middle = np.array(
+            [chosen.x + (side - scene.width) // 2, chosen.y + (side - scene.height) // 2]
+        )
+        low = middle * SIZE / side - window / 2 + rng.uniform(-28, 28, 2)
+        x, y = np.clip(low, 0, SIZE - window).astype(int)
+        pixels = scenes.pixels[index, y : y + window, x : x + window]
+        labelled = label_patches(scene, instances[y : y + window, x : x + window], (x, y))
+        images.append(pixels)
+        labels.append(labelled)
+    return to_pixel_values(np.stack(images)), stack_labels(labels)
+
+
+def whole_batch(scenes: SceneSet, indices: Sequence[int]) -> tuple[Tensor, PatchLabels]:
+    """Whole images with the labels of their 576 patches."""
+    labels = [
+        label_patches(scenes.scenes[i], draw_instances(scenes.scenes[i], SIZE), (0, 0))
+        for i in indices
+    ]
+    return to_pixel_values(scenes.pixels[np.asarray(indices)]), stack_labels(labels)
+
+
+# ------------------------------------------------------------------------------- tower
+
+
+class PatchHeads(nn.Module):
+    """Linear readers of the tower's features, for training only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.color = nn.Linear(width, 1 + len(COLORS))
+        self.shape = nn.Linear(width, len(SHAPES))
+        self.digit = nn.Linear(width, 11)
+        self.center = nn.Linear(width, 1)
+        self.offset = nn.Linear(width, 2)
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        x = self.norm(features)
+        names = ("color", "shape", "digit", "center", "offset")
+        return {name: getattr(self, name)(x).float() for name in names}
+
+
+def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
+    """How badly the heads read the labels."""
+    on_object = labels.color > 0
+    background_weight = torch.full((1 + len(COLORS),), 1.0, device=labels.color.device)
+    background_weight[0] = 0.3
+    color = F.cross_entropy(read["color"].flatten(0, 1), labels.color.flatten(), background_weight)
+    shape = F.cross_entropy(
+        read["shape"].flatten(0, 1), labels.shape.flatten(), ignore_index=IGNORE
+    )
+    digit = F.cross_entropy(
+        read["digit"].flatten(0, 1), labels.digit.flatten(), ignore_index=IGNORE
+    )
+    center = F.binary_cross_entropy_with_logits(
+        read["center"].squeeze(-1), labels.center, pos_weight=torch.tensor(5.0)
+    )
+    offset = F.smooth_l1_loss(read["offset"][on_object], labels.offset[on_object])
+    return color + shape + 0.7 * digit + center + 0.3 * offset
+
+
+def see_crops(tower: VisionTower, pixel_values: Tensor, rng: np.random.Generator) -> Tensor:
+    """The tower on crops, each put at a random place of the position table."""
+    count = len(pixel_values)
+    corners = rng.integers(0, GRID - CROP + 1, size=(count, 2))
+    steps = np.arange(CROP)
+    rows = 1 + (corners[:, :1] + steps)[:, :, None] * GRID + (corners[:, 1:] + steps)[:, None]
+    places = torch.from_numpy(
+        np.concatenate((np.zeros((count, 1), int), rows.reshape(count, -1)), 1)
+    )
+    patches = rearrange(tower.patch_embed(pixel_values), "b c h w -> b (h w) c")
+    class_token = tower.class_embed.expand(count, 1, -1)
+    x = torch.cat((class_token, patches), 1) + tower.pos_embed[places.to(patches.device)]
+    x = tower.pre_norm(x)
+    for block in tower.blocks:
+        x = block(x)
+    return x[:, 1:]
+
+
+def initialise(module: nn.Module, num_blocks: int) -> None:
+    """Small normal weights; what ends a residual branch starts smaller the deeper the model is."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() < 2 and not name.endswith("class_embed"):
+            continue
+        std = 0.02
+        if name.endswith(("o_proj.weight", "fc2.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * num_blocks)
+        if name.endswith("patch_embed.weight"):
+            std = 0.04
+        nn.init.normal_(parameter, std=std)
+
+
+class Trainer:
+    """AdamW with warm-up and cosine, gradient clipping, a JSONL log, and a state to resume from."""
+
+    def __init__(
+        self,
+        name: str,
+        work: Path,
+        modules: dict[str, nn.Module],
+        rates: dict[str, float],
+        steps: int,
+    ) -> None:
+        self.name, self.modules, self.steps, self.step = name, modules, steps, 0
+        self.state_path, self.log_path = work / f"{name}.state.pt", work / "log.jsonl"
+        groups = []
+        for key, module in modules.items():
+            matrices = [p for p in module.parameters() if p.dim() >= 2]
+            vectors = [p for p in module.parameters() if p.dim() < 2]
+            groups.append({"params": matrices, "lr": rates[key], "weight_decay": 0.05})
+            groups.append({"params": vectors, "lr": rates[key], "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        if self.state_path.exists():
+            self._restore(torch.load(self.state_path, weights_only=True))
+
+    def _rate(self, step: int) -> float:
+        warm_up = min(200, self.steps // 10 + 1)
+        done = min(1.0, step / self.steps)
+        return min(1.0, (step + 1) / warm_up) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for key, module in self.modules.items():
+            module.load_state_dict(state[key])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step = state["step"]
+
+    def save(self) -> None:
+        state: dict[str, Any] = {key: module.state_dict() for key, module in self.modules.items()}
+        state |= {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        partial = self.state_path.with_suffix(".partial")
+        torch.save(state | {"step": self.step}, partial)
+        partial.rename(self.state_path)
+
+    def update(self, loss: Tensor) -> None:
+        loss.backward()
+        for group in self.optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def log(self, **values: float) -> None:
+        line = {"stage": self.name, "step": self.step, "time": round(time.time()), **values}
+        with self.log_path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        tqdm.write(json.dumps(line))
+
+    def run(self) -> Iterator[int]:
+        """Step numbers from where the stage stands, with a progress bar; saves on the way."""
+        bar = tqdm(range(self.step, self.steps), self.name, initial=self.step, total=self.steps)
+        for step in bar:
+            yield step
+            if self.step % 500 == 0 or self.step == self.steps:
+                self.save()
+
+
+def autocast(device: str) -> torch.autocast:
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+def train_tower(args: argparse.Namespace) -> None:
+    """Stage `tower`: crops for the first part of the steps, whole images for the rest."""
+    train = SceneSet(args.work, TRAIN_SEED, args.scenes)
+    held_out = SceneSet(args.work, HELD_OUT_SEED, 64)
+    torch.manual_seed(0)
+    tower, heads = VisionTower(TINY.vision), PatchHeads(TINY.vision.hidden_size)
+    initialise(tower, TINY.vision.num_blocks)
+    tower, heads = tower.to(args.device), heads.to(args.device)
+    modules: dict[str, nn.Module] = {"tower": tower, "heads": heads}
+    rates = {"tower": args.tower_rate, "heads": args.tower_rate}
+    trainer = Trainer("tower", args.work, modules, rates, args.tower_steps)
+    losses = []
+    for step in trainer.run():
+        rng = np.random.default_rng([step, 7])
+        whole = step >= args.tower_steps * (1 - args.whole_share)
+        # On a CPU the plain kernel is twice as fast here: the fused one's backward is slow.
+        with autocast(args.device), sdpa_kernel(SDPBackend.MATH):
+            if whole:
+                pixel_values, labels = whole_batch(train, rng.integers(len(train), size=8))
+                features = tower(pixel_values.to(args.device))
+            else:
+                pixel_values, labels = crop_batch(train, rng, 64)
+                features = see_crops(tower, pixel_values.to(args.device), rng)
+            loss = patch_loss(heads(features), labels)
+        trainer.update(loss)
+        losses.append(loss.item())
+        if trainer.step % 250 == 0:
+            trainer.log(
+                loss=float(np.mean(losses[-250:])), **test_tower(tower, heads, held_out, args)
+            )
+
+
+@torch.no_grad()
+def test_tower(
+    tower: VisionTower, heads: PatchHeads, scenes: SceneSet, args: argparse.Namespace
+) -> dict[str, float]:
+    """Accuracy of the heads on held-out crops and whole images, over patches that have the
+    label."""
+    results = {}
+    rng = np.random.default_rng(0)
+    for name in ("crop", "whole"):
+        with autocast(args.device):
+            if name == "crop":
+                pixel_values, labels = crop_batch(scenes, rng, 128)
+                read = heads(see_crops(tower, pixel_values.to(args.device), rng))
+            else:
+                pixel_values, labels = whole_batch(scenes, range(32))
+                read = heads(tower(pixel_values.to(args.device)))
+        for key in ("color", "shape", "digit"):
+            target = getattr(labels, key)
+            valid = (target > 0) if key == "color" else (target != IGNORE)
+            right = read[key].argmax(-1).cpu()[valid] == target[valid]
+            results[f"{name}_{key}"] = round(right.float().mean().item(), 3)
+        found = read["center"].squeeze(-1).cpu() > 0
+        results[f"{name}_center_iou"] = round(
+            float((found & (labels.center > 0)).sum() / (found | (labels.center > 0)).sum()), 3
+        )
+    return results
+
+
+# ----------------------------------------------------------------------------- decoder
+
+# How often each family is asked about an image, per question block.
+FAMILY_WEIGHTS = {
+    "count": 1.0,
+    "count_color": 1.3,
+    "count_shape": 1.3,
+    "color": 2.0,
+    "shape": 2.0,
+    "exists": 3.0,
+    "where": 1.5,
+    "relation": 2.0,
+    "digit": 1.0,
+}
+
+
+def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
+    """The embedded model's own tokenizer, trained once on prompts about undrawn scenes."""
+    path = args.work / "tokenizer.json"
+    if not path.exists():
+        rng = np.random.default_rng(0)
+        texts = []
+        for _ in range(1500):
+            scene = sample_scene(rng)
+            asked = questions(scene, rng, 0.75)[::2] + questions(scene, rng, 1.0)[-1:]
+            texts += [conversation(((one.text, one.answer),)) for one in asked]
+        train_tokenizer(texts, TINY.text.vocab_size).save(path)
+    return Tokenizer.from_file(path)
+
+
+def conversation(turns: tuple[tuple[str, str | None], ...]) -> str:
+    """The prompt text of question-answer turns about one image."""
+    first = (f"<image>\n{turns[0][0]}", turns[0][1])
+    return build_prompt(TINY.template, [first, *turns[1:]])
+
+
+class Writer:
+    """Turns conversations into ids: the part before the image (always the same) and the block after
+    it, with the answer tokens marked."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        ids = tokenizer.encode_prompt(conversation((("?", None),)))
+        self.head = ids[: ids.index(IMAGE_TOKEN_ID)]
+        self.block = lru_cache(maxsize=200_000)(self._block)
+
+    def _block(self, turns: tuple[tuple[str, str], ...]) -> tuple[list[int], list[int]]:
+        """Ids after the image, and for each its target: the next id where that belongs to an
+        answer (or ends it), else IGNORE."""
+        skip = len(self.head) + 1
+        ids = self.tokenizer.encode_prompt(conversation(turns))[skip:]
+        targets = [IGNORE] * len(ids)
+        for done in range(len(turns)):
+            question = (*turns[:done], (turns[done][0], None))
+            start = len(self.tokenizer.encode_prompt(conversation(question))) - skip
+            stop = len(self.tokenizer.encode_prompt(conversation(turns[: done + 1]))) - skip
+            targets[start - 1 : stop - 1] = ids[start:stop]
+        return ids, targets
+
+
+def pick_turns(
+    asked: Sequence[Question], rng: np.random.Generator, count: int
+) -> list[tuple[tuple[str, str], ...]]:
+    """`count` blocks of one question, some of two or three, families by FAMILY_WEIGHTS; in front,
+    the description of the image, which names every object."""
+    by_family: dict[str, list[Question]] = {}
+    for one in asked:
+        by_family.setdefault(one.family, []).append(one)
+    describe = by_family.pop("describe")[0]
+    families = list(by_family)
+    weights = np.array([FAMILY_WEIGHTS[family] for family in families])
+    blocks: list[tuple[tuple[str, str], ...]] = [((describe.text, describe.answer),)]
+    while len(blocks) <= count:
+        turns = []
+        for family in rng.choice(
+            families, rng.choice([1, 1, 1, 1, 2, 3]), p=weights / weights.sum()
+        ):
+            one = by_family[family][rng.integers(len(by_family[family]))]
+            turns.append((one.text, one.answer))
+        blocks.append(tuple(turns))
+    return blocks
+
+
+@dataclass
+class Packed:
+    """A training batch: every image with its question blocks is one item of packed rows."""
+
+    token_ids: list[int]  # (R,), IMAGE_TOKEN_ID at image rows
+    position_ids: list[int]  # (R,)
+    targets: list[int]  # (R,)
+    lengths: list[int]
+    masks: list[Tensor]
+    patches: list[np.ndarray]  # per item: which patches stand in the image slot, ascending
+
+
+def pack(
+    writer: Writer,
+    blocks_per_image: Sequence[Sequence[tuple[tuple[str, str], ...]]],
+    patches: list[np.ndarray],
+    device: str,
+) -> Packed:
+    """Lay out head, image rows and blocks of each image. A block sees head, image and itself, and
+    its positions go on after all 576 patches, whichever of them are there."""
+    packed = Packed([], [], [], [], [], patches)
+    head = len(writer.head)
+    for blocks, kept in zip(blocks_per_image, patches, strict=True):
+        token_ids = writer.head + [IMAGE_TOKEN_ID] * len(kept)
+        position_ids = [*range(head), *(head + kept)]
+        targets = [IGNORE] * len(token_ids)
+        owner = [0] * len(token_ids)
+        for index, turns in enumerate(blocks, start=1):
+            ids, wanted = writer.block(turns)
+            start = head + GRID * GRID
+            token_ids, targets = token_ids + ids, targets + wanted
+            position_ids += range(start, start + len(ids))
+            owner += [index] * len(ids)
+        owners = torch.tensor(owner, device=device)
+        seen = ((owners == 0)[None, :] | (owners[:, None] == owners[None, :])).tril()
+        # Additive and in bfloat16: a bool mask would be converted again in every layer.
+        mask = torch.zeros(seen.shape, dtype=torch.bfloat16, device=device)
+        packed.masks.append(mask.masked_fill_(~seen, -1e4))
+        packed.lengths.append(len(token_ids))
+        packed.token_ids += token_ids
+        packed.position_ids += [int(position) for position in position_ids]
+        packed.targets += targets
+    return packed
+
+
+def answer_loss(
+    decoder: LlamaDecoder, packed: Packed, image_embeds: Tensor, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of the answer tokens. image_embeds (image rows of all items, C). Returns loss,
+    and for every answer token whether it is right and its row."""
+    token_ids = torch.tensor(packed.token_ids, device=device)
+    targets = torch.tensor(packed.targets, device=device)
+    is_image = token_ids == IMAGE_TOKEN_ID
+    words = decoder.embed_tokens(token_ids.clamp(min=0))
+    input_embeds = words.index_put((is_image.nonzero()[:, 0],), image_embeds.to(words.dtype))
+    position_ids = torch.tensor(packed.position_ids, device=device)
+    past = [None] * len(packed.lengths)
+    x, _ = decoder(input_embeds, position_ids, packed.lengths, past, packed.masks)
+    rows = (targets != IGNORE).nonzero()[:, 0]
+    logits = decoder.lm_head(x[rows]).float()
+    # A description is long: its tokens must not drown the short answers.
+    run_length = torch.tensor(answer_lengths(packed.targets), device=device)[rows]
+    weights = run_length.clamp(min=3).float().rsqrt()
+    losses = F.cross_entropy(logits, targets[rows], reduction="none")
+    return (losses * weights).sum() / weights.sum(), logits.argmax(-1) == targets[rows], rows
+
+
+def answer_lengths(targets: Sequence[int]) -> list[int]:
+    """For every row with a target, how many tokens its answer has; 0 elsewhere."""
+    lengths = [0] * len(targets)
+    for is_answer, run in groupby(range(len(targets)), key=lambda row: targets[row] != IGNORE):
+        rows = list(run)
+        if is_answer:
+            for row in rows:
+                lengths[row] = len(rows)
+    return lengths
+
+
+def tower_features(
+    tower: VisionTower, scenes: SceneSet, args: argparse.Namespace, name: str
+) -> Tensor:
+    """Features of every patch of every scene, (scenes, 576, C) bfloat16, computed once into a
+    file."""
+    path = args.work / f"{name}.bf16"
+    shape = (len(scenes), GRID * GRID, TINY.vision.hidden_size)
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        stored = torch.from_file(
+            str(partial), shared=True, size=math.prod(shape), dtype=torch.bfloat16
+        ).view(shape)
+        with torch.inference_mode(), autocast(args.device):
+            for start in tqdm(range(0, len(scenes), 16), f"features {name}"):
+                pixels = to_pixel_values(np.array(scenes.pixels[start : start + 16]))
+                stored[start : start + 16] = tower(pixels.to(args.device)).to("cpu", torch.bfloat16)
+        del stored
+        partial.rename(path)
+    flat = torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=torch.bfloat16)
+    return flat.view(shape)
+
+
+def object_patches(scene: Scene, rng: np.random.Generator, background: int) -> np.ndarray:
+    """Patches that touch an object, and `background` others, ascending."""
+    instances = draw_instances(scene, SIZE).reshape(GRID, PATCH, GRID, PATCH)
+    covered = instances.any(axis=(1, 3)).ravel()
+    others = rng.permutation(np.flatnonzero(~covered))[:background]
+    return np.sort(np.concatenate((np.flatnonzero(covered), others)))
+
+
+def curriculum(scenes: SceneSet, progress: float) -> np.ndarray:
+    """Indices of the scenes simple enough by now: up to 2 objects at first, all from 30 % on."""
+    most = 2 + int(progress / 0.075)
+    return np.flatnonzero([len(scene.objects) <= most for scene in scenes.scenes])
+
+
+def new_decoder(args: argparse.Namespace) -> tuple[Projector, LlamaDecoder]:
+    torch.manual_seed(1)
+    projector, decoder = Projector(TINY), LlamaDecoder(TINY.text)
+    for module in (projector, decoder):
+        initialise(module, TINY.text.num_layers)
+    for layer in projector.layers:
+        nn.init.xavier_uniform_(layer.weight)
+    return projector.to(args.device), decoder.to(args.device)
+
+
+def trained_tower(args: argparse.Namespace) -> tuple[VisionTower, PatchHeads]:
+    tower, heads = VisionTower(TINY.vision), PatchHeads(TINY.vision.hidden_size)
+    state = torch.load(args.work / "tower.state.pt", weights_only=True)
+    tower.load_state_dict(state["tower"])
+    heads.load_state_dict(state["heads"])
+    return tower.to(args.device), heads.to(args.device)
+
+
+def train_decoder(args: argparse.Namespace) -> None:
+    """Stage `decoder`: projector and decoder on the frozen tower's features."""
+    train = SceneSet(args.work, TRAIN_SEED, args.scenes)
+    held_out = SceneSet(args.work, HELD_OUT_SEED, 64)
+    tower, _ = trained_tower(args)
+    features = tower_features(tower, train, args, "train")
+    held_out_features = tower_features(tower, held_out, args, "held_out")
+    writer = Writer(load_tokenizer(args))
+    projector, decoder = new_decoder(args)
+    rates = {"projector": args.decoder_rate, "decoder": args.decoder_rate}
+    modules: dict[str, nn.Module] = {"projector": projector, "decoder": decoder}
+    trainer = Trainer("decoder", args.work, modules, rates, args.decoder_steps)
+    losses = []
+    for step in trainer.run():
+        rng = np.random.default_rng([step, 8])
+        indices = rng.choice(curriculum(train, step / args.decoder_steps), args.decoder_batch)
+        packed = pack_scenes(train, indices, writer, rng, args, background=24)
+        rows = [features[i][packed.patches[n]] for n, i in enumerate(indices)]
+        with autocast(args.device):
+            image_embeds = projector(torch.cat(rows).to(args.device).float())
+            loss, _, _ = answer_loss(decoder, packed, image_embeds, args.device)
+        trainer.update(loss)
+        losses.append(loss.item())
+        if trainer.step % 100 == 0:
+            right = test_answers(projector, decoder, held_out, held_out_features, writer, args)
+            trainer.log(loss=round(float(np.mean(losses[-100:])), 4), **right)
+
+
+def pack_scenes(
+    scenes: SceneSet,
+    indices: Sequence[int],
+    writer: Writer,
+    rng: np.random.Generator,
+    args: argparse.Namespace,
+    background: int,
+) -> Packed:
+    """Questions about the scenes at `indices`, on their object patches and some background."""
+    blocks, patches = [], []
+    for index in indices:
+        scene = scenes.scenes[index]
+        blocks.append(pick_turns(questions(scene, rng, 0.4), rng, args.questions))
+        patches.append(object_patches(scene, rng, background))
+    return pack(writer, blocks, patches, args.device)
+
+
+@torch.no_grad()
+def test_answers(
+    projector: Projector,
+    decoder: LlamaDecoder,
+    scenes: SceneSet,
+    features: Tensor,
+    writer: Writer,
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """Per family, the share of held-out answers whose every token has the highest logit, given all
+    576 patches."""
+    right: dict[str, list[float]] = {}
+    for start in range(0, len(scenes), 8):
+        indices = range(start, start + 8)
+        asked = [questions(scenes.scenes[i], np.random.default_rng([i, 9]), 0.0) for i in indices]
+        asked = [one[:1] + one[1::3] + one[-1:] for one in asked]
+        blocks = [[((one.text, one.answer),) for one in each] for each in asked]
+        everything = [np.arange(GRID * GRID)] * 8
+        packed = pack(writer, blocks, everything, args.device)
+        with autocast(args.device):
+            embeds = projector(features[start : start + 8].flatten(0, 1).to(args.device).float())
+            _, hits, rows = answer_loss(decoder, packed, embeds, args.device)
+        runs = np.split(hits.cpu().numpy(), np.flatnonzero(np.diff(rows.cpu().numpy()) > 1) + 1)
+        families = [one.family for each in asked for one in each]
+        for family, run in zip(families, runs, strict=True):
+            right.setdefault(family, []).append(bool(run.all()))
+    return {family: round(float(np.mean(values)), 3) for family, values in right.items()}
+
+
+# ------------------------------------------------------------------------------- joint
+
+
+def train_joint(args: argparse.Namespace) -> None:
+    """Stage `joint`: tower, projector and decoder together on whole images and all 576 patches."""
+    train = SceneSet(args.work, TRAIN_SEED, args.scenes)
+    held_out = SceneSet(args.work, HELD_OUT_SEED, 64)
+    writer = Writer(load_tokenizer(args))
+    tower, heads = trained_tower(args)
+    projector, decoder = new_decoder(args)
+    state = torch.load(args.work / "decoder.state.pt", weights_only=True)
+    projector.load_state_dict(state["projector"])
+    decoder.load_state_dict(state["decoder"])
+    modules: dict[str, nn.Module] = {
+        "tower": tower,
+        "heads": heads,
+        "projector": projector,
+        "decoder": decoder,
+    }
+    rates = dict.fromkeys(modules, args.joint_rate)
+    trainer = Trainer("joint", args.work, modules, rates, args.joint_steps)
+    losses = []
+    for step in trainer.run():
+        rng = np.random.default_rng([step, 9])
+        indices = rng.integers(len(train), size=args.joint_batch)
+        pixel_values, labels = whole_batch(train, indices)
+        packed = pack_scenes(train, indices, writer, rng, args, background=GRID * GRID)
+        with autocast(args.device):
+            features = tower(pixel_values.to(args.device))
+            loss, _, _ = answer_loss(
+                decoder, packed, projector(features).flatten(0, 1), args.device
+            )
+            loss = loss + 0.1 * patch_loss(heads(features), labels)
+        trainer.update(loss)
+        losses.append(loss.item())
+        if trainer.step % 100 == 0:
+            with torch.inference_mode(), autocast(args.device):
+                pixels = to_pixel_values(np.array(held_out.pixels))
+                seen = torch.cat([tower(part.to(args.device)) for part in pixels.split(16)])
+            right = test_answers(projector, decoder, held_out, seen, writer, args)
+            trainer.log(loss=round(float(np.mean(losses[-100:])), 4), **right)
+
+
+# ------------------------------------------------------------------------------ export
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the newest weights as a model folder in bfloat16."""
+    newest = "joint" if (args.work / "joint.state.pt").exists() else "decoder"
+    state = torch.load(args.work / f"{newest}.state.pt", weights_only=True)
+    tower = state.get("tower") or trained_tower(args)[0].state_dict()
+    tokenizer = load_tokenizer(args)
+    text = replace(TINY.text, sampled_vocab_size=tokenizer.vocab_size)
+    config = replace(TINY, text=text)
+    model = Llava(config)
+    model.vision.load_state_dict(tower)
+    model.projector.load_state_dict(state["projector"])
+    model.decoder.load_state_dict(state["decoder"])
+    save_model(model.to(torch.bfloat16), config, args.out, tokenizer=tokenizer)
+
+
+STAGES = {"tower": train_tower, "decoder": train_decoder, "joint": train_joint, "export": export}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/tiny"), help="states, features, log"
+    )
+    parser.add_argument("--out", type=Path, default=Path("weights/tiny"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--scenes", type=int, default=16000)
+    parser.add_argument("--tower-steps", type=int, default=8000)
+    parser.add_argument("--tower-rate", type=float, default=1.2e-3)
+    parser.add_argument("--whole-share", type=float, default=0.12, help="of the tower's steps")
+    parser.add_argument("--questions", type=int, default=14, help="question blocks per image")
+    parser.add_argument("--decoder-steps", type=int, default=3000)
+    parser.add_argument("--decoder-batch", type=int, default=24, help="images")
+    parser.add_argument("--decoder-rate", type=float, default=1e-3)
+    parser.add_argument("--joint-steps", type=int, default=1200)
+    parser.add_argument("--joint-batch", type=int, default=8, help="images")
+    parser.add_argument("--joint-rate", type=float, default=2e-4)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # the plain kernel, kept in bf16
+    for name in STAGES if args.stage == "all" else [args.stage]:
+        STAGES[name](args)
+
+
+if __name__ == "__main__":
+    main()
