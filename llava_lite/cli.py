@@ -21,7 +21,7 @@ from llava_lite.errors import LlavaLiteError
 from llava_lite.prompt import ALIASES, TEMPLATES
 
 if TYPE_CHECKING:
-    from llava_lite.batch import Record, Summary
+    from llava_lite.batch import Record, Row, Summary
     from llava_lite.generation import Answer, Chat, Model
 
 OK, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -35,45 +35,64 @@ DTYPES = {
 }
 
 
+BATCH_HELP = """\
+input:
+  JSONL  one object a line: id (optional), image or images, prompt (or question, text)
+  CSV    with a header naming the same fields
+  folder every image in it, asked the one --prompt
+  Image paths are relative to the folder of the input file. A row without an image is text only.
+
+output: one JSON line per row, in order: id, prompt, image, answer or error, finish_reason, usage.
+  A row that fails (bad image, prompt too long) gets an error line and costs no other row.
+  After a crash or Ctrl-C the same command with --resume goes on where it stopped.
+
+exit code 0 means that every row is answered, 1 that some rows failed.
+
+examples:
+  llava-lite batch questions.jsonl -o answers.jsonl --resume
+  llava-lite batch photos/ -o captions.jsonl -p "Describe the image." --batch-size 16"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with `argv` (default: the process's own) and return its exit code."""
+    """Run the program with `argv` (default: the process's own) and return its exit code.
+
+    What a user can cause becomes one line on stderr."""
     argv = [hyphenated(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack letters that answers have
     try:
-        args, unknown = build_parser(argv).parse_known_args(argv)
-        if unknown:
-            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    except SystemExit as end:  # after help, or wrong usage
-        return end.code if isinstance(end.code, int) else WRONG_USAGE
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: say(f"warning: {one_line(message)}")
-        if getattr(args, "quiet", False):
-            warnings.simplefilter("ignore")
-        return run(args)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the chosen subcommand; turn what a user can cause into one line and an exit code."""
-    try:
-        code = args.run(args)
+        code = run(argv)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED
-    except SystemExit as end:  # usage errors that only show with the arguments at hand
-        return end.code if isinstance(end.code, int) else WRONG_USAGE
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         drop_stdout()
         return FAILED
     except Exception as error:
-        if args.debug or not is_users(error):
+        if "--debug" in argv or not is_users(error):
             raise
         say(f"error: {one_line(error)}")
         if isinstance(error, OSError):
             drop_stdout()  # if that is what failed, it would fail again at exit
         return FAILED
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse the arguments and run the chosen subcommand."""
+    try:
+        args, unknown = build_parser(argv).parse_known_args(argv)
+        if unknown:
+            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: say(f"warning: {one_line(message)}")
+            if getattr(args, "quiet", False):
+                warnings.simplefilter("ignore")
+            code: int = args.run(args)
+            return code
+    except SystemExit as end:  # argparse, after help or wrong usage
+        return end.code if isinstance(end.code, int) else WRONG_USAGE
 
 
 def is_users(error: Exception) -> bool:
@@ -192,23 +211,8 @@ def add_chat(commands: Any) -> None:
 
 
 def add_batch(commands: Any) -> None:
-    details = """input:
-  JSONL  one object a line: id (optional), image or images, prompt (or question, text)
-  CSV    with a header naming the same fields
-  folder every image in it, asked the one --prompt
-  Image paths are relative to the folder of the input file. A row without an image is text only.
-
-output: one JSON line per row, in order: id, prompt, image, answer or error, finish_reason, usage.
-  A row that fails (bad image, prompt too long) gets an error line and costs no other row.
-  After a crash or Ctrl-C the same command with --resume goes on where it stopped.
-
-exit code 0 means that every row is answered, 1 that some rows failed.
-
-examples:
-  llava-lite batch questions.jsonl -o answers.jsonl --resume
-  llava-lite batch photos/ -o captions.jsonl -p "Describe the image." --batch-size 16"""
     parser = add_command(
-        commands, "batch", run_batch, "INPUT -o FILE", "answer many prompts from a file", details
+        commands, "batch", run_batch, "INPUT -o FILE", "answer many prompts from a file", BATCH_HELP
     )
     parser.add_argument("input", metavar="INPUT", help="JSONL file, CSV file, or folder of images")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="JSONL file to write")
@@ -662,22 +666,34 @@ def run_batch(args: argparse.Namespace) -> int:
     resume = {"resume": args.resume, "retry_errors": args.retry_errors}
     plan = batch.plan(rows, args.output, **resume)  # problems show before the model loads
     if plan.todo:
-        with Progress(len(plan.todo), args.quiet) as progress:
-            summary = batch.run_batch(
-                load_model(args),
-                rows,
-                args.output,
-                batch_size=args.batch_size,
-                open_image=image_opener(args),
-                on_record=progress,
-                **resume,
-                **options,
-            )
+        summary = run_rows(args, rows, len(plan.todo), {**resume, **options})
     else:
         summary = batch.Summary(failed=plan.failed, present=plan.answered)
     if not args.quiet:
         say(format_summary(summary, args.output))
     return FAILED if summary.failed else OK
+
+
+def run_rows(
+    args: argparse.Namespace, rows: "list[Row]", total: int, options: dict[str, Any]
+) -> "Summary":
+    """Answer the rows, `total` of which are left to do, with a bar of progress."""
+    model, open_image = load_model(args), image_opener(args)
+    try:
+        with Progress(total, args.quiet) as progress:
+            return batch.run_batch(
+                model,
+                rows,
+                args.output,
+                batch_size=args.batch_size,
+                open_image=open_image,
+                on_record=progress,
+                **options,
+            )
+    except KeyboardInterrupt:
+        if not args.quiet:
+            say(f"{args.output} keeps what was answered; --resume goes on from there")
+        raise
 
 
 class Progress:

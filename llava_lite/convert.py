@@ -214,7 +214,7 @@ def own_output(opened: Source, dtype: torch.dtype) -> Output:
         specs={name: (opened.entries[name].shape, dtype) for name in opened.names()},
         read=lambda name: opened.read(name, dtype),
         documents={"config.json": opened.config.to_dict()},
-        unused=[entry.stored for entry in opened.unused.values()],
+        unused=list(dict.fromkeys(entry.stored for entry in opened.unused.values())),
     )
 
 

@@ -38,7 +38,7 @@ class Tally:
 
 
 def fresh_scenes(count: int, seed: int = FRESH_SEED) -> Iterator[tuple[Scene, list[Question]]]:
-    """`count` scenes over the whole domain, each with one question of every family that it allows."""
+    """`count` scenes over the whole domain, each with one question of every family it allows."""
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         scene = sample_scene(rng)

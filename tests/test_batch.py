@@ -349,7 +349,10 @@ def test_errors_stay_unless_they_are_to_be_retried(images: Path) -> None:
     assert model.batches == []
     assert (summary.answered, summary.failed, summary.present) == (0, 1, 3)
 
-    summary = run_batch(model, rows, output, resume=True, retry_errors=True)
+    link = images / "link.jsonl"
+    link.symlink_to(output)
+    summary = run_batch(model, rows, link, resume=True, retry_errors=True)
+    assert link.is_symlink()
     assert model.batches == [["question 2"]]
     assert (summary.answered, summary.failed, summary.present) == (1, 0, 3)
     records = read_jsonl(output)
@@ -485,6 +488,28 @@ def test_command_shards(images: Path, model_folder: Path) -> None:
         assert run_main(path, *arguments) == 0
     ids = [[record["id"] for record in read_jsonl(images / f"out{part}.jsonl")] for part in (1, 2)]
     assert ids == [["q0", "q2", "q4"], ["q1", "q3"]]
+
+
+def test_command_interrupted(
+    images: Path,
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = images / "out.jsonl"
+
+    def interrupted(record: Any, summary: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch, "count", interrupted)
+    arguments = ("-o", output, "-m", model_folder, "--batch-size", 2)
+    assert run_main(questions(images, 3), *arguments) == 130
+    assert len(read_jsonl(output)) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert printed == [
+        f"{output} keeps what was answered; --resume goes on from there",
+        "interrupted",
+    ]
 
 
 def start_batch(path: Path, output: Path, model: Path) -> subprocess.Popen[bytes]:

@@ -19,8 +19,10 @@ from conftest import TINY_CONFIG, TINY_TEXT, TINY_VISION, random_llava
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
 from llava_lite import generation
+from llava_lite.checkpoint import load_model
 from llava_lite.errors import ContextError, ImageError, PromptError
 from llava_lite.generation import (
     Answer,
@@ -29,6 +31,7 @@ from llava_lite.generation import (
     GenerationOptions,
     Model,
     Score,
+    draw,
     sample,
 )
 from llava_lite.image import load_image, preprocess
@@ -207,12 +210,17 @@ def test_prompt_may_place_the_image_itself(tiny_model: Model) -> None:
 
 
 def test_system_and_template_change_the_prompt(tiny_model: Model) -> None:
-    for options in ({"system": "Be brief."}, {"template": "llava-hf"}, {"system": ""}):
-        answer = tiny_model.generate(picture(0), "star?", max_new_tokens=LENGTH, **options)
-        template = options.get("template", "vicuna_v1")
-        text = build_prompt(template, [("<image>\nstar?", None)], options.get("system"))
+    texts = {
+        "Be brief. USER: <image>\nstar? ASSISTANT:": {"system": "Be brief."},
+        "USER: <image>\nstar? ASSISTANT:": {"template": "llava-hf"},
+        "<image>star?": {"template": "plain"},
+    }
+    for text, options in texts.items():
         input_ids = tiny_model.tokenizer.encode_prompt(text)
-        assert answer.token_ids == reference_ids(tiny_model, input_ids, [picture(0)])
+        expected = reference_ids(tiny_model, input_ids, [picture(0)])
+        options = {"max_new_tokens": LENGTH, **options}
+        assert tiny_model.generate(picture(0), "star?", **options).token_ids == expected
+        assert tiny_model.chat(picture(0), **options).send("star?").token_ids == expected
 
 
 def test_config_of_the_model_overrides_pad_and_template(tiny_model: Model) -> None:
@@ -221,6 +229,27 @@ def test_config_of_the_model_overrides_pad_and_template(tiny_model: Model) -> No
     input_ids = model.tokenizer.encode_prompt("USER: <image>\nstar? ASSISTANT:")
     answer = model.generate(picture(0), "star?", max_new_tokens=LENGTH)
     assert answer.token_ids == reference_ids(model, input_ids, [picture(0)])
+
+
+def test_golden_answers(shared: Path) -> None:
+    """The reference implementation's greedy tokens, from text and pixel values, as one batch."""
+    folder = shared / "goldens" / "llava" / "tiny"
+    llava = load_model(folder / "hf_layout", dtype="float32")
+    tokenizer = Tokenizer.from_sentencepiece(
+        shared / "data" / "llama_tokenizer" / "tokenizer.model"
+    )
+    model = Model(llava, tokenizer)
+    goldens = json.loads((folder / "tiny_goldens.json").read_text())["prompts"]
+    pixel_values = load_file(folder / "tiny_goldens.safetensors")["pixel_values"][:1]
+    with torch.inference_mode():
+        image = EncodedImage(llava.encode_image(pixel_values)[0])
+    options = {"system": "A chat.", "max_new_tokens": 8}
+    answers = model.generate([image, None], ["What is this?", "Hello"], **options)
+    for answer, name in zip(answers, ("one_image", "text_only"), strict=True):
+        assert answer.usage["prompt_tokens"] == sum(
+            token >= 0 for token in goldens[name]["ids_official_style"]
+        )
+        assert list(answer.token_ids) == goldens[name]["generate_8"]
 
 
 # ---- batches -----------------------------------------------------------------------------------
@@ -504,6 +533,16 @@ def test_sample_is_in_float32_whatever_comes_in() -> None:
     assert ids.max() > 2900
 
 
+@pytest.mark.parametrize(("uniform", "index"), [(0.0, 1), (0.4999, 1), (0.5, 3), (1 - 2**-24, 3)])
+def test_draw_never_takes_a_weight_of_zero(
+    monkeypatch: pytest.MonkeyPatch, uniform: float, index: int
+) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(uniform))
+    for scale in (1.0, 0.3, 1e-30, 7e20):
+        weights = torch.tensor([0, 0.5, 0, 0.5, 0]) * scale
+        assert draw(weights, None) == index
+
+
 def test_rows_draw_from_their_own_generators() -> None:
     logits = torch.zeros(1, 1000).expand(3, -1)
 
@@ -571,12 +610,12 @@ def test_stream_is_lazy_and_closes_cleanly(tiny_model: Model, forwards: list[lis
 
 
 @st.composite
-def id_lists(draw: st.DrawFn) -> list[int]:
+def id_lists(draw_from: st.DrawFn) -> list[int]:
     """Ids with many bytes, spaces and line breaks among them."""
     newline, space = 3 + 10, 3 + 32
     some_bytes = st.sampled_from([3 + byte for byte in "é🦙 ☃".encode()])
     ids = st.one_of(st.integers(0, 309), some_bytes, st.sampled_from([newline, space]))
-    return draw(st.lists(ids, max_size=25))
+    return draw_from(st.lists(ids, max_size=25))
 
 
 @settings(max_examples=150, deadline=None)
@@ -627,6 +666,13 @@ def test_the_start_of_a_stop_string_is_held_back(tiny_tokenizer: Tokenizer) -> N
     assert text.stopped
     assert text.finish() == ""
     assert text.text == "a#b##c\nUS"
+
+
+def test_the_earliest_of_several_stop_strings_counts(tiny_tokenizer: Tokenizer) -> None:
+    for stop_strings in (["c", "bc"], ["bc", "c"], ["x", "c", "b"]):
+        text = AnswerText(StreamDecoder(tiny_tokenizer), stop_strings)
+        assert text.release("a bcd", final=False) == "a"
+        assert text.stopped
 
 
 def test_generation_ends_at_a_stop_string(
@@ -756,6 +802,17 @@ def test_sampled_chat_equals_generate_with_the_seed(tiny_model: Model) -> None:
     assert chat.send("star?") == tiny_model.generate(picture(0), "star?", **options)
 
 
+def test_images_of_the_first_message(tiny_model: Model) -> None:
+    """Those the chat was opened with, then those that come with the message."""
+    both = tiny_model.generate([picture(0), picture(1)], "star?", max_new_tokens=LENGTH)
+    chat = tiny_model.chat(picture(0), max_new_tokens=LENGTH)
+    assert chat.send("star?", picture(1)).token_ids == both.token_ids
+    chat = tiny_model.chat(max_new_tokens=LENGTH)
+    assert chat.send("star?", [picture(0), picture(1)]).token_ids == both.token_ids
+    chat = tiny_model.chat([picture(0), picture(1)], max_new_tokens=LENGTH)
+    assert chat.send("star?").token_ids == both.token_ids
+
+
 def test_chat_stream_is_send(tiny_model: Model) -> None:
     sent, streamed = (tiny_model.chat(picture(0), max_new_tokens=LENGTH) for _ in range(2))
     for question in QUESTIONS:
@@ -824,6 +881,26 @@ def test_ctrl_c_keeps_what_was_answered(
     assert len(chat.history) == (2 if at else 1)
     assert chat.history[0] == ("star?", first)
     assert_consistent(tiny_model, chat, [picture(0)])
+
+
+def test_ctrl_c_releases_what_was_held_back(
+    endless_model: Model, scripted: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A # may be the start of the stop string until the answer is over."""
+    scripted([[3 + ord("a"), 3 + ord("#"), 40]])
+    chat = endless_model.chat(stop="##", max_new_tokens=3)
+    forward, calls = endless_model.llava.forward, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(*args)
+
+    monkeypatch.setattr(endless_model.llava, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        chat.send("star?")
+    assert chat.history == [("star?", "a#")]
 
 
 def test_chat_survives_context_overflow_and_bad_input(tiny_model: Model, tmp_path: Path) -> None:
@@ -962,6 +1039,26 @@ def test_prefill_and_decode_are_those_of_llava(tiny_model: Model) -> None:
     assert [k.shape[2] for k, _ in grown] == [4 + P] * TINY_TEXT.num_layers
     assert [k.shape[2] for k, _ in cache] == [3 + P] * TINY_TEXT.num_layers
     assert not step.requires_grad
+
+
+def test_every_forward_runs_in_inference_mode(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[bool] = []
+    for owner, name in ((tiny_model.llava, "forward"), (tiny_model.llava, "encode_image")):
+        original = getattr(owner, name)
+
+        def recording(*args: Any, original: Callable[..., Any] = original) -> Any:
+            modes.append(torch.is_inference_mode_enabled())
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, recording)
+    tiny_model.generate(picture(0), "star?", max_new_tokens=2)
+    list(tiny_model.stream(picture(0), "star?", max_new_tokens=2))
+    tiny_model.score(picture(0), "star?", "red")
+    tiny_model.encode(picture(0))
+    assert len(modes) > 8
+    assert all(modes)
 
 
 def test_a_call_leaves_nothing_behind(tiny_model: Model) -> None:

@@ -1,6 +1,6 @@
 """Accuracy of the embedded model (or another) on fresh drawn scenes, by family of question.
 
-    python tools/evaluate_tiny.py --scenes 500
+python tools/evaluate_tiny.py --scenes 500
 """
 
 import argparse

@@ -19,7 +19,7 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -95,6 +95,11 @@ class SceneSet:
 
     def __len__(self) -> int:
         return len(self.scenes)
+
+    def keep(self, count: int) -> "SceneSet":
+        """Only the first `count` scenes."""
+        self.pixels, self.scenes = self.pixels[:count], self.scenes[:count]
+        return self
 
 
 def draw_all(path: Path, seed: int, count: int) -> None:
@@ -173,24 +178,49 @@ def to_pixel_values(images: np.ndarray) -> Tensor:
     return (values - MEAN) / STD
 
 
+def cut_crop(scenes: SceneSet, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, Any]]:
+    """A window of CROP x CROP patches around some object of some scene, at any pixel offset."""
+    index, window = rng.integers(len(scenes)), CROP * PATCH
+    scene = scenes.scenes[index]
+    side = max(scene.width, scene.height)
+    chosen = scene.objects[rng.integers(len(scene.objects))]
+    margins = (side - scene.width) // 2, (side - scene.height) // 2
+    middle = (np.array([chosen.x, chosen.y]) + margins) * SIZE / side
+    corner = middle - window / 2 + rng.uniform(-2 * PATCH, 2 * PATCH, 2)
+    x, y = np.clip(corner, 0, SIZE - window).astype(int)
+    instances = draw_instances(scene, SIZE)[y : y + window, x : x + window]
+    pixels = scenes.pixels[index, y : y + window, x : x + window]
+    return pixels, label_patches(scene, instances, (x, y))
+
+
 def crop_batch(scenes: SceneSet, rng: np.random.Generator, size: int) -> tuple[Tensor, PatchLabels]:
-    """`size` windows of CROP x CROP patches, each with an object's centre inside; mirrored or
-    turned where no digit would become unreadable."""
-    window, images, labels = CROP * PATCH, [], []
-    for index in rng.integers(len(scenes), size=size):
-        scene = scenes.scenes[index]
-        instances = draw_instances(scene, SIZE)
-        side = max(scene.width, scene.height)
-        chosen = scene.objects[rng.integers(len(scene.objects))]
-        middle = np.array(
-            [chosen.x + (side - scene.width) // 2, chosen.y + (side - scene.height) // 2]
+    """`size` crops as images of their own."""
+    pixels, labels = zip(*(cut_crop(scenes, rng) for _ in range(size)), strict=True)
+    return to_pixel_values(np.stack(pixels)), stack_labels(labels)
+
+
+def mosaic_batch(
+    scenes: SceneSet, rng: np.random.Generator, size: int
+) -> tuple[Tensor, PatchLabels]:
+    """`size` images of the full size, each tiled with 3 x 3 crops: as many patches to look among as
+    in a whole scene, but an object in every tile."""
+    tiles = GRID // CROP
+    images, labels = [], []
+    for _ in range(size):
+        pixels, tile_labels = zip(*(cut_crop(scenes, rng) for _ in range(tiles**2)), strict=True)
+        layout = "(ty tx) y x c -> (ty y) (tx x) c"
+        images.append(rearrange(np.stack(pixels), layout, ty=tiles))
+        labels.append(
+            {
+                key: rearrange(
+                    np.stack([tile[key] for tile in tile_labels]),
+                    "(ty tx) (y x) ... -> (ty y tx x) ...",
+                    ty=tiles,
+                    y=CROP,
+                )
+                for key in tile_labels[0]
+            }
         )
-        low = middle * SIZE / side - window / 2 + rng.uniform(-28, 28, 2)
-        x, y = np.clip(low, 0, SIZE - window).astype(int)
-        pixels = scenes.pixels[index, y : y + window, x : x + window]
-        labelled = label_patches(scene, instances[y : y + window, x : x + window], (x, y))
-        images.append(pixels)
-        labels.append(labelled)
     return to_pixel_values(np.stack(images)), stack_labels(labels)
 
 
@@ -241,6 +271,33 @@ def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
     )
     offset = F.smooth_l1_loss(read["offset"][on_object], labels.offset[on_object])
     return color + shape + 0.7 * digit + center + 0.3 * offset
+
+
+def start_local(tower: VisionTower, gain: float = 2.0) -> None:
+    """Start with attention to patches that look alike and lie near: an object's own.
+
+    Queries and keys begin as one projection (mimetic initialisation, Trockman and Kolter, arXiv
+    2305.09828) of tokens that carry sines of their place. From random weights every patch would
+    see the average of all 576 and learn nothing from it for a long time."""
+    with torch.no_grad():
+        tower.pos_embed[1:] = grid_positions(tower.pos_embed.shape[1])
+        for block in tower.blocks:
+            for head in block.attn.q_proj.weight.chunk(block.attn.num_heads):
+                nn.init.orthogonal_(head, gain)
+            block.attn.k_proj.weight.copy_(block.attn.q_proj.weight)
+
+
+def grid_positions(width: int) -> Tensor:
+    """Sines and cosines of row and column, (GRID * GRID, width), to start the position table from.
+
+    With random rows a crop teaches nothing about patches further apart than its own side, and in a
+    whole image attention strays; here nearness means the same everywhere from the start."""
+    frequencies = 100.0 ** (-torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(GRID)[:, None] * frequencies  # (GRID, width / 4)
+    line = torch.cat((angles.sin(), angles.cos()), dim=1)  # (GRID, width / 2)
+    rows = line[:, None].expand(GRID, GRID, -1)
+    columns = line[None].expand(GRID, GRID, -1)
+    return torch.cat((rows, columns), dim=-1).flatten(0, 1)
 
 
 def see_crops(tower: VisionTower, pixel_values: Tensor, rng: np.random.Generator) -> Tensor:
@@ -345,36 +402,60 @@ def autocast(device: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
-def train_tower(args: argparse.Namespace) -> None:
-    """Stage `tower`: crops for the first part of the steps, whole images for the rest."""
-    train = SceneSet(args.work, TRAIN_SEED, args.scenes)
-    held_out = SceneSet(args.work, HELD_OUT_SEED, 64)
+def train_crops(args: argparse.Namespace) -> None:
+    """Stage `crops`: the tower on small windows around objects, which are cheap."""
     torch.manual_seed(0)
     tower, heads = VisionTower(TINY.vision), PatchHeads(TINY.vision.hidden_size)
     initialise(tower, TINY.vision.num_blocks)
-    tower, heads = tower.to(args.device), heads.to(args.device)
-    modules: dict[str, nn.Module] = {"tower": tower, "heads": heads}
-    rates = {"tower": args.tower_rate, "heads": args.tower_rate}
-    trainer = Trainer("tower", args.work, modules, rates, args.tower_steps)
+    start_local(tower)
+
+    def batch(scenes: SceneSet, rng: np.random.Generator) -> tuple[Tensor, PatchLabels]:
+        pixel_values, labels = crop_batch(scenes, rng, 64)
+        return see_crops(tower, pixel_values.to(args.device), rng), labels
+
+    fit_tower("crops", tower, heads, batch, args.crop_steps, args.crop_rate, args)
+
+
+def train_tower(args: argparse.Namespace) -> None:
+    """Stage `tower`: on images of the full size, three mosaics of crops to each whole scene. Among
+    576 patches attention must be sharper than among the 64 of a crop."""
+    tower, heads = trained_tower(args, "crops")
+
+    def batch(scenes: SceneSet, rng: np.random.Generator) -> tuple[Tensor, PatchLabels]:
+        if rng.random() < 0.75:
+            pixel_values, labels = mosaic_batch(scenes, rng, 8)
+        else:
+            pixel_values, labels = whole_batch(scenes, rng.integers(len(scenes), size=8))
+        return tower(pixel_values.to(args.device)), labels
+
+    fit_tower("tower", tower, heads, batch, args.tower_steps, args.tower_rate, args)
+
+
+def fit_tower(
+    name: str,
+    tower: VisionTower,
+    heads: PatchHeads,
+    batch: Callable[[SceneSet, np.random.Generator], tuple[Tensor, PatchLabels]],
+    steps: int,
+    rate: float,
+    args: argparse.Namespace,
+) -> None:
+    """Train tower and heads on the features and labels that `batch` gives."""
+    train = SceneSet(args.work, TRAIN_SEED, args.scenes)
+    held_out = SceneSet(args.work, HELD_OUT_SEED, 64)
+    modules: dict[str, nn.Module] = {"tower": tower.to(args.device), "heads": heads.to(args.device)}
+    trainer = Trainer(name, args.work, modules, dict.fromkeys(modules, rate), steps)
     losses = []
     for step in trainer.run():
-        rng = np.random.default_rng([step, 7])
-        whole = step >= args.tower_steps * (1 - args.whole_share)
         # On a CPU the plain kernel is twice as fast here: the fused one's backward is slow.
         with autocast(args.device), sdpa_kernel(SDPBackend.MATH):
-            if whole:
-                pixel_values, labels = whole_batch(train, rng.integers(len(train), size=8))
-                features = tower(pixel_values.to(args.device))
-            else:
-                pixel_values, labels = crop_batch(train, rng, 64)
-                features = see_crops(tower, pixel_values.to(args.device), rng)
+            features, labels = batch(train, np.random.default_rng([step, len(name)]))
             loss = patch_loss(heads(features), labels)
         trainer.update(loss)
         losses.append(loss.item())
         if trainer.step % 250 == 0:
-            trainer.log(
-                loss=float(np.mean(losses[-250:])), **test_tower(tower, heads, held_out, args)
-            )
+            seen = test_tower(tower, heads, held_out, args)
+            trainer.log(loss=round(float(np.mean(losses[-250:])), 4), **seen)
 
 
 @torch.no_grad()
@@ -612,9 +693,10 @@ def new_decoder(args: argparse.Namespace) -> tuple[Projector, LlamaDecoder]:
     return projector.to(args.device), decoder.to(args.device)
 
 
-def trained_tower(args: argparse.Namespace) -> tuple[VisionTower, PatchHeads]:
+def trained_tower(args: argparse.Namespace, stage: str = "tower") -> tuple[VisionTower, PatchHeads]:
+    """The tower and its readers as the stage left them."""
     tower, heads = VisionTower(TINY.vision), PatchHeads(TINY.vision.hidden_size)
-    state = torch.load(args.work / "tower.state.pt", weights_only=True)
+    state = torch.load(args.work / f"{stage}.state.pt", weights_only=True)
     tower.load_state_dict(state["tower"])
     heads.load_state_dict(state["heads"])
     return tower.to(args.device), heads.to(args.device)
@@ -622,7 +704,7 @@ def trained_tower(args: argparse.Namespace) -> tuple[VisionTower, PatchHeads]:
 
 def train_decoder(args: argparse.Namespace) -> None:
     """Stage `decoder`: projector and decoder on the frozen tower's features."""
-    train = SceneSet(args.work, TRAIN_SEED, args.scenes)
+    train = SceneSet(args.work, TRAIN_SEED, args.scenes).keep(args.decoder_scenes)
     held_out = SceneSet(args.work, HELD_OUT_SEED, 64)
     tower, _ = trained_tower(args)
     features = tower_features(tower, train, args, "train")
@@ -755,7 +837,13 @@ def export(args: argparse.Namespace) -> None:
     save_model(model.to(torch.bfloat16), config, args.out, tokenizer=tokenizer)
 
 
-STAGES = {"tower": train_tower, "decoder": train_decoder, "joint": train_joint, "export": export}
+STAGES = {
+    "crops": train_crops,
+    "tower": train_tower,
+    "decoder": train_decoder,
+    "joint": train_joint,
+    "export": export,
+}
 
 
 def main() -> None:
@@ -767,10 +855,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("weights/tiny"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scenes", type=int, default=16000)
-    parser.add_argument("--tower-steps", type=int, default=8000)
-    parser.add_argument("--tower-rate", type=float, default=1.2e-3)
-    parser.add_argument("--whole-share", type=float, default=0.12, help="of the tower's steps")
+    parser.add_argument("--crop-steps", type=int, default=4000)
+    parser.add_argument("--crop-rate", type=float, default=1.2e-3)
+    parser.add_argument("--tower-steps", type=int, default=2500)
+    parser.add_argument("--tower-rate", type=float, default=8e-4)
     parser.add_argument("--questions", type=int, default=14, help="question blocks per image")
+    parser.add_argument("--decoder-scenes", type=int, default=8000, help="scenes with features")
     parser.add_argument("--decoder-steps", type=int, default=3000)
     parser.add_argument("--decoder-batch", type=int, default=24, help="images")
     parser.add_argument("--decoder-rate", type=float, default=1e-3)
