@@ -323,7 +323,7 @@ class Source:
             # W + (alpha / r) B A, in float32 and cast once at the end.
             pair = self.lora[name]
             change = self._stored(pair["B"]).float() @ self._stored(pair["A"]).float()
-            tensor = tensor.float().add_(change, alpha=self.lora_scale)
+            tensor = torch.add(tensor.float(), change, alpha=self.lora_scale)
         result = tensor.to(dtype).contiguous()
         if not self.trusted:
             check_finite(result, f"{entry.file}: tensor {entry.stored!r}")

@@ -30,7 +30,7 @@ from llava_lite.checkpoint import (
     write_json,
     write_shards,
 )
-from llava_lite.config import LlavaConfig
+from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
 from llava_lite.errors import CheckpointError
 from llava_lite.layouts import hf_name
 
@@ -135,24 +135,27 @@ def convert(
     with staged(place, force) as staging:
         read = with_progress(output, progress)
         table = write_shards(staging, output.specs, read, shard_size)
-        for name, content in output.documents.items():
-            write_json(staging / name, content)
-        if to == "hf":
-            write_hf_index(staging, table, output.size)
-            report.tokenizer = write_hf_tokenizer(staging, opened)
-        else:
-            if opened.tokenizer_file:
-                load_tokenizer(opened.tokenizer_file, opened.config).save(
-                    staging / "tokenizer.json"
-                )
-            origin = {"source": str(opened.path), "layout": opened.layout}
-            manifest = {**origin, "revision": opened.revision, "tensors": table}
-            write_json(staging / "manifest.json", manifest)
-        if verify:
-            report.verified = verify_tensors(staging, table) == len(output.specs)
+        write_side_files(staging, opened, output, table, to)
+        report.verified = verify and verify_tensors(staging, table) == len(output.specs)
     report.files = sorted({row["file"] for row in table.values()})
     report.written = True
     return report
+
+
+def write_side_files(
+    folder: Path, opened: Source, output: Output, table: Mapping[str, Mapping[str, Any]], to: str
+) -> None:
+    """Everything but the weights: configs, tokenizer, and the manifest or the index."""
+    for name, content in output.documents.items():
+        write_json(folder / name, content)
+    if to == "hf":
+        write_hf_index(folder, table, output.size)
+        write_hf_tokenizer(folder, opened)
+        return
+    if opened.tokenizer_file is not None:
+        load_tokenizer(opened.tokenizer_file, opened.config).save(folder / "tokenizer.json")
+    origin = {"source": str(opened.path), "layout": opened.layout, "revision": opened.revision}
+    write_json(folder / "manifest.json", {**origin, "tensors": table})
 
 
 def make_report(
@@ -294,7 +297,29 @@ def hf_documents(
     vision, text = config.vision, config.text
     image_id, precision = text.sampled_vocab_size, str(dtype).removeprefix("torch.")
     ids = {"bos_token_id": text.bos_id, "eos_token_id": text.eos_id, "pad_token_id": image_id + 1}
-    text_config = {
+    blocks = vision.num_layers if whole_tower else vision.num_blocks
+    model_config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": image_id,
+        "image_seq_length": vision.num_patches,
+        "pad_token_id": image_id + 1,
+        "projector_hidden_act": "gelu",
+        "text_config": hf_text_config(text, rows) | ids | {"torch_dtype": precision},
+        "vision_config": hf_vision_config(vision, blocks) | {"torch_dtype": precision},
+        "vision_feature_layer": vision.feature_layer if whole_tower else -1,
+        "vision_feature_select_strategy": "default",
+        "vocab_size": rows,
+        "tie_word_embeddings": False,
+        "torch_dtype": precision,
+    }
+    documents = {"config.json": model_config, "generation_config.json": ids}
+    return documents | hf_processor_documents(config)
+
+
+def hf_text_config(text: TextConfig, rows: int) -> dict[str, Any]:
+    """The decoder in transformers' words."""
+    return {
         "model_type": "llama",
         "vocab_size": rows,
         "hidden_size": text.hidden_size,
@@ -307,40 +332,21 @@ def hf_documents(
         "rope_theta": text.rope_theta,
         "max_position_embeddings": text.max_positions,
         "tie_word_embeddings": False,
-        "torch_dtype": precision,
-        **ids,
     }
-    vision_config = {
+
+
+def hf_vision_config(vision: VisionConfig, blocks: int) -> dict[str, Any]:
+    """The CLIP tower in transformers' words."""
+    return {
         "model_type": "clip_vision_model",
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
         "hidden_size": vision.hidden_size,
         "intermediate_size": vision.intermediate_size,
-        "num_hidden_layers": vision.num_layers if whole_tower else vision.num_blocks,
+        "num_hidden_layers": blocks,
         "num_attention_heads": vision.num_heads,
         "layer_norm_eps": vision.layer_norm_eps,
         "hidden_act": "quick_gelu",
-        "torch_dtype": precision,
-    }
-    model_config = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "image_token_index": image_id,
-        "image_seq_length": vision.num_patches,
-        "pad_token_id": image_id + 1,
-        "projector_hidden_act": "gelu",
-        "text_config": text_config,
-        "vision_config": vision_config,
-        "vision_feature_layer": vision.feature_layer if whole_tower else -1,
-        "vision_feature_select_strategy": "default",
-        "vocab_size": rows,
-        "tie_word_embeddings": False,
-        "torch_dtype": precision,
-    }
-    return {
-        "config.json": model_config,
-        "generation_config.json": ids,
-        **hf_processor_documents(config),
     }
 
 
@@ -382,16 +388,16 @@ def write_hf_index(folder: Path, table: Mapping[str, Mapping[str, Any]], size: i
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_hf_tokenizer(folder: Path, opened: Source) -> bool:
+def write_hf_tokenizer(folder: Path, opened: Source) -> None:
     """Copy the tokenizer of a llava-hf source, or write ours with `<image>` and `<pad>` added."""
     if opened.tokenizer_file is None:
-        return False
+        return
     home = opened.tokenizer_file.parent
     if opened.layout.startswith("llava-hf") and (home / "tokenizer_config.json").is_file():
         for name in HF_TOKENIZER_FILES:
             if (home / name).is_file():
                 shutil.copyfile(home / name, folder / name)
-        return True
+        return
     path = folder / "tokenizer.json"
     load_tokenizer(opened.tokenizer_file, opened.config).save(path)
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -413,7 +419,6 @@ def write_hf_tokenizer(folder: Path, opened: Source) -> bool:
         "clean_up_tokenization_spaces": False,
     }
     write_json(folder / "tokenizer_config.json", settings)
-    return True
 
 
 def parse_size(text: str) -> int:

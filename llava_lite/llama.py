@@ -15,7 +15,7 @@ from llava_lite.rope import rope_cos_sin
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight. Computed in float32 and cast back BEFORE the weight, as Llama does."""
+    """x / rms(x) * weight, in float32 at least, cast back BEFORE the weight, as Llama does."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return wide.to(x.dtype) * self.weight
 

@@ -497,6 +497,9 @@ def test_lora_over_a_base(adapter_name: str, llava: Llava, tmp_path: Path) -> No
     expected = write_lora(tmp_path / "lora", llava, adapter_name)
     with pytest.warns(UserWarning, match="ignored 1 LoRA tensors of the vision tower"):
         loaded = load_model(tmp_path / "lora", base=base).state_dict()
+        source = open_source(tmp_path / "lora", base=base)
+    name = "decoder.layers.1.attn.q_proj.weight"
+    assert torch.equal(source.read(name), source.read(name))  # merging leaves the source alone
     for name, tensor in (llava.state_dict() | expected).items():
         torch.testing.assert_close(loaded[name], tensor, atol=1e-6, rtol=1e-6)
 

@@ -1018,6 +1018,22 @@ def test_answer_is_a_str_that_travels(tiny_model: Model) -> None:
     assert answer.timings["tokens_per_second"] == pytest.approx(steps / answer.timings["decode"])
 
 
+def test_timings_book_every_step_where_it_belongs(
+    endless_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that ticks once per reading, everything that is timed takes one second."""
+    ticks = iter(range(100))
+    monkeypatch.setattr(generation, "perf_counter", lambda: float(next(ticks)))
+    answer = endless_model.generate(picture(0), "star?", max_new_tokens=4)
+    assert answer.timings == {
+        "preprocess": 1.0,
+        "vision": 1.0,
+        "prefill": 1.0,
+        "decode": 3.0,
+        "tokens_per_second": 1.0,
+    }
+
+
 def test_timings_of_a_single_token_without_an_image(tiny_model: Model) -> None:
     answer = tiny_model.generate(None, "star?", max_new_tokens=1)
     assert answer.timings["decode"] == answer.timings["tokens_per_second"] == 0

@@ -1,0 +1,59 @@
+"""The trained weights through the public API: a broken tower, tokenizer, RoPE or splice fails here."""
+
+import pytest
+from PIL import Image
+
+import llava_lite
+from llava_lite.evaluate import Tally, evaluate_scenes, fresh_scenes
+from llava_lite.generation import Model
+from llava_lite.scenes import ANSWERS
+
+EXAMPLES = llava_lite.embedded_model() / "examples"
+# Guessing gets about a sixth to a quarter right, half where the answer is yes or no.
+FLOORS = {"count": 0.6, "color": 0.6, "shape": 0.6, "exists": 0.6}
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return llava_lite.load()
+
+
+@pytest.fixture(scope="module")
+def tallies(model: Model) -> dict[str, Tally]:
+    return evaluate_scenes(model, fresh_scenes(40, seed=77))
+
+
+@pytest.mark.parametrize("family", FLOORS)
+def test_answers_about_fresh_scenes_are_far_above_chance(
+    tallies: dict[str, Tally], family: str
+) -> None:
+    assert tallies[family].accuracy >= FLOORS[family], tallies[family].mistakes
+
+
+def test_short_answers_are_words_that_the_question_allows(tallies: dict[str, Tally]) -> None:
+    given = [
+        (answer, ANSWERS[family])
+        for family, tally in tallies.items()
+        if family in ANSWERS
+        for _, _, answer in tally.mistakes
+    ]
+    odd = [answer for answer, allowed in given if answer not in allowed and answer != "zero"]
+    assert len(odd) <= 0.05 * sum(tally.asked for tally in tallies.values()), odd
+
+
+def test_the_readme_s_question_is_answered_rightly(model: Model) -> None:
+    answer = model.generate(EXAMPLES / "scene.png", "What shape is the red object?")
+    assert answer == "ring"
+    assert answer.finish_reason == "stop"
+    assert answer.usage["image_tokens"] == 576
+
+
+def test_the_image_matters(model: Model) -> None:
+    blank = Image.new("RGB", (400, 400), (128, 128, 128))
+    question = "Describe the image."
+    assert model.generate(EXAMPLES / "scene.png", question) != model.generate(blank, question)
+
+
+def test_it_is_small() -> None:
+    files = [path for path in llava_lite.embedded_model().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 16e6
