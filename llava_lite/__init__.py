@@ -12,7 +12,7 @@ import sys
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from llava_lite.errors import (
     CheckpointError,
@@ -23,11 +23,11 @@ from llava_lite.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
 
-    from llava_lite.generation import Answer, Chat, EncodedImage, Model, Score
+    from llava_lite.answer import Answer, Score
+    from llava_lite.chat import Chat
+    from llava_lite.generation import EncodedImage, Model
 
 __version__ = "0.1.0"
 
@@ -48,6 +48,7 @@ __all__ = [
     "load",
 ]
 
+# `generation` has them all: those it does not define, it imports.
 _FROM_GENERATION = ("Answer", "Chat", "EncodedImage", "Model", "Score")
 
 
@@ -57,9 +58,27 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+@overload
 def generate(
     image: Any,
-    prompt: "str | Sequence[str]",
+    prompt: str,
+    model: "Model | str | os.PathLike[str] | None" = ...,
+    **options: Any,
+) -> "Answer": ...
+
+
+@overload
+def generate(
+    image: Any,
+    prompt: "list[str] | tuple[str, ...]",
+    model: "Model | str | os.PathLike[str] | None" = ...,
+    **options: Any,
+) -> "list[Answer]": ...
+
+
+def generate(
+    image: Any,
+    prompt: "str | list[str] | tuple[str, ...]",
     model: "Model | str | os.PathLike[str] | None" = None,
     **options: Any,
 ) -> "Answer | list[Answer]":
@@ -94,9 +113,10 @@ def load(
         for a checkpoint without its own.
 
     Raises CheckpointError, and ValueError for a device or dtype that does not exist here."""
-    from llava_lite.checkpoint import load_source, load_tokenizer, open_source, parse_dtype
+    from llava_lite.checkpoint import load_source, load_tokenizer, parse_dtype
     from llava_lite.download import resolve
     from llava_lite.generation import Model
+    from llava_lite.sources import open_source
 
     path = resolve(
         _source_or_default(source), download_missing=download, revision=revision, offline=offline

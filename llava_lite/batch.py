@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from llava_lite.errors import LlavaLiteError
 
 if TYPE_CHECKING:
-    from llava_lite.generation import Answer, Model
+    from llava_lite.answer import Answer
+    from llava_lite.generation import Model
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 DEFAULT_BATCH_SIZE = 8
@@ -372,7 +373,6 @@ def answer_rows(
         ]
         prompts = [row.prompt for row in rows]
         answers = model.generate(images, prompts, batch_size=len(rows), **options)
-        assert isinstance(answers, list)  # a list of prompts has a list of answers
         return [row.answered(answer) for row, answer in zip(rows, answers, strict=True)]
     except ROW_ERRORS as error:
         if len(rows) == 1:

@@ -8,21 +8,22 @@ import argparse
 import json
 import os
 import re
-import shlex
 import sys
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_lite import __version__, batch, embedded_model
+from llava_lite.console import format_stats, one_line, print_pieces, say
 from llava_lite.errors import LlavaLiteError
 from llava_lite.prompt import ALIASES, TEMPLATES
+from llava_lite.repl import CHAT_HELP, Repl
 
 if TYPE_CHECKING:
     from llava_lite.batch import Record, Row, Summary
-    from llava_lite.generation import Answer, Chat, Model
+    from llava_lite.generation import Model
 
 OK, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -101,25 +102,12 @@ def is_users(error: Exception) -> bool:
     return isinstance(error, LlavaLiteError | ValueError | OSError) or out_of_memory
 
 
-def one_line(error: Exception | str) -> str:
-    """The error in one line, without error numbers."""
-    if isinstance(error, OSError) and error.strerror:
-        place = f"{error.filename}: " if error.filename is not None else ""
-        return f"{place}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def drop_stdout() -> None:
     """Send what is still in stdout's buffer nowhere, so that Python does not complain at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def say(text: str) -> None:
-    """One line for the user, on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def hyphenated(argument: str) -> str:
@@ -437,7 +425,7 @@ def default_source(named: str | None) -> str:
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `Model.generate`. Raises ValueError before any model is loaded."""
-    from llava_lite.generation import GenerationOptions
+    from llava_lite.sampling import GenerationOptions
 
     names = "max_new_tokens temperature top_p top_k seed stop system template"
     options = {name: getattr(args, name) for name in names.split()}
@@ -459,33 +447,6 @@ def image_opener(args: argparse.Namespace) -> Callable[[str], Any]:
     return open_image
 
 
-def print_pieces(pieces: "Generator[str, None, Answer]") -> "Answer":
-    """Print the pieces as they come, and the end of the line however it ends."""
-    try:
-        while True:
-            try:
-                piece = next(pieces)
-            except StopIteration as end:
-                return end.value
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    finally:
-        pieces.close()
-        print(flush=True)
-
-
-def format_stats(answer: "Answer") -> str:
-    """Token counts and timings in one line."""
-    usage, timings = answer.usage, answer.timings
-    parts = ("preprocess", "vision", "prefill", "decode")
-    times = ", ".join(f"{part} {timings.get(part, 0.0):.2f} s" for part in parts)
-    return (
-        f"[{usage.get('prompt_tokens', 0)} prompt + {usage.get('image_tokens', 0)} image tokens -> "
-        f"{usage.get('completion_tokens', 0)} new ({answer.finish_reason}); {times}; "
-        f"{timings.get('tokens_per_second', 0.0):.1f} tokens/s]"
-    )
-
-
 # ---- generate ----------------------------------------------------------------------------------
 
 
@@ -497,12 +458,10 @@ def run_generate(args: argparse.Namespace) -> int:
     options = generation_options(args)
     images = [image_opener(args)(source) for source in args.image]
     model = load_model(args)
-    answer: Answer | list[Answer]
     if args.stream or (args.stream is None and not args.json and sys.stdout.isatty()):
         answer = print_pieces(model.stream(images, prompt, **options))
     else:
         answer = model.generate(images, prompt, **options)
-        assert not isinstance(answer, list)  # one prompt has one answer
         print(json.dumps(answer.to_dict()) if args.json else answer)
     if args.stats:
         say(format_stats(answer))
@@ -525,13 +484,6 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 # ---- chat --------------------------------------------------------------------------------------
 
-CHAT_HELP = """\
-  /image PATH ...  show one or more images with the next question
-  /clear           start over; the images shown last stay
-  /stats           token counts and timings of the last answer
-  /help            this list
-  /quit            leave (also /exit, Ctrl-D)"""
-
 
 def run_chat(args: argparse.Namespace) -> int:
     """`llava-lite chat`."""
@@ -544,114 +496,8 @@ def run_chat(args: argparse.Namespace) -> int:
     if chat.interactive and not args.quiet:
         shown = f"about {', '.join(args.image)}" if args.image else "without an image (/image PATH)"
         say(f"Chat {shown}. /help lists the commands.")
-    return chat.run()
-
-
-class Repl:
-    """Reads lines, answers them. From a script instead of a terminal it only reads and answers.
-
-    `images` are those shown last; `unseen` those that go with the next question."""
-
-    def __init__(
-        self, chat: "Chat", open_image: Callable[[str], Any], images: list[Any], stats: bool = False
-    ) -> None:
-        self.chat, self.open_image, self.stats = chat, open_image, stats
-        self.images, self.unseen = images, list(images)
-        self.last: Answer | None = None
-        self.interactive = sys.stdin.isatty()
-        if self.interactive:
-            try:
-                import readline  # noqa: F401 (makes input() edit lines and remember them)
-            except ImportError:
-                pass
-
-    def run(self) -> int:
-        """Until the user leaves: by command, end of input, or Ctrl-C twice."""
-        hinted = False
-        while True:
-            try:
-                line = self.read_line()
-                hinted = False
-                if not self.handle(line.strip()):
-                    return OK
-            except EOFError:
-                if self.interactive:
-                    say("")
-                return OK
-            except Stopped:
-                say("(stopped)")
-            except KeyboardInterrupt:
-                if hinted or not self.interactive:
-                    raise
-                hinted = True
-                say("\n(Ctrl-C again or /quit leaves)")
-            except BrokenPipeError:
-                raise
-            except (LlavaLiteError, ValueError, OSError) as error:
-                say(f"error: {one_line(error)}")
-
-    def read_line(self) -> str:
-        """The next line. Raises EOFError at the end."""
-        if self.interactive and sys.stdout.isatty():
-            return input("> ")
-        if self.interactive:
-            print("> ", end="", file=sys.stderr, flush=True)  # stdout is a file, for answers only
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line
-
-    def handle(self, line: str) -> bool:
-        """Do what a line says. False to leave."""
-        command, _, rest = line.partition(" ")
-        if not line.startswith("/"):
-            if line:
-                self.ask(line)
-        elif command in ("/quit", "/exit"):
-            return False
-        elif command == "/image":
-            self.show(rest.strip())
-        elif command == "/clear":
-            self.chat.clear()
-            self.unseen = list(self.images)
-            if self.interactive:
-                say("(starting over" + (", the images shown last stay)" if self.images else ")"))
-        elif command == "/stats":
-            say(format_stats(self.last) if self.last is not None else "no answer yet")
-        elif command == "/help":
-            say(CHAT_HELP)
-        else:
-            raise ValueError(f"unknown command {command}; /help lists them")
-        return True
-
-    def ask(self, question: str) -> None:
-        """Stream one answer. One that is stopped stays in the conversation as far as it came."""
-        turns = len(self.chat.history)
-        try:
-            self.last = print_pieces(self.chat.stream(question, self.unseen or None))
-        except KeyboardInterrupt:
-            if not self.interactive:
-                raise
-            raise Stopped from None
-        finally:
-            if len(self.chat.history) > turns:
-                self.unseen = []
-        if self.stats:
-            say(format_stats(self.last))
-
-    def show(self, text: str) -> None:
-        """Open images for the next question. Raises ImageError, and then nothing changes."""
-        paths = [text] if os.path.exists(text) else shlex.split(text, posix=os.name != "nt")
-        if not paths:
-            raise ValueError("/image needs a path")
-        self.images = [self.open_image(os.path.expanduser(path)) for path in paths]
-        self.unseen = list(self.images)
-        if self.interactive:
-            say(f"({', '.join(paths)}: shown with the next question)")
-
-
-class Stopped(Exception):
-    """Ctrl-C while an answer was being written."""
+    chat.run()
+    return OK
 
 
 # ---- batch -------------------------------------------------------------------------------------

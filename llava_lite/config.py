@@ -168,16 +168,19 @@ def parse_llava_hf(raw: dict[str, Any]) -> LlavaConfig:
 
 
 def parse_official(raw: dict[str, Any], vision: dict[str, Any] | None = None) -> LlavaConfig:
-    """Official config (flat Llama fields + `mm_*`), or a plain Llama base without `mm_*`."""
+    """Official config (flat Llama fields + `mm_*`), or a plain Llama base without `mm_*`.
+
+    LLaVA's own default projector is one linear layer; LLaVA-1.5's is for a base that names none."""
     if raw.get("mm_use_im_start_end") or raw.get("mm_vision_select_feature", "patch") != "patch":
         raise ValueError(
             "mm_use_im_start_end and mm_vision_select_feature != patch are unsupported"
         )
     feature_layer = raw.get("mm_vision_select_layer", -2)
+    default_projector = "linear" if any(key.startswith("mm_") for key in raw) else "mlp2x_gelu"
     return LlavaConfig(
         vision=replace(parse_vision(vision or {}), feature_layer=feature_layer),
         text=parse_text(raw),
-        projector_depth=projector_depth(raw.get("mm_projector_type", "mlp2x_gelu")),
+        projector_depth=projector_depth(raw.get("mm_projector_type", default_projector)),
         pad=raw.get("image_aspect_ratio", "pad") == "pad",
         name="llava-official",
     )

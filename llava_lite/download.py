@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_lite.checkpoint import find_local, read_json, weight_files
 from llava_lite.errors import CheckpointError
+from llava_lite.files import read_json, weight_files
+from llava_lite.sources import find_local
 
 # Besides the weights: configs, indexes, tokenizer, small LoRA and projector files.
 SIDE_FILES = (

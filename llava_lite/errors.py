@@ -12,6 +12,14 @@ class ImageError(LlavaLiteError):
 class PromptError(LlavaLiteError):
     """The prompt and the images given do not fit together. Names both counts."""
 
+    @classmethod
+    def of_counts(cls, markers: int, images: int) -> "PromptError":
+        """As many `<image>` markers as images are needed, and these counts differ."""
+        return cls(
+            f"the prompt has {markers} <image> {'marker' if markers == 1 else 'markers'}, but "
+            f"{images} {'image was' if images == 1 else 'images were'} given"
+        )
+
 
 class ContextError(LlavaLiteError):
     """Prompt, image and new tokens exceed the context. Names the three counts."""

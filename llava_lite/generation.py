@@ -1,32 +1,34 @@
-"""From images and words to an answer: sampling, streaming, batches, chat, scoring.
+"""From images and words to answers: one loop for single calls, streams, batches and chats.
 
-Everything that generates runs through one loop, `Model.run`: a step takes the pending rows of every
-active item (a whole prompt, a chat's next turn, or the one token sampled last), asks the decoder
-for the last row's logits of each, samples, and decides who is done. `generate` collects what the
-loop yields, `stream` passes it on, `Chat` keeps the state it leaves behind.
+Everything that generates runs through `Model.run`: a step takes the pending rows of every active
+item (a whole prompt, a chat's next turn, or the one token sampled last), asks the decoder for the
+last row's logits of each, samples, and decides who is done. `generate` collects what the loop
+yields, `stream` passes it on, `Chat` keeps the state it leaves behind.
 
-Shapes: B items, V vocabulary, P image tokens, C decoder width.
+Shapes: B items, V vocabulary, T prompt ids, P image tokens, S image side, C decoder width.
 """
 
-import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from llava_lite.answer import Answer, AnswerText, Score, score_tokens
 from llava_lite.attention import KVCache
+from llava_lite.chat import Chat
 from llava_lite.config import LlavaConfig
 from llava_lite.errors import ContextError, ImageError, PromptError
 from llava_lite.image import load_image, preprocess
 from llava_lite.llava import IMAGE_TOKEN_ID, Llava
-from llava_lite.prompt import build_prompt, next_turn_text, place_images
+from llava_lite.prompt import build_prompt, place_images
+from llava_lite.sampling import DEFAULT_MAX_NEW_TOKENS, GenerationOptions, sample
+from llava_lite.sequence import Request, Row, State, as_list
 from llava_lite.tokenizer import StreamDecoder, Tokenizer
 
-DEFAULT_MAX_NEW_TOKENS = 512
 DEFAULT_BATCH_SIZE = 8
 
 
@@ -35,254 +37,6 @@ class EncodedImage:
     """An image the model has already looked at, reusable wherever it accepts an image."""
 
     image_embeds: Tensor  # (P, C)
-
-
-class Answer(str):
-    """The answer's text, and how it came about.
-
-    `finish_reason`: "stop" (end token or stop string) or "length" (max_new_tokens reached).
-    `usage`: prompt_tokens (text ids), image_tokens, completion_tokens (`token_ids`, end token not
-    counted). `timings`: seconds of preprocess, vision, prefill, decode, and decode
-    tokens_per_second; items that ran together share the clock, and work still queued on a GPU
-    counts where it is awaited.
-    """
-
-    finish_reason: str
-    usage: dict[str, int]
-    timings: dict[str, float]
-    token_ids: tuple[int, ...]
-
-    def __new__(
-        cls,
-        text: str,
-        finish_reason: str = "stop",
-        usage: dict[str, int] | None = None,
-        timings: dict[str, float] | None = None,
-        token_ids: Sequence[int] = (),
-    ) -> "Answer":
-        answer = super().__new__(cls, text)
-        answer.finish_reason = finish_reason
-        answer.usage = usage or {}
-        answer.timings = timings or {}
-        answer.token_ids = tuple(token_ids)
-        return answer
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, ready for json."""
-        return {
-            "text": str(self),
-            "finish_reason": self.finish_reason,
-            "usage": self.usage,
-            "timings": self.timings,
-            "token_ids": list(self.token_ids),
-        }
-
-
-@dataclass(frozen=True)
-class Score:
-    """How likely the model finds a continuation: natural log-likelihood, per-token logprobs that
-    add up to it, and whether greedy decoding would have written exactly these `token_ids`."""
-
-    log_likelihood: float
-    token_logprobs: tuple[float, ...]
-    is_greedy: bool
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """The wishes of one call, checked when made: ValueError out of range.
-
-    max_new_tokens: None means 512, or as many as the context has room for.
-    temperature, top_p, top_k: see `sample`; temperature 0 is greedy.
-    seed: None differs every time.
-    stop: a string or several to end at; they are not part of the answer.
-    system, template: instead of the template's own system text, and of the model's template.
-    """
-
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    stop: str | Sequence[str] | None = None
-    system: str | None = None
-    template: str | None = None
-
-    def __post_init__(self) -> None:
-        # `not a <= x` rather than `x < a`: it refuses NaN too.
-        if self.max_new_tokens is not None and not self.max_new_tokens >= 1:
-            raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature {self.temperature} must be in [0, inf)")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} must be in (0, 1]")
-        if not self.top_k >= 0:
-            raise ValueError(f"top_k {self.top_k} must be at least 0 (0 = off)")
-        if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed {self.seed} must be in [0, 2**64)")
-        if "" in self.stop_strings:
-            raise ValueError("a stop string must not be empty")
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    def make_generator(self) -> torch.Generator | None:
-        """The random numbers of one item (None when greedy). Always on the CPU, so that a seed
-        means the same on every device."""
-        if self.temperature == 0:
-            return None
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()  # a new Generator starts from a fixed seed, not from entropy
-        else:
-            generator.manual_seed(self.seed)
-        return generator
-
-
-def sample(
-    logits: Tensor,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    generators: Sequence[torch.Generator | None] = (),
-    num_text_ids: int | None = None,
-) -> Tensor:
-    """Choose one token per item: logits (B, V) -> ids (B,) below `num_text_ids` (None = V).
-
-    Temperature 0 is argmax. Otherwise, in this order: temperature, the `top_k` best (0 = all), the
-    smallest set of best tokens with probability >= `top_p` (Holtzman et al., arXiv 1904.09751),
-    then one draw from each item's own generator."""
-    logits = logits[:, :num_text_ids].float()
-    if temperature == 0:
-        return logits.argmax(-1)
-    # Devices differ in the last bit of a softmax; from here on everything runs on the CPU.
-    logits = logits.cpu()
-    smallest = torch.finfo(torch.float32).tiny
-    scores = (logits - logits.amax(-1, keepdim=True)) / max(temperature, smallest)
-    ids = None
-    if top_k:
-        scores, ids = scores.topk(min(top_k, scores.shape[-1]))
-    elif top_p < 1:
-        scores, ids = scores.sort(descending=True, stable=True)
-    probs = scores.softmax(-1)
-    if top_p < 1:
-        probs = probs.where(probs.cumsum(-1) - probs < top_p, 0)
-    choice = torch.stack([draw(*item) for item in zip(probs, generators, strict=True)])  # (B,)
-    return choice if ids is None else ids.gather(-1, choice[:, None])[:, 0]
-
-
-def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Index drawn in proportion to `weights` (V,), by inverting their cumulative sum: one random
-    number per token, whatever the size of the vocabulary."""
-    cumulative = weights.double().cumsum(-1)
-    # A float32 uniform is at most 1 - 2^-24, so its product in float64 stays below the total.
-    target = torch.rand((), generator=generator).double() * cumulative[-1]
-    return torch.searchsorted(cumulative, target, right=True)
-
-
-class AnswerText:
-    """Turns ids into visible text: both ends stripped, as LLaVA does, and cut before a stop string.
-
-    Text goes out as soon as it is certain; held back are only an incomplete UTF-8 tail, whitespace
-    that may turn out to be the end, and what may turn out to be the start of a stop string."""
-
-    def __init__(self, decoder: StreamDecoder, stop_strings: Sequence[str] = ()) -> None:
-        self.decoder, self.stop_strings = decoder, stop_strings
-        self.text, self.held, self.stopped = "", "", False
-
-    def push(self, token: int) -> str:
-        """One more id -> the text that became certain."""
-        return self.release(self.held + self.decoder.push(token), final=False)
-
-    def finish(self) -> str:
-        """The rest of the text. Nothing after a stop string."""
-        return "" if self.stopped else self.release(self.held + self.decoder.flush(), final=True)
-
-    def release(self, text: str, final: bool) -> str:
-        """Split `text` into what goes out now (returned) and what is held back."""
-        if not self.text:
-            text = text.lstrip()
-        found = [at for at in (text.find(stop) for stop in self.stop_strings) if at >= 0]
-        self.stopped = bool(found)
-        end = min(found) if found else len(text) if final else self.start_of_stop(text)
-        visible = text[:end].rstrip()
-        self.text, self.held = self.text + visible, text[len(visible) :]
-        return visible
-
-    def start_of_stop(self, text: str) -> int:
-        """Where the earliest stop string begins that `text` may end inside of, else its length."""
-        starts = range(max(0, len(text) - max(map(len, self.stop_strings), default=0)), len(text))
-        unsure = (at for at in starts if any(s.startswith(text[at:]) for s in self.stop_strings))
-        return next(unsure, len(text))
-
-
-@dataclass(frozen=True)
-class State:
-    """One sequence between two steps: the cache of what has run, and the ids that have yet to run.
-
-    Never changed, only replaced as a whole: an interrupt finds the old state or the new one."""
-
-    past_key_values: KVCache | None = None
-    next_position: int = 0
-    pending_ids: tuple[int, ...] = ()
-    image_embeds: tuple[Tensor, ...] = ()  # one per image slot in pending_ids
-    answer_ids: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Request:
-    """One item, checked against the context, nothing computed yet. Counts are in tokens and cover
-    the whole sequence in front of the answer."""
-
-    state: State
-    images: tuple[Any, ...]
-    prompt_tokens: int
-    image_tokens: int
-    max_new_tokens: int
-
-
-@dataclass
-class Row:
-    """One item while it is being answered. `piece` is the text its last token made certain."""
-
-    request: Request
-    state: State
-    text: AnswerText
-    generator: torch.Generator | None
-    seconds: dict[str, float]
-    finish_reason: str | None = None
-    steps: int = 0
-    piece: str = ""
-
-    def accept(self, token: int, state: State, eos_id: int) -> None:
-        """Take the sampled token and the state it leads to."""
-        is_eos = token == eos_id
-        new_ids = () if is_eos else (token,)
-        answer_ids = self.state.answer_ids + new_ids
-        self.state = replace(state, pending_ids=new_ids, answer_ids=answer_ids)
-        self.steps += 1
-        self.piece = "" if is_eos else self.text.push(token)
-        if is_eos or self.text.stopped:
-            self.finish_reason = "stop"
-        elif len(answer_ids) == self.request.max_new_tokens:
-            self.finish_reason = "length"
-        if self.finish_reason is not None:
-            self.piece += self.text.finish()
-
-    def answer(self) -> Answer:
-        """The finished answer."""
-        decode = self.seconds["decode"]
-        usage = {
-            "prompt_tokens": self.request.prompt_tokens,
-            "image_tokens": self.request.image_tokens,
-            "completion_tokens": len(self.state.answer_ids),
-        }
-        speed = (self.steps - 1) / decode if decode else 0.0
-        timings = {**self.seconds, "tokens_per_second": speed}
-        reason = self.finish_reason or "length"
-        return Answer(self.text.text, reason, usage, timings, self.state.answer_ids)
 
 
 class Model:
@@ -297,10 +51,44 @@ class Model:
         self.llava, self.tokenizer = llava, tokenizer
         self.config = config or llava.config
 
+    @overload
     def generate(
         self,
         image: Any,
-        prompt: str | Sequence[str],
+        prompt: str,
+        *,
+        max_new_tokens: int | None = ...,
+        temperature: float = ...,
+        top_p: float = ...,
+        top_k: int = ...,
+        seed: int | None = ...,
+        stop: str | Sequence[str] | None = ...,
+        system: str | None = ...,
+        template: str | None = ...,
+        batch_size: int | None = ...,
+    ) -> Answer: ...
+
+    @overload
+    def generate(
+        self,
+        image: Any,
+        prompt: list[str] | tuple[str, ...],
+        *,
+        max_new_tokens: int | None = ...,
+        temperature: float = ...,
+        top_p: float = ...,
+        top_k: int = ...,
+        seed: int | None = ...,
+        stop: str | Sequence[str] | None = ...,
+        system: str | None = ...,
+        template: str | None = ...,
+        batch_size: int | None = ...,
+    ) -> list[Answer]: ...
+
+    def generate(
+        self,
+        image: Any,
+        prompt: str | list[str] | tuple[str, ...],
         *,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
@@ -352,7 +140,7 @@ class Model:
                 yield row.piece
         return row.answer()
 
-    def chat(self, image: Any = None, **options: Any) -> "Chat":
+    def chat(self, image: Any = None, **options: Any) -> Chat:
         """Start a conversation, about an image (or a list of them) if given; options as of
         `generate`."""
         return Chat(self, image, GenerationOptions(**options))
@@ -376,11 +164,35 @@ class Model:
         """`Llava.decode`: one token -> logits (1, 1, V) and the grown cache."""
         return self.llava.decode(token, position, past_key_values)
 
+    @overload
     def score(
         self,
         image: Any,
-        prompt: str | Sequence[str],
-        continuation: str | Sequence[str],
+        prompt: str,
+        continuation: str,
+        *,
+        system: str | None = ...,
+        template: str | None = ...,
+        batch_size: int | None = ...,
+    ) -> Score: ...
+
+    @overload
+    def score(
+        self,
+        image: Any,
+        prompt: list[str] | tuple[str, ...],
+        continuation: list[str] | tuple[str, ...],
+        *,
+        system: str | None = ...,
+        template: str | None = ...,
+        batch_size: int | None = ...,
+    ) -> list[Score]: ...
+
+    def score(
+        self,
+        image: Any,
+        prompt: str | list[str] | tuple[str, ...],
+        continuation: str | list[str] | tuple[str, ...],
         *,
         system: str | None = None,
         template: str | None = None,
@@ -452,9 +264,7 @@ class Model:
         """`input_ids` after what `state` holds (nothing, or a chat so far). Raises ContextError."""
         slots = input_ids.count(IMAGE_TOKEN_ID)
         if slots != len(images):
-            raise PromptError(
-                f"the prompt has {slots} <image> markers, but {len(images)} images were given"
-            )
+            raise PromptError.of_counts(slots, len(images))
         pending_ids = state.pending_ids + input_ids
         new_image_tokens = sum(map(self.num_image_tokens, images))
         length = state.next_position + len(pending_ids) - slots + new_image_tokens
@@ -591,109 +401,6 @@ class Model:
         return image.image_embeds
 
 
-class Chat:
-    """A conversation that keeps its KV cache: a turn runs only what is new since the last one.
-
-    The image it was opened with belongs to the first message; `send` and `stream` may bring
-    others."""
-
-    def __init__(self, model: Model, image: Any, options: GenerationOptions) -> None:
-        self.model, self.options = model, options
-        self.images = as_list(image)
-        self.log = ChatLog()
-        self.open_stream: weakref.ref[Generator[str, None, Answer]] | None = None
-
-    @property
-    def history(self) -> list[tuple[str, str]]:
-        """The turns so far: (what the user wrote, the answer)."""
-        return list(self.log.turns)
-
-    @property
-    def input_ids(self) -> tuple[int, ...]:
-        """All ids of the conversation so far, the answers' own included, -200 for each image."""
-        return self.log.input_ids
-
-    def clear(self) -> None:
-        """Start over, with the image the chat was opened with."""
-        self.close_stream()
-        self.log = ChatLog()
-
-    def send(self, text: str, image: Any = None) -> Answer:
-        """Say `text`, with an image or several if given; returns the whole answer.
-
-        Raises as `Model.generate`; the chat then stands where it stood before."""
-        pieces = self.stream(text, image)
-        while True:
-            try:
-                next(pieces)
-            except StopIteration as end:
-                return end.value
-
-    def stream(self, text: str, image: Any = None) -> Generator[str, None, Answer]:
-        """`send`, piece by piece. What was written until the stream is closed or interrupted stays
-        in the history as the answer. A new message closes a stream that is still open."""
-        self.close_stream()
-        images = as_list(image) if self.log.turns else self.images + as_list(image)
-        template = self.options.template or self.model.config.template
-        message = place_images(text, len(images), template)
-        if self.log.turns:
-            turn = next_turn_text(template, message)
-            input_ids = self.model.tokenizer.encode_prompt(turn, after="text")
-        else:
-            prompt = build_prompt(template, [(message, None)], self.options.system)
-            input_ids = self.model.tokenizer.encode_prompt(prompt)
-        request = self.model.continuation(
-            self.log.state, tuple(input_ids), images, self.options, self.log.image_tokens
-        )
-        pieces = self.answer(text, tuple(input_ids), request)
-        self.open_stream = weakref.ref(pieces)
-        return pieces
-
-    def close_stream(self) -> None:
-        """Close a stream that somebody left open."""
-        pieces = self.open_stream() if self.open_stream else None
-        if pieces is not None:
-            pieces.close()
-
-    def answer(
-        self, text: str, input_ids: tuple[int, ...], request: Request
-    ) -> Generator[str, None, Answer]:
-        """Run one turn and, however it ends, keep what was answered."""
-        row = None
-        try:
-            for _, row in self.model.run([request], self.options):
-                if row.piece:
-                    yield row.piece
-            assert row is not None  # a run of one request yields at least once
-            return row.answer()
-        finally:
-            if row is not None:
-                row.text.finish()
-                self.log = ChatLog(
-                    self.log.turns + ((text, row.text.text),),
-                    row.state,
-                    self.log.input_ids + input_ids + row.state.answer_ids,
-                    request.image_tokens,
-                )
-
-
-@dataclass(frozen=True)
-class ChatLog:
-    """A chat between two turns. Replaced as a whole, so that no interrupt leaves half a turn."""
-
-    turns: tuple[tuple[str, str], ...] = ()
-    state: State = field(default_factory=State)
-    input_ids: tuple[int, ...] = ()
-    image_tokens: int = 0
-
-
-def as_list(image: Any) -> list[Any]:
-    """None, one image or several -> a list of images."""
-    if image is None:
-        return []
-    return list(image) if isinstance(image, list | tuple) else [image]
-
-
 def pair(image: Any, prompt: str | Sequence[str]) -> list[tuple[list[Any], str]]:
     """Sort out the arguments of a call: the images and the prompt of each item."""
     if isinstance(prompt, str):
@@ -715,11 +422,3 @@ def checked_batch_size(batch_size: int | None) -> int:
     if size < 1:
         raise ValueError(f"batch_size {size} must be at least 1")
     return size
-
-
-def score_tokens(logits: Tensor, token_ids: tuple[int, ...]) -> Score:
-    """Score one continuation of T tokens from the logits (T, V) in front of each."""
-    targets = torch.tensor(token_ids, device=logits.device)
-    logprobs = logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]  # (T,)
-    is_greedy = bool((logits.argmax(-1) == targets).all())
-    return Score(float(logprobs.double().sum()), tuple(logprobs.tolist()), is_greedy, token_ids)

@@ -6,19 +6,12 @@ global settings are never touched.
 
 import base64
 import contextlib
-import http.client
 import io
-import ipaddress
 import os
-import re
-import socket
-import ssl
 import threading
-import time
 import urllib.parse
 import warnings
-from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,13 +19,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from llava_lite.errors import ImageError
+from llava_lite.fetch import MAX_BYTES, SCHEME, Limits, describe, fetch, reason
 
 # TIFF is left out: its decoder is by far the largest attack surface of the common formats.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
-MAX_BYTES = 64 * 2**20
-MAX_REDIRECTS = 5
-_REDIRECT_STATUS = (301, 302, 303, 307, 308)
 
 # 255 * mean, truncated as the official code does, not rounded.
 BACKGROUND = (122, 116, 104)
@@ -42,19 +33,9 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 # Beyond this side a padded canvas takes more than 800 MB; such strips are resized before padding.
 _MAX_CANVAS_SIDE = 16_384
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 # PIL warns about large images through the process-wide filters, which are not safe to swap in
 # two threads at once.
 _WARNING_FILTERS = threading.Lock()
-
-
-class _Limits(NamedTuple):
-    """What a source may cost and reach."""
-
-    allow_urls: bool
-    allow_private: bool
-    timeout: float
-    max_bytes: int
 
 
 # ---- loading -----------------------------------------------------------------------------------
@@ -82,8 +63,8 @@ def load_image(
     `allow_private`, on every redirect anew. `max_bytes` holds for URLs, data URLs and file objects;
     data URLs stay allowed with `allow_urls=False`. Raises ImageError.
     """
-    name = _describe(source)
-    limits = _Limits(allow_urls, allow_private, timeout, max_bytes)
+    name = describe(source)
+    limits = Limits(allow_urls, allow_private, timeout, max_bytes)
     try:
         with contextlib.ExitStack() as files:
             image = _open_source(source, name, limits, files)
@@ -93,9 +74,9 @@ def load_image(
     except ImageError:
         raise
     except OSError as error:
-        raise ImageError(f"{name}: {error.strerror or _reason(error)}") from error
+        raise ImageError(f"{name}: {error.strerror or reason(error)}") from error
     except Exception as error:  # on damaged data PIL's parsers raise almost anything
-        raise ImageError(f"{name}: cannot be decoded: {_reason(error)}") from error
+        raise ImageError(f"{name}: cannot be decoded: {reason(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -113,7 +94,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _open_source(
-    source: Any, name: str, limits: _Limits, files: contextlib.ExitStack
+    source: Any, name: str, limits: Limits, files: contextlib.ExitStack
 ) -> Image.Image:
     """The image behind a source, with its pixels not decoded yet where that is possible."""
     if isinstance(source, Image.Image):
@@ -128,10 +109,10 @@ def _open_source(
         raise ImageError("the image source is an empty string")
     if isinstance(source, str) and source[:5].lower() == "data:":
         return _open_encoded(io.BytesIO(_data_url_bytes(source, name, limits)), name)
-    if isinstance(source, str) and (scheme := _SCHEME.match(source)):
+    if isinstance(source, str) and (scheme := SCHEME.match(source)):
         if scheme[1].lower() not in ("http", "https"):
             raise ImageError(f"{name}: unsupported URL scheme {scheme[1]!r}, use http or https")
-        return _open_encoded(io.BytesIO(_fetch(source, name, limits)), name)
+        return _open_encoded(io.BytesIO(fetch(source, name, limits)), name)
     if isinstance(source, (str, os.PathLike)):
         file = files.enter_context(open(source, "rb"))
         return _open_encoded(file if file.seekable() else _drain(file, name, limits), name)
@@ -208,7 +189,7 @@ def _from_tensor(tensor: Tensor, name: str) -> Image.Image:
     return _from_array(tensor.permute(1, 2, 0).numpy(), name)  # (H, W, C)
 
 
-def _drain(file: Any, name: str, limits: _Limits) -> io.BytesIO:
+def _drain(file: Any, name: str, limits: Limits) -> io.BytesIO:
     data = file.read(limits.max_bytes + 1)
     if not isinstance(data, bytes):
         raise ImageError(f"{name}: the file object is not opened in binary mode")
@@ -217,7 +198,7 @@ def _drain(file: Any, name: str, limits: _Limits) -> io.BytesIO:
     return io.BytesIO(data)
 
 
-def _data_url_bytes(url: str, name: str, limits: _Limits) -> bytes:
+def _data_url_bytes(url: str, name: str, limits: Limits) -> bytes:
     header, comma, payload = url.partition(",")
     if not comma:
         raise ImageError(f"{name}: a data URL needs a comma before its data")
@@ -232,187 +213,6 @@ def _data_url_bytes(url: str, name: str, limits: _Limits) -> bytes:
     if len(data) > limits.max_bytes:
         raise ImageError(f"{name}: more than {limits.max_bytes} bytes")
     return data
-
-
-def _describe(source: Any) -> str:
-    """A short name for messages: no image data, no credentials, no query of a URL."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return f"<{len(source)} bytes>"
-    if isinstance(source, str) and source[:5].lower() == "data:":
-        return f"{source.partition(',')[0][:40]},... ({len(source)} characters)"
-    if isinstance(source, str) and _SCHEME.match(source):
-        scheme, rest = source.split("://", 1)
-        location = re.split(r"[?#]", rest, maxsplit=1)[0].rpartition("@")[2]
-        return _shorten(f"{scheme}://{location}")
-    if isinstance(source, (str, os.PathLike)):
-        return _shorten(str(os.fspath(source)))
-    if isinstance(source, Image.Image):
-        return _shorten(str(getattr(source, "filename", "") or "<PIL image>"))
-    file_name = getattr(source, "name", None)  # of a file object
-    return _shorten(file_name) if isinstance(file_name, str) else f"<{type(source).__name__}>"
-
-
-def _reason(error: Exception) -> str:
-    return _shorten(str(error).strip() or type(error).__name__)
-
-
-def _shorten(text: str, limit: int = 200) -> str:
-    """One printable line: names and servers must not get control characters into a terminal."""
-    text = "".join(character if character.isprintable() else "?" for character in text[: limit + 1])
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-# ---- URLs --------------------------------------------------------------------------------------
-
-
-class _Redirect(NamedTuple):
-    url: str
-
-
-def _fetch(url: str, name: str, limits: _Limits) -> bytes:
-    """Body of a URL; every hop is resolved, checked and connected to by its checked address."""
-    if not limits.allow_urls:
-        raise ImageError(f"{name}: image URLs are switched off here")
-    deadline = time.monotonic() + limits.timeout
-    for _ in range(MAX_REDIRECTS + 1):
-        try:
-            response = _get(url, name, limits, deadline)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            _check_deadline(name, limits, deadline)
-            raise ImageError(f"{name}: cannot be fetched: {_reason(error)}") from error
-        if isinstance(response, bytes):
-            return response
-        url = response.url
-    raise ImageError(f"{name}: more than {MAX_REDIRECTS} redirects")
-
-
-def _check_deadline(name: str, limits: _Limits, deadline: float) -> None:
-    if time.monotonic() >= deadline:
-        raise ImageError(f"{name}: timed out after {limits.timeout:g} s")
-
-
-def _get(url: str, name: str, limits: _Limits, deadline: float) -> bytes | _Redirect:
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ImageError(f"{name}: leads to {_describe(url)}, which is no http(s) URL")
-    host = parts.hostname if ":" in parts.hostname else parts.hostname.encode("idna").decode()
-    secure = parts.scheme == "https"
-    default_port = 443 if secure else 80
-    port = parts.port or default_port
-    connection = http.client.HTTPConnection(host, port)
-    with _connect(host, port, name, limits, deadline) as raw, _watchdog(raw, deadline) as guard:
-        sock = _wrap_tls(raw, host, guard) if secure else raw
-        with sock:
-            connection.sock = sock
-            authority = f"[{host}]" if ":" in host else host
-            headers = {
-                "Host": authority if port == default_port else f"{authority}:{port}",
-                "User-Agent": "llava_lite",
-                "Accept": "image/*",
-                "Accept-Encoding": "identity",
-            }
-            connection.request("GET", _request_target(parts), headers=headers)
-            with connection.getresponse() as response:
-                location = response.headers.get("Location")
-                if response.status in _REDIRECT_STATUS and location:
-                    return _Redirect(urllib.parse.urljoin(url, location))
-                return _read_body(response, name, limits, deadline)
-
-
-def _request_target(parts: urllib.parse.SplitResult) -> str:
-    """Path and query with everything quoted that may not stand in a request line."""
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return urllib.parse.quote(target, safe="%/:=&?~#+!$,;'@()*[]")
-
-
-def _read_body(
-    response: http.client.HTTPResponse, name: str, limits: _Limits, deadline: float
-) -> bytes:
-    if response.status != 200:
-        raise ImageError(f"{name}: HTTP status {response.status}")
-    expected = response.length  # None without a Content-Length
-    if expected is not None and expected > limits.max_bytes:
-        raise ImageError(f"{name}: {expected} bytes exceed the limit of {limits.max_bytes}")
-    body = bytearray()
-    while chunk := response.read1(65536):
-        body += chunk
-        if len(body) > limits.max_bytes:
-            raise ImageError(f"{name}: more than {limits.max_bytes} bytes")
-        _check_deadline(name, limits, deadline)
-    # A connection cut by the watchdog looks like the end of a body.
-    _check_deadline(name, limits, deadline)
-    if expected is not None and len(body) < expected:
-        raise ImageError(f"{name}: the connection ended after {len(body)} of {expected} bytes")
-    return bytes(body)
-
-
-def _connect(host: str, port: int, name: str, limits: _Limits, deadline: float) -> socket.socket:
-    """Connect to an address that was checked: resolving again later could give another one."""
-    candidates = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for *_, address in candidates:
-        if not limits.allow_private and not _is_public(str(address[0])):
-            raise ImageError(f"{name}: {host} is at the non-public address {address[0]}, refused")
-    failure: OSError = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in candidates:
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            sock.connect(address)
-            return sock
-        except OSError as error:
-            sock.close()
-            failure = error
-    raise failure
-
-
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
-
-
-def _is_public(address: str) -> bool:
-    """Neither private, loopback, link-local, reserved nor multicast, also when wrapped in IPv6."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    wrapped: list[ipaddress.IPv4Address | None] = []
-    if isinstance(ip, ipaddress.IPv6Address):
-        wrapped = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in _NAT64:
-            wrapped.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-    inner = [address for address in wrapped if address is not None]
-    if inner:
-        return all(address.is_global and not address.is_multicast for address in inner)
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
-
-
-class _Guard:
-    """The socket that the watchdog has to cut."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-
-    def cut(self) -> None:
-        with contextlib.suppress(OSError):
-            # Unbound, because SSLSocket.shutdown drops its TLS state under the reading thread.
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-
-
-@contextlib.contextmanager
-def _watchdog(sock: socket.socket, deadline: float) -> Iterator[_Guard]:
-    """Cut the connection at the deadline: socket timeouts start anew with every byte received."""
-    guard = _Guard(sock)
-    timer = threading.Timer(max(deadline - time.monotonic(), 0.0), guard.cut)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield guard
-    finally:
-        timer.cancel()
-
-
-def _wrap_tls(raw: socket.socket, host: str, guard: _Guard) -> ssl.SSLSocket:
-    context = ssl.create_default_context()
-    sock = context.wrap_socket(raw, server_hostname=host, do_handshake_on_connect=False)
-    guard.sock = sock
-    sock.do_handshake()
-    return sock
 
 
 # ---- pixel values ------------------------------------------------------------------------------

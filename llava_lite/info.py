@@ -102,7 +102,7 @@ def describe_preset(name: str) -> Info:
     """An architecture of `config.PRESETS`, its tensors on the meta device. Raises ValueError."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
-    from llava_lite.checkpoint import expected_shapes
+    from llava_lite.meta import expected_shapes
 
     shapes = expected_shapes(PRESETS[name])
     return Info(PRESETS[name], tuple(TensorInfo(*item) for item in shapes.items()))
@@ -113,10 +113,11 @@ def describe_source(
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
 ) -> Info:
-    """A checkpoint of any layout (`checkpoint.open_source`), from its headers alone.
+    """A checkpoint of any layout (`sources.open_source`), from its headers alone.
 
     Raises CheckpointError."""
-    from llava_lite.checkpoint import expected_shapes, open_source
+    from llava_lite.meta import expected_shapes
+    from llava_lite.sources import open_source
 
     source = open_source(Path(path), base, vision_tower)
     tensors = []

@@ -14,6 +14,8 @@ import re
 from llava_lite.config import VisionConfig
 from llava_lite.errors import CheckpointError
 
+SHARD_SIZE = 2_000_000_000  # bytes of tensors in one of our weight files, unless asked otherwise
+
 # Applied in this order, each once, to the start of the name.
 PREFIXES = (
     (r"(module\.|base_model\.model\.)+", ""),  # DataParallel, peft

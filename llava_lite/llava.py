@@ -55,10 +55,7 @@ class Llava(nn.Module):
         Raises PromptError when slots and images differ in number."""
         slots = [row for row, token in enumerate(input_ids) if token == IMAGE_TOKEN_ID]
         if len(slots) != len(image_embeds):
-            raise PromptError(
-                f"the prompt has {len(slots)} <image> markers, "
-                f"but {len(image_embeds)} images were given"
-            )
+            raise PromptError.of_counts(len(slots), len(image_embeds))
         pieces, start = [], 0
         for slot, image in zip([*slots, len(input_ids)], [*image_embeds, None], strict=True):
             if start < slot:

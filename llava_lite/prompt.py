@@ -121,7 +121,5 @@ def place_images(text: str, num_images: int, template: str | Template = DEFAULT_
     if markers == num_images:
         return text
     if markers:
-        raise PromptError(
-            f"the prompt has {markers} {IMAGE_MARKER} markers, but {num_images} images were given"
-        )
+        raise PromptError.of_counts(markers, num_images)
     return (IMAGE_MARKER + get_template(template).image_end) * num_images + text

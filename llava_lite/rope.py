@@ -28,7 +28,7 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys (N, H, D) by cos, sin (N, D), in float32 at least; x's dtype remains."""
+    """Rotate queries or keys (N, H, D) by cos, sin (N, D), in float32 at least; keeps the dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rotated = wide * cos[:, None] + rotate_half(wide) * sin[:, None]
     return rotated.to(x.dtype)

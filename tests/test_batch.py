@@ -14,11 +14,12 @@ from conftest import ROOT
 from PIL import Image
 
 from llava_lite import batch
+from llava_lite.answer import Answer
 from llava_lite.batch import BatchError, plan, read_rows, run_batch, select_shard
 from llava_lite.checkpoint import save_model
 from llava_lite.cli import main
 from llava_lite.errors import ImageError
-from llava_lite.generation import Answer, Model
+from llava_lite.generation import Model
 
 COLORS = ("red", "green", "blue", "white", "black")
 

@@ -16,21 +16,13 @@ from conftest import TINY_CONFIG, random_llava
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llava_lite.checkpoint import (
-    Entry,
-    Inventory,
-    check_entries,
-    expected_shapes,
-    load_model,
-    load_tokenizer,
-    open_source,
-    save_model,
-    verify_folder,
-)
+from llava_lite.checkpoint import load_model, load_tokenizer, save_model, verify_folder
 from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, LlavaConfig, parse
 from llava_lite.errors import CheckpointError
 from llava_lite.layouts import hf_name, lora_target, our_names
 from llava_lite.llava import Llava
+from llava_lite.meta import expected_shapes
+from llava_lite.sources import Entry, Inventory, check_entries, open_source
 
 State = dict[str, Tensor]
 
@@ -874,6 +866,14 @@ def test_a_tower_inside_wins_over_one_given(llava: Llava, tmp_path: Path) -> Non
 def test_base_is_refused_where_it_has_no_meaning(hf_folder: Path) -> None:
     with pytest.raises(CheckpointError, match="needs no base"):
         open_source(hf_folder, base=hf_folder)
+
+
+def test_the_projector_that_an_official_config_leaves_out_is_linear() -> None:
+    raw = official_config()
+    assert parse(raw).projector_depth == 1
+    assert parse({**raw, "mm_projector_type": "mlp3x_gelu"}).projector_depth == 3
+    base = {name: value for name, value in raw.items() if not name.startswith("mm_")}
+    assert parse(base).projector_depth == 2  # a Llama base says nothing, LLaVA-1.5 has two
 
 
 def test_transformers_5_rope_parameters_are_read() -> None:

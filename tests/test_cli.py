@@ -23,6 +23,7 @@ from llava_lite import __version__, cli
 from llava_lite.checkpoint import save_model
 from llava_lite.cli import main
 from llava_lite.generation import Model
+from llava_lite.repl import CHAT_HELP, Repl
 from llava_lite.tokenizer import Tokenizer
 
 COMMANDS = ("generate", "chat", "batch", "convert", "download", "info")
@@ -629,7 +630,7 @@ def test_help_and_stats_in_the_chat(
     assert chat("/stats\n/help\nWhat?\n/stats\n/exit\n", monkeypatch, "-m", model_folder) == 0
     printed = capsys.readouterr().err
     assert printed.startswith("no answer yet\n")
-    assert cli.CHAT_HELP in printed
+    assert CHAT_HELP in printed
     assert "-> 6 new" in printed
     assert chat("What?\nWhy?\n", monkeypatch, "-m", model_folder, "--stats") == 0
     assert capsys.readouterr().err.count("-> 6 new") == 2
@@ -649,15 +650,16 @@ def test_script_with_interrupt_ends(
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llava_lite.generation.Chat.stream", interrupted)
+    monkeypatch.setattr("llava_lite.chat.Chat.stream", interrupted)
     assert chat("What?\nWhy?\n", monkeypatch, "-m", model_folder) == 130
 
 
 SLOW_CHAT = """
 import sys, time
-from llava_lite import cli, generation
+from llava_lite import cli
+from llava_lite.chat import Chat
 
-fast = generation.Chat.stream
+fast = Chat.stream
 
 def slow(self, text, image=None):
     pieces = fast(self, text, image)
@@ -671,7 +673,7 @@ def slow(self, text, image=None):
     finally:
         pieces.close()
 
-generation.Chat.stream = slow
+Chat.stream = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -740,7 +742,7 @@ def test_stopped_answer_stays_in_the_conversation(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", Terminal("One?\nTwo?\n"))
     talk = model.chat(None, max_new_tokens=20)
-    repl = cli.Repl(talk, str, [Image.new("RGB", (8, 8))])
+    repl = Repl(talk, str, [Image.new("RGB", (8, 8))])
     real, count = sys.stdout.write, 0
 
     def write(text: str) -> int:
@@ -752,7 +754,7 @@ def test_stopped_answer_stays_in_the_conversation(
 
     with monkeypatch.context() as patched:
         patched.setattr(sys.stdout, "write", write)
-        assert repl.run() == 0
+        repl.run()
     assert "(stopped)" in capsys.readouterr().err
     [(question, stopped), (_, whole)] = talk.history
     assert question == "One?"

@@ -6,6 +6,8 @@ Run: pytest tests/test_convert.py
 import errno
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import weakref
 from collections import namedtuple
@@ -20,14 +22,15 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import LAYOUTS, STYLES, Golden, golden_folder, hf_state, write_layout
 from torch import Tensor
 
-import llava_lite.checkpoint
-import llava_lite.convert
-from llava_lite.checkpoint import Source, load_model, load_tokenizer, open_source, save_model
+import llava_lite.files
+import llava_lite.sources
+from llava_lite.checkpoint import load_model, load_tokenizer, save_model
 from llava_lite.convert import convert, parse_size
 from llava_lite.download import download, plan_download, resolve, wanted_files
 from llava_lite.errors import CheckpointError
 from llava_lite.layouts import hf_name
 from llava_lite.llava import Llava
+from llava_lite.sources import Source, open_source
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +124,13 @@ def test_each_file_of_the_source_is_opened_once_to_read(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    read = llava_lite.checkpoint.read_tensors
+    read = llava_lite.sources.read_tensors
 
     def counting(path: Path) -> dict[str, Tensor]:
         opened.append(path.name)
         return read(path)
 
-    monkeypatch.setattr(llava_lite.checkpoint, "read_tensors", counting)
+    monkeypatch.setattr(llava_lite.sources, "read_tensors", counting)
     convert(source, tmp_path / "out")
     assert len(opened) == 2 * 3  # two shards and a tower: names first, then values
 
@@ -299,7 +302,7 @@ def test_nan_in_the_source_leaves_nothing(llava: Llava, tmp_path: Path) -> None:
 def test_verify_finds_a_byte_that_did_not_reach_the_disk(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = llava_lite.convert.write_shards
+    write = llava_lite.files.write_shards
 
     def damaged(folder: Path, *args: object) -> dict:
         table = write(folder, *args)  # type: ignore[arg-type]
@@ -309,17 +312,29 @@ def test_verify_finds_a_byte_that_did_not_reach_the_disk(
         file.write_bytes(data)
         return table
 
-    monkeypatch.setattr(llava_lite.convert, "write_shards", damaged)
+    monkeypatch.setattr(llava_lite.files, "write_shards", damaged)
     with pytest.raises(CheckpointError, match=r"model\.safetensors.*differs"):
         convert(source, tmp_path / "out", verify=True)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_run_left_behind_is_cleared(source: Path, tmp_path: Path) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "model.safetensors").write_text("half")
+def test_two_runs_at_once_share_no_folder(source: Path, llava: Llava, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="not empty"):
+        with llava_lite.files.staged(out) as slower:
+            (slower / "model.safetensors").write_text("half")
+            assert slower.parent.parent == tmp_path
+            assert slower.parent.name.startswith(".out.partial-")
+            convert(source, out)
+            assert (slower / "model.safetensors").read_text() == "half"
+    assert names_in(tmp_path) == ["out"]  # the faster one, complete
+    same_weights(out, llava, torch.bfloat16)
+
+
+def test_the_result_has_the_rights_of_any_new_folder(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "out")
-    assert names_in(tmp_path) == ["out"]
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_force_replaces_a_checkpoint_and_nothing_else(
@@ -374,9 +389,25 @@ def test_convert_weights_tool(source: Path, llava, tmp_path: Path, monkeypatch, 
     assert call("convert_weights", monkeypatch, source, tmp_path / "out") == 1
     output = capsys.readouterr()
     assert "not empty" in output.err and output.out == ""
-    assert call("convert_weights", monkeypatch, source) == 2
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1
+    with pytest.raises(SystemExit) as end:
+        call("convert_weights", monkeypatch, source)
+    assert end.value.code == 2 and "destination is needed" in capsys.readouterr().err
     assert call("convert_weights", monkeypatch, source, "--dry-run") == 0
     assert "would write" in capsys.readouterr().out
+
+
+def test_help_and_wrong_usage_come_without_torch() -> None:
+    code = (
+        "import argparse, sys; from llava_lite.convert import add_arguments, run\n"
+        "parser = argparse.ArgumentParser(); add_arguments(parser); parser.format_help()\n"
+        "try: run(parser.parse_args(['source']))\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == "2 False\n"
 
 
 @pytest.mark.parametrize("text, size", [("2GB", 2 * 10**9), ("1.5mb", 1_500_000), ("17", 17)])
@@ -478,6 +509,17 @@ def test_nothing_is_fetched_unasked(hub: FakeHub) -> None:
     with pytest.raises(CheckpointError, match="about 14 GB"):
         resolve("owner/llava", offline=True, download_missing=True)
     assert hub.fetched == []
+
+
+def test_converting_offline_does_not_ask_the_hub(
+    hub: FakeHub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    unknown = ("owner/llava", tmp_path / "out")
+    assert call("convert_weights", monkeypatch, *unknown) == 1
+    assert "4 files of owner/llava" in capsys.readouterr().err
+    for options in (unknown, (source, tmp_path / "out", "--base", "owner/llava")):
+        assert call("convert_weights", monkeypatch, *options, "--offline") == 1
+        assert "about 14 GB" in capsys.readouterr().err
 
 
 def test_download_brings_the_tower_and_is_then_used(hub: FakeHub, llava: Llava) -> None:

@@ -1,4 +1,4 @@
-"""The trained weights through the public API: a broken tower, tokenizer, RoPE or splice fails here."""
+"""The trained weights through the public API: a broken tower, tokenizer or RoPE fails here."""
 
 import pytest
 from PIL import Image

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
+import llava_lite.fetch as fetch_module
 import llava_lite.image as image_module
 from llava_lite.errors import ImageError
 from llava_lite.image import FORMATS, load_image, pad_to_square, preprocess, to_rgb
@@ -477,15 +478,15 @@ def test_private_addresses_are_refused_before_any_request(server: str, host: str
     ],
 )
 def test_public_addresses(address: str, public: bool) -> None:
-    assert image_module._is_public(address) is public
+    assert fetch_module._is_public(address) is public
 
 
 @pytest.fixture()
 def loopback_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only 127.0.0.1, so that the local server can play a public host."""
-    really = image_module._is_public
+    really = fetch_module._is_public
     monkeypatch.setattr(
-        image_module, "_is_public", lambda address: address == "127.0.0.1" or really(address)
+        fetch_module, "_is_public", lambda address: address == "127.0.0.1" or really(address)
     )
 
 

@@ -30,7 +30,7 @@ ARROWS = {
     "tome": {"errors"},
     "rope": {"errors"},
     "fastv": {"errors"},
-    "image": {"errors"},
+    "image": {"errors", "fetch"}, "fetch": {"errors"},
     "prompt": {"errors"},
     "tokenizer": {"errors"},
     "layouts": {"config", "errors"},
@@ -42,13 +42,30 @@ ARROWS = {
         "config", "errors", "reduction", "vision", "projector", "llama",
         "attention",  # for the type of its cache
     },
-    "checkpoint": {"config", "errors", "layouts", "llava", "tokenizer"},
+    "meta": {"config", "llava"},
+    "files": {"errors"},
+    "sources": {"config", "errors", "files", "layouts", "meta"},
+    "checkpoint": {
+        "config", "errors", "files", "layouts", "llava", "meta", "sources", "tokenizer",
+    },
+    "sampling": set(),
+    "answer": {"tokenizer"},
+    "sequence": {
+        "answer",
+        "attention",  # for the type of its cache
+    },
+    "chat": {
+        "prompt", "answer", "sampling", "sequence",
+        "generation",  # for the type of its model
+    },
     "generation": {
         "config", "errors", "llava", "prompt", "image", "tokenizer", "reduction",
+        "sampling", "answer", "sequence", "chat",
         "attention",  # for the type of its cache
     },
     "__init__": {
-        "errors", "checkpoint", "generation",
+        "errors", "checkpoint", "sources", "generation",
+        "answer", "chat",  # for the types of what it hands on
         "download",  # turns a hub id into a folder
     },
 }  # fmt: skip

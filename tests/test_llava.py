@@ -45,7 +45,7 @@ def test_splice_puts_every_image_in_its_slot(slots: list[bool]) -> None:
     ]
     assert torch.equal(spliced, torch.cat(expected))
     with pytest.raises(
-        PromptError, match=rf"{sum(slots)} <image> markers.*{sum(slots) + 1} images"
+        PromptError, match=rf"{sum(slots)} <image> markers?, but {sum(slots) + 1} images? w"
     ):
         llava.splice(input_ids, [*images, spliced])
 
@@ -132,7 +132,7 @@ def test_an_image_is_encoded_alike_in_any_batch() -> None:
 @pytest.mark.parametrize("slots", [0, 2])
 def test_prefill_refuses_a_wrong_number_of_images(slots: int) -> None:
     input_ids = torch.tensor([[1, *[IMAGE_TOKEN_ID] * slots, 9]])
-    with pytest.raises(PromptError, match=f"{slots} <image> markers, but 1 images"):
+    with pytest.raises(PromptError, match=f"{slots} <image> markers, but 1 image was given"):
         LLAVAS[torch.float32].prefill(input_ids, pixels(0, 1))
 
 

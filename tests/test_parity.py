@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llava_lite.checkpoint import load_model, meta_model, save_model, vision_state_from_open_clip
+from llava_lite.checkpoint import load_model, save_model, vision_state_from_open_clip
 from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
-from llava_lite.convert import convert, hf_documents
+from llava_lite.convert import convert
 from llava_lite.errors import CheckpointError
+from llava_lite.export import hf_documents
 from llava_lite.layouts import our_names
 from llava_lite.llava import Llava
+from llava_lite.meta import meta_model
 from llava_lite.vision import VisionTower
 
 OPERATORS = {

@@ -6,6 +6,7 @@ python tools/convert_weights.py path/to/llava-v1.5-7b weights/llava-1.5-7b --ver
 import argparse
 import sys
 
+from llava_lite.console import one_line, say
 from llava_lite.convert import add_arguments, run
 from llava_lite.errors import LlavaLiteError
 
@@ -17,10 +18,11 @@ def main() -> int:
     add_arguments(parser)
     try:
         return run(parser.parse_args())
-    except LlavaLiteError as error:
-        print(f"convert_weights: {error}", file=sys.stderr)
+    except (LlavaLiteError, OSError, ValueError) as error:
+        say(f"error: {one_line(error)}")
         return 1
     except KeyboardInterrupt:
+        say("interrupted")
         return 130
 
 

@@ -1,6 +1,6 @@
 """Draw scenes of the embedded model's world, each with its questions and answers.
 
-    python tools/draw_scenes.py --out scenes --count 10        # scene_0.png, scene_0.json, ...
+python tools/draw_scenes.py --out scenes --count 10        # scene_0.png, scene_0.json, ...
 """
 
 import argparse

@@ -1,0 +1,51 @@
+"""What the program writes while it works: answers on stdout, notices on stderr.
+
+Imports nothing heavy: errors of usage are said before torch is there.
+"""
+
+import sys
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llava_lite.answer import Answer
+
+
+def say(text: str) -> None:
+    """One line for the user, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def one_line(error: Exception | str) -> str:
+    """The error in one line, without error numbers."""
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return f"{place}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def print_pieces(pieces: "Generator[str, None, Answer]") -> "Answer":
+    """Print the pieces as they come, and the end of the line however it ends."""
+    try:
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                return end.value
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:
+        pieces.close()
+        print(flush=True)
+
+
+def format_stats(answer: "Answer") -> str:
+    """Token counts and timings in one line."""
+    usage, timings = answer.usage, answer.timings
+    parts = ("preprocess", "vision", "prefill", "decode")
+    times = ", ".join(f"{part} {timings.get(part, 0.0):.2f} s" for part in parts)
+    return (
+        f"[{usage.get('prompt_tokens', 0)} prompt + {usage.get('image_tokens', 0)} image tokens -> "
+        f"{usage.get('completion_tokens', 0)} new ({answer.finish_reason}); {times}; "
+        f"{timings.get('tokens_per_second', 0.0):.1f} tokens/s]"
+    )

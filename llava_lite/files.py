@@ -1,0 +1,271 @@
+"""Reading and writing the files of a checkpoint: JSON, safetensors, pickle, shards, whole folders.
+
+Pure input and output: which tensors a model has, and what layouts call them, is not known here.
+Weight files are mapped, so that nothing is read before its tensor is used. A folder is written
+beside its destination and takes its place only when all of it is there.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llava_lite.errors import CheckpointError
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPE_CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+
+# The first that a folder has is used: safetensors before pickle, an index before loose files.
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model*.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model*.bin",
+    "open_clip_*.safetensors",
+    "open_clip_*.bin",
+)
+
+# Weight file -> names that an index promises to be in it (empty without an index).
+Files = dict[Path, list[str]]
+
+# Shape and dtype of a tensor to write.
+Spec = tuple[tuple[int, ...], torch.dtype]
+
+
+# ---- read ----------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises CheckpointError when it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds no JSON object")
+    return content
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a .safetensors or pickle file by stored name, mapped: no data is read yet.
+
+    Raises CheckpointError for a missing, truncated, damaged or unsafe file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: the file is missing")
+    if path.suffix != ".safetensors":
+        return read_pickle(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: truncated or damaged: {error}") from error
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The only place that reads pickle: tensors and plain containers, nothing that runs code."""
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            # Files from before torch 1.6 are no zip archives and cannot be mapped.
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{path}: damaged, or holds more than tensors (code is never run): {reason}"
+        ) from error
+    if isinstance(content, dict):
+        content = content.get("state_dict", content)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named tensors")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: entry {name!r} is a {type(tensor).__name__}, no tensor")
+    return content
+
+
+def file_in(folder: Path, name: object, index: Path) -> Path:
+    """A file an index names. Raises CheckpointError unless it lies in the index's own folder."""
+    if not isinstance(name, str) or not re.fullmatch(r"[^/\\:\0]+", name) or name in (".", ".."):
+        raise CheckpointError(f"{index}: file name {name!r} leads outside the folder")
+    return folder / name
+
+
+def indexed_files(index: Path, weight_map: object) -> Files:
+    """Group `weight_map` (stored name -> file name) by file."""
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: holds no weight_map")
+    files: Files = {}
+    for name, file_name in weight_map.items():
+        files.setdefault(file_in(index.parent, file_name, index), []).append(name)
+    for file, names in files.items():
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file}: the shard is missing; it holds {len(names)} tensors, first {names[0]!r}"
+            )
+    return files
+
+
+def weight_files(folder: Path) -> Files:
+    """The weight files of a folder: by manifest (ours), by index, or by name; {} without any."""
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        rows = read_json(manifest).get("tensors")
+        if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+            raise CheckpointError(f"{manifest}: holds no table of tensors")
+        return indexed_files(manifest, {name: row.get("file") for name, row in rows.items()})
+    for pattern in WEIGHT_FILES:
+        found = sorted(folder.glob(pattern))
+        if found and pattern.endswith(".index.json"):
+            return indexed_files(found[0], read_json(found[0]).get("weight_map"))
+        if found:
+            return {file: [] for file in found}
+    return {}
+
+
+# ---- write ---------------------------------------------------------------------------------------
+
+
+def num_bytes(spec: Spec) -> int:
+    """Bytes of a tensor of this shape and dtype."""
+    return math.prod(spec[0]) * spec[1].itemsize
+
+
+def write_safetensors(
+    path: Path, specs: Mapping[str, Spec], read: Callable[[str], Tensor]
+) -> dict[str, str]:
+    """Write one safetensors file, one tensor in memory at a time. Returns each tensor's sha256.
+
+    The library's writer wants the whole file in memory at once, which at 2 GB a shard is most of
+    what a conversion may use."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (shape, dtype) in specs.items():
+        end = offset + num_bytes((shape, dtype))
+        header[name] = {
+            "dtype": DTYPE_CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % 64)  # tensors start on a cache line
+    hashes = {}
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, (shape, dtype) in specs.items():
+            tensor = read(name)
+            if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+                raise CheckpointError(f"{path}: tensor {name!r} is not the {shape} announced")
+            data = tensor_bytes(tensor)
+            hashes[name] = hashlib.sha256(data).hexdigest()
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # a full disk may show only here
+    return hashes
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's raw bytes, without a copy where it is contiguous on the CPU."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def plan_shards(specs: Mapping[str, Spec], shard_size: int) -> dict[str, list[str]]:
+    """File name -> tensor names, in order, each file at most `shard_size` bytes of tensors (a
+    larger tensor gets a file of its own)."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, spec in specs.items():
+        if shards[-1] and used + num_bytes(spec) > shard_size:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += num_bytes(spec)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    total = len(shards)
+    return {f"model-{i:05}-of-{total:05}.safetensors": s for i, s in enumerate(shards, start=1)}
+
+
+def write_shards(
+    folder: Path,
+    specs: Mapping[str, Spec],
+    read: Callable[[str], Tensor],
+    shard_size: int,
+) -> dict[str, dict[str, Any]]:
+    """Write all tensors, in files as `plan_shards` says.
+
+    Returns the manifest's table: name -> file, shape, dtype, sha256."""
+    table = {}
+    for file, names in plan_shards(specs, shard_size).items():
+        hashes = write_safetensors(folder / file, {name: specs[name] for name in names}, read)
+        for name in names:
+            shape, dtype = specs[name]
+            table[name] = {
+                "file": file,
+                "shape": list(shape),
+                "dtype": str(dtype).removeprefix("torch."),
+                "sha256": hashes[name],
+            }
+    return table
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def staged(destination: Path, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `destination`, to take its place only if the block succeeds.
+
+    On any error or interrupt nothing is left behind. With `force`, files of a folder that is
+    already there are replaced, and files that are none of a checkpoint's stay. Raises
+    CheckpointError when the destination is not empty, or the disk is full."""
+    if destination.exists() and not destination.is_dir():
+        raise CheckpointError(f"{destination}: is a file, not a folder")
+    check_free(destination, force)
+    scratch: str | None = None
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own: two runs with one destination must not write into one folder.
+        scratch = tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent)
+        staging = Path(scratch) / "staging"
+        staging.mkdir()  # mkdtemp's own folder is closed to other users, this one follows the umask
+        yield staging
+        publish(staging, destination, force)
+    except OSError as error:
+        raise CheckpointError(f"{destination}: cannot be written: {error}") from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_free(destination: Path, force: bool) -> None:
+    """Raise CheckpointError when something is in the folder, unless `force`."""
+    if destination.is_dir() and any(destination.iterdir()) and not force:
+        raise CheckpointError(f"{destination}: is not empty (force, --force, replaces it)")
+
+
+def publish(staging: Path, destination: Path, force: bool) -> None:
+    """Move the finished folder into place, the manifest last."""
+    check_free(destination, force)  # again: another run may have been faster
+    if not destination.exists() or not any(destination.iterdir()):
+        staging.replace(destination)
+        return
+    stale = {*destination.glob("model*.safetensors*"), *destination.glob("manifest.json")}
+    for file in sorted(staging.iterdir(), key=lambda file: (file.suffix == ".json", file.name)):
+        file.replace(destination / file.name)
+        stale.discard(destination / file.name)
+    for file in stale:
+        file.unlink()

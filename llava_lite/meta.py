@@ -1,0 +1,33 @@
+"""The model on the meta device: every name and shape, no memory behind them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from llava_lite.config import LlavaConfig
+from llava_lite.llava import Llava
+
+
+def expected_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
+    """Our names and shapes of all tensors of a model, without building its weights."""
+    return {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
+
+
+def meta_model(config: LlavaConfig) -> Llava:
+    """The model without memory behind its weights, ready for `load_state_dict(assign=True)`."""
+    with torch.device("meta"), WithoutInit():
+        return Llava(config).eval().requires_grad_(False)
+
+
+class WithoutInit(TorchFunctionMode):
+    """Skips random initialisation. On the meta device it does nothing but import a second's worth
+    of torch's compiler."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,105 @@
+"""How the next token is chosen: the options of a call, and sampling from logits.
+
+Shapes: B items, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DEFAULT_MAX_NEW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """The wishes of one call, checked when made: ValueError out of range.
+
+    max_new_tokens: None means 512, or as many as the context has room for.
+    temperature, top_p, top_k: see `sample`; temperature 0 is greedy.
+    seed: None differs every time.
+    stop: a string or several to end at; they are not part of the answer.
+    system, template: instead of the template's own system text, and of the model's template.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    system: str | None = None
+    template: str | None = None
+
+    def __post_init__(self) -> None:
+        # `not a <= x` rather than `x < a`: it refuses NaN too.
+        if self.max_new_tokens is not None and not self.max_new_tokens >= 1:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature {self.temperature} must be in [0, inf)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be in (0, 1]")
+        if not self.top_k >= 0:
+            raise ValueError(f"top_k {self.top_k} must be at least 0 (0 = off)")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed {self.seed} must be in [0, 2**64)")
+        if "" in self.stop_strings:
+            raise ValueError("a stop string must not be empty")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def make_generator(self) -> torch.Generator | None:
+        """The random numbers of one item (None when greedy). Always on the CPU, so that a seed
+        means the same on every device."""
+        if self.temperature == 0:
+            return None
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()  # a new Generator starts from a fixed seed, not from entropy
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generators: Sequence[torch.Generator | None] = (),
+    num_text_ids: int | None = None,
+) -> Tensor:
+    """Choose one token per item: logits (B, V) -> ids (B,) below `num_text_ids` (None = V).
+
+    Temperature 0 is argmax. Otherwise, in this order: temperature, the `top_k` best (0 = all), the
+    smallest set of best tokens with probability >= `top_p` (Holtzman et al., arXiv 1904.09751),
+    then one draw from each item's own generator."""
+    logits = logits[:, :num_text_ids].float()
+    if temperature == 0:
+        return logits.argmax(-1)
+    # Devices differ in the last bit of a softmax; from here on everything runs on the CPU.
+    logits = logits.cpu()
+    smallest = torch.finfo(torch.float32).tiny
+    scores = (logits - logits.amax(-1, keepdim=True)) / max(temperature, smallest)
+    ids = None
+    if top_k:
+        scores, ids = scores.topk(min(top_k, scores.shape[-1]))
+    elif top_p < 1:
+        scores, ids = scores.sort(descending=True, stable=True)
+    probs = scores.softmax(-1)
+    if top_p < 1:
+        probs = probs.where(probs.cumsum(-1) - probs < top_p, 0)
+    choice = torch.stack([draw(*item) for item in zip(probs, generators, strict=True)])  # (B,)
+    return choice if ids is None else ids.gather(-1, choice[:, None])[:, 0]
+
+
+def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Index drawn in proportion to `weights` (V,), by inverting their cumulative sum: one random
+    number per token, whatever the size of the vocabulary."""
+    cumulative = weights.double().cumsum(-1)
+    # A float32 uniform is at most 1 - 2^-24, so its product in float64 stays below the total.
+    target = torch.rand((), generator=generator).double() * cumulative[-1]
+    return torch.searchsorted(cumulative, target, right=True)
