@@ -1,14 +1,15 @@
-"""Train the embedded model `weights/tiny` from nothing: scenes, tower, decoder, joint, export.
+"""Train the embedded model `weights/tiny` from nothing: crops, tower, decoder, joint, export.
 
     python tools/train_tiny.py                     # all stages; continues where it was interrupted
     python tools/train_tiny.py --stage tower       # one stage
     python tools/train_tiny.py --device cuda
 
-The stages are LLaVA's own in small. `scenes` draws the training images once. `tower` teaches the
-vision tower what every patch belongs to (shape, color, digit, centre of its object), first on crops
-around objects, which are cheap, then on whole images. `decoder` trains projector and decoder on the
-frozen tower's features, computed once, with most background patches left out. `joint` trains
-everything on whole images. `export` writes the folder that `llava_lite.load` reads.
+The stages are LLaVA's own in small. `crops` and `tower` teach the vision tower what every patch
+belongs to (shape, color, digit, centre of its object), first on crops around objects, which are
+cheap, then on images of the full size. `decoder` trains projector and decoder on the frozen tower's
+features, computed once, with most background patches left out. `joint` trains everything on whole
+images. `export` writes the folder that `llava_lite.load` reads. The scenes are drawn once, at the
+start.
 
 Every image stands in front of many questions at once: each question block sees the image and
 itself, not its neighbours, and takes the positions it would have alone.
@@ -37,6 +38,7 @@ from tqdm import tqdm
 
 from llava_lite.checkpoint import save_model
 from llava_lite.config import TINY
+from llava_lite.image import MEAN, STD, pad_to_square
 from llava_lite.llama import LlamaDecoder
 from llava_lite.llava import IMAGE_TOKEN_ID, Llava
 from llava_lite.projector import Projector
@@ -56,9 +58,6 @@ from llava_lite.vision import VisionTower
 
 SIZE, PATCH, GRID = 336, 14, 24
 CROP = 8  # patches along a crop's side
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
-PAD_COLOR = (122, 116, 104)
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 IGNORE = -100
 
@@ -76,11 +75,8 @@ def make_scene(seed: int, index: int) -> Scene:
 def render(task: tuple[int, int]) -> np.ndarray:
     """Draw one scene and bring it to the model's input size, as image.py does: (S, S, 3) uint8."""
     scene = make_scene(*task)
-    image = draw_scene(scene, supersample=1 + task[1] % 3)
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), PAD_COLOR)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return np.asarray(square.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    image = pad_to_square(draw_scene(scene, supersample=1 + task[1] % 3))
+    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 
 class SceneSet:
@@ -130,6 +126,10 @@ class PatchLabels:
     center: Tensor
     offset: Tensor
 
+    def to(self, device: str) -> "PatchLabels":
+        """The same labels on another device."""
+        return PatchLabels(**{name: value.to(device) for name, value in vars(self).items()})
+
 
 def label_patches(scene: Scene, instances: np.ndarray, corner: tuple[int, int]) -> dict[str, Any]:
     """Labels of one window of a scene: `instances` (s, s) of it, `corner` its (x, y) in the
@@ -175,7 +175,7 @@ def stack_labels(labels: Sequence[dict[str, Any]]) -> PatchLabels:
 def to_pixel_values(images: np.ndarray) -> Tensor:
     """uint8 (B, S, S, 3) -> normalised (B, 3, S, S) float32."""
     values = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return (values - MEAN) / STD
+    return (values - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def cut_crop(scenes: SceneSet, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, Any]]:
@@ -267,7 +267,7 @@ def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
         read["digit"].flatten(0, 1), labels.digit.flatten(), ignore_index=IGNORE
     )
     center = F.binary_cross_entropy_with_logits(
-        read["center"].squeeze(-1), labels.center, pos_weight=torch.tensor(5.0)
+        read["center"].squeeze(-1), labels.center, pos_weight=labels.center.new_tensor(5.0)
     )
     offset = F.smooth_l1_loss(read["offset"][on_object], labels.offset[on_object])
     return color + shape + 0.7 * digit + center + 0.3 * offset
@@ -450,7 +450,7 @@ def fit_tower(
         # On a CPU the plain kernel is twice as fast here: the fused one's backward is slow.
         with autocast(args.device), sdpa_kernel(SDPBackend.MATH):
             features, labels = batch(train, np.random.default_rng([step, len(name)]))
-            loss = patch_loss(heads(features), labels)
+            loss = patch_loss(heads(features), labels.to(args.device))
         trainer.update(loss)
         losses.append(loss.item())
         if trainer.step % 250 == 0:
@@ -490,7 +490,7 @@ def test_tower(
 
 # How many background patches an image of the decoder stage may keep: few are fast, but a decoder
 # that never saw all of them loses the objects among 576.
-BACKGROUND = (24, 24, 128, GRID * GRID)
+BACKGROUND_PATCHES = (24, 24, 128, GRID * GRID)
 
 # How often each family is asked about an image, per question block.
 FAMILY_WEIGHTS = {
@@ -722,7 +722,7 @@ def train_decoder(args: argparse.Namespace) -> None:
     for step in trainer.run():
         rng = np.random.default_rng([step, 8])
         indices = rng.choice(curriculum(train, step / args.decoder_steps), args.decoder_batch)
-        packed = pack_scenes(train, indices, writer, rng, args, BACKGROUND)
+        packed = pack_scenes(train, indices, writer, rng, args, BACKGROUND_PATCHES)
         rows = [features[i][packed.patches[n]] for n, i in enumerate(indices)]
         with autocast(args.device):
             image_embeds = projector(torch.cat(rows).to(args.device).float())
@@ -813,7 +813,7 @@ def train_joint(args: argparse.Namespace) -> None:
             loss, _, _ = answer_loss(
                 decoder, packed, projector(features).flatten(0, 1), args.device
             )
-            loss = loss + 0.1 * patch_loss(heads(features), labels)
+            loss = loss + 0.1 * patch_loss(heads(features), labels.to(args.device))
         trainer.update(loss)
         losses.append(loss.item())
         if trainer.step % 100 == 0:
@@ -839,7 +839,14 @@ def export(args: argparse.Namespace) -> None:
     model.vision.load_state_dict(tower)
     model.projector.load_state_dict(state["projector"])
     model.decoder.load_state_dict(state["decoder"])
-    save_model(model.to(torch.bfloat16), config, args.out, tokenizer=tokenizer)
+    save_model(
+        model.to(torch.bfloat16),
+        config,
+        args.out,
+        tokenizer,
+        source="tools/train_tiny.py",
+        force=True,
+    )
 
 
 STAGES = {
