@@ -254,18 +254,22 @@ class PatchHeads(nn.Module):
         return {name: getattr(self, name)(x).float() for name in names}
 
 
+def labelled_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy over the patches that have a label; 0 where none has."""
+    total = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return total / (targets != IGNORE).sum().clamp(min=1)
+
+
 def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
     """How badly the heads read the labels."""
     on_object = labels.color > 0
     background_weight = torch.full((1 + len(COLORS),), 1.0, device=labels.color.device)
     background_weight[0] = 0.3
     color = F.cross_entropy(read["color"].flatten(0, 1), labels.color.flatten(), background_weight)
-    shape = F.cross_entropy(
-        read["shape"].flatten(0, 1), labels.shape.flatten(), ignore_index=IGNORE
-    )
-    digit = F.cross_entropy(
-        read["digit"].flatten(0, 1), labels.digit.flatten(), ignore_index=IGNORE
-    )
+    shape = labelled_loss(read["shape"], labels.shape)
+    digit = labelled_loss(read["digit"], labels.digit)
     center = F.binary_cross_entropy_with_logits(
         read["center"].squeeze(-1), labels.center, pos_weight=labels.center.new_tensor(5.0)
     )
@@ -353,7 +357,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         if self.state_path.exists():
-            self._restore(torch.load(self.state_path, weights_only=True))
+            self._restore(torch.load(self.state_path, "cpu", weights_only=True))
 
     def _rate(self, step: int) -> float:
         warm_up = min(200, self.steps // 10 + 1)
@@ -449,7 +453,7 @@ def fit_tower(
     for step in trainer.run():
         # On a CPU the plain kernel is twice as fast here: the fused one's backward is slow.
         with autocast(args.device), sdpa_kernel(SDPBackend.MATH):
-            features, labels = batch(train, np.random.default_rng([step, len(name)]))
+            features, labels = batch(train, np.random.default_rng([step, *name.encode()]))
             loss = patch_loss(heads(features), labels.to(args.device))
         trainer.update(loss)
         losses.append(loss.item())
@@ -656,7 +660,8 @@ def tower_features(
 ) -> Tensor:
     """Features of every patch of every scene, (scenes, 576, C) bfloat16, computed once into a
     file."""
-    path = args.work / f"{name}.bf16"
+    trained = torch.load(args.work / "tower.state.pt", "cpu", weights_only=True)["step"]
+    path = args.work / f"{name}_{len(scenes)}_tower{trained}.bf16"
     shape = (len(scenes), GRID * GRID, TINY.vision.hidden_size)
     if not path.exists():
         partial = path.with_suffix(".partial")
@@ -700,7 +705,7 @@ def new_decoder(args: argparse.Namespace) -> tuple[Projector, LlamaDecoder]:
 def trained_tower(args: argparse.Namespace, stage: str = "tower") -> tuple[VisionTower, PatchHeads]:
     """The tower and its readers as the stage left them."""
     tower, heads = VisionTower(TINY.vision), PatchHeads(TINY.vision.hidden_size)
-    state = torch.load(args.work / f"{stage}.state.pt", weights_only=True)
+    state = torch.load(args.work / f"{stage}.state.pt", "cpu", weights_only=True)
     tower.load_state_dict(state["tower"])
     heads.load_state_dict(state["heads"])
     return tower.to(args.device), heads.to(args.device)
@@ -791,7 +796,7 @@ def train_joint(args: argparse.Namespace) -> None:
     writer = Writer(load_tokenizer(args))
     tower, heads = trained_tower(args)
     projector, decoder = new_decoder(args)
-    state = torch.load(args.work / "decoder.state.pt", weights_only=True)
+    state = torch.load(args.work / "decoder.state.pt", "cpu", weights_only=True)
     projector.load_state_dict(state["projector"])
     decoder.load_state_dict(state["decoder"])
     modules: dict[str, nn.Module] = {
@@ -830,7 +835,7 @@ def train_joint(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Write the newest weights as a model folder in bfloat16."""
     newest = "joint" if (args.work / "joint.state.pt").exists() else "decoder"
-    state = torch.load(args.work / f"{newest}.state.pt", weights_only=True)
+    state = torch.load(args.work / f"{newest}.state.pt", "cpu", weights_only=True)
     tower = state.get("tower") or trained_tower(args)[0].state_dict()
     tokenizer = load_tokenizer(args)
     text = replace(TINY.text, sampled_vocab_size=tokenizer.vocab_size)
