@@ -9,6 +9,7 @@ else heavy; that happens at the first use.
 
 import os
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +25,7 @@ from llava_lite.errors import (
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from llava_lite.answer import Answer, Score
     from llava_lite.chat import Chat
@@ -99,7 +101,9 @@ def load(
     revision: str | None = None,
     offline: bool = False,
     base: str | Path | None = None,
-    vision_tower: str | Path | None = None,
+    vision_tower: "str | Path | nn.Module | None" = None,
+    pad: bool | None = None,
+    exif: bool = True,
 ) -> "Model":
     """Load a model: a converted folder, any official layout, or a hub id (`owner/name`).
 
@@ -110,7 +114,9 @@ def load(
     download: fetch a hub id that is not on this disk; without it the error says how large it is.
     revision, offline: of a hub id; offline never asks the network.
     base: the model below a LoRA adapter or a projector file. vision_tower: the CLIP folder or file
-        for a checkpoint without its own.
+        for a checkpoint without its own, or an open_clip model object.
+    pad: images padded to a square (True) or cropped to one (False), instead of what the
+        checkpoint's config says. exif: turn images as the camera noted; LLaVA itself does not.
 
     Raises CheckpointError, and ValueError for a device or dtype that does not exist here."""
     from llava_lite.checkpoint import load_source, load_tokenizer, parse_dtype
@@ -119,14 +125,19 @@ def load(
     from llava_lite.sources import open_source
 
     path = resolve(
-        _source_or_default(source), download_missing=download, revision=revision, offline=offline
+        _source_or_default(source),
+        download_missing=download,
+        revision=revision,
+        offline=offline,
+        vision_tower=vision_tower,
     )
     device = _pick_device(device)
     wanted = None if dtype == "auto" else parse_dtype(dtype)
     checkpoint = open_source(path, base, vision_tower)
     wanted = wanted or _pick_dtype(checkpoint.dtype, device)
     tokenizer = load_tokenizer(checkpoint.tokenizer_file or path, checkpoint.config)
-    return Model(load_source(checkpoint, device, wanted), tokenizer, checkpoint.config)
+    config = checkpoint.config if pad is None else replace(checkpoint.config, pad=pad)
+    return Model(load_source(checkpoint, device, wanted), tokenizer, config, exif)
 
 
 def embedded_model() -> Path:
@@ -169,19 +180,23 @@ def _load_once(source: str) -> "Model":
 def _pick_device(device: "str | torch.device") -> "torch.device":
     import torch
 
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
+    counts = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
     }
     if device == "auto":
-        device = next(name for name, is_there in available.items() if is_there)
+        device = next(name for name, count in counts.items() if count)
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device {device!r} is not one of auto, cuda, mps, cpu") from None
-    if not available.get(chosen.type, True):
-        raise ValueError(f"device {str(device)!r} is not available here")
+        chosen = None
+    if chosen is None or chosen.type not in counts:
+        raise ValueError(f"device {str(device)!r} is not one of auto, cuda, mps, cpu")
+    count = counts[chosen.type]
+    if (chosen.index or 0) >= count:
+        there = f", there are {count} of {chosen.type}, counted from 0" if count else ""
+        raise ValueError(f"device {str(device)!r} is not available here{there}")
     return chosen
 
 

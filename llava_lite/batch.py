@@ -331,9 +331,9 @@ def run_batch(
     of each line written. `options` are those of `Model.generate`. A row that fails is recorded with
     its error and costs no other row. An interrupt leaves complete lines. Raises as `plan` and
     `select_shard`, ValueError for bad options, OSError when the output cannot be written."""
-    size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-    if size < 1:
-        raise ValueError(f"batch_size {size} must be at least 1")
+    from llava_lite.generation import checked_batch_size  # imports torch, as the model has by now
+
+    size = checked_batch_size(batch_size)
     output = Path(output)
     work = plan(select_shard(rows, shard), output, resume=resume, retry_errors=retry_errors)
     repair(output, work)

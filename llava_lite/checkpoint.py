@@ -1,7 +1,7 @@
 """Checkpoints: load a model from any published layout, and save and verify one in our own.
 
 load_model(folder)   any layout (`sources.open_source`) -> Llava; a converted folder is
-                     memory-mapped, not copied
+                     memory-mapped, not copied, and its values are not checked again
 save_model(...)      Llava -> config.json, model*.safetensors, tokenizer.json, manifest.json
 """
 

@@ -11,17 +11,18 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_lite import __version__, batch, embedded_model
+from llava_lite import __version__, batch, convert, embedded_model
 from llava_lite.console import format_stats, one_line, print_pieces, say
 from llava_lite.errors import LlavaLiteError
 from llava_lite.prompt import ALIASES, TEMPLATES
 from llava_lite.repl import CHAT_HELP, Repl
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from llava_lite.batch import Record, Row, Summary
     from llava_lite.generation import Model
 
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str]) -> int:
     """Parse the arguments and run the chosen subcommand."""
     try:
-        args, unknown = build_parser(argv).parse_known_args(argv)
+        args, unknown = build_parser().parse_known_args(argv)
         if unknown:
             args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         with warnings.catch_warnings():
@@ -119,9 +120,8 @@ def hyphenated(argument: str) -> str:
 # ---- arguments ---------------------------------------------------------------------------------
 
 
-def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The whole command line. `argv` only decides whether the arguments of `convert` are needed:
-    they come from a module that imports torch."""
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
     parser = argparse.ArgumentParser(
         prog="llava-lite",
         description="LLaVA-1.5: ask questions about images.",
@@ -134,7 +134,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     add_generate(commands)
     add_chat(commands)
     add_batch(commands)
-    add_convert(commands, wanted=list(argv[:1]) == ["convert"])
+    add_convert(commands)
     add_download(commands)
     add_info(commands)
     return parser
@@ -229,13 +229,10 @@ def add_batch(commands: Any) -> None:
     add_model_arguments(parser)
 
 
-def add_convert(commands: Any, wanted: bool) -> None:
+def add_convert(commands: Any) -> None:
     summary = "write a checkpoint of any layout as one folder that loads fast"
-    parser = add_command(commands, "convert", run_convert, "SOURCE DESTINATION", summary)
-    if wanted:
-        from llava_lite import convert
-
-        convert.add_arguments(parser)
+    usage = "SOURCE DESTINATION"
+    convert.add_arguments(add_command(commands, "convert", convert.run, usage, summary))
 
 
 def add_download(commands: Any) -> None:
@@ -398,12 +395,12 @@ def load_model(args: argparse.Namespace) -> "Model":
     import torch
 
     import llava_lite
-    from llava_lite.generation import Model
-
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.download:
+        choose_download_bars(args.quiet)
     # With --quiet the source is named, and then `load` has no reason to say which it took.
-    model = llava_lite.load(
+    return llava_lite.load(
         default_source(args.model) if args.quiet else args.model,
         device=args.device,
         dtype=args.dtype,
@@ -412,10 +409,17 @@ def load_model(args: argparse.Namespace) -> "Model":
         offline=args.offline,
         base=args.base,
         vision_tower=args.vision_tower,
+        pad=False if args.no_pad else None,
+        exif=not args.no_exif,
     )
-    if args.no_pad:
-        model = Model(model.llava, model.tokenizer, replace(model.config, pad=False))
-    return model
+
+
+def choose_download_bars(quiet: bool) -> None:
+    """The hub's progress bars only at a terminal, and not when quiet."""
+    if quiet or not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
 
 
 def default_source(named: str | None) -> str:
@@ -433,16 +437,12 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def image_opener(args: argparse.Namespace) -> Callable[[str], Any]:
+def image_opener(args: argparse.Namespace) -> "Callable[[str], Image]":
     """Opens a path, a URL, or - for stdin, as the arguments say. Raises ImageError."""
-    import numpy as np
-
     from llava_lite.image import load_image
 
-    def open_image(source: str) -> Any:
-        image = load_image(sys.stdin.buffer if source == "-" else source, exif=not args.no_exif)
-        # The bare pixels: a PIL image would still carry its EXIF, and be turned after all.
-        return np.asarray(image)
+    def open_image(source: str) -> "Image":
+        return load_image(sys.stdin.buffer if source == "-" else source, exif=not args.no_exif)
 
     return open_image
 
@@ -577,24 +577,14 @@ def format_summary(summary: "Summary", output: str) -> str:
     return text + ("\n(--resume --retry-errors runs them again)" if summary.failed else "")
 
 
-# ---- convert, download, info -------------------------------------------------------------------
-
-
-def run_convert(args: argparse.Namespace) -> int:
-    """`llava-lite convert`."""
-    from llava_lite import convert
-
-    return convert.run(args)
+# ---- download, info ----------------------------------------------------------------------------
 
 
 def run_download(args: argparse.Namespace) -> int:
     """`llava-lite download`."""
-    from huggingface_hub.utils import disable_progress_bars
-
     from llava_lite.download import download
 
-    if args.quiet or not sys.stderr.isatty():
-        disable_progress_bars()
+    choose_download_bars(args.quiet)
     folder = download(args.repo, revision=args.revision, offline=args.offline, destination=args.out)
     print(folder)
     return OK

@@ -7,6 +7,8 @@ two published families (they share `model_type: "llava"`, so `parse` tells them 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+MAX_PROJECTOR_DEPTH = 8  # published are 1 and 2; a name may say any number
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -111,8 +113,10 @@ def check(config: LlavaConfig) -> None:
         )
     if text.head_dim % 2:
         raise ValueError(f"head_dim {text.head_dim} is odd, RoPE needs pairs")
-    if config.projector_depth < 1:
-        raise ValueError(f"projector_depth {config.projector_depth} must be at least 1")
+    if not 1 <= config.projector_depth <= MAX_PROJECTOR_DEPTH:
+        raise ValueError(
+            f"projector_depth {config.projector_depth} must be between 1 and {MAX_PROJECTOR_DEPTH}"
+        )
 
 
 LLAVA_1_5_7B = LlavaConfig(name="llava-1.5-7b")
@@ -136,18 +140,28 @@ TINY = LlavaConfig(
 PRESETS = {config.name: config for config in (LLAVA_1_5_7B, LLAVA_1_5_13B, TINY)}
 
 
+def family(raw: dict[str, Any]) -> str:
+    """Which config.json it is: "llava_lite", "llava-hf" (nested), "official" (flat; also a Llama).
+
+    Raises ValueError for any other."""
+    if raw.get("format") == "llava_lite":
+        return "llava_lite"
+    if "text_config" in raw and "vision_config" in raw:
+        return "llava-hf"
+    if "hidden_size" in raw:
+        return "official"
+    raise ValueError("neither a llava_lite, a llava-hf nor an official LLaVA / Llama config")
+
+
 def parse(raw: dict[str, Any], vision: dict[str, Any] | None = None) -> LlavaConfig:
     """Parse any config.json: ours, llava-hf (nested `text_config`), official (flat `mm_*`).
 
     `vision` is the config.json of a separate CLIP tower folder, where the layout has one.
     Raises ValueError when the config describes another architecture."""
-    if raw.get("format") == "llava_lite":
+    kind = family(raw)
+    if kind == "llava_lite":
         return LlavaConfig.from_dict(raw)
-    if "text_config" in raw and "vision_config" in raw:
-        return parse_llava_hf(raw)
-    if "hidden_size" in raw:
-        return parse_official(raw, vision)
-    raise ValueError("neither a llava_lite, a llava-hf nor an official LLaVA / Llama config")
+    return parse_llava_hf(raw) if kind == "llava-hf" else parse_official(raw, vision)
 
 
 def parse_llava_hf(raw: dict[str, Any]) -> LlavaConfig:
@@ -157,6 +171,10 @@ def parse_llava_hf(raw: dict[str, Any]) -> LlavaConfig:
     strategy = raw.get("vision_feature_select_strategy", "default")
     if not isinstance(layer, int) or strategy not in ("default", "patch"):
         raise ValueError(f"unsupported vision features: layer {layer!r}, strategy {strategy!r}")
+    if raw.get("projector_hidden_act", "gelu") != "gelu":
+        raise ValueError(
+            f"unsupported projector_hidden_act {raw['projector_hidden_act']!r} (supported: 'gelu')"
+        )
     vision = replace(parse_vision(raw["vision_config"]), feature_layer=layer)
     image_id = raw.get("image_token_index", raw.get("image_token_id", 32000))
     text = parse_text(text_raw)
@@ -170,18 +188,20 @@ def parse_llava_hf(raw: dict[str, Any]) -> LlavaConfig:
 def parse_official(raw: dict[str, Any], vision: dict[str, Any] | None = None) -> LlavaConfig:
     """Official config (flat Llama fields + `mm_*`), or a plain Llama base without `mm_*`.
 
-    LLaVA's own default projector is one linear layer; LLaVA-1.5's is for a base that names none."""
+    A LLaVA config that leaves them out means one linear layer and images that are not padded; a
+    Llama base says nothing about either, and gets LLaVA-1.5's."""
     if raw.get("mm_use_im_start_end") or raw.get("mm_vision_select_feature", "patch") != "patch":
         raise ValueError(
             "mm_use_im_start_end and mm_vision_select_feature != patch are unsupported"
         )
     feature_layer = raw.get("mm_vision_select_layer", -2)
-    default_projector = "linear" if any(key.startswith("mm_") for key in raw) else "mlp2x_gelu"
+    is_llava = any(key.startswith("mm_") for key in raw)
+    default_projector, default_aspect = ("linear", None) if is_llava else ("mlp2x_gelu", "pad")
     return LlavaConfig(
         vision=replace(parse_vision(vision or {}), feature_layer=feature_layer),
         text=parse_text(raw),
         projector_depth=projector_depth(raw.get("mm_projector_type", default_projector)),
-        pad=raw.get("image_aspect_ratio", "pad") == "pad",
+        pad=raw.get("image_aspect_ratio", default_aspect) == "pad",
         name="llava-official",
     )
 

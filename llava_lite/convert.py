@@ -9,7 +9,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,12 +81,14 @@ def convert(
     to: str = "llava_lite",
     force: bool = False,
     progress: Progress | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Report:
     """Convert a checkpoint of any layout (see `sources.open_source`) to a self-contained folder.
 
     `dtype` None keeps the decoder's; `shard_size` in bytes; `to` "llava_lite" or "hf"; `verify`
     reads everything back and compares hashes; `force` replaces a checkpoint that is already there;
-    `progress(done, total)` is told the bytes. On any error or interrupt nothing half-written is
+    `progress(done, total)` is told the bytes; `names`: what the manifest calls "source" and "base",
+    such as hub ids, where that is not their path. On any error or interrupt nothing half-written is
     left. Raises CheckpointError naming file and tensor."""
     from llava_lite.checkpoint import parse_dtype, verify_tensors
     from llava_lite.export import hf_output, own_output, write_side_files
@@ -103,12 +105,12 @@ def convert(
         return report
     if destination is None:
         raise ValueError("a destination is needed, except with dry_run")
-    place = Path(destination).expanduser()
+    place = Path(destination).expanduser().resolve()  # a link stays, what it points to is filled
     check_destination(place, opened, output.size)
     with staged(place, force) as staging:
         read = with_progress(output, progress)
         table = write_shards(staging, output.specs, read, shard_size)
-        write_side_files(staging, opened, output, table, to)
+        write_side_files(staging, opened, output, table, to, names or {})
         report.verified = verify and verify_tensors(staging, table) == len(output.specs)
     report.files = sorted({row["file"] for row in table.values()})
     report.written = True
@@ -148,8 +150,8 @@ def check_destination(place: Path, opened: "Source", size: int) -> None:
     sources = {opened.path.resolve(), *(e.file.parent.resolve() for e in opened.entries.values())}
     if place.resolve() in sources:
         raise CheckpointError(f"{place}: is where the source lies, choose another destination")
-    parent = next(folder for folder in place.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
+    folder = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(folder).free
     if free < size:
         raise CheckpointError(
             f"{place}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on this disk"
@@ -178,7 +180,10 @@ def parse_size(text: str) -> int:
     number, factor = text.strip().upper(), 1
     if number[-2:] in units:
         number, factor = number[:-2], units[number[-2:]]
-    size = int(float(number) * factor)
+    try:
+        size = int(float(number) * factor)
+    except OverflowError:
+        raise ValueError(f"size {text!r} is not finite") from None
     if size < 1:
         raise ValueError(f"size {text!r} must be positive")
     return size
@@ -225,20 +230,28 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error("a destination is needed, except with --dry-run")
     from llava_lite.download import resolve
 
-    source = resolve(args.source, revision=args.revision, offline=args.offline)
-    base = resolve(args.base, offline=args.offline) if args.base else None
+    tower = args.vision_tower
+    source = resolve(args.source, revision=args.revision, offline=args.offline, vision_tower=tower)
+    base = resolve(args.base, offline=args.offline, vision_tower=tower) if args.base else None
+    given = {"source": (args.source, source), "base": (args.base, base)}
+    names = {
+        part: str(name)
+        for part, (name, path) in given.items()
+        if path is not None and path != Path(name).expanduser()
+    }
     report = convert(
         source,
         args.destination,
         dtype=None if args.dtype == "keep" else args.dtype,
         shard_size=args.shard_size,
         base=base,
-        vision_tower=args.vision_tower,
+        vision_tower=tower,
         dry_run=args.dry_run,
         verify=args.verify,
         to=args.to,
         force=args.force,
         progress=terminal_progress(),
+        names=names,
     )
     print(json.dumps(asdict(report), indent=2) if args.json else report.summary())
     return 0

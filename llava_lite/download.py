@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_lite.errors import CheckpointError
-from llava_lite.files import read_json, weight_files
+from llava_lite.files import read_json, read_tensors, weight_files
 from llava_lite.sources import find_local
 
 # Besides the weights: configs, indexes, tokenizer, small LoRA and projector files.
@@ -18,12 +18,19 @@ SIDE_FILES = (
     "*.json",
     "*.jinja",
     "tokenizer.model",
-    "mm_projector.bin",
+    "mm_projector.*",
     "adapter_model.*",
     "non_lora_trainables.*",
 )
 # The first kind that a repository has is fetched.
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "open_clip_*.safetensors")
+WEIGHTS = (
+    "open_clip_*.safetensors",
+    "open_clip_*.bin",
+    "model*.safetensors",
+    "pytorch_model*.bin",
+)
+# At least one of these makes a repository a checkpoint, or a part of one.
+CONTENTS = (*WEIGHTS, "mm_projector.*", "adapter_model.*")
 REPO_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 ABOUT = "about 14 GB for LLaVA-1.5 7B, 26 GB for 13B"
 
@@ -76,9 +83,11 @@ def download(
 
     An interrupted download resumes; files that are there are not fetched again. `destination`: a
     folder instead of the hub's cache (a tower is put beside it). `offline` only looks into the
-    cache. Raises CheckpointError."""
+    cache, and with a destination is an error. Raises CheckpointError."""
     if not REPO_ID.fullmatch(repo_id):
         raise CheckpointError(f"{repo_id!r} is no hub id of the form owner/name")
+    if offline and destination is not None:
+        raise CheckpointError(f"{destination}: nothing can be put there offline")
     if offline:
         folder = cached(repo_id, revision)
         if folder is None:
@@ -87,10 +96,15 @@ def download(
     return fetch_with_tower(repo_id, revision, destination)
 
 
-def fetch_with_tower(repo_id: str, revision: str | None, destination: str | Path | None) -> Path:
+def fetch_with_tower(
+    repo_id: str,
+    revision: str | None,
+    destination: str | Path | None,
+    vision_tower: object = None,
+) -> Path:
     """Download a repository, then the vision tower that it names and that is not on this disk."""
     folder = fetch(plan_download(repo_id, revision), destination)
-    tower = missing_tower(folder)
+    tower = missing_tower(folder, vision_tower)
     if tower is not None:
         beside = folder.parent / tower.rsplit("/", 1)[-1] if destination is not None else None
         fetch(plan_download(tower), beside)
@@ -99,6 +113,11 @@ def fetch_with_tower(repo_id: str, revision: str | None, destination: str | Path
 
 def fetch(plan: Plan, destination: str | Path | None) -> Path:
     """Download the files of a plan. Raises CheckpointError."""
+    if not any(fnmatch.filter(plan.files, pattern) for pattern in CONTENTS):
+        raise CheckpointError(
+            f"{plan.repo_id}: holds no weights, projector or adapter that can be read "
+            f"({', '.join(CONTENTS)})"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -113,14 +132,25 @@ def fetch(plan: Plan, destination: str | Path | None) -> Path:
     return Path(folder)
 
 
-def missing_tower(folder: Path) -> str | None:
-    """Hub id of the vision tower that a folder names and that is not on this disk."""
+def missing_tower(folder: Path, vision_tower: object = None) -> str | None:
+    """Hub id of the vision tower that a folder names and that is not on this disk.
+
+    None also where another one is given as `vision_tower`, or the weights contain theirs."""
     config = folder / "config.json"
     named = read_json(config).get("mm_vision_tower") if config.is_file() else None
-    if not isinstance(named, str) or not REPO_ID.fullmatch(named):
+    if vision_tower is not None or not isinstance(named, str) or not REPO_ID.fullmatch(named):
         return None
     place = find_local(named, folder)
-    return None if place is not None and (place.is_file() or weight_files(place)) else named
+    is_here = place is not None and (place.is_file() or weight_files(place))
+    return None if is_here or has_tower(folder) else named
+
+
+def has_tower(folder: Path) -> bool:
+    """True when a tower is among the weights, told from an index or else the files' headers."""
+    names: set[str] = set()
+    for file, promised in weight_files(folder).items():
+        names.update(promised or read_tensors(file))
+    return any("vision_tower." in name for name in names)
 
 
 def cached(repo_id: str, revision: str | None = None) -> Path | None:
@@ -129,9 +159,8 @@ def cached(repo_id: str, revision: str | None = None) -> Path | None:
 
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
-        has_projector = any(folder.glob("mm_projector*"))
-        has_adapter = any(folder.glob("adapter_model.*"))
-        complete = bool(weight_files(folder)) or has_projector or has_adapter
+        small = (*folder.glob("mm_projector.*"), *folder.glob("adapter_model.*"))
+        complete = bool(weight_files(folder)) or any(file.is_file() for file in small)
     except (OSError, ValueError, CheckpointError):
         return None
     return folder if complete else None
@@ -143,9 +172,12 @@ def resolve(
     download_missing: bool = False,
     revision: str | None = None,
     offline: bool = False,
+    vision_tower: object = None,
 ) -> Path:
     """Where a checkpoint is: a local path as it is, a hub id in the cache, or fetched on request.
 
+    `vision_tower`: the one that will be used with it (see `sources.open_source`), so that the one
+    its config names is not needed.
     Nothing is fetched without `download_missing`: the error then says what would be fetched, how
     large it is and how to ask for it. Raises CheckpointError."""
     path = Path(source).expanduser()
@@ -155,10 +187,10 @@ def resolve(
     if not REPO_ID.fullmatch(name):
         raise CheckpointError(f"{name}: no such file or folder, and no hub id (owner/name)")
     folder = cached(name, revision)
-    if folder is not None and (offline or missing_tower(folder) is None):
+    if folder is not None and (offline or missing_tower(folder, vision_tower) is None):
         return folder
     if download_missing and not offline:
-        return fetch_with_tower(name, revision, None)
+        return fetch_with_tower(name, revision, None, vision_tower)
     raise CheckpointError(f"{name}: {not_here(name, folder, revision, offline)}")
 
 
@@ -172,6 +204,8 @@ def not_here(name: str, folder: Path | None, revision: str | None, offline: bool
         except CheckpointError:
             pass  # the estimate stays
     how = f"`llava-lite download {name}`, or --download"
+    if folder is not None:
+        how += "; or give a tower's folder as vision_tower (--vision-tower)"
     return f"not on this disk; it would fetch {what}: ask for it with {how}"
 
 

@@ -1,7 +1,7 @@
 """How often a model answers questions about fresh scenes rightly, by family of question."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -37,14 +37,18 @@ class Tally:
         return middle - half, middle + half
 
 
-def fresh_scenes(count: int, seed: int = FRESH_SEED) -> Iterator[tuple[Scene, list[Question]]]:
-    """`count` scenes over the whole domain, each with one question of every family it allows."""
+def fresh_scenes(
+    count: int, seed: int = FRESH_SEED, families: Collection[str] | None = None
+) -> Iterator[tuple[Scene, list[Question]]]:
+    """`count` scenes over the whole domain, each with one question of every family it allows, or of
+    those in `families`."""
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         scene = sample_scene(rng)
         by_family: dict[str, list[Question]] = {}
         for question in questions(scene, rng):
-            by_family.setdefault(question.family, []).append(question)
+            if families is None or question.family in families:
+                by_family.setdefault(question.family, []).append(question)
         yield scene, [members[rng.integers(len(members))] for members in by_family.values()]
 
 

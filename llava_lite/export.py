@@ -53,9 +53,16 @@ class Output:
 
 
 def write_side_files(
-    folder: Path, opened: Source, output: Output, table: Mapping[str, Mapping[str, Any]], to: str
+    folder: Path,
+    opened: Source,
+    output: Output,
+    table: Mapping[str, Mapping[str, Any]],
+    to: str,
+    names: Mapping[str, str],
 ) -> None:
-    """Everything but the weights: configs, tokenizer, and the manifest or the index."""
+    """Everything but the weights: configs, tokenizer, and the manifest or the index.
+
+    `names`: what the manifest calls the source and its base, where that is not their path."""
     for name, content in output.documents.items():
         write_json(folder / name, content)
     if to == "hf":
@@ -64,8 +71,14 @@ def write_side_files(
         return
     if opened.tokenizer_file is not None:
         load_tokenizer(opened.tokenizer_file, opened.config).save(folder / "tokenizer.json")
-    origin = {"source": str(opened.path), "layout": opened.layout, "revision": opened.revision}
-    write_json(folder / "manifest.json", {**origin, "tensors": table})
+    origin = {
+        "source": str(opened.path),
+        "layout": opened.layout,
+        "revision": opened.revision,
+        "base": opened.base,
+        "vision_tower": opened.vision_tower,
+    }
+    write_json(folder / "manifest.json", {**origin, **names, "tensors": table})
 
 
 def own_output(opened: Source, dtype: torch.dtype) -> Output:
@@ -253,7 +266,7 @@ def write_hf_tokenizer(folder: Path, opened: Source) -> None:
     if opened.tokenizer_file is None:
         return
     home = opened.tokenizer_file.parent
-    if opened.layout.startswith("llava-hf") and (home / "tokenizer_config.json").is_file():
+    if opened.family == "llava-hf" and (home / "tokenizer_config.json").is_file():
         for name in HF_TOKENIZER_FILES:
             if (home / name).is_file():
                 shutil.copyfile(home / name, folder / name)

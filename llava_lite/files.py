@@ -28,13 +28,34 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 DTYPE_CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 # The first that a folder has is used: safetensors before pickle, an index before loose files.
+# open_clip's repositories hold a second copy, as model.safetensors, whose names are timm's.
 WEIGHT_FILES = (
+    "open_clip_*.safetensors",
+    "open_clip_*.bin",
     "model.safetensors.index.json",
     "model*.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model*.bin",
-    "open_clip_*.safetensors",
-    "open_clip_*.bin",
+)
+
+# Everything in a folder that says what checkpoint it is: none of it may outlive a replacement.
+CHECKPOINT_FILES = (
+    "manifest.json",  # first: what is left without it never passes for a checked folder
+    "config.json",
+    *WEIGHT_FILES,
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "adapter_config.json",
+    "generation_config.json",
+    "tokenizer.*",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 
 # Weight file -> names that an index promises to be in it (empty without an index).
@@ -92,6 +113,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: entry {name!r} is a {type(tensor).__name__}, no tensor")
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+            raise CheckpointError(f"{path}: tensor {name!r} is sparse, nested or quantized")
+        if tensor.device.type == "meta":
+            raise CheckpointError(f"{path}: tensor {name!r} was saved without its values")
     return content
 
 
@@ -227,23 +252,27 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 @contextmanager
 def staged(destination: Path, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `destination`, to take its place only if the block succeeds.
+    """Yield a temporary folder, to become `destination` only if the block succeeds.
 
-    On any error or interrupt nothing is left behind. With `force`, files of a folder that is
-    already there are replaced, and files that are none of a checkpoint's stay. Raises
-    CheckpointError when the destination is not empty, or the disk is full."""
-    if destination.exists() and not destination.is_dir():
+    On any error or interrupt nothing is left behind. A destination that exists, or is a link to a
+    folder, stays that folder (it may be a disk of its own): the temporary one lies in it, else
+    beside it. With `force`, a checkpoint that is already there is replaced, and files that are none
+    of a checkpoint's stay. Raises CheckpointError when the destination is not empty, or the disk is
+    full."""
+    place = destination.resolve()
+    if place.exists() and not place.is_dir():
         raise CheckpointError(f"{destination}: is a file, not a folder")
-    check_free(destination, force)
+    check_free(place, force)
     scratch: str | None = None
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
+        parent = place if place.is_dir() else place.parent
+        parent.mkdir(parents=True, exist_ok=True)
         # A name of its own: two runs with one destination must not write into one folder.
-        scratch = tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent)
+        scratch = tempfile.mkdtemp(prefix=scratch_prefix(place), dir=parent)
         staging = Path(scratch) / "staging"
         staging.mkdir()  # mkdtemp's own folder is closed to other users, this one follows the umask
         yield staging
-        publish(staging, destination, force)
+        publish(staging, place, force)
     except OSError as error:
         raise CheckpointError(f"{destination}: cannot be written: {error}") from error
     finally:
@@ -251,21 +280,35 @@ def staged(destination: Path, force: bool = False) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def scratch_prefix(destination: Path) -> str:
+    return f".{destination.name}.partial-"
+
+
 def check_free(destination: Path, force: bool) -> None:
     """Raise CheckpointError when something is in the folder, unless `force`."""
-    if destination.is_dir() and any(destination.iterdir()) and not force:
+    if force or not destination.is_dir():
+        return
+    # A new disk is empty but for the folder of its file system.
+    names = (file.name for file in destination.iterdir())
+    if any(n != "lost+found" and not n.startswith(scratch_prefix(destination)) for n in names):
         raise CheckpointError(f"{destination}: is not empty (force, --force, replaces it)")
 
 
 def publish(staging: Path, destination: Path, force: bool) -> None:
-    """Move the finished folder into place, the manifest last."""
+    """Move the finished folder into place.
+
+    In a folder that exists, the old checkpoint goes before the new one comes, whose config and
+    manifest come last: stopped in between, it is no checkpoint rather than a mixture of two."""
     check_free(destination, force)  # again: another run may have been faster
-    if not destination.exists() or not any(destination.iterdir()):
+    if not destination.exists():
         staging.replace(destination)
         return
-    stale = {*destination.glob("model*.safetensors*"), *destination.glob("manifest.json")}
-    for file in sorted(staging.iterdir(), key=lambda file: (file.suffix == ".json", file.name)):
+    for pattern in CHECKPOINT_FILES:
+        for file in destination.glob(pattern):
+            if not file.is_dir():
+                file.unlink()
+    last = ("config.json", "manifest.json")
+    files = [file for file in sorted(staging.iterdir()) if file.name not in last]
+    files += [staging / name for name in last if (staging / name).is_file()]
+    for file in files:
         file.replace(destination / file.name)
-        stale.discard(destination / file.name)
-    for file in stale:
-        file.unlink()

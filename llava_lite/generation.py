@@ -9,7 +9,7 @@ Shapes: B items, V vocabulary, T prompt ids, P image tokens, S image side, C dec
 """
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, overload
@@ -25,7 +25,12 @@ from llava_lite.errors import ContextError, ImageError, PromptError
 from llava_lite.image import load_image, preprocess
 from llava_lite.llava import IMAGE_TOKEN_ID, Llava
 from llava_lite.prompt import build_prompt, place_images
-from llava_lite.sampling import DEFAULT_MAX_NEW_TOKENS, GenerationOptions, sample
+from llava_lite.sampling import (
+    DEFAULT_MAX_NEW_TOKENS,
+    GenerationOptions,
+    checked_integer,
+    sample,
+)
 from llava_lite.sequence import Request, Row, State, as_list
 from llava_lite.tokenizer import StreamDecoder, Tokenizer
 
@@ -43,12 +48,16 @@ class Model:
     """A loaded LLaVA: weights, tokenizer and config. Holds no state of a call.
 
     `config` overrides how prompts and images are prepared (`pad`, `template`) for the same
-    weights."""
+    weights; `exif=False` ignores the rotation that a camera notes in its files, as LLaVA does."""
 
     def __init__(
-        self, llava: Llava, tokenizer: Tokenizer, config: LlavaConfig | None = None
+        self,
+        llava: Llava,
+        tokenizer: Tokenizer,
+        config: LlavaConfig | None = None,
+        exif: bool = True,
     ) -> None:
-        self.llava, self.tokenizer = llava, tokenizer
+        self.llava, self.tokenizer, self.exif = llava, tokenizer, exif
         self.config = config or llava.config
 
     @overload
@@ -105,7 +114,9 @@ class Model:
         An image is whatever `load_image` takes (path, bytes, PIL image, array, tensor, URL), an
         `EncodedImage`, or None for text only. With one prompt a list of images are the images of
         that prompt. With a list of prompts `image` is None or a list of the same length, each entry
-        an image, a list of images, or None: a batch, whose answers are those of the single calls.
+        an image, a list of images, or None: a batch. In float32 its answers are those of the single
+        calls; in a 16-bit dtype they are up to rounding, which depends on how many rows a product
+        of matrices has, so that a token may change where two are almost equally likely.
 
         Options: see `GenerationOptions`; `batch_size` items run at once (8), and a new one starts
         as soon as one is done. Raises ImageError, and before any computation PromptError,
@@ -130,6 +141,8 @@ class Model:
         Bad arguments raise here, not at the first piece. The generator's return value is the
         `Answer`; closing it early ends the computation."""
         wishes = GenerationOptions(**options)
+        if not isinstance(prompt, str):
+            raise PromptError(f"a stream answers one prompt, a str, not a {type(prompt).__name__}")
         [(images, text)] = pair(image, prompt)
         return self.pieces(self.request(images, text, wishes), wishes)
 
@@ -204,9 +217,7 @@ class Model:
         The space in front of an answer is implied, the end token is not scored. Raises as
         `generate`, and ValueError for an empty continuation."""
         items = pair(image, prompt)
-        texts = [continuation] if isinstance(continuation, str) else list(continuation)
-        if len(texts) != len(items) or isinstance(prompt, str) != isinstance(continuation, str):
-            raise PromptError(f"{len(items)} prompts need as many continuations, not {len(texts)}")
+        texts = paired_continuations(prompt, continuation, len(items))
         targets = [
             tuple(self.tokenizer.encode(text.removeprefix(" "), bos=False)) for text in texts
         ]
@@ -384,7 +395,8 @@ class Model:
             if isinstance(image, EncodedImage)
         }
         raw = [slot for slot in range(len(images)) if slot not in embeds]
-        pixel_values = [preprocess(load_image(images[slot]), size, self.config.pad) for slot in raw]
+        loaded_images = [load_image(images[slot], exif=self.exif) for slot in raw]
+        pixel_values = [preprocess(image, size, self.config.pad) for image in loaded_images]
         loaded = perf_counter()
         for first in range(0, len(raw), batch_size):
             chunk = slice(first, first + batch_size)
@@ -405,7 +417,7 @@ def pair(image: Any, prompt: str | Sequence[str]) -> list[tuple[list[Any], str]]
     """Sort out the arguments of a call: the images and the prompt of each item."""
     if isinstance(prompt, str):
         return [(as_list(image), prompt)]
-    prompts = list(prompt)
+    prompts = list(prompt) if isinstance(prompt, Iterable) else [prompt]
     if not all(isinstance(text, str) for text in prompts):
         raise PromptError("a prompt must be a str, or a list of them")
     images = [None] * len(prompts) if image is None else image
@@ -416,9 +428,27 @@ def pair(image: Any, prompt: str | Sequence[str]) -> list[tuple[list[Any], str]]
     return [(as_list(entry), text) for entry, text in zip(images, prompts, strict=True)]
 
 
+def paired_continuations(
+    prompt: str | Sequence[str], continuation: str | Sequence[str], count: int
+) -> list[str]:
+    """The continuations of `count` items: a str for one prompt, a list for a list of them."""
+    if isinstance(prompt, str) and not isinstance(continuation, str):
+        kind = type(continuation).__name__
+        raise PromptError(f"one prompt needs one continuation, a str, not a {kind}")
+    if not isinstance(prompt, str) and not isinstance(continuation, list | tuple):
+        kind = type(continuation).__name__
+        raise PromptError(f"a list of prompts needs a list of continuations, not a {kind}")
+    texts = [continuation] if isinstance(continuation, str) else list(continuation)
+    if not all(isinstance(text, str) for text in texts):
+        raise PromptError("a continuation must be a str, or a list of them")
+    if len(texts) != count:
+        raise PromptError(f"{count} prompts need as many continuations, not {len(texts)}")
+    return texts
+
+
 def checked_batch_size(batch_size: int | None) -> int:
     """The default for None. Raises ValueError below 1."""
-    size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
+    size = checked_integer("batch_size", DEFAULT_BATCH_SIZE if batch_size is None else batch_size)
     if size < 1:
         raise ValueError(f"batch_size {size} must be at least 1")
     return size

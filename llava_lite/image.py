@@ -56,7 +56,8 @@ def load_image(
     `source` is a path, bytes, a PIL image, a uint8 numpy array (H, W) or (H, W, 1 | 3 | 4), a
     tensor (1 | 3 | 4, H, W) of uint8 or of floats in 0..1, an http(s) URL, a data URL, or a binary
     file object. The size is checked against `max_pixels` before any pixel is decoded. `exif=False`
-    ignores the camera's rotation, as LLaVA does.
+    ignores the camera's rotation, as LLaVA does. The result carries no metadata, so that loading it
+    again turns nothing.
 
     URLs: `timeout` is in seconds for everything but name resolution, redirects included; proxies
     of the environment are not used. Addresses that are not public are refused unless
@@ -70,7 +71,9 @@ def load_image(
             image = _open_source(source, name, limits, files)
             _check_size(image, name, max_pixels)
             image.load()
-            return to_rgb(_upright(image) if exif else image)
+            image = to_rgb(_upright(image) if exif else image)
+            image.info.clear()
+            return image
     except ImageError:
         raise
     except OSError as error:
@@ -233,7 +236,9 @@ def preprocess(image: Image.Image, size: int = 336, pad: bool = True) -> Tensor:
     """Pixel values (1, 3, size, size) in float32 of an image in any mode.
 
     `pad=True` is LLaVA's own preprocessing (whole image on a square), `pad=False` that of llava-hf
-    (short edge to `size`, centre crop). Bit-exact with both.
+    (short edge to `size`, centre crop). Bit-exact with both while no canvas gets a side of more than
+    16384 pixels; strips beyond that take an approximation of bounded memory (padded after the
+    resize, or cropped before it).
     """
     image = to_rgb(image) if image.mode != "RGB" else image
     square = _resize_padded(image, size) if pad else _resize_cropped(image, size)

@@ -201,7 +201,7 @@ def is_unused(ours: str, vision: VisionConfig) -> bool:
 
 
 def describe(names: list[str]) -> str:
-    """The layout in words, told from stored names: for reports only, nothing depends on it."""
+    """The layout in words, told from stored names. For reports: decisions look at the config."""
     joined = "\n" + "\n".join(names)
     marks = (
         ("\nlanguage_model.model.", "llava-hf, old names"),

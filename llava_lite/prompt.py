@@ -85,27 +85,17 @@ def build_prompt(
     return prompt
 
 
-def next_turn_text(template: str | Template, question: str, *, closed: bool = False) -> str:
+def next_turn_text(template: str | Template, question: str) -> str:
     """What follows a cached history that ends with an answer, up to where the next answer starts.
 
     `build_prompt` of the old turns, without what ends the last answer, plus this text equals
-    `build_prompt` of all turns. A KV cache holds ids, so encode this text on its own:
-
-    * cache ends with the answer's last token: `encode_prompt(text, after="text")`;
-    * cache also holds the id of `</s>`: take `closed=True`, which leaves `</s>` out of the text,
-      and `encode_prompt(text, after="special")`. Only for templates whose answers end with `</s>`;
-      for others a cached `</s>` is no part of the format, and `closed=True` raises ValueError.
-
-    Cached ids and new ids together then equal the ids of the whole history encoded at once, in
-    legacy and non-legacy mode, as far as the answer itself was generated in its canonical ids.
+    `build_prompt` of all turns. A KV cache holds ids and ends with the answer's last token (no
+    `</s>`), so encode this text on its own: `encode_prompt(text, after="text")`. Cached ids and new
+    ids together then equal the ids of the whole history encoded at once, in legacy and non-legacy
+    mode, as far as the answer itself was generated in its canonical ids.
     """
     template = get_template(template)
-    turn = template.user_start + question + template.user_end
-    if not closed:
-        return template.answer_end + turn
-    if template.answer_end != "</s>":
-        raise ValueError(f"answers of template {template.name!r} do not end with </s>")
-    return turn
+    return template.answer_end + template.user_start + question + template.user_end
 
 
 def place_images(text: str, num_images: int, template: str | Template = DEFAULT_TEMPLATE) -> str:

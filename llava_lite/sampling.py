@@ -3,8 +3,10 @@
 Shapes: B items, V vocabulary.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,17 +35,25 @@ class GenerationOptions:
     template: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, checked_integer(name, value))
         # `not a <= x` rather than `x < a`: it refuses NaN too.
-        if self.max_new_tokens is not None and not self.max_new_tokens >= 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature {self.temperature} must be in [0, inf)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} must be in (0, 1]")
-        if not self.top_k >= 0:
+        if self.top_k < 0:
             raise ValueError(f"top_k {self.top_k} must be at least 0 (0 = off)")
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise ValueError(f"seed {self.seed} must be in [0, 2**64)")
+        if not isinstance(self.stop, str | Sequence | None) or not all(
+            isinstance(stop, str) for stop in self.stop_strings
+        ):
+            raise ValueError(f"stop {self.stop!r} must be a string or several")
         if "" in self.stop_strings:
             raise ValueError("a stop string must not be empty")
 
@@ -62,6 +72,14 @@ class GenerationOptions:
         else:
             generator.manual_seed(self.seed)
         return generator
+
+
+def checked_integer(name: str, value: Any) -> int:
+    """The value as an int. Raises ValueError for one that is no whole number, such as a float."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} {value!r} must be an integer") from None
 
 
 def sample(

@@ -62,7 +62,7 @@ class Row:
         self.piece = "" if is_eos else self.text.push(token)
         if is_eos or self.text.stopped:
             self.finish_reason = "stop"
-        elif len(answer_ids) == self.request.max_new_tokens:
+        elif len(answer_ids) >= self.request.max_new_tokens:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             self.piece += self.text.finish()

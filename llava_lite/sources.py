@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_lite.config import LlavaConfig, parse
+from llava_lite.config import LlavaConfig, family, parse
 from llava_lite.errors import CheckpointError
 from llava_lite.files import (
     DTYPE_CODES,
@@ -60,6 +60,7 @@ class Inventory:
         default_factory=dict
     )  # our name -> {"A": .., "B": ..}
     in_memory: dict[Path, Mapping[str, Tensor]] = field(default_factory=dict)
+    vision_tower: str | None = None  # where a tower from elsewhere came from
 
     def add_files(self, files: Files, only: str = "", own_names: bool = False) -> None:
         """Add every tensor of the files; with `only`, those whose name in our words starts so."""
@@ -115,6 +116,7 @@ class Inventory:
         """Add the tower of an open_clip model object, straight from memory."""
         visual, file = open_clip_visual(visual), Path("open_clip model")
         self.in_memory[file] = visual.state_dict()
+        self.vision_tower = str(file)
         self.entries |= self.locate(file, self.in_memory[file])
 
     def add_lora(self, file: Path) -> None:
@@ -145,7 +147,12 @@ class Source:
     """An opened checkpoint: its config, and its tensors by our name, read one at a time.
 
     `unused` are tower parts that LLaVA never runs, `ignored` the names of everything else that is
-    skipped on purpose. `trusted`: our own folder, whose manifest was written after every check."""
+    skipped on purpose. `family`: of its config.json, "llava_lite", "llava-hf" or "official" (also
+    every adapter and projector). `base`, `vision_tower`: what was used with it.
+
+    `trusted`: a folder in our format with a manifest. The manifest is written after every value was
+    checked, so reading such a folder does not look for NaN and infinity again; whether the values
+    are still those that were written, `llava-lite info --checksums` tells."""
 
     path: Path
     layout: str
@@ -156,7 +163,10 @@ class Source:
     lora: dict[str, dict[str, Entry]] = field(default_factory=dict)
     lora_scale: float = 1.0
     tokenizer_file: Path | None = None
+    family: str = "official"
     trusted: bool = False
+    base: str | None = None
+    vision_tower: str | None = None
     in_memory: dict[Path, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
     _last: tuple[Path, Mapping[str, Tensor]] | None = field(default=None, repr=False)
 
@@ -230,7 +240,11 @@ def check_entries(
     """Compare names, shapes and dtypes with the model. Returns the unused tower parts.
 
     Raises CheckpointError naming the first offender and how many there are."""
-    expected = expected_shapes(config)
+    try:
+        expected = expected_shapes(config)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{where}: no model has the config's sizes: {reason}") from error
     unused = {name: e for name, e in entries.items() if is_unused(name, config.vision)}
     unexpected = [name for name in entries if name not in expected and name not in unused]
     if unexpected:
@@ -301,7 +315,7 @@ def open_source(
         return open_projector(path, base, vision_tower)
     if (path / "adapter_config.json").is_file():
         return open_lora(path, base, vision_tower)
-    if not weight_files(path) and list(path.glob("mm_projector*")):
+    if not weight_files(path) and projector_file(path) is not None:
         return open_projector(path, base, vision_tower)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: holds no config.json, so it is no checkpoint folder")
@@ -310,7 +324,10 @@ def open_source(
     inventory = Inventory()
     raw = add_folder(inventory, path)
     config = complete(inventory, raw, path, vision_tower)
-    return finish(path, inventory, config, tokenizer_from=(path,))
+    source = finish(path, inventory, config, tokenizer_from=(path,))
+    source.family = family(raw)
+    source.trusted = source.family == "llava_lite" and (path / "manifest.json").is_file()
+    return source
 
 
 def add_folder(inventory: Inventory, folder: Path) -> dict[str, Any]:
@@ -325,15 +342,29 @@ def add_folder(inventory: Inventory, folder: Path) -> dict[str, Any]:
     return raw
 
 
+def projector_file(folder: Path) -> Path | None:
+    """The projector of a folder (stage-1 training also leaves a directory mm_projector/ in it).
+
+    Raises CheckpointError when several files could be it."""
+    for name in ("mm_projector.safetensors", "mm_projector.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    found = [file for file in sorted(folder.glob("mm_projector*")) if file.is_file()]
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(f"{folder}: holds several projectors, name one of them: {names}")
+    return found[0] if found else None
+
+
 def open_projector(
     path: Path, base: str | Path | None, vision_tower: str | Path | nn.Module | None
 ) -> Source:
     """A trained projector (a file, or a folder with mm_projector.bin) over a base Llama."""
     folder = path if path.is_dir() else path.parent
-    file = path if path.is_file() else sorted(path.glob("mm_projector*"))[0]
-    if not any("mm_projector." in name for name in read_tensors(file)):
+    file = path if path.is_file() else projector_file(path)
+    if file is None or not any("mm_projector." in name for name in read_tensors(file)):
         raise CheckpointError(
-            f"{file}: holds no mm_projector tensors; give the checkpoint's folder"
+            f"{file or path}: holds no mm_projector tensors; give the checkpoint's folder"
         )
     inventory = Inventory()
     base_folder = find_base(base, None, folder)
@@ -345,7 +376,8 @@ def open_projector(
     config = complete(inventory, raw, folder, vision_tower, base_folder)
     # A projector alone comes from the captioning stage: it has never seen a chat prompt.
     config = replace(config, template="plain")
-    return finish(path, inventory, config, (folder, base_folder), layout="projector over a base")
+    source = finish(path, inventory, config, (folder, base_folder), layout="projector over a base")
+    return replace(source, base=origin(base, None, base_folder))
 
 
 def open_lora(
@@ -355,7 +387,8 @@ def open_lora(
     adapter = read_json(folder / "adapter_config.json")
     scale = lora_scale(adapter, folder)
     inventory = Inventory()
-    base_folder = find_base(base, adapter.get("base_model_name_or_path"), folder)
+    named = adapter.get("base_model_name_or_path")
+    base_folder = find_base(base, named, folder)
     raw = add_folder(inventory, base_folder)
     for name in ("non_lora_trainables.safetensors", "non_lora_trainables.bin"):
         if (folder / name).is_file():
@@ -368,7 +401,8 @@ def open_lora(
     config = complete(inventory, raw, folder, vision_tower, base_folder)
     check_lora(inventory, folder)
     source = finish(folder, inventory, config, (folder, base_folder), layout="LoRA over a base")
-    return replace(source, lora=inventory.lora, lora_scale=scale)
+    base_name = origin(base, named, base_folder)
+    return replace(source, lora=inventory.lora, lora_scale=scale, base=base_name)
 
 
 def lora_scale(adapter: Mapping[str, Any], folder: Path) -> float:
@@ -390,7 +424,7 @@ def find_base(base: str | Path | None, named: object, folder: Path) -> Path:
     wanted = str(base) if base is not None else named
     if not isinstance(wanted, str) or not wanted:
         raise CheckpointError(f"{folder}: needs its base model: give the folder as base (--base)")
-    found = find_local(wanted, Path.cwd() if base is not None else folder)
+    found = find_local(wanted, folder) if base is None else find_given(wanted)
     if found is None:
         raise CheckpointError(
             f"{folder}: the base model {wanted!r} is not on this disk: "
@@ -412,6 +446,9 @@ def complete(
         vision = add_tower(inventory, raw, folder, vision_tower, base_folder)
         if "mm_projector_type" not in raw:
             layers = [name for name in inventory.entries if re.match(r"projector.*weight", name)]
+            if not any(key.startswith("mm_") for key in raw):
+                # Still a plain Llama's config: the key below must not turn its padding off.
+                raw = {"image_aspect_ratio": "pad", **raw}
             raw = {**raw, "mm_projector_type": f"mlp{max(len(layers), 1)}x_gelu"}
     elif vision_tower is not None:
         warnings.warn(TOWER_INSIDE.format(folder), stacklevel=3)
@@ -425,6 +462,7 @@ def parse_config(raw: dict[str, Any], vision: dict[str, Any] | None, folder: Pat
         for part in (config.vision, config.text):
             for name, value in vars(part).items():
                 check_number(name, value)
+        check_number("projector_depth", config.projector_depth)
         return config
     except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
@@ -433,9 +471,11 @@ def parse_config(raw: dict[str, Any], vision: dict[str, Any] | None, folder: Pat
 def check_number(name: str, value: object) -> None:
     """Raise ValueError for a field that no model can have, before memory is spent on it."""
     signed = name.endswith("_id") or name == "feature_layer"
-    lowest, highest = -1024 if signed else 0, 1024 if name == "num_layers" else 1 << 24
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} {value!r} is no number")
+    limits = {"num_layers": 1024, "image_size": 1 << 14, "patch_size": 1 << 14}
+    lowest, highest = -1024 if signed else 0, limits.get(name, 1 << 24)
+    kinds = (int, float) if name.endswith("_eps") or name == "rope_theta" else (int,)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ValueError(f"{name} {value!r} is no {'number' if float in kinds else 'integer'}")
     if not lowest <= value <= highest or (value == 0 and not signed):
         raise ValueError(f"{name} {value!r} is out of range")
 
@@ -452,8 +492,8 @@ def add_tower(
 ) -> dict[str, Any]:
     """Add the CLIP tower, unless the checkpoint contains one, and return the tower's config."""
     named = raw.get("mm_vision_tower")
-    places = [p for p in (folder, base_folder) if p is not None and isinstance(named, str)]
-    local = next((found for p in places if (found := find_local(str(named), p))), None)
+    places = [place for place in (folder, base_folder) if place is not None]
+    local = find_near(named, places)
     described = [local]
     if any(name.startswith("vision.") for name in inventory.entries):
         if vision_tower is not None:
@@ -461,13 +501,17 @@ def add_tower(
     elif isinstance(vision_tower, nn.Module):
         inventory.add_module(vision_tower)
     else:
-        tower = find_local(str(vision_tower), Path.cwd()) if vision_tower is not None else local
+        if vision_tower is not None:
+            tower = find_given(str(vision_tower))
+        else:  # a Llama base names none: LLaVA-1.5's
+            tower = local if named else find_near(CLIP_REPO, places)
         if tower is None:
             raise CheckpointError(tower_missing(folder, vision_tower or named))
         files = {tower: []} if tower.is_file() else weight_files(tower)
         if not files:
             raise CheckpointError(f"{tower}: the vision tower's folder holds no weights")
         inventory.add_files(files, only="vision.")
+        inventory.vision_tower = origin(vision_tower, named or CLIP_REPO, tower)
         described.insert(0, tower)
     configs = (tower_config(place) for place in described)
     return next((found for found in configs if found), None) or tower_from_shapes(inventory.entries)
@@ -523,19 +567,59 @@ def open_clip_visual(model: nn.Module) -> nn.Module:
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """tokenizer.model before tokenizer.json: the sentencepiece file is the original."""
-    files = (folder / name for name in ("tokenizer.model", "tokenizer.json"))
+    """tokenizer.model before tokenizer.json: the sentencepiece file is the original. Our own format
+    has only tokenizer.json."""
+    config = folder / "config.json"
+    is_own = config.is_file() and read_json(config).get("format") == "llava_lite"
+    names = ("tokenizer.json",) if is_own else ("tokenizer.model", "tokenizer.json")
+    files = (folder / name for name in names)
     return next((file for file in files if file.is_file()), None)
+
+
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def find_local(name: str, near: Path) -> Path | None:
     """Find what a config names (a path, or a hub id) without any network: relative to the folder
     `near`, as an absolute path, beside `near`, or in the huggingface_hub cache."""
-    places = (near / Path(name).expanduser(), near.resolve().parent / name.rsplit("/", 1)[-1])
-    for place in places:
-        if place.exists():
-            return place
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    last = name.rstrip("/").rsplit("/", 1)[-1]
+    if not last:
+        return None
+    return existing(near / name, near.resolve().parent / last) or find_cached(name)
+
+
+def find_given(name: str) -> Path | None:
+    """Find what a user names: exactly this path, or a hub id in the cache."""
+    if not name:
+        return None
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # the home of a user that does not exist
+        path = Path(name)
+    return existing(path) or find_cached(name)
+
+
+def find_near(name: object, places: list[Path]) -> Path | None:
+    """`find_local` near the first place that has it. None for what is no name."""
+    if not isinstance(name, str):
+        return None
+    return next((found for place in places if (found := find_local(name, place))), None)
+
+
+def existing(*paths: Path) -> Path | None:
+    """The first path that exists; one that no file system can hold does not."""
+    for path in paths:
+        try:
+            if path.exists():
+                return path
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def find_cached(name: str) -> Path | None:
+    """The folder of a hub id in the huggingface_hub cache."""
+    if not HUB_ID.fullmatch(name):
         return None
     from huggingface_hub import snapshot_download
 
@@ -543,6 +627,13 @@ def find_local(name: str, near: Path) -> Path | None:
         return Path(snapshot_download(name, local_files_only=True))
     except (OSError, ValueError):
         return None
+
+
+def origin(given: object, named: object, found: Path) -> str:
+    """What a manifest records: the name given, or a hub id that a config names, else the path."""
+    if given is not None:
+        return str(given)
+    return named if isinstance(named, str) and HUB_ID.fullmatch(named) else str(found)
 
 
 def finish(
@@ -564,6 +655,6 @@ def finish(
         unused=unused,
         ignored=inventory.ignored,
         tokenizer_file=next((file for file in tokenizers if file), None),
-        trusted=layout == "llava_lite" and (path / "manifest.json").is_file(),
+        vision_tower=inventory.vision_tower,
         in_memory=inventory.in_memory,
     )

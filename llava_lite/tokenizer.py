@@ -29,7 +29,7 @@ _SPECIAL_LITERALS = re.compile("(<unk>|<s>|</s>)")
 _RESERVED = frozenset(SPECIAL_TOKENS + BYTE_TOKENS)
 
 Merge = tuple[str, str]
-After = Literal["text", "special"]
+After = Literal["text"]
 
 
 class Tokenizer:
@@ -91,8 +91,7 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = True, after: After | None = None) -> list[int]:
         """Ids of a text; literal `<s>`, `</s>` and `<unk>` become their ids, never an EOS is added.
 
-        `after` encodes a continuation, always without BOS: "text" goes on in the middle of a text
-        (no U+2581 in front), "special" right behind a special id (U+2581 in front iff legacy).
+        `after="text"` goes on in the middle of a text: without BOS, and no U+2581 in front.
         """
         ids = [self.bos_id] if bos and after is None else []
         for index, part in enumerate(_SPECIAL_LITERALS.split(text)):
@@ -124,9 +123,7 @@ class Tokenizer:
         return "".join([stream.push(token_id) for token_id in ids]) + stream.flush()
 
     def _has_prefix(self, is_first: bool, after: After | None) -> bool:
-        if is_first and after == "text":
-            return False
-        return self.legacy or (is_first and after is None)
+        return after is None if is_first else self.legacy
 
     def _encode_segment(self, text: str, prefix: bool) -> list[int]:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

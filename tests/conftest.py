@@ -12,6 +12,9 @@ from llava_lite.llava import Llava
 from llava_lite.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+# Tests must not depend on which model their user prefers; processes they start inherit this.
+os.environ.pop("LLAVA_LITE_MODEL", None)
+
 SHARED = Path(os.environ.get("LLAVA_LITE_SHARED", ROOT.parent / "shared"))
 
 TINY_VISION = VisionConfig(

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llava_lite.checkpoint import load_model, load_tokenizer, save_model, verify_folder
-from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, LlavaConfig, parse
+from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, LlavaConfig, TextConfig, parse
 from llava_lite.errors import CheckpointError
 from llava_lite.layouts import hf_name, lora_target, our_names
 from llava_lite.llava import Llava
 from llava_lite.meta import expected_shapes
-from llava_lite.sources import Entry, Inventory, check_entries, open_source
+from llava_lite.sources import (
+    Entry,
+    Inventory,
+    check_entries,
+    find_given,
+    find_local,
+    find_tokenizer,
+    open_source,
+    projector_file,
+)
 
 State = dict[str, Tensor]
 
@@ -178,7 +188,7 @@ def write_layout(style: str, folder: Path, state: State) -> Path:
     if style == "official-tower-inside":
         inside = renamed(tower, (r"^", "model.vision_tower."))
         return write_official(folder / "m", state, **inside)
-    if style == "official-openai-tower":
+    if style in ("official-openai-tower", "official-openai-repository"):
         named = openai_tower(state)
     elif style == "official-bare-openai-tower":
         named = {
@@ -189,7 +199,12 @@ def write_layout(style: str, folder: Path, state: State) -> Path:
         named = renamed(tower, (r"^vision_tower\.vision_model\.", prefix))
         named["text_model.embeddings.position_ids"] = torch.arange(3)
         named["visual_projection.weight"] = torch.zeros(2, 2)
-    write_folder(folder / "tower", clip_config(), {"pytorch_model.bin": named})
+    shards = {"pytorch_model.bin": named}
+    if style == "official-openai-repository":  # it holds the weights again, under timm's names
+        timm = {"cls_token": torch.zeros(1), "blocks.0.attn.qkv.weight": torch.zeros(3)}
+        shards = {"open_clip_pytorch_model.bin": named, "model.safetensors": timm}
+    tower_folder = write_folder(folder / "tower", clip_config(), shards)
+    (tower_folder / "pytorch_model.bin.index.json").unlink(missing_ok=True)
     return write_official(folder / "m", state, tower="../tower")
 
 
@@ -203,6 +218,7 @@ STYLES = (
     "official-openai-tower",
     "official-bare-openai-tower",
     "official-bare-tower",
+    "official-openai-repository",
 )
 
 
@@ -261,10 +277,14 @@ def test_all_published_names_resolve(size: str, layout: str, tower: str, shared:
     table = layouts[f"{layout}_{size}"]
     layers = table["num_layers"]
     shapes = pattern_shapes(table["keys"], layers)
+    ignored: dict[str, tuple[int, ...]] = {}
     if layout == "official":
-        shapes |= pattern_shapes(table["present_but_ignored"]["keys"], layers)
+        ignored = pattern_shapes(table["present_but_ignored"]["keys"], layers)
+        assert len(ignored) == layers
         shapes |= pattern_shapes(layouts[tower]["keys"], 0)
-    entries = meta_entries(shapes)
+        ignored |= ignored_names(layouts[tower]["present_but_ignored"])
+    entries = meta_entries(shapes | ignored)
+    assert not {entry.stored for entry in entries.values()} & set(ignored)
     config = LLAVA_1_5_7B if size == "7b" else LLAVA_1_5_13B
     vocab = entries["decoder.lm_head.weight"].shape[0]
     config = LlavaConfig(vision=config.vision, text=replace_vocab(config, vocab))
@@ -273,10 +293,124 @@ def test_all_published_names_resolve(size: str, layout: str, tower: str, shared:
     assert len(unused) == 18
 
 
-def replace_vocab(config: LlavaConfig, vocab_size: int):
-    from dataclasses import replace
+def ignored_names(listed: dict | list) -> dict[str, tuple[int, ...]]:
+    """What a published tower file also holds: exact names, and `*` for a part in words."""
+    names = [name.split(" ")[0].replace("*", "weight") for name in listed]
+    assert len(names) >= 6
+    return dict.fromkeys(names, (1,))
 
+
+def replace_vocab(config: LlavaConfig, vocab_size: int) -> TextConfig:
     return replace(config.text, vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_a_published_tower_inside_resolves(size: str, shared: Path) -> None:
+    layouts = json.loads((shared / "spec" / "checkpoint_layouts.json").read_text())["layouts"]
+    table = layouts[f"official_{size}"]
+    shapes = pattern_shapes(table["keys"], table["num_layers"])
+    inside = pattern_shapes(table["sometimes_present"]["keys"], table["num_layers"])
+    assert len(inside) == 391
+    entries = meta_entries(shapes | inside)
+    config = LLAVA_1_5_7B if size == "7b" else LLAVA_1_5_13B
+    unused = check_entries(entries, config, Path("published"))
+    assert set(entries) - set(unused) == set(expected_shapes(config))
+    assert len(unused) == 18
+
+
+# config.json as published: every field of the official one, the few of llava-hf's
+PUBLISHED_OFFICIAL: dict = {
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "freeze_mm_mlp_adapter": False,
+    "freeze_mm_vision_resampler": False,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "image_aspect_ratio": "pad",
+    "initializer_range": 0.02,
+    "intermediate_size": 13824,
+    "max_length": 4096,
+    "max_position_embeddings": 4096,
+    "mm_hidden_size": 1024,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_resampler_type": None,
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "model_type": "llava",
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 40,
+    "pad_token_id": 0,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0",
+    "tune_mm_mlp_adapter": False,
+    "tune_mm_vision_resampler": False,
+    "unfreeze_mm_vision_tower": False,
+    "use_cache": True,
+    "use_mm_proj": True,
+    "vocab_size": 32000,
+}
+PUBLISHED_HF: dict = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "ignore_index": -100,
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "pad_token_id": 32001,
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "rms_norm_eps": 1e-05,
+        "torch_dtype": "float16",
+        "vocab_size": 32064,
+    },
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "vocab_size": 32064,
+}
+
+
+def test_published_configs_are_the_presets() -> None:
+    sizes_7b = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    heads_7b = {"num_attention_heads": 32, "num_key_value_heads": 32}
+    official = parse(PUBLISHED_OFFICIAL)
+    assert replace(official, name=LLAVA_1_5_13B.name) == LLAVA_1_5_13B
+    official = parse(PUBLISHED_OFFICIAL | sizes_7b | heads_7b)
+    assert replace(official, name=LLAVA_1_5_7B.name) == LLAVA_1_5_7B
+    nested = parse(PUBLISHED_HF)
+    expected = replace(LLAVA_1_5_7B, text=replace(LLAVA_1_5_7B.text, vocab_size=32064))
+    assert replace(nested, name=expected.name) == expected
+
+
+def test_an_official_model_without_an_aspect_ratio_does_not_pad() -> None:
+    raw = {k: v for k, v in PUBLISHED_OFFICIAL.items() if k != "image_aspect_ratio"}
+    assert not parse(raw).pad
+    assert parse({**raw, "image_aspect_ratio": "pad"}).pad
+    assert not parse({**raw, "image_aspect_ratio": "square"}).pad
+    base = {k: v for k, v in raw.items() if not k.startswith("mm_")}
+    assert parse(base).pad  # a Llama base says nothing about images
 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])
@@ -546,12 +680,50 @@ def test_projector_over_a_llama_base(as_file: bool, llava: Llava, tmp_path: Path
     torch.save({name: tensor.clone() for name, tensor in named.items()}, file)
     with pytest.raises(CheckpointError, match="--base"):
         open_source(file)
+    (tmp_path / "projector" / "mm_projector").mkdir()  # where training keeps its checkpoints
     model = load_model(file if as_file else file.parent, base=base, vision_tower=tmp_path / "tower")
     assert model.config.template == "plain"  # never instruction-tuned
+    assert model.config.pad
     for name, tensor in llava.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
     with pytest.raises(CheckpointError, match="give the projector as the model"):
         open_source(base, vision_tower=tmp_path / "tower")
+
+
+def write_projector(folder: Path, state: State, *files: str) -> Path:
+    """A projector over `vicuna`, a plain Llama base that names no tower."""
+    llama = renamed(part(state, "language_model."), (r"^language_model\.", ""))
+    base_config = {k: v for k, v in official_config().items() if not k.startswith("mm_")}
+    write_folder(folder / "vicuna", base_config, {"pytorch_model.bin": llama})
+    (folder / "projector").mkdir()
+    for file in files:
+        named = renamed(part(state, "multi_modal"), *OFFICIAL_STYLE)
+        write = save_file if file.endswith(".safetensors") else torch.save
+        write({name: t.clone() for name, t in named.items()}, folder / "projector" / file)
+    return folder / "projector"
+
+
+def test_a_projector_finds_the_tower_of_llava_by_itself(llava: Llava, tmp_path: Path) -> None:
+    state = hf_state(llava)
+    projector = write_projector(tmp_path, state, "mm_projector.bin")
+    with pytest.raises(CheckpointError, match=r"clip-vit-large-patch14-336.*--vision-tower"):
+        open_source(projector, base=tmp_path / "vicuna")
+    tower = renamed(part(state, "vision_tower."), (r"^vision_tower\.", ""))
+    place = tmp_path / "clip-vit-large-patch14-336"
+    write_folder(place, clip_config(), {"pytorch_model.bin": tower})
+    loaded = load_model(projector, base=tmp_path / "vicuna")
+    for name, tensor in llava.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+def test_one_projector_of_several_has_to_be_named(llava: Llava, tmp_path: Path) -> None:
+    names = ("mm_projector-1.bin", "mm_projector-2.bin")
+    projector = write_projector(tmp_path, hf_state(llava), *names)
+    with pytest.raises(CheckpointError, match="several projectors.*mm_projector-1.bin"):
+        open_source(projector, base=tmp_path / "vicuna")
+    for name in ("mm_projector.bin", "mm_projector.safetensors"):
+        (projector / name).write_bytes(b"")
+        assert projector_file(projector) == projector / name
 
 
 # Our own folders
@@ -789,6 +961,23 @@ def test_legacy_pickle_is_read(llava: Llava, tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], t) for name, t in llava.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "tensor, words",
+    [
+        (torch.eye(3).to_sparse(), "sparse"),
+        (torch.empty(3, device="meta"), "without its values"),
+    ],
+    ids=["sparse", "meta"],
+)
+def test_tensors_without_plain_values(
+    tensor: Tensor, words: str, llava: Llava, tmp_path: Path
+) -> None:
+    folder = write_layout("official", tmp_path, hf_state(llava))
+    torch.save({"lm_head.weight": tensor}, folder / "pytorch_model-1.bin")
+    with pytest.raises(CheckpointError, match=rf"pytorch_model-1\.bin.*lm_head.*{words}"):
+        open_source(folder)
+
+
 @pytest.mark.parametrize("content", [[1, 2], {"lm_head.weight": 3}, {1: torch.ones(1)}])
 def test_pickle_without_named_tensors(content: object, llava: Llava, tmp_path: Path) -> None:
     folder = write_layout("official", tmp_path, hf_state(llava))
@@ -824,6 +1013,12 @@ def test_damaged_config(text: str, hf_folder: Path) -> None:
         ("num_attention_heads", 0),
         ("rms_norm_eps", None),
         ("hidden_size", 65),
+        ("hidden_size", 64.0),
+        ("vocab_size", 512.5),
+        ("intermediate_size", True),
+        ("rope_theta", 10**400),
+        ("rms_norm_eps", float("nan")),
+        ("max_position_embeddings", float("inf")),
     ],
 )
 def test_config_out_of_range(field: str, value: object, hf_folder: Path) -> None:
@@ -832,6 +1027,69 @@ def test_config_out_of_range(field: str, value: object, hf_folder: Path) -> None
     (hf_folder / "config.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match=r"config\.json"):
         open_source(hf_folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"projector_hidden_act": "relu"},
+        {"vision_config": {"image_size": 1 << 24, "patch_size": 1 << 24}},
+        {"vision_config": {"hidden_size": 1 << 24, "patch_size": 1 << 14, "image_size": 1 << 14}},
+        {"vision_config": {"hidden_size": 1 << 24, "patch_size": 1, "image_size": 1 << 14}},
+        {"vision_feature_layer": "-2"},
+        {"vision_feature_layer": 99},
+    ],
+)
+def test_configs_of_no_model(changes: dict, hf_folder: Path) -> None:
+    edit_json(hf_folder / "config.json", **changes)
+    with pytest.raises(CheckpointError) as error:
+        open_source(hf_folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["mlp100000000x_gelu", "mlp9x_gelu", "mlp0x_gelu", "cnn", 3])
+def test_projectors_of_no_model(kind: object, llava: Llava, tmp_path: Path) -> None:
+    folder = write_layout("official", tmp_path, hf_state(llava))
+    edit_json(folder / "config.json", mm_projector_type=kind)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        open_source(folder)
+
+
+def test_names_are_found_beside_a_checkpoint_only_where_a_config_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "here" / "m").mkdir(parents=True)
+    (tmp_path / "here" / "tower").mkdir()
+    near = tmp_path / "here" / "m"
+    for name in ("somewhere/far/tower", "somewhere/far/tower/", "../tower"):
+        found = find_local(name, near)
+        assert found is not None and found.resolve() == tmp_path / "here" / "tower"
+    monkeypatch.chdir(tmp_path / "here")
+    assert find_given("somewhere/far/tower") is None
+    assert find_given(str(tmp_path / "gone" / "tower")) is None
+    assert find_given("tower/") == Path("tower")
+    assert find_local("///", near) is None
+    for name in ("", "a\0b", "x" * 5000, "~nobody-of-this-name/x"):
+        assert find_local(name, near) is find_given(name) is None
+
+
+def test_our_own_format_reads_only_its_own_tokenizer(
+    llava: Llava, tiny_tokenizer, tmp_path: Path
+) -> None:
+    save_model(llava, TINY_CONFIG, tmp_path / "m", tiny_tokenizer)
+    (tmp_path / "m" / "tokenizer.model").write_bytes(b"of another model")
+    assert find_tokenizer(tmp_path / "m") == tmp_path / "m" / "tokenizer.json"
+
+
+def test_only_our_own_folders_with_a_manifest_are_trusted(llava: Llava, tmp_path: Path) -> None:
+    save_model(llava, TINY_CONFIG, tmp_path / "own")
+    assert open_source(tmp_path / "own").trusted
+    (tmp_path / "own" / "manifest.json").unlink()
+    source = open_source(tmp_path / "own")
+    assert (source.trusted, source.family) == (False, "llava_lite")
+    folder = write_layout("hf-old", tmp_path, hf_state(llava))
+    assert (open_source(folder).trusted, open_source(folder).family) == (False, "llava-hf")
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import errno
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, TINY_CONFIG, random_llava
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint import LAYOUTS, STYLES, Golden, golden_folder, hf_state, write_layout
@@ -24,6 +26,7 @@ from torch import Tensor
 
 import llava_lite.files
 import llava_lite.sources
+from llava_lite import load
 from llava_lite.checkpoint import load_model, load_tokenizer, save_model
 from llava_lite.convert import convert, parse_size
 from llava_lite.download import download, plan_download, resolve, wanted_files
@@ -353,8 +356,91 @@ def test_force_replaces_a_checkpoint_and_nothing_else(
     assert open_source(out).layout == "llava-hf, old names"
 
 
+LEFTOVERS = (
+    "adapter_config.json",
+    "adapter_model.bin",
+    "mm_projector.bin",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model-00001-of-00002.bin",
+    "pytorch_model.bin.index.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
+
+
+def test_force_leaves_nothing_that_changes_what_the_new_checkpoint_is(
+    source: Path, llava: Llava, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (out / "examples").mkdir(parents=True)
+    (out / "examples" / "model.safetensors").write_text("mine")
+    for name in LEFTOVERS:
+        (out / name).write_text("{}")
+    convert(source, out, force=True)
+    expected = ["config.json", "examples", "manifest.json", "model.safetensors"]
+    assert names_in(out) == expected
+    assert (out / "examples" / "model.safetensors").read_text() == "mine"
+    same_weights(out, llava, torch.bfloat16)
+
+
+def test_a_replacement_cut_off_is_no_checkpoint(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    convert(source, out, shard_size=60_000)
+    replace, moved = Path.replace, 0
+
+    def killed(self: Path, target: Path) -> Path:
+        nonlocal moved
+        moved += 1
+        if moved == 3:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, shard_size=80_000, dtype="float16", force=True)
+    assert len(names_in(out)) == 2  # two of the new shards, and none of the old
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        open_source(out)
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_folder_that_exists_is_filled_in_place(
+    linked: bool, source: Path, llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link, or a disk mounted there: it stays, and nothing is written beside it."""
+    disk, out = tmp_path / "disk", tmp_path / "disk"
+    disk.mkdir()
+    (disk / "lost+found").mkdir()
+    if linked:
+        out = tmp_path / "out"
+        out.symlink_to(disk)
+    inode, asked = disk.stat().st_ino, []
+    usage = shutil.disk_usage
+
+    def disk_usage(path: Path) -> object:
+        asked.append(path)
+        return usage(path)
+
+    monkeypatch.setattr("shutil.disk_usage", disk_usage)
+    seen: list[list[str]] = []
+    convert(source, out, progress=lambda *_: seen.append(names_in(tmp_path)))
+    assert asked == [disk]
+    assert {tuple(names) for names in seen} == {tuple(names_in(tmp_path))}  # staged inside
+    assert out.is_symlink() == linked and disk.stat().st_ino == inode
+    written = ["config.json", "lost+found", "manifest.json", "model.safetensors"]
+    assert names_in(disk) == written
+    same_weights(out, llava, torch.bfloat16)
+
+
 def test_the_source_is_never_the_destination(source: Path, tmp_path: Path) -> None:
     before = names_in(source)
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(CheckpointError, match="where the source lies"):
+        convert(source, tmp_path / "link", force=True)
     for place in (source, source.parent / "tower"):
         with pytest.raises(CheckpointError, match="where the source lies"):
             convert(source, place, force=True)
@@ -415,7 +501,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "2TB", "nan"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "2TB", "nan", "inf", "1e400GB"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ValueError):
         parse_size(text)
@@ -442,6 +528,38 @@ def test_random_checkpoint_converts_and_runs(
     assert logits.isfinite().all() and 0.1 < logits.std() < 10
 
 
+@pytest.mark.parametrize("layout", ["official", "llava-hf"])
+def test_random_checkpoint_is_converted_and_answers(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer
+) -> None:
+    tiny_tokenizer.save(tmp_path / "tokenizer.json")
+    out = tmp_path / "made" / "m"
+    options = ("--layout", layout, "--size", "tiny", "--tokenizer", tmp_path / "tokenizer.json")
+    assert call("make_random_checkpoint", monkeypatch, *options, "--out", out) == 0
+    report = convert(out, tmp_path / "converted", dtype="float32", verify=True)
+    assert report.verified and report.tokenizer
+    answers = []
+    for folder in (out, tmp_path / "converted"):
+        model = load(folder, device="cpu", dtype="float32")
+        image = Image.new("RGB", (40, 30), "red")
+        answers.append(model.generate(image, "What color is it?", max_new_tokens=4).token_ids)
+    assert answers[0] == answers[1] and 1 <= len(answers[0]) <= 4
+
+
+def test_random_checkpoint_overwrites_no_tower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    tower = tmp_path / "clip-vit-large-patch14-336"
+    tower.mkdir()
+    (tower / "pytorch_model.bin").write_bytes(b"1.7 GB")
+    options = ("--layout", "official", "--size", "tiny", "--out", tmp_path / "m")
+    with pytest.raises(SystemExit):
+        call("make_random_checkpoint", monkeypatch, *options)
+    assert "clip-vit-large-patch14-336 is there" in capsys.readouterr().err
+    assert (tower / "pytorch_model.bin").read_bytes() == b"1.7 GB"
+    assert names_in(tmp_path) == ["clip-vit-large-patch14-336"]
+
+
 # Download, with a hub that is only pretended
 
 
@@ -452,6 +570,7 @@ class FakeHub:
         self.cache = cache
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.fetched: list[str] = []
+        self.revisions: list[tuple[str, str | None]] = []
         self.online = True
 
     def model_info(self, repo_id: str, **_options: object) -> SimpleNamespace:
@@ -470,6 +589,7 @@ class FakeHub:
         allow_patterns: list[str] | None = None,
         local_dir: str | Path | None = None,
     ) -> str:
+        self.revisions.append((repo_id, revision))
         folder = Path(local_dir or self.cache / repo_id.replace("/", "--") / (revision or "main"))
         if local_files_only:
             if not folder.is_dir():
@@ -554,6 +674,85 @@ def test_a_missing_tower_is_named(hub: FakeHub) -> None:
     with pytest.raises(CheckpointError, match=r"2 files of openai/clip-tiny"):
         resolve("owner/llava")
     assert plan_download("openai/clip-tiny").files == ("config.json", "pytorch_model.bin")
+
+
+def test_another_tower_makes_the_named_one_needless(
+    hub: FakeHub,
+    source: Path,
+    llava: Llava,
+    tiny_tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tower = source.parent / "tower"
+    folder = resolve("owner/llava", download_missing=True, vision_tower=tower)
+    assert {name.rsplit("/", 1)[0] for name in hub.fetched} == {"owner/llava"}
+    with pytest.raises(CheckpointError, match="clip-tiny.*--vision-tower"):
+        resolve("owner/llava")
+    assert resolve("owner/llava", vision_tower=tower) == folder
+    options = ("owner/llava", tmp_path / "out", "--vision-tower", tower, "--dtype", "keep")
+    assert call("convert_weights", monkeypatch, *options) == 0
+    same_weights(tmp_path / "out", llava, torch.float32)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    recorded = [manifest[name] for name in ("source", "base", "vision_tower")]
+    assert recorded == ["owner/llava", None, str(tower)]
+    monkeypatch.setattr("llava_lite.checkpoint.load_tokenizer", lambda *_: tiny_tokenizer)
+    assert load("owner/llava", vision_tower=tower, device="cpu").llava.dtype == torch.float32
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_tower_inside_makes_the_named_one_needless(
+    indexed: bool, hub: FakeHub, llava: Llava, tmp_path: Path
+) -> None:
+    folder = write_layout("official-tower-inside", tmp_path / "inside", hf_state(llava))
+    if not indexed:
+        (folder / "pytorch_model.bin.index.json").unlink()
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    config = json.loads(files["config.json"]) | {"mm_vision_tower": "openai/clip-tiny"}
+    files["config.json"] = json.dumps(config).encode()
+    hub.repositories["owner/whole"] = files
+    found = resolve("owner/whole", download_missing=True)
+    assert {name.rsplit("/", 1)[0] for name in hub.fetched} == {"owner/whole"}
+    hub.online = False
+    assert resolve("owner/whole") == found
+
+
+def test_the_revision_reaches_the_hub(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = resolve("owner/llava", revision="v1", download_missing=True)
+    assert folder.name == "v1"
+    hub.revisions.clear()
+    options = ("owner/llava", tmp_path / "out", "--revision", "v1")
+    assert call("convert_weights", monkeypatch, *options) == 0
+    assert hub.revisions[0] == ("owner/llava", "v1")
+    assert ("owner/llava", None) not in hub.revisions
+    with pytest.raises(CheckpointError, match="not on this disk"):
+        resolve("owner/llava", revision="v2")
+
+
+def test_the_base_is_in_the_manifest(shared: Path, tmp_path: Path) -> None:
+    golden, base = Golden(shared), shared / "goldens" / "llava" / "tiny" / "official_layout"
+    convert(golden.folder / "lora", tmp_path / "out", base=base)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["base"] == str(base)
+    assert Path(manifest["vision_tower"]).is_dir()
+
+
+def test_a_repository_without_weights_is_refused(hub: FakeHub, tmp_path: Path) -> None:
+    hub.repositories["owner/data"] = {"config.json": b"{}", "train.parquet": b"x"}
+    with pytest.raises(CheckpointError, match="owner/data: holds no weights"):
+        download("owner/data", destination=tmp_path / "data")
+    assert hub.fetched == []
+    hub.repositories["owner/clip"] = {"open_clip_model.bin": b"x", "open_clip_config.json": b"{}"}
+    assert plan_download("owner/clip").files == ("open_clip_config.json", "open_clip_model.bin")
+
+
+def test_offline_puts_nothing_into_a_folder(hub: FakeHub, tmp_path: Path) -> None:
+    resolve("owner/llava", download_missing=True)
+    with pytest.raises(CheckpointError, match="out: nothing can be put there offline"):
+        download("owner/llava", offline=True, destination=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_failures_of_the_hub_are_one_line(hub: FakeHub) -> None:

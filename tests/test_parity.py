@@ -225,8 +225,8 @@ def test_full_size_open_clip_tower(open_clip: ModuleType) -> None:
     fill(clip.visual)
     assert sum(weight.numel() for weight in clip.visual.parameters()) == 304_293_888
     seen: list[Tensor] = []
-    block = clip.visual.transformer.resblocks[22]
-    block.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    for block in clip.visual.transformer.resblocks[22:]:
+        block.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     pixels = torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(0))
     with torch.device("meta"):
         tower = VisionTower(VisionConfig())
@@ -236,6 +236,17 @@ def test_full_size_open_clip_tower(open_clip: ModuleType) -> None:
         ours = tower(pixels)
     theirs = seen[0].reshape(577, 1024)[None, 1:]
     assert theirs.std() > 0.5
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+    # All 24 blocks, the last of which LLaVA never runs.
+    whole = VisionConfig(feature_layer=-1)
+    with torch.device("meta"):
+        tower = VisionTower(whole)
+    assert len(tower.blocks) == 24
+    tower.load_state_dict(vision_state_from_open_clip(clip, whole), assign=True)
+    with torch.no_grad():
+        ours = tower(pixels)
+    theirs = seen[1].reshape(577, 1024)[None, 1:]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 

@@ -86,13 +86,6 @@ def test_next_turn_completes_the_history(template: str) -> None:
     assert cached + next_turn_text(template, "Q2") == build_prompt(template, TWO_TURNS)
 
 
-def test_next_turn_after_a_cached_eos() -> None:
-    assert next_turn_text("vicuna_v1", "Q2") == "</s>USER: Q2 ASSISTANT:"
-    assert next_turn_text("vicuna_v1", "Q2", closed=True) == "USER: Q2 ASSISTANT:"
-    with pytest.raises(ValueError, match="'llava-hf' do not end with </s>"):
-        next_turn_text("llava-hf", "Q2", closed=True)
-
-
 def test_images_go_first_unless_the_text_places_them() -> None:
     assert place_images("Q", 0) == "Q"
     assert place_images("Q", 1) == "<image>\nQ"

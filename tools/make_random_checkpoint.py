@@ -3,9 +3,15 @@
 python tools/make_random_checkpoint.py --layout official --size 7b --out big/llava-v1.5-7b \
     --tokenizer path/to/tokenizer.model
 
-Sizes, names, dtypes, shards and files are those of the published checkpoints; the values are noise
-of a sensible scale, so logits are finite and speed is the real one, but answers are not. A 7B model
-takes 13.5 GB of disk (official, plus 1.2 GB for the CLIP tower beside it) or 14.1 GB (llava-hf).
+Written are the weights under the published names, shapes and dtypes, in files of about the
+published sizes, and their indexes; a config.json with the fields that a loader reads, for llava-hf
+also generation_config.json, preprocessor_config.json and processor_config.json. `official` also
+writes the vision half of the CLIP repository into the folder clip-vit-large-patch14-336 beside OUT,
+with a few tensors to be ignored in place of its text half (1.2 GB instead of 1.7). There is no
+tokenizer but the file given as --tokenizer, and no mm_projector.bin.
+
+The values are noise of a sensible scale, so logits are finite and speed is the real one, but
+answers are not. A 7B model takes 13.5 GB of disk (official, without the tower) or 14.1 GB.
 """
 
 import argparse
@@ -236,8 +242,10 @@ def main() -> int:
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.model or tokenizer.json to copy")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.out.exists() and any(args.out.iterdir()):
-        parser.error(f"{args.out} is not empty")
+    folders = [args.out, args.out.absolute().parent / TOWER_NAME]
+    for folder in folders if args.layout == "official" else folders[:1]:
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            parser.error(f"{folder} is there and not empty, nothing is overwritten")
     args.out.mkdir(parents=True, exist_ok=True)
     write = write_official if args.layout == "official" else write_llava_hf
     write(SIZES[args.size], args.out, Noise(args.seed), lambda line: print(line, file=sys.stderr))

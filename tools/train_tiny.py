@@ -3,6 +3,7 @@
     python tools/train_tiny.py                     # all stages; continues where it was interrupted
     python tools/train_tiny.py --stage tower       # one stage
     python tools/train_tiny.py --device cuda
+    python tools/train_tiny.py --stage joint --start-from weights/tiny    # go on from given weights
 
 The stages are LLaVA's own in small. `crops` and `tower` teach the vision tower what every patch
 belongs to (shape, color, digit, centre of its object), first on crops around objects, which are
@@ -36,7 +37,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from llava_lite.checkpoint import save_model
+from llava_lite.checkpoint import load_model, save_model
 from llava_lite.config import TINY
 from llava_lite.image import MEAN, STD, pad_to_square
 from llava_lite.llama import LlamaDecoder
@@ -512,6 +513,8 @@ FAMILY_WEIGHTS = {
 
 def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     """The embedded model's own tokenizer, trained once on prompts about undrawn scenes."""
+    if args.start_from:
+        return Tokenizer.from_file(args.start_from / "tokenizer.json")
     path = args.work / "tokenizer.json"
     if not path.exists():
         rng = np.random.default_rng(0)
@@ -660,7 +663,8 @@ def tower_features(
 ) -> Tensor:
     """Features of every patch of every scene, (scenes, 576, C) bfloat16, computed once into a
     file."""
-    trained = torch.load(args.work / "tower.state.pt", "cpu", weights_only=True)["step"]
+    state = args.work / "tower.state.pt"
+    trained = torch.load(state, "cpu", weights_only=True)["step"] if state.exists() else "start"
     path = args.work / f"{name}_{len(scenes)}_tower{trained}.bf16"
     shape = (len(scenes), GRID * GRID, TINY.vision.hidden_size)
     if not path.exists():
@@ -693,19 +697,29 @@ def curriculum(scenes: SceneSet, progress: float) -> np.ndarray:
 
 
 def new_decoder(args: argparse.Namespace) -> tuple[Projector, LlamaDecoder]:
+    """Projector and decoder with fresh weights, or those of `--start-from`."""
     torch.manual_seed(1)
     projector, decoder = Projector(TINY), LlamaDecoder(TINY.text)
     for module in (projector, decoder):
         initialise(module, TINY.text.num_layers)
     for layer in projector.layers:
         nn.init.xavier_uniform_(layer.weight)
+    if args.start_from:
+        earlier = load_model(args.start_from, dtype="float32")
+        projector.load_state_dict(earlier.projector.state_dict())
+        decoder.load_state_dict(earlier.decoder.state_dict())
     return projector.to(args.device), decoder.to(args.device)
 
 
 def trained_tower(args: argparse.Namespace, stage: str = "tower") -> tuple[VisionTower, PatchHeads]:
-    """The tower and its readers as the stage left them."""
+    """The tower and its readers as the stage left them; where it never ran, the tower of
+    `--start-from` with fresh readers."""
     tower, heads = VisionTower(TINY.vision), PatchHeads(TINY.vision.hidden_size)
-    state = torch.load(args.work / f"{stage}.state.pt", "cpu", weights_only=True)
+    path = args.work / f"{stage}.state.pt"
+    if args.start_from and not path.exists():
+        tower.load_state_dict(load_model(args.start_from, dtype="float32").vision.state_dict())
+        return tower.to(args.device), heads.to(args.device)
+    state = torch.load(path, "cpu", weights_only=True)
     tower.load_state_dict(state["tower"])
     heads.load_state_dict(state["heads"])
     return tower.to(args.device), heads.to(args.device)
@@ -796,9 +810,10 @@ def train_joint(args: argparse.Namespace) -> None:
     writer = Writer(load_tokenizer(args))
     tower, heads = trained_tower(args)
     projector, decoder = new_decoder(args)
-    state = torch.load(args.work / "decoder.state.pt", "cpu", weights_only=True)
-    projector.load_state_dict(state["projector"])
-    decoder.load_state_dict(state["decoder"])
+    if (args.work / "decoder.state.pt").exists() or not args.start_from:
+        state = torch.load(args.work / "decoder.state.pt", "cpu", weights_only=True)
+        projector.load_state_dict(state["projector"])
+        decoder.load_state_dict(state["decoder"])
     modules: dict[str, nn.Module] = {
         "tower": tower,
         "heads": heads,
@@ -870,6 +885,9 @@ def main() -> None:
         "--work", type=Path, default=Path("runs/tiny"), help="states, features, log"
     )
     parser.add_argument("--out", type=Path, default=Path("weights/tiny"))
+    parser.add_argument(
+        "--start-from", type=Path, metavar="DIR", help="model folder whose weights to go on from"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scenes", type=int, default=16000)
     parser.add_argument("--crop-steps", type=int, default=4000)
