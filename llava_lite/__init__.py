@@ -187,12 +187,13 @@ def _pick_device(device: "str | torch.device") -> "torch.device":
     }
     if device == "auto":
         device = next(name for name, count in counts.items() if count)
+    unknown = f"device {str(device)!r} is not one of auto, cuda, mps, cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        chosen = None
-    if chosen is None or chosen.type not in counts:
-        raise ValueError(f"device {str(device)!r} is not one of auto, cuda, mps, cpu")
+        raise ValueError(unknown) from None
+    if chosen.type not in counts:
+        raise ValueError(unknown)
     count = counts[chosen.type]
     if (chosen.index or 0) >= count:
         there = f", there are {count} of {chosen.type}, counted from 0" if count else ""

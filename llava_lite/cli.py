@@ -395,6 +395,7 @@ def load_model(args: argparse.Namespace) -> "Model":
     import torch
 
     import llava_lite
+
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.download:

@@ -236,9 +236,9 @@ def preprocess(image: Image.Image, size: int = 336, pad: bool = True) -> Tensor:
     """Pixel values (1, 3, size, size) in float32 of an image in any mode.
 
     `pad=True` is LLaVA's own preprocessing (whole image on a square), `pad=False` that of llava-hf
-    (short edge to `size`, centre crop). Bit-exact with both while no canvas gets a side of more than
-    16384 pixels; strips beyond that take an approximation of bounded memory (padded after the
-    resize, or cropped before it).
+    (short edge to `size`, centre crop). Bit-exact with both, except for strips that would need a
+    canvas with a side of more than 16384 pixels: they take an approximation of bounded memory,
+    padded after the resize, or cropped before it.
     """
     image = to_rgb(image) if image.mode != "RGB" else image
     square = _resize_padded(image, size) if pad else _resize_cropped(image, size)

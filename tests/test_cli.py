@@ -257,6 +257,8 @@ def test_load_gets_the_model_arguments(
             "offline": False,
             "base": "c",
             "vision_tower": "d",
+            "pad": None,
+            "exif": True,
         },
     )
     assert calls[1][0] is None
@@ -414,6 +416,50 @@ def test_bad_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_absent_device(model_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate("-m", model_folder, "-p", "x", "--device", "cuda") == 1
     assert capsys.readouterr().err == "error: device 'cuda' is not available here\n"
+
+
+def test_device_that_is_not_there(model_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate("-m", model_folder, "-p", "x", "--device", "cuda:9") == 1
+    assert re.fullmatch(
+        r"error: device 'cuda:9' is not available here.*\n", capsys.readouterr().err
+    )
+    assert generate("-m", model_folder, "-p", "x", "--device", "warp") == 2
+    assert "'warp' is not one of auto, cpu, cuda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "batch", "download"])
+def test_quiet_hides_the_hub_s_progress_bars(
+    command: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
+    seen: list[bool] = []
+
+    def fetch(*_: Any, **__: Any) -> Any:
+        seen.append(are_progress_bars_disabled())
+        return tmp_path if command == "download" else model
+
+    questions = tmp_path / "rows.jsonl"
+    questions.write_text('{"prompt": "x"}\n')
+    arguments = {
+        "generate": ["-p", "x"],
+        "chat": [],
+        "batch": [str(questions), "-o", str(tmp_path / "out.jsonl")],
+        "download": ["a/b"],
+    }[command]
+    fetching = [] if command == "download" else ["-m", "a/b", "--download", "-n", "1"]
+    monkeypatch.setattr("llava_lite.load", fetch)
+    monkeypatch.setattr("llava_lite.download.download", fetch)
+    monkeypatch.setattr(sys, "stdin", Terminal(""))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    try:
+        for quiet in ([], ["--quiet"]):
+            enable_progress_bars()
+            (tmp_path / "out.jsonl").unlink(missing_ok=True)
+            assert main([command, *arguments, *fetching, *quiet]) == 0
+    finally:
+        enable_progress_bars()
+    assert seen == [False, True]
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -330,6 +330,26 @@ def test_a_batch_of_one_is_a_list(tiny_model: Model) -> None:
 # ---- arguments ---------------------------------------------------------------------------------
 
 
+def test_rotation_by_the_camera_is_a_choice_of_the_model(tiny_model: Model) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    picture(0).save(buffer, "PNG", exif=exif)
+    turned = buffer.getvalue()
+    as_stored = Model(tiny_model.llava, tiny_model.tokenizer, exif=False)
+    asked = ("What color is the star?",)
+    stored = tiny_model.generate(picture(0), *asked, max_new_tokens=LENGTH)
+    upright = tiny_model.generate(
+        picture(0).rotate(-90, expand=True), *asked, max_new_tokens=LENGTH
+    )
+    assert stored != upright
+    for source in (turned, Image.open(buffer)):
+        assert tiny_model.generate(source, *asked, max_new_tokens=LENGTH) == upright
+        assert as_stored.generate(source, *asked, max_new_tokens=LENGTH) == stored
+    loaded = load_image(turned, exif=False)
+    assert tiny_model.generate(loaded, *asked, max_new_tokens=LENGTH) == stored
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -344,6 +364,12 @@ def test_a_batch_of_one_is_a_list(tiny_model: Model) -> None:
         ({"seed": -1}, r"seed -1 must be in \[0, 2\*\*64\)"),
         ({"stop": ""}, "stop string must not be empty"),
         ({"stop": ["a", ""]}, "stop string must not be empty"),
+        ({"stop": 5}, "stop 5 must be a string or several"),
+        ({"stop": ["a", 5]}, "stop .'a', 5. must be a string or several"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens 2.5 must be an integer"),
+        ({"max_new_tokens": "9"}, "max_new_tokens '9' must be an integer"),
+        ({"top_k": 2.5}, "top_k 2.5 must be an integer"),
+        ({"seed": 0.5}, "seed 0.5 must be an integer"),
         ({"template": "unheard-of"}, "unheard-of"),
     ],
 )
@@ -356,7 +382,15 @@ def test_options_out_of_range(tiny_model: Model, options: dict[str, Any], messag
         tiny_model.chat(**options).send("star?")
 
 
+def test_integers_of_other_kinds_are_taken(tiny_model: Model) -> None:
+    options = GenerationOptions(max_new_tokens=np.int64(3), top_k=torch.tensor(2), seed=np.uint8(1))
+    assert [type(n) for n in (options.max_new_tokens, options.top_k, options.seed)] == [int] * 3
+    assert options == GenerationOptions(max_new_tokens=3, top_k=2, seed=1)
+
+
 def test_batch_size_out_of_range(tiny_model: Model) -> None:
+    with pytest.raises(ValueError, match="batch_size 2.5 must be an integer"):
+        tiny_model.generate(None, ["star?"], batch_size=2.5)
     with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
         tiny_model.generate(None, ["star?"], batch_size=0)
     with pytest.raises(ValueError, match="batch_size -1 must be at least 1"):
@@ -382,6 +416,17 @@ def test_prompt_and_images_must_fit(
         image = picture(0) if images == 1 else [picture(0)] * len(images)
     with pytest.raises(PromptError, match=message):
         tiny_model.generate(image, prompt)
+
+
+@pytest.mark.parametrize("prompt", [123, None, b"star?"])
+def test_a_prompt_must_be_text(tiny_model: Model, prompt: Any) -> None:
+    with pytest.raises(PromptError, match="a prompt must be a str, or a list of them"):
+        tiny_model.generate(None, prompt)
+
+
+def test_a_stream_takes_one_prompt(tiny_model: Model) -> None:
+    with pytest.raises(PromptError, match="a stream answers one prompt, a str, not a list"):
+        tiny_model.stream(None, ["a", "b"])
 
 
 def test_a_marker_outside_the_question_is_counted(tiny_model: Model) -> None:
@@ -990,8 +1035,12 @@ def test_score_refuses_what_cannot_be_scored(tiny_model: Model) -> None:
         tiny_model.score(None, "star?", "")
     with pytest.raises(PromptError, match="2 prompts need as many continuations, not 1"):
         tiny_model.score(None, ["a", "b"], ["c"])
-    with pytest.raises(PromptError, match="continuations"):
+    with pytest.raises(PromptError, match="one prompt needs one continuation, a str, not a list"):
         tiny_model.score(None, "a", ["c"])
+    with pytest.raises(PromptError, match="needs a list of continuations, not a str"):
+        tiny_model.score(None, ["a"], "c")
+    with pytest.raises(PromptError, match="a continuation must be a str"):
+        tiny_model.score(None, ["a"], [5])
     assert tiny_model.score(None, [], []) == []
 
 

@@ -164,7 +164,11 @@ def test_exif_orientation(orientation: int) -> None:
         8: np.rot90(PIXELS, 1),
     }[orientation]
     assert same(load_image(data), upright)
-    assert same(load_image(data, exif=False))
+    stored = load_image(data, exif=False)
+    assert same(stored)
+    for exif in (True, False):  # loaded once, it carries nothing that would turn it later
+        assert same(load_image(stored, exif=exif))
+        assert same(load_image(load_image(data), exif=exif), upright)
 
 
 def test_damaged_exif_does_not_cost_the_image(monkeypatch: pytest.MonkeyPatch) -> None:

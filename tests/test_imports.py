@@ -2,6 +2,7 @@
 `generate` and `load`."""
 
 import ast
+import io
 import os
 import subprocess
 import sys
@@ -215,7 +216,7 @@ def test_dtype_auto_is_the_files_but_for_float16_on_the_cpu(
     assert {parameter.dtype for parameter in model.llava.parameters()} == {expected}
 
 
-@pytest.mark.parametrize("device", ["warp", "cuda", "mps"])
+@pytest.mark.parametrize("device", ["warp", "cuda", "mps", "meta", "xpu", "cpu:1"])
 def test_load_refuses_a_device_that_is_not_there(
     saved_model: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
@@ -224,6 +225,30 @@ def test_load_refuses_a_device_that_is_not_there(
     with pytest.raises(ValueError, match=f"device '{device}' is not"):
         llava_lite.load(saved_model, device=device)
     assert llava_lite.load(saved_model).llava.device.type == "cpu"
+
+
+def test_load_counts_the_devices(saved_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("cuda:2", "cuda:9"):
+        with pytest.raises(ValueError, match=f"device '{name}' is not available .* 2 of cuda"):
+            llava_lite.load(saved_model, device=name)
+    assert llava_lite._pick_device("cuda:1") == torch.device("cuda:1")
+
+
+def test_load_overrides_padding_and_rotation(saved_model: Path, tiny_model: Model) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    picture().save(buffer, "PNG", exif=exif)
+    model = llava_lite.load(saved_model, device="cpu", pad=False, exif=False)
+    assert (model.config.pad, model.exif) == (False, False)
+    assert model.config == replace(TINY_CONFIG, pad=False)
+    cropped = Model(tiny_model.llava, tiny_model.tokenizer, replace(TINY_CONFIG, pad=False))
+    embeds = model.encode(buffer.getvalue()).image_embeds
+    assert torch.equal(embeds, cropped.encode(picture()).image_embeds)
+    assert not torch.equal(embeds, cropped.encode(buffer.getvalue()).image_embeds)
+    assert not torch.equal(embeds, tiny_model.encode(picture()).image_embeds)
 
 
 def test_load_refuses_an_unknown_dtype(saved_model: Path) -> None:

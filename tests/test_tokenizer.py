@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llava_lite.errors import CheckpointError
-from llava_lite.prompt import build_prompt, get_template, next_turn_text
+from llava_lite.prompt import build_prompt, next_turn_text
 from llava_lite.tokenizer import IMAGE_TOKEN_ID, StreamDecoder, Tokenizer, train_tokenizer
 
 MODEL_FILE = SHARED / "data" / "llama_tokenizer" / "tokenizer.model"

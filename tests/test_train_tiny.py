@@ -1,0 +1,177 @@
+"""What the training of the embedded model rests on: labels, and packed question blocks that mean
+the same to the decoder as one question alone."""
+
+import importlib.util
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_TEXT, TINY_VISION, random_llava
+
+from llava_lite.config import TINY, LlavaConfig
+from llava_lite.generation import Model
+from llava_lite.image import preprocess
+from llava_lite.scenes import COLORS, SHAPES, Scene, SceneObject, draw_instances, draw_scene
+from llava_lite.tokenizer import Tokenizer
+
+Turns = tuple[tuple[str, str], ...]
+
+# Lengths of answers differ, and with them the weights in the loss; one block has three turns.
+BLOCKS: list[list[Turns]] = [
+    [
+        (("Describe the image.", "A red circle, a blue star and a green ring on white."),),
+        (("What color is the star?", "blue"),),
+        (("Is it red?", "no"), ("What color is it?", "blue"), ("Shape?", "star")),
+    ],
+    [(("How many squares?", "two"),), (("What color is the ring?", "orange and purple"),)],
+]
+
+
+@pytest.fixture(scope="module")
+def train_tiny() -> ModuleType:
+    """The tool, loaded by its path: tools are no package."""
+    spec = importlib.util.spec_from_file_location("train_tiny", ROOT / "tools" / "train_tiny.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_tiny"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model(tiny_tokenizer: Tokenizer) -> Model:
+    """A small random model for images of the embedded model's size."""
+    config = LlavaConfig(
+        vision=replace(TINY_VISION, image_size=336, num_layers=2),
+        text=replace(TINY_TEXT, num_layers=2, max_positions=1024, vocab_size=310),
+        name="random",
+        template=TINY.template,
+    )
+    return Model(random_llava(config), tiny_tokenizer)
+
+
+def pictures() -> list[torch.Tensor]:
+    rng = np.random.default_rng(3)
+    return [torch.from_numpy(rng.integers(0, 256, (3, 50, 70), np.uint8)) for _ in BLOCKS]
+
+
+def expected_logprobs(model: Model, image: torch.Tensor, turns: Turns) -> list[list[float]]:
+    """Per turn, those of its answer and of the end token after it, from `score`."""
+    prompts, history = [], ""
+    for question, answer in turns:
+        prompts.append(history + question)
+        history += f"{question} ASSISTANT: {answer}</s>USER: "
+    continuations = [f"{answer}</s>" for _, answer in turns]
+    scores = model.score([image] * len(turns), prompts, continuations)
+    return [list(score.token_logprobs) for score in scores]
+
+
+def test_packed_blocks_have_the_logprobs_of_single_questions(
+    train_tiny: ModuleType, model: Model
+) -> None:
+    writer = train_tiny.Writer(model.tokenizer)
+    packed = train_tiny.pack(writer, BLOCKS, [np.arange(576)] * len(BLOCKS), "cpu")
+    packed.masks = [mask.float() for mask in packed.masks]  # to compare in float32
+    embeds = torch.cat([model.encode(image).image_embeds for image in pictures()])
+    expected = [
+        logprobs
+        for image, blocks in zip(pictures(), BLOCKS, strict=True)
+        for turns in blocks
+        for logprobs in expected_logprobs(model, image, turns)
+    ]
+    everything = packed.targets
+    rows = [row for row, target in enumerate(everything) if target != train_tiny.IGNORE]
+    assert len(rows) == sum(map(len, expected))
+    flat = [logprob for logprobs in expected for logprob in logprobs]
+    with torch.inference_mode():
+        for row, logprob in zip(rows, flat, strict=True):  # one token at a time
+            packed.targets = [train_tiny.IGNORE] * len(everything)
+            packed.targets[row] = everything[row]
+            loss, _, seen = train_tiny.answer_loss(model.llava.decoder, packed, embeds, "cpu")
+            assert seen.tolist() == [row]
+            assert -loss.item() == pytest.approx(logprob, abs=1e-3)
+
+
+def test_loss_weighs_long_answers_less(train_tiny: ModuleType, model: Model) -> None:
+    writer = train_tiny.Writer(model.tokenizer)
+    packed = train_tiny.pack(writer, BLOCKS[:1], [np.arange(576)], "cpu")
+    packed.masks = [mask.float() for mask in packed.masks]
+    image = pictures()[0]
+    with torch.inference_mode():
+        embeds = model.encode(image).image_embeds
+        loss, right, _ = train_tiny.answer_loss(model.llava.decoder, packed, embeds, "cpu")
+    answers = [each for turns in BLOCKS[0] for each in expected_logprobs(model, image, turns)]
+    weights = [max(3, len(answer)) ** -0.5 for answer in answers]
+    total = sum(weight * -sum(answer) for weight, answer in zip(weights, answers, strict=True))
+    count = sum(weight * len(answer) for weight, answer in zip(weights, answers, strict=True))
+    assert loss.item() == pytest.approx(total / count, abs=1e-3)
+    assert len(right) == sum(map(len, answers))
+
+
+def test_left_out_patches_leave_the_positions_of_the_rest(
+    train_tiny: ModuleType, model: Model
+) -> None:
+    writer = train_tiny.Writer(model.tokenizer)
+    kept, head = np.array([0, 5, 575]), len(writer.head)
+    packed = train_tiny.pack(writer, [BLOCKS[0][:2]], [kept], "cpu")
+    block_ids = [writer.block(turns)[0] for turns in BLOCKS[0][:2]]
+    positions = [*range(head), head, head + 5, head + 575]
+    for ids in block_ids:
+        positions += range(head + 576, head + 576 + len(ids))
+    assert packed.position_ids == positions
+    assert packed.lengths == [head + 3 + sum(map(len, block_ids))]
+    [mask] = packed.masks
+    first, second = head + 3, head + 3 + len(block_ids[0])
+    assert (mask[second, first:second] < 0).all()
+    assert (mask[second:, :first] == 0).all()
+
+
+def test_pixels_are_those_of_the_model(train_tiny: ModuleType) -> None:
+    for index in range(2):
+        drawn = draw_scene(train_tiny.make_scene(5, index), supersample=1 + index % 3)
+        rendered = np.array(train_tiny.render((5, index)))
+        pixels = train_tiny.to_pixel_values(rendered[None])
+        assert torch.equal(pixels, preprocess(drawn, 336))
+
+
+def test_patch_labels_of_a_known_scene(train_tiny: ModuleType) -> None:
+    """A landscape of half the model's size: 42 pixels of padding above, everything twice as
+    large."""
+    red, blue = COLORS["red"], COLORS["blue"]
+    circle = SceneObject("circle", "red", red, 41.0, 20.0, 14.0, 0.0, digit=7)
+    star = SceneObject("star", "blue", blue, 126.0, 62.0, 20.0, 0.0)
+    scene = Scene(168, 84, (200, 200, 200), (circle, star))
+    labels = train_tiny.label_patches(scene, draw_instances(scene, 336), (0, 0))
+    # The circle's centre is at (82, 124) of the model's image, the star's at (252, 208).
+    on_circle, on_star = 124 // 14 * 24 + 82 // 14, 208 // 14 * 24 + 252 // 14
+    assert np.flatnonzero(labels["center"]).tolist() == [on_circle, on_star]
+    names = list(COLORS)
+    assert labels["color"][on_circle] == 1 + names.index("red")
+    assert labels["color"][on_star] == 1 + names.index("blue")
+    assert labels["shape"][on_circle] == SHAPES.index("circle")
+    assert labels["shape"][on_star] == SHAPES.index("star")
+    assert labels["digit"][on_circle] == 1 + 7
+    assert labels["digit"][on_star] == train_tiny.IGNORE  # stars never carry one
+    middle = np.array([82 // 14 + 0.5, 124 // 14 + 0.5])
+    offset = np.array([82, 124]) / 14 - middle
+    np.testing.assert_allclose(labels["offset"][on_circle], offset, atol=1e-6)
+    np.testing.assert_allclose(labels["offset"][on_circle - 1], offset + (1, 0), atol=1e-6)
+    corners = [0, 23, 24 * 23, 575]
+    assert labels["color"][corners].tolist() == [0] * 4
+    assert labels["shape"][corners].tolist() == [train_tiny.IGNORE] * 4
+    area = np.pi * 28**2 / 14**2  # of the circle, in patches; its edge touches some more
+    assert area < (labels["color"] == 1 + names.index("red")).sum() < 2 * area
+
+
+def test_half_an_object_has_no_shape(train_tiny: ModuleType) -> None:
+    """In a crop that cuts an object's centre off, only its colour is asked for."""
+    circle = SceneObject("circle", "red", COLORS["red"], 168.0, 168.0, 60.0, 0.0)
+    scene = Scene(336, 336, (200, 200, 200), (circle,))
+    window = draw_instances(scene, 336)[112:224, 180:292]
+    labels = train_tiny.label_patches(scene, window, (180, 112))
+    assert set(labels["color"].tolist()) == {0, 1 + list(COLORS).index("red")}
+    assert set(labels["shape"].tolist()) == {train_tiny.IGNORE}
+    assert not labels["center"].any()
