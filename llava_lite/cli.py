@@ -607,7 +607,9 @@ def run_info(args: argparse.Namespace) -> int:
     if named in PRESETS and not Path(named).exists():
         described = info.describe_preset(named)
     else:
-        path = resolve(named, revision=args.revision, offline=args.offline)
+        path = resolve(
+            named, revision=args.revision, offline=args.offline, vision_tower=args.vision_tower
+        )
         described = info.describe_source(path, args.base, args.vision_tower)
     verified = info.verify_checksums(described) if args.checksums else None
     if args.json:

@@ -15,7 +15,7 @@ FOLDER = llava_lite.embedded_model()
 EXAMPLES = FOLDER / "examples"
 SEED = 77
 # Guessing gets about a sixth to a quarter right, half where the answer is yes or no.
-FLOORS = {"count": 0.6, "color": 0.6, "shape": 0.6, "exists": 0.55}
+FLOORS = {"count": 0.7, "color": 0.8, "shape": 0.8, "exists": 0.65}
 
 
 @pytest.fixture(scope="module")
