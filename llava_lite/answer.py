@@ -12,22 +12,26 @@ import torch
 from torch import Tensor
 
 from llava_lite.tokenizer import StreamDecoder
+from llava_lite.trace import Trace
 
 
 class Answer(str):
     """The answer's text, and how it came about.
 
     `finish_reason`: "stop" (end token or stop string) or "length" (max_new_tokens reached).
-    `usage`: prompt_tokens (text ids), image_tokens, completion_tokens (`token_ids`, end token not
-    counted). `timings`: seconds of preprocess, vision, prefill, decode, and decode
+    `usage`: prompt_tokens (text ids), image_patches, image_tokens (what these became for the
+    decoder), kept_image_tokens (those that were not pruned), completion_tokens (`token_ids`, end
+    token not counted). `timings`: seconds of preprocess, vision, prefill, decode, and decode
     tokens_per_second; items that ran together share the clock, and work still queued on a GPU
-    counts where it is awaited.
+    counts where it is awaited. `trace`: with trace=True, what became of the image
+    tokens (trace.py).
     """
 
     finish_reason: str
     usage: dict[str, int]
     timings: dict[str, float]
     token_ids: tuple[int, ...]
+    trace: Trace | None
 
     def __new__(
         cls,
@@ -36,12 +40,14 @@ class Answer(str):
         usage: dict[str, int] | None = None,
         timings: dict[str, float] | None = None,
         token_ids: Sequence[int] = (),
+        trace: Trace | None = None,
     ) -> "Answer":
         answer = super().__new__(cls, text)
         answer.finish_reason = finish_reason
         answer.usage = usage or {}
         answer.timings = timings or {}
         answer.token_ids = tuple(token_ids)
+        answer.trace = trace
         return answer
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,6 +58,7 @@ class Answer(str):
             "usage": self.usage,
             "timings": self.timings,
             "token_ids": list(self.token_ids),
+            **({} if self.trace is None else {"trace": self.trace.to_dict()}),
         }
 
 

@@ -1,13 +1,25 @@
-"""The decoder's attention over packed rows, with a tuple KV cache.
+"""The decoder's attention over packed rows, with virtual token unmerging and a tuple KV cache.
 
 A batch is its items' rows, one item after the other, with no padding between them: projections run
 on all rows at once, attention on each item by itself. So items of any length share a batch, and
 nobody has to mask anybody.
 
-The cache of one layer is a plain pair (k, v), each (1, H, length, D); k is stored rotated, so later
-tokens need not know any earlier position. Nothing is kept on the module: caches go in and come out.
+Where image tokens have merged (layout.py), a row may stand at several positions. Attention then
+runs over positions, all the rest over rows (virtual token unmerging, DyMU, arXiv 2504.17040):
 
-Shapes: R packed rows, n rows of one item, H heads, D head dim, C width.
+    q, k, v = projections          R rows
+    unmerge                        S positions: every patch shows the row it is part of
+    rotate, attend, cache          each position by its own angle, in the one fused kernel
+    remerge                        R rows: the mean over the positions of each
+    o_proj                         R rows
+
+With no row at two positions, both steps are the identity and are not done at all.
+
+The cache of one layer is a plain pair (k, v), each (1, H, length, D); k is stored rotated, so later
+tokens need not know any earlier position. Nothing is kept on the module: caches go in and come out,
+and after pruning (fastv.py) their lengths differ from layer to layer.
+
+Shapes: R packed rows, S packed positions, n positions of one item, H heads, D head dim, C width.
 """
 
 from collections.abc import Sequence
@@ -18,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava_lite.config import TextConfig
+from llava_lite.layout import PackedLayout
 from llava_lite.rope import apply_rope
 
 LayerCache = tuple[Tensor, Tensor]
@@ -41,7 +54,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class HybridAttention(nn.Module):
-    """Multi-head attention with RoPE. One forward serves prefill, chat continuation and decode."""
+    """Multi-head attention with RoPE. One forward serves prefill, chat continuation and decode,
+    with image tokens merged, pruned, or neither."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -57,35 +71,37 @@ class HybridAttention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        lengths: Sequence[int],
+        layout: PackedLayout,
         past_key_values: Sequence[LayerCache | None],
         masks: Sequence[Tensor | None],
-    ) -> tuple[Tensor, list[LayerCache]]:
+    ) -> tuple[Tensor, list[LayerCache], list[Tensor]]:
         """Attend within each item.
 
-        x (R, C) packed rows, cos and sin (R, D) of their positions, `lengths` the rows of each
-        item; per item this layer's cache so far, and a mask (n, keys), bool (True = may attend) or
-        additive (None = causal). Returns (R, C) and each item's new cache."""
+        x (R, C) packed rows, cos and sin (S, D) of the layout's positions; per item this layer's
+        cache so far, and a mask (n, keys), bool (True = may attend) or additive (None = causal).
+        Returns (R, C), and of each item its new cache and the query (1, H, 1, D) of its last
+        position, by which FastV asks what that one looked at."""
         q, k, v = (
-            rearrange(proj(x), "r (h d) -> r h d", h=self.num_heads)
+            layout.unmerge(rearrange(proj(x), "r (h d) -> r h d", h=self.num_heads))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        )  # (S, H, D)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        mixed, caches = [], []
-        for past, mask, rows in zip(
-            past_key_values, masks, split_rows((q, k, v), lengths), strict=True
+        mixed, caches, queries = [], [], []
+        for past, mask, new in zip(
+            past_key_values, masks, split_items((q, k, v), layout.num_positions), strict=True
         ):
-            item_q, item_k, item_v = rows  # (1, H, n, D) each
+            item_q, item_k, item_v = new  # (1, H, n, D) each
             if past is not None:
                 item_k, item_v = torch.cat((past[0], item_k), 2), torch.cat((past[1], item_v), 2)
             mixed.append(attend(item_q, item_k, item_v, mask))
             caches.append((item_k, item_v))
-        x = torch.cat([rearrange(item, "1 h n d -> n (h d)") for item in mixed])
-        return self.o_proj(x), caches
+            queries.append(item_q[:, :, -1:])
+        x = torch.cat([rearrange(item, "1 h n d -> n (h d)") for item in mixed])  # (S, C)
+        return self.o_proj(layout.remerge(x)), caches, queries
 
 
-def split_rows(packed: Sequence[Tensor], lengths: Sequence[int]) -> list[tuple[Tensor, ...]]:
-    """Packed (R, H, D) tensors -> for each item its (1, H, n, D) slice of every tensor."""
+def split_items(packed: Sequence[Tensor], lengths: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    """Packed (S, H, D) tensors -> for each item its (1, H, n, D) slice of every tensor."""
     pieces = [tensor.split(list(lengths)) for tensor in packed]
     return [
         tuple(rearrange(piece, "n h d -> 1 h n d") for piece in item)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llava_lite.answer import Answer
 from llava_lite.prompt import build_prompt, next_turn_text, place_images
 from llava_lite.sampling import GenerationOptions
-from llava_lite.sequence import Request, State, as_list
+from llava_lite.sequence import NO_TOKENS, Request, State, TokenCounts, as_list
 
 if TYPE_CHECKING:
     from llava_lite.generation import Model
@@ -70,7 +70,7 @@ class Chat:
             prompt = build_prompt(template, [(message, None)], self.options.system)
             input_ids = self.model.tokenizer.encode_prompt(prompt)
         request = self.model.continuation(
-            self.log.state, tuple(input_ids), images, self.options, self.log.image_tokens
+            self.log.state, tuple(input_ids), images, self.options, self.log.counts
         )
         pieces = self.answer(text, tuple(input_ids), request)
         self.open_stream = weakref.ref(pieces)
@@ -100,7 +100,7 @@ class Chat:
                     self.log.turns + ((text, row.text.text),),
                     row.state,
                     self.log.input_ids + input_ids + row.state.answer_ids,
-                    request.image_tokens,
+                    row.counts,
                 )
 
 
@@ -111,4 +111,4 @@ class ChatLog:
     turns: tuple[tuple[str, str], ...] = ()
     state: State = field(default_factory=State)
     input_ids: tuple[int, ...] = ()
-    image_tokens: int = 0
+    counts: TokenCounts = NO_TOKENS

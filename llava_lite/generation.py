@@ -5,12 +5,12 @@ item (a whole prompt, a chat's next turn, or the one token sampled last), asks t
 last row's logits of each, samples, and decides who is done. `generate` collects what the loop
 yields, `stream` passes it on, `Chat` keeps the state it leaves behind.
 
-Shapes: B items, V vocabulary, T prompt ids, P image tokens, S image side, C decoder width.
+Shapes: B items, V vocabulary, T prompt ids, S image side.
 """
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, overload
 
@@ -23,32 +23,28 @@ from llava_lite.chat import Chat
 from llava_lite.config import LlavaConfig
 from llava_lite.errors import ContextError, ImageError, PromptError
 from llava_lite.image import load_image, preprocess
-from llava_lite.llava import IMAGE_TOKEN_ID, Llava
+from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage, Llava
 from llava_lite.prompt import build_prompt, place_images
+from llava_lite.reduction import NO_REDUCTION, Reduction
 from llava_lite.sampling import (
     DEFAULT_MAX_NEW_TOKENS,
     GenerationOptions,
     checked_integer,
     sample,
 )
-from llava_lite.sequence import Request, Row, State, as_list
+from llava_lite.sequence import NO_TOKENS, Request, Row, State, TokenCounts, as_list
 from llava_lite.tokenizer import StreamDecoder, Tokenizer
+from llava_lite.trace import Trace, trace_prompt
 
 DEFAULT_BATCH_SIZE = 8
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """An image the model has already looked at, reusable wherever it accepts an image."""
-
-    image_embeds: Tensor  # (P, C)
 
 
 class Model:
     """A loaded LLaVA: weights, tokenizer and config. Holds no state of a call.
 
     `config` overrides how prompts and images are prepared (`pad`, `template`) for the same
-    weights; `exif=False` ignores the rotation that a camera notes in its files, as LLaVA does."""
+    weights; `exif=False` ignores the rotation that a camera notes in its files, as LLaVA does;
+    `thresholds` are its own for DToMe."""
 
     def __init__(
         self,
@@ -56,8 +52,10 @@ class Model:
         tokenizer: Tokenizer,
         config: LlavaConfig | None = None,
         exif: bool = True,
+        thresholds: Sequence[float] | None = None,
     ) -> None:
         self.llava, self.tokenizer, self.exif = llava, tokenizer, exif
+        self.thresholds = thresholds
         self.config = config or llava.config
 
     @overload
@@ -74,6 +72,8 @@ class Model:
         stop: str | Sequence[str] | None = ...,
         system: str | None = ...,
         template: str | None = ...,
+        reduction: Reduction | str | None = ...,
+        trace: bool = ...,
         batch_size: int | None = ...,
     ) -> Answer: ...
 
@@ -91,6 +91,8 @@ class Model:
         stop: str | Sequence[str] | None = ...,
         system: str | None = ...,
         template: str | None = ...,
+        reduction: Reduction | str | None = ...,
+        trace: bool = ...,
         batch_size: int | None = ...,
     ) -> list[Answer]: ...
 
@@ -107,6 +109,8 @@ class Model:
         stop: str | Sequence[str] | None = None,
         system: str | None = None,
         template: str | None = None,
+        reduction: Reduction | str | None = None,
+        trace: bool = False,
         batch_size: int | None = None,
     ) -> Answer | list[Answer]:
         """Answer a prompt about an image, or a list of prompts about a list of images.
@@ -122,7 +126,16 @@ class Model:
         as soon as one is done. Raises ImageError, and before any computation PromptError,
         ContextError and ValueError."""
         options = GenerationOptions(
-            max_new_tokens, temperature, top_p, top_k, seed, stop, system, template
+            max_new_tokens,
+            temperature,
+            top_p,
+            top_k,
+            seed,
+            stop,
+            system,
+            template,
+            reduction,
+            trace,
         )
         items = pair(image, prompt)
         requests = [self.request(images, text, options) for images, text in items]
@@ -158,17 +171,26 @@ class Model:
         `generate`."""
         return Chat(self, image, GenerationOptions(**options))
 
-    def encode(self, image: Any) -> EncodedImage:
-        """Look at one image now, to ask about it many times later."""
-        embeds, _ = self.embed_images([image], DEFAULT_BATCH_SIZE)
-        return EncodedImage(embeds[0])
+    def encode(self, image: Any, reduction: Reduction | str | None = None) -> EncodedImage:
+        """Look at one image now, to ask about it many times later.
+
+        Merging happens here. The rest of the reduction holds for calls that name none."""
+        wish = None if reduction is None else Reduction.of(reduction)
+        checked = self.reduction_for([image], wish)
+        [encoded], _ = self.encode_images([(image, checked)], DEFAULT_BATCH_SIZE)
+        return encoded
 
     @torch.inference_mode()
     def prefill(
-        self, input_ids: Tensor, pixel_values: Tensor | None, all_logits: bool = False
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        reduction: Reduction | str | None = None,
+        all_logits: bool = False,
     ) -> tuple[Tensor, KVCache, int]:
         """`Llava.prefill`: input_ids (1, T) with -200 per image, pixel_values (images, 3, S, S)."""
-        return self.llava.prefill(input_ids, pixel_values, all_logits)
+        checked = Reduction.of(reduction).check(self.config, self.thresholds)
+        return self.llava.prefill(input_ids, pixel_values, checked, all_logits)
 
     @torch.inference_mode()
     def decode(
@@ -186,6 +208,7 @@ class Model:
         *,
         system: str | None = ...,
         template: str | None = ...,
+        reduction: Reduction | str | None = ...,
         batch_size: int | None = ...,
     ) -> Score: ...
 
@@ -198,6 +221,7 @@ class Model:
         *,
         system: str | None = ...,
         template: str | None = ...,
+        reduction: Reduction | str | None = ...,
         batch_size: int | None = ...,
     ) -> list[Score]: ...
 
@@ -209,6 +233,7 @@ class Model:
         *,
         system: str | None = None,
         template: str | None = None,
+        reduction: Reduction | str | None = None,
         batch_size: int | None = None,
     ) -> Score | list[Score]:
         """How likely is `continuation` as the answer's beginning? Lists are batches, as in
@@ -225,7 +250,9 @@ class Model:
             raise ValueError("a continuation to score must not be empty")
         requests = []
         for (images, text), target in zip(items, targets, strict=True):
-            options = GenerationOptions(len(target), system=system, template=template)
+            options = GenerationOptions(
+                len(target), system=system, template=template, reduction=reduction
+            )
             requests.append(self.request(images, text, options))
         size, scores = checked_batch_size(batch_size), []
         for start in range(0, len(requests), size):
@@ -270,33 +297,55 @@ class Model:
         input_ids: tuple[int, ...],
         images: Sequence[Any],
         options: GenerationOptions,
-        past_image_tokens: int = 0,
+        counts: TokenCounts = NO_TOKENS,
     ) -> Request:
-        """`input_ids` after what `state` holds (nothing, or a chat so far). Raises ContextError."""
+        """`input_ids` after what `state` holds (nothing, or a chat so far, which has the tokens of
+        `counts`). Raises ContextError."""
         slots = input_ids.count(IMAGE_TOKEN_ID)
         if slots != len(images):
             raise PromptError.of_counts(slots, len(images))
+        assert not isinstance(options.reduction, str)  # the options have looked it up
+        reduction = self.reduction_for(images, options.reduction)
         pending_ids = state.pending_ids + input_ids
-        new_image_tokens = sum(map(self.num_image_tokens, images))
-        length = state.next_position + len(pending_ids) - slots + new_image_tokens
-        image_tokens = past_image_tokens + new_image_tokens
-        limit = self.config.text.max_positions
-        wanted = options.max_new_tokens
+        new_positions = sum(self.num_positions(image, reduction) for image in images)
+        image_positions = counts.positions + new_positions
+        length = state.next_position + len(pending_ids) - slots + new_positions
+        counts = replace(counts, prompt=length - image_positions)
+        limit, wanted = self.config.text.max_positions, options.max_new_tokens
         if wanted is None:
             wanted = max(1, min(DEFAULT_MAX_NEW_TOKENS, limit - length))
         if length + wanted > limit:
             raise ContextError(
-                f"{length - image_tokens} prompt tokens + {image_tokens} image tokens + {wanted} "
+                f"{counts.prompt} prompt tokens + {image_positions} image positions + {wanted} "
                 f"new tokens exceed the context of {limit}"
             )
-        state = replace(state, pending_ids=pending_ids, answer_ids=())
-        return Request(state, tuple(images), length - image_tokens, image_tokens, wanted)
+        state = replace(state, pending_ids=pending_ids, reduction=reduction, answer_ids=())
+        return Request(state, tuple(images), counts, wanted)
 
-    def num_image_tokens(self, image: Any) -> int:
-        """Decoder positions the image will take, known before looking at it."""
+    def reduction_for(self, images: Sequence[Any], wish: Reduction | None) -> Reduction:
+        """What a call asks for, checked against the model; where it says nothing, what its encoded
+        images were encoded with. Raises ValueError where these are merged in other ways."""
+        encoded = [image.reduction for image in images if isinstance(image, EncodedImage)]
+        if wish is None:
+            wish = encoded[0] if encoded else NO_REDUCTION
+            if any(reduction != wish for reduction in encoded):
+                raise ValueError("the images of one prompt are encoded with different reductions")
+        checked = wish.check(self.config, self.thresholds)
+        for reduction in encoded:
+            if reduction.merge != checked.merge:
+                raise ValueError(
+                    f"an image was encoded with merge={reduction.merge}, but the call asks for "
+                    f"merge={checked.merge}"
+                )
+        return checked
+
+    def num_positions(self, image: Any, reduction: Reduction) -> int:
+        """Decoder positions the image will take at most, known before looking at it."""
         if isinstance(image, EncodedImage):
-            return len(image.image_embeds)
-        return self.config.vision.num_patches
+            return image.num_positions(reduction.positions)
+        if reduction.merge is None or reduction.positions != "plain":
+            return self.config.vision.num_patches
+        return reduction.merge.most_tokens(self.config.vision)
 
     def run(
         self,
@@ -349,23 +398,44 @@ class Model:
         ).tolist()  # the step's only wait for the device
         seconds = perf_counter() - start
         for row, token, state in zip(rows, tokens, states, strict=True):
+            if options.trace and row.steps == 0:
+                row.trace = self.trace(row.state, state)
             row.accept(token, state, self.config.text.eos_id)
             row.seconds["decode" if row.steps > 1 else "prefill"] += seconds
+
+    def trace(self, before: State, after: State) -> Trace:
+        """What became of the image tokens between two states."""
+        assert after.past_key_values is not None
+        return trace_prompt(
+            self.config,
+            before.images,
+            before.reduction,
+            len(before.pending_ids) - len(before.images),
+            before.past_key_values,
+            after.past_key_values,
+            after.pruning,
+        )
 
     def advance(
         self, states: Sequence[State], all_logits: bool = False
     ) -> tuple[Tensor, list[State]]:
         """Run what is pending in every state: logits (B, V) of the last rows, or of all, packed."""
-        input_embeds = [self.llava.splice(s.pending_ids, s.image_embeds) for s in states]
-        logits, caches = self.llava(
-            input_embeds,
-            [state.next_position for state in states],
+        spliced = [
+            self.llava.splice(s.pending_ids, s.images, s.next_position, s.reduction.positions)
+            for s in states
+        ]
+        logits, caches, prunings = self.llava(
+            [rows for rows, _ in spliced],
+            [layout for _, layout in spliced],
             [state.past_key_values for state in states],
+            [state.reduction.fastv for state in states],
             all_logits,
         )
         advanced = [
-            State(cache, state.next_position + len(rows))
-            for state, rows, cache in zip(states, input_embeds, caches, strict=True)
+            State(cache, layout.next_position, reduction=state.reduction, pruning=pruning)
+            for state, (_, layout), cache, pruning in zip(
+                states, spliced, caches, prunings, strict=True
+            )
         ]
         return logits, advanced
 
@@ -373,44 +443,47 @@ class Model:
         self, requests: Sequence[Request], batch_size: int
     ) -> tuple[list[State], dict[str, float]]:
         """The requests' states with their images encoded, and the seconds that took."""
-        images = [image for request in requests for image in request.images]
-        embeds, seconds = self.embed_images(images, batch_size)
-        rest = iter(embeds)
+        wanted = [(image, r.state.reduction) for r in requests for image in r.images]
+        encoded, seconds = self.encode_images(wanted, batch_size)
+        rest = iter(encoded)
         states = [
-            replace(request.state, image_embeds=tuple(next(rest) for _ in request.images))
+            replace(request.state, images=tuple(next(rest) for _ in request.images))
             for request in requests
         ]
         return states, seconds
 
     @torch.inference_mode()
-    def embed_images(
-        self, images: Sequence[Any], batch_size: int
-    ) -> tuple[list[Tensor], dict[str, float]]:
-        """image_embeds (P, C) of each image, `batch_size` at a time through the tower, and the
+    def encode_images(
+        self, wanted: Sequence[tuple[Any, Reduction]], batch_size: int
+    ) -> tuple[list[EncodedImage], dict[str, float]]:
+        """Look at each image with its reduction, `batch_size` at a time through the tower, and the
         seconds of "preprocess" and "vision"."""
         start, size = perf_counter(), self.config.vision.image_size
-        embeds = {
-            slot: self.checked_embeds(image)
-            for slot, image in enumerate(images)
-            if isinstance(image, EncodedImage)
-        }
-        raw = [slot for slot in range(len(images)) if slot not in embeds]
-        loaded_images = [load_image(images[slot], exif=self.exif) for slot in raw]
-        pixel_values = [preprocess(image, size, self.config.pad) for image in loaded_images]
-        loaded = perf_counter()
-        for first in range(0, len(raw), batch_size):
-            chunk = slice(first, first + batch_size)
-            encoded = self.llava.encode_image(torch.cat(pixel_values[chunk]))  # (B, P, C)
-            embeds.update(zip(raw[chunk], encoded, strict=True))
-        seconds = {"preprocess": loaded - start, "vision": perf_counter() - loaded}
-        return [embeds[slot] for slot in range(len(images))], seconds
+        encoded: dict[int, EncodedImage] = {}
+        slots: dict[Reduction, list[int]] = {}
+        pixel_values: dict[int, Tensor] = {}
+        for slot, (image, reduction) in enumerate(wanted):
+            if isinstance(image, EncodedImage):
+                encoded[slot] = self.checked_image(image)
+            else:
+                loaded = load_image(image, exif=self.exif)
+                pixel_values[slot] = preprocess(loaded, size, self.config.pad)
+                slots.setdefault(reduction, []).append(slot)
+        prepared = perf_counter()
+        for reduction, alike in slots.items():
+            for first in range(0, len(alike), batch_size):
+                chunk = alike[first : first + batch_size]
+                pixels = torch.cat([pixel_values[slot] for slot in chunk])
+                encoded.update(zip(chunk, self.llava.encode_image(pixels, reduction), strict=True))
+        seconds = {"preprocess": prepared - start, "vision": perf_counter() - prepared}
+        return [encoded[slot] for slot in range(len(wanted))], seconds
 
-    def checked_embeds(self, image: EncodedImage) -> Tensor:
-        """Its image_embeds, if they are of this model's width."""
+    def checked_image(self, image: EncodedImage) -> EncodedImage:
+        """The image, if its embeds are of this model's width."""
         width, needed = image.image_embeds.shape[-1], self.config.text.hidden_size
         if width != needed:
             raise ImageError(f"the encoded image is {width} wide, but the model needs {needed}")
-        return image.image_embeds
+        return image
 
 
 def pair(image: Any, prompt: str | Sequence[str]) -> list[tuple[list[Any], str]]:

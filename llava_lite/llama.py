@@ -1,9 +1,12 @@
 """The Llama-2 decoder (arXiv 2307.09288): RMSNorm, SwiGLU, RoPE, causal attention, no biases.
 
+In front of one layer it may drop image rows (fastv.py).
+
 Shapes: R packed rows of all items (attention.py), C width, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,9 @@ from torch.nn import functional as F
 
 from llava_lite.attention import HybridAttention, KVCache, LayerCache
 from llava_lite.config import TextConfig
+from llava_lite.fastv import Pruning, choose, last_row, row_scores
+from llava_lite.layout import Layout, PackedLayout, pack
+from llava_lite.reduction import FastV
 from llava_lite.rope import rope_cos_sin
 
 
@@ -56,13 +62,27 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        lengths: Sequence[int],
+        layout: PackedLayout,
         past_key_values: Sequence[LayerCache | None],
         masks: Sequence[Tensor | None],
-    ) -> tuple[Tensor, list[LayerCache]]:
-        mixed, caches = self.attn(self.input_norm(x), cos, sin, lengths, past_key_values, masks)
+    ) -> tuple[Tensor, list[LayerCache], list[Tensor]]:
+        """As HybridAttention.forward, with norms, residuals and MLP."""
+        mixed, caches, queries = self.attn(
+            self.input_norm(x), cos, sin, layout, past_key_values, masks
+        )
         x = x + mixed
-        return x + self.mlp(self.post_attn_norm(x)), caches
+        return x + self.mlp(self.post_attn_norm(x)), caches, queries
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """hidden_states (R', C), normed, of the rows that are left; and per item its grown cache, the
+    layout of those rows, and what was pruned."""
+
+    hidden_states: Tensor
+    past_key_values: list[KVCache]
+    layouts: list[Layout]
+    prunings: list[Pruning | None]
 
 
 class LlamaDecoder(nn.Module):
@@ -80,21 +100,62 @@ class LlamaDecoder(nn.Module):
     def forward(
         self,
         input_embeds: Tensor,
-        position_ids: Tensor,
-        lengths: Sequence[int],
+        layouts: Sequence[Layout],
         past_key_values: Sequence[KVCache | None],
+        fastv: Sequence[FastV | None] | None = None,
         masks: Sequence[Tensor | None] | None = None,
-    ) -> tuple[Tensor, list[KVCache]]:
+    ) -> DecoderOutput:
         """Run all layers over the packed rows of a batch.
 
-        input_embeds (R, C), position_ids (R,), `lengths` rows per item (they add up to R), per item
-        its cache (None at prefill) and, rarely, its own attention mask (None = causal).
-        Returns hidden states (R, C) and the new cache of each item."""
-        masks = masks or [None] * len(lengths)
-        cos, sin = rope_cos_sin(position_ids, self.head_dim, self.rope_theta)  # (R, D)
-        x, grown = input_embeds, []
+        input_embeds (R, C); per item where its rows stand, its cache (None at prefill), what to
+        prune (None: nothing) and, rarely, its own attention mask over all its positions (None =
+        causal; masks and pruning exclude each other)."""
+        x, layouts = input_embeds, list(layouts)
+        queries: list[Tensor] = []
+        fastv, masks = fastv or [None] * len(layouts), masks or [None] * len(layouts)
+        prunings: list[Pruning | None] = [None] * len(layouts)
+        packed = pack(layouts)
+        cos, sin = rope_cos_sin(packed.position_ids, self.head_dim, self.rope_theta)  # (S, D)
+        grown: list[list[LayerCache]] = []
         for layer_idx, layer in enumerate(self.layers):
+            if any(wish is not None and wish.layer == layer_idx for wish in fastv):
+                x, layouts, found = prune(x, layouts, queries, grown[-1], fastv, layer_idx)
+                prunings = [old or new for old, new in zip(prunings, found, strict=True)]
+                packed = pack(layouts)
+                cos, sin = rope_cos_sin(packed.position_ids, self.head_dim, self.rope_theta)
             past = [cache[layer_idx] if cache is not None else None for cache in past_key_values]
-            x, caches = layer(x, cos, sin, lengths, past, masks)
+            x, caches, queries = layer(x, cos, sin, packed, past, masks)
             grown.append(caches)
-        return self.norm(x), [tuple(cache) for cache in zip(*grown, strict=True)]
+        grown_caches = [tuple(cache) for cache in zip(*grown, strict=True)]
+        return DecoderOutput(self.norm(x), grown_caches, layouts, prunings)
+
+
+def prune(
+    x: Tensor,
+    layouts: Sequence[Layout],
+    queries: Sequence[Tensor],
+    caches: Sequence[LayerCache],
+    fastv: Sequence[FastV | None],
+    layer_idx: int,
+) -> tuple[Tensor, list[Layout], list[Pruning | None]]:
+    """FastV in front of layer `layer_idx`, for the items that want it there and have image rows.
+
+    x (R, C); per item its layout, last query (1, H, 1, D) and cache of the layer before. Returns
+    x (R', C), the layouts of what is left, and what was pruned."""
+    left, kept_layouts, prunings = [], [], []
+    rows_of_items = x.split([layout.num_rows for layout in layouts])
+    for rows, layout, query, (keys, _), wish in zip(
+        rows_of_items, layouts, queries, caches, fastv, strict=True
+    ):
+        sizes = [stop - start for start, stop in layout.image_spans]
+        budgets = wish.budgets(sizes) if wish is not None and wish.layer == layer_idx else None
+        pruning = None
+        if wish is not None and budgets is not None:
+            probs = last_row(query, keys)[-layout.num_positions :]
+            scores = row_scores(probs, layout.mapping_indices, layout.num_rows, wish.score)
+            pruning = choose(scores, layout.image_spans, budgets)
+            rows, layout = rows[pruning.kept_indices], layout.keep(pruning.kept_indices)
+        left.append(rows)
+        kept_layouts.append(layout)
+        prunings.append(pruning)
+    return torch.cat(left), kept_layouts, prunings

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_lite.reduction import Reduction
+
 DEFAULT_MAX_NEW_TOKENS = 512
 
 
@@ -23,6 +25,8 @@ class GenerationOptions:
     seed: None differs every time.
     stop: a string or several to end at; they are not part of the answer.
     system, template: instead of the template's own system text, and of the model's template.
+    reduction: how to use fewer image tokens, a Reduction or the name of a preset (reduction.py).
+    trace: the answer tells what became of its image tokens, and what that cost (trace.py).
     """
 
     max_new_tokens: int | None = None
@@ -33,8 +37,12 @@ class GenerationOptions:
     stop: str | Sequence[str] | None = None
     system: str | None = None
     template: str | None = None
+    reduction: Reduction | str | None = None
+    trace: bool = False
 
     def __post_init__(self) -> None:
+        if self.reduction is not None:
+            object.__setattr__(self, "reduction", Reduction.of(self.reduction))
         for name in ("max_new_tokens", "top_k", "seed"):
             value = getattr(self, name)
             if value is not None:

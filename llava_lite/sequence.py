@@ -1,17 +1,18 @@
 """One item on its way through the loop: the request that was checked, the state between two steps,
 and the row that gathers its answer.
-
-Shapes: P image tokens, C decoder width, both in a state's image_embeds (P, C).
 """
 
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llava_lite.answer import Answer, AnswerText
 from llava_lite.attention import KVCache
+from llava_lite.fastv import Pruning
+from llava_lite.llava import EncodedImage
+from llava_lite.reduction import NO_REDUCTION, Reduction
+from llava_lite.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -23,37 +24,74 @@ class State:
     past_key_values: KVCache | None = None
     next_position: int = 0
     pending_ids: tuple[int, ...] = ()
-    image_embeds: tuple[Tensor, ...] = ()  # (P, C) per image slot in pending_ids
+    images: tuple[EncodedImage, ...] = ()  # one per image slot in pending_ids
+    reduction: Reduction = NO_REDUCTION
     answer_ids: tuple[int, ...] = ()
+    pruning: Pruning | None = None  # what the last forward dropped
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens in front of an answer: of text, patches of images, image tokens that these became for
+    the decoder, those of them that all its layers see, and the positions that images take."""
+
+    prompt: int = 0
+    patches: int = 0
+    image: int = 0
+    kept: int = 0
+    positions: int = 0
+
+    def with_images(
+        self, images: tuple[EncodedImage, ...], pruning: Pruning | None, positions: str
+    ) -> "TokenCounts":
+        """And those of the images of one forward."""
+        tokens = sum(len(image.image_embeds) for image in images)
+        return replace(
+            self,
+            patches=self.patches + sum(image.num_patches for image in images),
+            image=self.image + tokens,
+            kept=self.kept + (tokens if pruning is None else len(pruning.kept)),
+            positions=self.positions + sum(image.num_positions(positions) for image in images),
+        )
+
+
+NO_TOKENS = TokenCounts()
 
 
 @dataclass(frozen=True)
 class Request:
-    """One item, checked against the context, nothing computed yet. Counts are in tokens and cover
-    the whole sequence in front of the answer."""
+    """One item, checked against the context, nothing computed yet. `counts` cover the whole
+    sequence in front of the answer, but for the images of this request."""
 
     state: State
     images: tuple[Any, ...]
-    prompt_tokens: int
-    image_tokens: int
+    counts: TokenCounts
     max_new_tokens: int
 
 
 @dataclass
 class Row:
-    """One item while it is being answered. `piece` is the text its last token made certain."""
+    """One item while it is being answered. `piece` is the text its last token made certain;
+    `counts` and `trace` come with the first."""
 
     request: Request
     state: State
     text: AnswerText
     generator: torch.Generator | None
     seconds: dict[str, float]
+    counts: TokenCounts = NO_TOKENS
+    trace: Trace | None = None
     finish_reason: str | None = None
     steps: int = 0
     piece: str = ""
 
     def accept(self, token: int, state: State, eos_id: int) -> None:
         """Take the sampled token and the state it leads to."""
+        if self.steps == 0:
+            positions = state.reduction.positions
+            self.counts = self.request.counts.with_images(
+                self.state.images, state.pruning, positions
+            )
         is_eos = token == eos_id
         new_ids = () if is_eos else (token,)
         answer_ids = self.state.answer_ids + new_ids
@@ -71,14 +109,17 @@ class Row:
         """The finished answer."""
         decode = self.seconds["decode"]
         usage = {
-            "prompt_tokens": self.request.prompt_tokens,
-            "image_tokens": self.request.image_tokens,
+            "prompt_tokens": self.counts.prompt,
+            "image_patches": self.counts.patches,
+            "image_tokens": self.counts.image,
+            "kept_image_tokens": self.counts.kept,
             "completion_tokens": len(self.state.answer_ids),
         }
         speed = (self.steps - 1) / decode if decode else 0.0
         timings = {**self.seconds, "tokens_per_second": speed}
         reason = self.finish_reason or "length"
-        return Answer(self.text.text, reason, usage, timings, self.state.answer_ids)
+        token_ids = self.state.answer_ids
+        return Answer(self.text.text, reason, usage, timings, token_ids, self.trace)
 
 
 def as_list(image: Any) -> list[Any]:

@@ -3,9 +3,15 @@
 LLaVA reads the hidden states after 23 of the 24 blocks and drops the class token, so the last
 block, the final norm and CLIP's own projection are never built.
 
-Shapes: B images, P patches (24 x 24 = 576, row by row), T = P + 1 tokens with the class token at
-row 0, H heads, D head dim, C width.
+With a step of tome.py given for each block, similar tokens merge on the way, between the halves of
+the block; without one (None) a block is plain CLIP.
+
+Shapes: B images, P patches (24 x 24 = 576, row by row), T tokens with the class token at row 0
+(P + 1 until some merge), U = T - 1 of them at the end, H heads, D head dim, C width.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -13,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava_lite.config import VisionConfig
+from llava_lite.tome import Merged, MergeStep, merge_tokens
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -33,7 +40,8 @@ class VisionMLP(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Full self-attention: every patch sees every patch, no mask, no positions."""
+    """Full self-attention: every patch sees every patch, no mask, no positions. A token into which
+    several patches have merged is seen with their joint weight."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -43,17 +51,19 @@ class VisionAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, merged: Merged | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, C) -> the mixed (B, T, C), and the keys (B, H, T, D) that say who is alike."""
         q, k, v = (
             rearrange(proj(x), "b t (h d) -> b h t d", h=self.num_heads)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, D)
-        return self.o_proj(rearrange(mixed, "b h t d -> b t (h d)"))
+        bias = None if merged is None else merged.log_size(q.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, H, T, D)
+        return self.o_proj(rearrange(mixed, "b h t d -> b t (h d)")), k
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm transformer block. Token merging belongs between its two halves."""
+    """Pre-norm transformer block, token merging between its two halves."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -62,13 +72,29 @@ class VisionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = VisionMLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(
+        self, x: Tensor, merged: Merged | None, step: MergeStep | None
+    ) -> tuple[Tensor, Merged | None]:
+        """x (B, T, C) -> (B, T', C), and what its tokens stand for now."""
+        mixed, keys = self.attn(self.norm1(x), merged)
+        x = x + mixed
+        if step is not None:
+            x, merged = merge_tokens(x, keys.mean(1), merged, step)
+        return x + self.mlp(self.norm2(x)), merged
+
+
+@dataclass(frozen=True)
+class VisionOutput:
+    """What the tower saw: image_features (B, U, C), one vector per token; mapping (B, P) the token
+    that each patch is part of (None: each is its own); and U after each block."""
+
+    image_features: Tensor
+    mapping: Tensor | None
+    tokens_per_block: tuple[int, ...]
 
 
 class VisionTower(nn.Module):
-    """pixel_values -> image_features: one vector per patch, as LLaVA's projector expects them."""
+    """CLIP as LLaVA uses it: an image in, the features out that the projector expects."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -85,9 +111,14 @@ class VisionTower(nn.Module):
         class_token = self.class_embed.expand(len(patches), 1, -1)
         return torch.cat((class_token, patches), dim=1) + self.pos_embed
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values (B, 3, S, S) -> image_features (B, P, C)"""
-        x = self.pre_norm(self.embed(pixel_values))  # (B, T, C)
-        for block in self.blocks:
-            x = block(x)
-        return x[:, 1:]
+    def forward(
+        self, pixel_values: Tensor, steps: Sequence[MergeStep | None] | None = None
+    ) -> VisionOutput:
+        """pixel_values (B, 3, S, S), and what each block merges (None: nothing)."""
+        x, merged = self.pre_norm(self.embed(pixel_values)), None  # (B, T, C)
+        counts = []
+        for block, step in zip(self.blocks, steps or [None] * len(self.blocks), strict=True):
+            x, merged = block(x, merged, step)
+            counts.append(x.shape[1] - 1)
+        mapping = None if merged is None else merged.mapping[:, 1:] - 1
+        return VisionOutput(x[:, 1:], mapping, tuple(counts))

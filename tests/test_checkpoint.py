@@ -529,13 +529,14 @@ def test_golden_hidden_states(golden: Golden) -> None:
     model.decoder.norm.register_forward_hook(record("one_image.text_hidden_states.4"))
     with torch.no_grad():
         pixels = golden.tensors["pixel_values"]
-        features = model.vision(pixels)
+        features = model.vision(pixels).image_features
         for name in [name for name in outputs if name.startswith("vision.")]:
             torch.testing.assert_close(outputs[name], golden.tensors[name], atol=2e-5, rtol=0)
         selected = golden.tensors["vision.selected_feature"]
         torch.testing.assert_close(features, selected, atol=2e-5, rtol=0)
         projected = golden.tensors["projector.output"]
-        torch.testing.assert_close(model.encode_image(pixels), projected, atol=2e-5, rtol=0)
+        embeds = torch.stack([image.image_embeds for image in model.encode_image(pixels)])
+        torch.testing.assert_close(embeds, projected, atol=2e-5, rtol=0)
         model.prefill(*golden.inputs("one_image"))
     for name in [name for name in outputs if name.startswith("one_image.")]:
         torch.testing.assert_close(outputs[name], golden.tensors[name], atol=2e-5, rtol=0)
@@ -544,7 +545,7 @@ def test_golden_hidden_states(golden: Golden) -> None:
 
 def test_golden_batch(golden: Golden) -> None:
     model = load_model(golden.folder / "hf_layout", dtype="float32")
-    embeds = []
+    spliced = []
     with torch.no_grad():
         rows = zip(
             golden.tensors["batch_leftpad.input_ids"],
@@ -560,8 +561,9 @@ def test_golden_batch(golden: Golden) -> None:
             )
             input_ids, pixels = golden.inputs(prompt)
             images = [] if pixels is None else list(model.encode_image(pixels))
-            embeds.append(model.splice(input_ids[0].tolist(), images))
-        logits, _ = model(embeds, [0, 0], [None, None])
+            spliced.append(model.splice(input_ids[0].tolist(), images))
+        embeds, layouts = zip(*spliced, strict=True)
+        logits, _, _ = model(embeds, layouts, [None, None])
     reference = golden.tensors["batch_leftpad.logits_last"]
     assert {len(rows) for rows in embeds} == {35, 13}  # ragged, and nothing padded
     torch.testing.assert_close(logits, reference, atol=1e-5, rtol=0)

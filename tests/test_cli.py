@@ -302,9 +302,9 @@ def test_padding_and_rotation_can_be_switched_off(
     seen: list[torch.Tensor] = []
     real = type(model.llava).encode_image
 
-    def spy(self: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    def spy(self: Any, pixel_values: torch.Tensor, *rest: Any) -> Any:
         seen.append(pixel_values)
-        return real(self, pixel_values)
+        return real(self, pixel_values, *rest)
 
     monkeypatch.setattr(type(model.llava), "encode_image", spy)
     for flags in ([], ["--no-pad"], ["--no-exif"], ["--no-pad", "--no-exif"]):
@@ -401,7 +401,7 @@ def test_prompts_that_do_not_fit(
     assert generate("-m", model_folder, "-i", image, "-p", "<image> or <image>?") == 1
     assert re.search(r"error: .* 2 <image> markers.* 1 ", capsys.readouterr().err)
     assert generate("-m", model_folder, "-i", image, "-p", "x", "-n", 5000) == 1
-    pattern = r"error: \d+ prompt tokens \+ 16 image tokens \+ 5000 new tokens .* 512\n"
+    pattern = r"error: \d+ prompt tokens \+ 16 image positions \+ 5000 new tokens .* 512\n"
     assert re.fullmatch(pattern, capsys.readouterr().err)
 
 

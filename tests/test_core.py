@@ -17,8 +17,10 @@ from torch import Tensor
 
 from llava_lite.attention import KVCache, attend, causal_mask
 from llava_lite.config import TextConfig
+from llava_lite.layout import Layout
 from llava_lite.llama import LlamaDecoder, RMSNorm
 from llava_lite.llava import IMAGE_TOKEN_ID, Llava
+from llava_lite.reduction import FastV
 from llava_lite.rope import apply_rope, rope_cos_sin
 
 DTYPES = [torch.float32, torch.float64]
@@ -241,6 +243,14 @@ LLAVAS = {dtype: random_llava(dtype=dtype) for dtype in DTYPES}
 dtypes = st.sampled_from(DTYPES)
 
 
+def layouts_from(items: Sequence[Tensor], starts: Sequence[int]) -> list[Layout]:
+    """Rows one after the other, each item's from its start on."""
+    return [
+        Layout.text(len(item), start, item.device)
+        for item, start in zip(items, starts, strict=True)
+    ]
+
+
 def run_decoder(
     llava: Llava,
     items: Sequence[Tensor],
@@ -249,9 +259,8 @@ def run_decoder(
 ) -> tuple[list[Tensor], list[KVCache]]:
     """All logits (n, V) of every item, and the caches."""
     with torch.inference_mode():
-        logits, grown = llava(
-            items, starts or [0] * len(items), caches or [None] * len(items), all_logits=True
-        )
+        layouts = layouts_from(items, starts or [0] * len(items))
+        logits, grown, _ = llava(items, layouts, caches or [None] * len(items), all_logits=True)
     return list(logits.split([len(item) for item in items])), grown
 
 
@@ -309,7 +318,7 @@ def test_packed_batch_equals_items_alone(
         close(logits[index], expected, TOLERANCE[dtype])
         close(grown[index][-1][0], cache[-1][0], TOLERANCE[dtype])
     with torch.inference_mode():
-        last, _ = llava(items, starts, caches)
+        last, _, _ = llava(items, layouts_from(items, starts), caches)
     assert torch.equal(last.argmax(-1), torch.stack([item[-1] for item in logits]).argmax(-1))
     close(last, torch.stack([item[-1] for item in logits]), TOLERANCE[dtype])
 
@@ -339,13 +348,15 @@ def test_an_own_mask_replaces_the_causal_one() -> None:
     llava = LLAVAS[torch.float64]
     x = draw(0, 6, TINY_TEXT.hidden_size)
     mask = torch.ones(6, 6, dtype=torch.bool).tril()
-    hidden, _ = llava.decoder(x, torch.arange(6), [6], [None], [mask])
-    plain, _ = llava.decoder(x, torch.arange(6), [6], [None])
-    close(hidden, plain, 2e-6)
+    layout = Layout.text(6, 0, x.device)
+    masked = llava.decoder(x, [layout], [None], masks=[mask]).hidden_states
+    plain = llava.decoder(x, [layout], [None]).hidden_states
+    close(masked, plain, 2e-6)
     mask[:, 0] = False
     mask[0, 0] = True
-    blind, _ = llava.decoder(x, torch.arange(6), [6], [None], [mask])
-    without, _ = llava.decoder(x[1:], torch.arange(1, 6), [5], [None])
+    blind = llava.decoder(x, [layout], [None], masks=[mask]).hidden_states
+    rest = Layout.text(5, 1, x.device)
+    without = llava.decoder(x[1:], [rest], [None]).hidden_states
     close(blind[1:], without, 2e-6)
 
 
@@ -360,14 +371,14 @@ def test_vision_tower_and_projector_equal_the_formulas(
     llava, size = LLAVAS[dtype], TINY_VISION.image_size
     pixel_values = draw(seed, num_images, 3, size, size, dtype=dtype)
     with torch.inference_mode():
-        features = llava.vision(pixel_values)
+        features = llava.vision(pixel_values).image_features
         embeds = llava.encode_image(pixel_values)
     assert features.shape == (num_images, TINY_VISION.num_patches, TINY_VISION.hidden_size)
     for index in range(num_images):
         expected = vision_oracle(llava, pixel_values[index])
         close(features[index], expected, 2e-5 if dtype == torch.float32 else 1e-10)
         projected = projector_oracle(llava, expected)
-        close(embeds[index], projected, 2e-5 if dtype == torch.float32 else 1e-10)
+        close(embeds[index].image_embeds, projected, 2e-5 if dtype == torch.float32 else 1e-10)
 
 
 def test_feature_layer_counts_blocks() -> None:
@@ -408,7 +419,8 @@ def test_forward_keeps_no_state() -> None:
 def test_mismatched_lists_are_refused() -> None:
     llava = LLAVAS[torch.float32]
     x = draw(0, 4, TINY_TEXT.hidden_size, dtype=torch.float32)
+    layout = Layout.text(4, 0, x.device)
     with pytest.raises(ValueError, match="zip"):
-        llava([x, x], [0], [None, None])
+        llava([x, x], [layout, layout], [None])
     with pytest.raises(ValueError, match="zip"):
-        llava([x, x], [0, 0], [None])
+        llava([x, x], [layout, layout], [None, None], [FastV(keep=1, layer=1)])

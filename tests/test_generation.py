@@ -34,6 +34,7 @@ from llava_lite.sampling import GenerationOptions, draw, sample
 from llava_lite.tokenizer import StreamDecoder, Tokenizer
 
 P = TINY_VISION.num_patches
+IMAGE_COUNTS = ("image_patches", "image_tokens", "kept_image_tokens")
 LENGTH = 12
 
 
@@ -55,11 +56,11 @@ def reference_ids(
     """Greedy answer: the whole sequence again for every token."""
     size = model.config.vision.image_size
     pixel_values = [preprocess(load_image(image), size, model.config.pad) for image in images]
-    embeds = [model.llava.encode_image(pixels)[0] for pixels in pixel_values]
+    seen = [model.llava.encode_image(pixels)[0] for pixels in pixel_values]
     answer: list[int] = []
     while len(answer) < length:
-        rows = model.llava.splice([*input_ids, *answer], embeds)
-        logits, _ = model.llava([rows], [0], [None])
+        rows, layout = model.llava.splice([*input_ids, *answer], seen)
+        logits, _, _ = model.llava([rows], [layout], [None])
         token = int(logits[0, : model.config.text.sampled_vocab_size].argmax())
         if token == model.config.text.eos_id:
             break
@@ -121,7 +122,7 @@ def test_greedy_equals_recomputing_every_token(tiny_model: Model, num_images: in
     assert answer.finish_reason == ("length" if len(expected) == LENGTH else "stop")
     assert answer.usage == {
         "prompt_tokens": len(input_ids) - num_images,
-        "image_tokens": num_images * P,
+        **dict.fromkeys(IMAGE_COUNTS, num_images * P),
         "completion_tokens": len(expected),
     }
 
@@ -236,7 +237,7 @@ def test_golden_answers(shared: Path) -> None:
     goldens = json.loads((folder / "tiny_goldens.json").read_text())["prompts"]
     pixel_values = load_file(folder / "tiny_goldens.safetensors")["pixel_values"][:1]
     with torch.inference_mode():
-        image = EncodedImage(llava.encode_image(pixel_values)[0])
+        [image] = llava.encode_image(pixel_values)
     options = {"system": "A chat.", "max_new_tokens": 8}
     answers = model.generate([image, None], ["What is this?", "Hello"], **options)
     for answer, name in zip(answers, ("one_image", "text_only"), strict=True):
@@ -302,9 +303,9 @@ def test_batch_size_bounds_the_tower_and_the_decoder(
     images: list[int] = []
     encode_image = endless_model.llava.encode_image
 
-    def recording(pixel_values: torch.Tensor) -> torch.Tensor:
+    def recording(pixel_values: torch.Tensor, *rest: object) -> object:
         images.append(len(pixel_values))
-        return encode_image(pixel_values)
+        return encode_image(pixel_values, *rest)
 
     monkeypatch.setattr(endless_model.llava, "encode_image", recording)
     two_each = [[picture(0), picture(1)]] * 3
@@ -457,7 +458,7 @@ def test_beyond_the_context_raises_before_any_compute(
 ) -> None:
     limit = TINY_TEXT.max_positions
     prompt = long_prompt(endless_model, limit - 10, num_images=1)
-    message = f"{limit - 10 - P} prompt tokens .* {P} image tokens .* 11 new tokens .* {limit}"
+    message = f"{limit - 10 - P} prompt tokens .* {P} image positions .* 11 new tokens .* {limit}"
     missing = tmp_path / "never-opened.png"
     with pytest.raises(ContextError, match=message):
         endless_model.generate(missing, prompt, max_new_tokens=11)
@@ -479,7 +480,7 @@ def test_default_length_is_what_fits(endless_model: Model) -> None:
     assert answer.finish_reason == "length"
     assert endless_model.generate(None, long_prompt(endless_model, limit - 1)).usage == {
         "prompt_tokens": limit - 1,
-        "image_tokens": 0,
+        **dict.fromkeys(IMAGE_COUNTS, 0),
         "completion_tokens": 1,
     }
     with pytest.raises(ContextError, match=f"{limit} prompt tokens .* 1 new tokens"):
@@ -777,7 +778,7 @@ def test_chat_equals_the_whole_history_from_scratch(tiny_model: Model, max_new_t
         assert answer.token_ids == expected
         assert answer.usage == {
             "prompt_tokens": spoken - len(images),
-            "image_tokens": len(images) * P,
+            **dict.fromkeys(IMAGE_COUNTS, len(images) * P),
             "completion_tokens": len(expected),
         }
     assert [question for question, _ in chat.history] == QUESTIONS
@@ -946,7 +947,7 @@ def test_chat_survives_context_overflow_and_bad_input(tiny_model: Model, tmp_pat
     chat = tiny_model.chat(picture(0), max_new_tokens=LENGTH)
     chat.send("star?")
     history, input_ids = chat.history, chat.input_ids
-    with pytest.raises(ContextError, match=rf"{P} image tokens \+ {LENGTH} new tokens"):
+    with pytest.raises(ContextError, match=rf"{P} image positions \+ {LENGTH} new tokens"):
         chat.send("1" * TINY_TEXT.max_positions)
     with pytest.raises(ImageError, match="nowhere"):
         chat.send("circle?", image=tmp_path / "nowhere.png")
@@ -973,11 +974,11 @@ def reference_score(model: Model, images: list[Image.Image], prompt: str, text: 
     input_ids = prompt_ids(model, prompt, len(images))
     target = model.tokenizer.encode(text, bos=False)
     size = model.config.vision.image_size
-    embeds = [model.llava.encode_image(preprocess(image, size))[0] for image in images]
+    seen = [model.llava.encode_image(preprocess(image, size))[0] for image in images]
     logprobs = []
     for index, token in enumerate(target):
-        rows = model.llava.splice([*input_ids, *target[:index]], embeds)
-        logits, _ = model.llava([rows], [0], [None])
+        rows, layout = model.llava.splice([*input_ids, *target[:index]], seen)
+        logits, _, _ = model.llava([rows], [layout], [None])
         text_logits = logits[0, : TINY_TEXT.sampled_vocab_size].double()
         logprobs.append(float(text_logits[token] - text_logits.logsumexp(-1)))
     return logprobs

@@ -27,21 +27,25 @@ PACKAGE = Path(llava_lite.__file__).parent
 ARROWS = {
     "errors": set(),
     "config": {"errors"},
-    "reduction": {"errors"},
-    "tome": {"errors"},
-    "rope": {"errors"},
-    "fastv": {"errors"},
+    "tome": set(),
+    "reduction": {
+        "tome",  # how merges spread over blocks
+        "config",  # what wishes are checked against
+    },
+    "rope": set(),
+    "layout": set(),
+    "fastv": set(),
     "image": {"errors", "fetch"}, "fetch": {"errors"},
     "prompt": {"errors"},
     "tokenizer": {"errors"},
     "layouts": {"config", "errors"},
     "projector": {"config"},
     "vision": {"config", "tome"},
-    "attention": {"config", "rope"},
-    "llama": {"config", "rope", "attention", "fastv"},
+    "attention": {"config", "rope", "layout"},
+    "llama": {"config", "rope", "attention", "fastv", "layout", "reduction"},
     "llava": {
-        "config", "errors", "reduction", "vision", "projector", "llama",
-        "attention",  # for the type of its cache
+        "config", "errors", "reduction", "vision", "projector", "llama", "layout",
+        "attention", "fastv",  # for the types of its cache and of what was pruned
     },
     "meta": {"config", "llava"},
     "files": {"errors"},
@@ -49,11 +53,12 @@ ARROWS = {
     "checkpoint": {
         "config", "errors", "files", "layouts", "llava", "meta", "sources", "tokenizer",
     },
-    "sampling": set(),
-    "answer": {"tokenizer"},
+    "sampling": {"reduction"},
+    "trace": {"config", "llava", "fastv", "attention", "reduction"},
+    "answer": {"tokenizer", "trace"},
     "sequence": {
-        "answer",
-        "attention",  # for the type of its cache
+        "answer", "trace", "reduction",
+        "attention", "fastv", "llava",  # for the types of what a state holds
     },
     "chat": {
         "prompt", "answer", "sampling", "sequence",
@@ -61,7 +66,7 @@ ARROWS = {
     },
     "generation": {
         "config", "errors", "llava", "prompt", "image", "tokenizer", "reduction",
-        "sampling", "answer", "sequence", "chat",
+        "sampling", "answer", "sequence", "chat", "trace",
         "attention",  # for the type of its cache
     },
     "__init__": {
@@ -70,7 +75,6 @@ ARROWS = {
         "download",  # turns a hub id into a folder
     },
 }  # fmt: skip
-OPTIONAL = {"reduction", "tome", "fastv"}  # come with token reduction
 
 
 def imports_of_ours(path: Path) -> set[str]:
@@ -96,8 +100,6 @@ def imports_of_ours(path: Path) -> set[str]:
 @pytest.mark.parametrize("name", sorted(ARROWS))
 def test_arrows_point_up(name: str) -> None:
     path = PACKAGE / f"{name}.py"
-    if name in OPTIONAL and not path.exists():
-        return
     assert imports_of_ours(path) <= ARROWS[name]
 
 
@@ -105,7 +107,7 @@ def test_every_core_file_is_known_or_around_the_core() -> None:
     """Nothing in the core imports a file that is not in the table, so all others are around it."""
     for name, allowed in ARROWS.items():
         assert allowed <= set(ARROWS) | {"download"}, name
-    assert {path.stem for path in PACKAGE.glob("*.py")} >= set(ARROWS) - OPTIONAL
+    assert {path.stem for path in PACKAGE.glob("*.py")} >= set(ARROWS)
 
 
 def test_the_scan_finds_imports(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llava_lite.errors import PromptError
-from llava_lite.llava import IMAGE_TOKEN_ID
+from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage
 
 P = TINY_VISION.num_patches
 DTYPES = [torch.float32, torch.float64]
@@ -34,11 +34,16 @@ def test_splice_puts_every_image_in_its_slot(slots: list[bool]) -> None:
     llava = LLAVAS[torch.float64]
     input_ids = [IMAGE_TOKEN_ID if slot else 3 + index for index, slot in enumerate(slots)]
     images = [
-        torch.full((2 + i, TINY_TEXT.hidden_size), float(i), dtype=torch.float64)
+        EncodedImage(torch.full((2 + i, TINY_TEXT.hidden_size), float(i), dtype=torch.float64))
         for i in range(sum(slots))
     ]
-    spliced = llava.splice(input_ids, images)
-    rest = iter(images)
+    spliced, layout = llava.splice(input_ids, images, position=7)
+    assert layout.num_rows == len(spliced)
+    assert layout.position_ids.tolist() == list(range(7, layout.next_position))
+    assert layout.next_position == 7 + len(spliced)
+    for image, (start, stop) in zip(images, layout.image_spans, strict=True):
+        assert torch.equal(spliced[start:stop], image.image_embeds)
+    rest = (image.image_embeds for image in images)
     expected = [
         next(rest) if token == IMAGE_TOKEN_ID else llava.decoder.embed_tokens.weight[token][None]
         for token in input_ids
@@ -47,7 +52,7 @@ def test_splice_puts_every_image_in_its_slot(slots: list[bool]) -> None:
     with pytest.raises(
         PromptError, match=rf"{sum(slots)} <image> markers?, but {sum(slots) + 1} images? w"
     ):
-        llava.splice(input_ids, [*images, spliced])
+        llava.splice(input_ids, [*images, EncodedImage(spliced)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,7 +104,9 @@ def test_prefill_without_an_image_is_the_language_model() -> None:
     llava = LLAVAS[torch.float32]
     input_ids = torch.tensor([[1, 40, 50]])
     logits, cache, position = llava.prefill(input_ids, None, all_logits=True)
-    expected, _ = llava([llava.decoder.embed_tokens(input_ids[0])], [0], [None], all_logits=True)
+    rows, layout = llava.splice([1, 40, 50], [])
+    assert torch.equal(rows, llava.decoder.embed_tokens(input_ids[0]))
+    expected, _, _ = llava([rows], [layout], [None], all_logits=True)
     assert torch.equal(logits[0], expected)
     assert position == 3
     assert [k.shape for k, _ in cache] == [(1, TINY_TEXT.num_heads, 3, TINY_TEXT.head_dim)] * 3
@@ -122,10 +129,11 @@ def test_images_are_taken_in_order_and_all_of_them_matter() -> None:
 @torch.inference_mode()
 def test_an_image_is_encoded_alike_in_any_batch() -> None:
     llava, pixel_values = LLAVAS[torch.float32], pixels(4, 3)
-    together = llava.encode_image(pixel_values)
+    together = torch.stack([image.image_embeds for image in llava.encode_image(pixel_values)])
     assert together.shape == (3, P, TINY_TEXT.hidden_size)
     for index in range(3):
-        close(together[index], llava.encode_image(pixel_values[index : index + 1])[0], 1e-5)
+        [alone] = llava.encode_image(pixel_values[index : index + 1])
+        close(together[index], alone.image_embeds, 1e-5)
 
 
 @torch.inference_mode()

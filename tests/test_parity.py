@@ -233,7 +233,7 @@ def test_full_size_open_clip_tower(open_clip: ModuleType) -> None:
     tower.load_state_dict(vision_state_from_open_clip(clip), assign=True)
     with torch.no_grad():
         clip.visual(pixels)
-        ours = tower(pixels)
+        ours = tower(pixels).image_features
     theirs = seen[0].reshape(577, 1024)[None, 1:]
     assert theirs.std() > 0.5
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
@@ -245,7 +245,7 @@ def test_full_size_open_clip_tower(open_clip: ModuleType) -> None:
     assert len(tower.blocks) == 24
     tower.load_state_dict(vision_state_from_open_clip(clip, whole), assign=True)
     with torch.no_grad():
-        ours = tower(pixels)
+        ours = tower(pixels).image_features
     theirs = seen[1].reshape(577, 1024)[None, 1:]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 

@@ -40,6 +40,7 @@ from tqdm import tqdm
 from llava_lite.checkpoint import load_model, save_model
 from llava_lite.config import TINY
 from llava_lite.image import MEAN, STD, pad_to_square
+from llava_lite.layout import Layout
 from llava_lite.llama import LlamaDecoder
 from llava_lite.llava import IMAGE_TOKEN_ID, Llava
 from llava_lite.projector import Projector
@@ -431,7 +432,7 @@ def train_tower(args: argparse.Namespace) -> None:
             pixel_values, labels = mosaic_batch(scenes, rng, 8)
         else:
             pixel_values, labels = whole_batch(scenes, rng.integers(len(scenes), size=8))
-        return tower(pixel_values.to(args.device)), labels
+        return tower(pixel_values.to(args.device)).image_features, labels
 
     fit_tower("tower", tower, heads, batch, args.tower_steps, args.tower_rate, args)
 
@@ -478,7 +479,7 @@ def test_tower(
                 read = heads(see_crops(tower, pixel_values.to(args.device), rng))
             else:
                 pixel_values, labels = whole_batch(scenes, range(32))
-                read = heads(tower(pixel_values.to(args.device)))
+                read = heads(tower(pixel_values.to(args.device)).image_features)
         for key in ("color", "shape", "digit"):
             target = getattr(labels, key)
             valid = (target > 0) if key == "color" else (target != IGNORE)
@@ -635,9 +636,11 @@ def answer_loss(
     is_image = token_ids == IMAGE_TOKEN_ID
     words = decoder.embed_tokens(token_ids.clamp(min=0))
     input_embeds = words.index_put((is_image.nonzero()[:, 0],), image_embeds.to(words.dtype))
-    position_ids = torch.tensor(packed.position_ids, device=device)
+    places = torch.tensor(packed.position_ids, device=device).split(packed.lengths)
     past = [None] * len(packed.lengths)
-    x, _ = decoder(input_embeds, position_ids, packed.lengths, past, packed.masks)
+    # Nothing follows these rows, so their next position does not matter.
+    layouts = [Layout(len(item), item, next_position=0) for item in places]
+    x = decoder(input_embeds, layouts, past, masks=packed.masks).hidden_states
     rows = (targets != IGNORE).nonzero()[:, 0]
     logits = decoder.lm_head(x[rows]).float()
     # A description is long: its tokens must not drown the short answers.
@@ -675,7 +678,8 @@ def tower_features(
         with torch.inference_mode(), autocast(args.device):
             for start in tqdm(range(0, len(scenes), 16), f"features {name}"):
                 pixels = to_pixel_values(np.array(scenes.pixels[start : start + 16]))
-                stored[start : start + 16] = tower(pixels.to(args.device)).to("cpu", torch.bfloat16)
+                features = tower(pixels.to(args.device)).image_features
+                stored[start : start + 16] = features.to("cpu", torch.bfloat16)
         del stored
         partial.rename(path)
     flat = torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=torch.bfloat16)
@@ -829,7 +833,7 @@ def train_joint(args: argparse.Namespace) -> None:
         pixel_values, labels = whole_batch(train, indices)
         packed = pack_scenes(train, indices, writer, rng, args, (GRID * GRID,))
         with autocast(args.device):
-            features = tower(pixel_values.to(args.device))
+            features = tower(pixel_values.to(args.device)).image_features
             loss, _, _ = answer_loss(
                 decoder, packed, projector(features).flatten(0, 1), args.device
             )
@@ -839,7 +843,8 @@ def train_joint(args: argparse.Namespace) -> None:
         if trainer.step % 100 == 0:
             with torch.inference_mode(), autocast(args.device):
                 pixels = to_pixel_values(np.array(held_out.pixels))
-                seen = torch.cat([tower(part.to(args.device)) for part in pixels.split(16)])
+                parts = [tower(part.to(args.device)) for part in pixels.split(16)]
+                seen = torch.cat([part.image_features for part in parts])
             right = test_answers(projector, decoder, held_out, seen, writer, args)
             trainer.log(loss=round(float(np.mean(losses[-100:])), 4), **right)
 

@@ -1,0 +1,230 @@
+"""The wishes of one call about fewer image tokens: what to merge in the vision tower, at which
+positions merged tokens stand, and what to prune in the decoder.
+
+    Reduction(merge=ToMe(keep=72), positions="vtu", fastv=FastV(keep=36))
+
+Immutable, and checked when made as far as no model is needed for it (ValueError); `Reduction.check`
+does the rest. `REDUCTIONS` are the named presets.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from llava_lite.config import LlavaConfig, VisionConfig
+from llava_lite.tome import SCHEDULES, MergeStep, capped, spread, spread_to_keep
+
+POSITIONS = ("vtu", "logical", "plain")
+SCORES = ("sum", "mean")
+PRUNE_LAYER = 3
+
+
+@dataclass(frozen=True)
+class ToMe:
+    """Merge the same number of tokens in every image (ToMe, arXiv 2210.09461).
+
+    keep: image tokens that reach the decoder, exactly; or
+    r: tokens merged per block on average over all blocks of CLIP, the one that LLaVA leaves out
+        too: the reference's "72out" is r=21, of which LLaVA-1.5 then sees 576 - 23 * 21 = 93.
+    schedule: how `r` is spread: "constant", or more in early blocks ("linear") or in late ones
+        ("reverse_linear")."""
+
+    keep: int | None = None
+    r: int | None = None
+    schedule: str = "constant"
+
+    def __post_init__(self) -> None:
+        if (self.keep is None) == (self.r is None):
+            raise ValueError("ToMe needs either keep or r")
+        for name in ("keep", "r"):
+            require_count(f"ToMe {name}", getattr(self, name))
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"ToMe schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}"
+            )
+        if self.keep is not None and self.schedule != "constant":
+            raise ValueError("a ToMe schedule goes with r, not with keep")
+
+    def most_tokens(self, vision: VisionConfig) -> int:
+        """Image tokens that are left, known before looking at an image."""
+        counts = [step.r or 0 for step in self.steps(vision)]
+        return vision.num_patches - sum(capped(counts, vision.num_patches))
+
+    def steps(self, vision: VisionConfig) -> tuple[MergeStep, ...]:
+        """What each block that runs merges. Raises ValueError for more tokens than patches."""
+        patches, blocks = vision.num_patches, vision.num_blocks
+        if self.keep is None:
+            counts = spread((self.r or 0) * vision.num_layers, vision.num_layers, self.schedule)
+        elif self.keep > patches:
+            raise ValueError(f"ToMe keep {self.keep} must be in 1..{patches}")
+        else:
+            counts = spread_to_keep(self.keep, patches, blocks)
+        return tuple(MergeStep(r=count) for count in counts[:blocks])
+
+
+@dataclass(frozen=True)
+class DToMe:
+    """Merge what is similar enough, so many tokens of a plain image and few of a busy one (DyMU,
+    arXiv 2504.17040).
+
+    thresholds: one cosine per block of the tower; a pair above it merges. None: the model's own,
+        found with `llava-lite thresholds`."""
+
+    thresholds: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.thresholds is None:
+            return
+        try:
+            thresholds = tuple(float(value) for value in self.thresholds)
+        except (TypeError, ValueError):
+            raise ValueError(f"DToMe thresholds {self.thresholds!r} are no numbers") from None
+        if not thresholds or not all(map(math.isfinite, thresholds)):
+            raise ValueError("DToMe thresholds must be finite numbers, at least one")
+        object.__setattr__(self, "thresholds", thresholds)
+
+    def most_tokens(self, vision: VisionConfig) -> int:
+        """At most so many image tokens are left; how many, only the image can tell."""
+        return vision.num_patches
+
+    def steps(self, vision: VisionConfig) -> tuple[MergeStep, ...]:
+        """What each block that runs merges. Raises ValueError without a threshold for each."""
+        if self.thresholds is None:
+            raise ValueError(
+                "this model has no thresholds of its own: find some with `llava-lite thresholds`"
+            )
+        if len(self.thresholds) not in (vision.num_blocks, vision.num_layers):
+            raise ValueError(
+                f"{len(self.thresholds)} DToMe thresholds for a tower that runs "
+                f"{vision.num_blocks} of {vision.num_layers} blocks"
+            )
+        return tuple(MergeStep(threshold=t) for t in self.thresholds[: vision.num_blocks])
+
+
+@dataclass(frozen=True)
+class FastV:
+    """Drop the image tokens that the last prompt token looks at least (FastV, arXiv 2403.06764).
+
+    keep: image tokens that stay; or drop: the share of them that goes, 0.7 for 70 %.
+    layer: index of the first pruned layer, counted from 0, K in the paper. The scores are the
+        attention of the layer before it.
+    score: a merged token that fills several positions scores their "sum" or their "mean".
+    per_image: several images get `keep` or `drop` each, instead of sharing it."""
+
+    keep: int | None = None
+    drop: float | None = None
+    layer: int = PRUNE_LAYER
+    score: str = "sum"
+    per_image: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.keep is None) == (self.drop is None):
+            raise ValueError("FastV needs either keep or drop")
+        require_count("FastV keep", self.keep)
+        require_count("FastV layer", self.layer)
+        if self.drop is not None and not 0 < self.drop < 1:
+            raise ValueError(f"FastV drop {self.drop} must be above 0 and below 1")
+        if self.score not in SCORES:
+            raise ValueError(f"FastV score {self.score!r} is not one of {', '.join(SCORES)}")
+
+    def num_kept(self, num_tokens: int) -> int:
+        """How many of so many image tokens stay. Rounds half to even, in double precision, as the
+        reference does."""
+        if self.drop is None:
+            return min(self.keep or 0, num_tokens)
+        return max(1, round(num_tokens * (1 - self.drop)))
+
+    def budgets(self, sizes: Sequence[int]) -> list[int] | None:
+        """How many tokens of images of these sizes stay: of each, or one number for all together.
+        None where that would be all of them."""
+        groups = list(sizes) if self.per_image else [sum(sizes)]
+        kept = [self.num_kept(size) for size in groups]
+        return None if kept == groups else kept
+
+    @staticmethod
+    def parse(text: str | float | None, layer: int = PRUNE_LAYER) -> "FastV | None":
+        """The amount as `FASTV_K` and `--fastv-k` write it: a whole number from 1 on is how many
+        tokens stay, one between 0 and 1 the share that goes; None, "", "none", "off" and 0 are no
+        pruning. Raises ValueError for anything else."""
+        if text is None or str(text).strip().lower() in ("", "none", "off"):
+            return None
+        try:
+            amount = float(text)
+        except ValueError:
+            amount = math.nan
+        if amount == 0:
+            return None
+        if 0 < amount < 1:
+            return FastV(drop=amount, layer=layer)
+        if not (amount >= 1 and amount.is_integer()):
+            raise ValueError(
+                f"FASTV_K {text!r} must be a whole number of tokens to keep, a share between 0 and "
+                "1 to drop, or none"
+            )
+        return FastV(keep=int(amount), layer=layer)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """All wishes together; None is none.
+
+    positions: where merged tokens stand in the decoder, see layout.py: "vtu", "logical", "plain".
+    """
+
+    merge: ToMe | DToMe | None = None
+    positions: str = "vtu"
+    fastv: FastV | None = None
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("merge", ToMe | DToMe | None), ("fastv", FastV | None)):
+            value = getattr(self, name)
+            if not isinstance(value, kinds):
+                raise ValueError(f"{name} {value!r} is no {kinds}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions {self.positions!r} is not one of {', '.join(POSITIONS)}")
+
+    @staticmethod
+    def of(wish: "Reduction | str | None") -> "Reduction":
+        """A reduction, a preset's name, or None for nothing. Raises ValueError."""
+        if wish is None or isinstance(wish, str):
+            name = wish or "none"
+            if name not in REDUCTIONS:
+                raise ValueError(f"unknown reduction {name!r}; there are {', '.join(REDUCTIONS)}")
+            return REDUCTIONS[name]
+        if not isinstance(wish, Reduction):
+            raise ValueError(f"reduction {wish!r} is neither a Reduction nor a preset's name")
+        return wish
+
+    def check(self, config: LlavaConfig, thresholds: Sequence[float] | None = None) -> "Reduction":
+        """The same, checked against a model, whose `thresholds` stand in where none are named.
+        Raises ValueError with the range that is allowed."""
+        checked = self
+        if self.merge is not None:
+            if self.merge == DToMe() and thresholds is not None:
+                checked = replace(self, merge=DToMe(tuple(thresholds)))
+            assert checked.merge is not None
+            checked.merge.steps(config.vision)
+        last = config.text.num_layers - 1
+        if self.fastv is not None and self.fastv.layer > last:
+            raise ValueError(f"FastV layer {self.fastv.layer} must be in 1..{last}")
+        return checked
+
+
+def require_count(name: str, value: object) -> None:
+    """Raise ValueError for anything but None or a whole number from 1 on."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} {value!r} must be a whole number of at least 1")
+
+
+NO_REDUCTION = Reduction()
+REDUCTIONS = {
+    "none": NO_REDUCTION,
+    "tome-72": Reduction(ToMe(keep=72)),
+    "tome-72-logical": Reduction(ToMe(keep=72), "logical"),
+    "dymu-72": Reduction(DToMe()),
+    "fastv-50": Reduction(fastv=FastV(drop=0.5)),
+    "hybrid-72-36": Reduction(ToMe(keep=72), "logical", FastV(keep=36)),
+    "hybrid-vtu-72-36": Reduction(ToMe(keep=72), "vtu", FastV(keep=36)),
+}
