@@ -132,7 +132,7 @@ class FastV:
         reference does."""
         if self.drop is None:
             return min(self.keep or 0, num_tokens)
-        return max(1, round(num_tokens * (1 - self.drop)))
+        return min(num_tokens, max(1, round(num_tokens * (1 - self.drop))))
 
     def budgets(self, sizes: Sequence[int]) -> list[int] | None:
         """How many tokens of images of these sizes stay: of each, or one number for all together.
