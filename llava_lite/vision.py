@@ -39,6 +39,20 @@ class VisionMLP(nn.Module):
         return self.fc2(quick_gelu(self.fc1(x)))
 
 
+# Fused kernels are up to twice as fast where the number of keys is a multiple of this.
+KEY_BLOCK = 32
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, merged: Merged | None) -> Tensor:
+    """Fused attention (B, H, T, D), every token seen as often as the patches that it stands for."""
+    if merged is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    padding = -k.shape[2] % KEY_BLOCK
+    k, v = F.pad(k, (0, 0, 0, padding)), F.pad(v, (0, 0, 0, padding))
+    bias = F.pad(merged.log_size(q.dtype), (0, padding), value=-torch.inf)  # hides the padding
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
 class VisionAttention(nn.Module):
     """Full self-attention: every patch sees every patch, no mask, no positions. A token into which
     several patches have merged is seen with their joint weight."""
@@ -57,8 +71,7 @@ class VisionAttention(nn.Module):
             rearrange(proj(x), "b t (h d) -> b h t d", h=self.num_heads)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        bias = None if merged is None else merged.log_size(q.dtype)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, H, T, D)
+        mixed = attend(q, k, v, merged)
         return self.o_proj(rearrange(mixed, "b h t d -> b t (h d)")), k
 
 
