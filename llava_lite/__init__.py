@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from llava_lite.answer import Answer, Score
     from llava_lite.chat import Chat
     from llava_lite.generation import EncodedImage, Model
+    from llava_lite.reduction import REDUCTIONS, DToMe, FastV, Reduction, ToMe
+    from llava_lite.thresholds import read_thresholds
 
 __version__ = "0.1.0"
 
@@ -38,25 +40,36 @@ __all__ = [
     "Chat",
     "CheckpointError",
     "ContextError",
+    "DToMe",
     "EncodedImage",
+    "FastV",
     "ImageError",
     "LlavaLiteError",
     "Model",
     "PromptError",
+    "REDUCTIONS",
+    "Reduction",
     "Score",
+    "ToMe",
     "__version__",
     "embedded_model",
     "generate",
     "load",
+    "read_thresholds",
 ]
 
 # `generation` has them all: those it does not define, it imports.
 _FROM_GENERATION = ("Answer", "Chat", "EncodedImage", "Model", "Score")
+_FROM_REDUCTION = ("DToMe", "FastV", "REDUCTIONS", "Reduction", "ToMe")
 
 
 def __getattr__(name: str) -> Any:
     if name in _FROM_GENERATION:
         return getattr(import_module("llava_lite.generation"), name)
+    if name in _FROM_REDUCTION:
+        return getattr(import_module("llava_lite.reduction"), name)
+    if name == "read_thresholds":
+        return getattr(import_module("llava_lite.thresholds"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -123,6 +136,7 @@ def load(
     from llava_lite.download import resolve
     from llava_lite.generation import Model
     from llava_lite.sources import open_source
+    from llava_lite.thresholds import own_thresholds
 
     path = resolve(
         _source_or_default(source),
@@ -136,8 +150,9 @@ def load(
     checkpoint = open_source(path, base, vision_tower)
     wanted = wanted or _pick_dtype(checkpoint.dtype, device)
     tokenizer = load_tokenizer(checkpoint.tokenizer_file or path, checkpoint.config)
+    thresholds = own_thresholds(checkpoint)
     config = checkpoint.config if pad is None else replace(checkpoint.config, pad=pad)
-    return Model(load_source(checkpoint, device, wanted), tokenizer, config, exif)
+    return Model(load_source(checkpoint, device, wanted), tokenizer, config, exif, thresholds)
 
 
 def embedded_model() -> Path:

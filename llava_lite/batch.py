@@ -102,14 +102,19 @@ def folder_rows(folder: Path, prompt: str | None) -> Iterator[Row]:
     """One row per image file, hidden files left out, ordered by path."""
     if not prompt:
         raise BatchError(f"{folder}: a folder of images needs a prompt (-p, --prompt)")
+    for number, name in enumerate(image_names(folder), start=1):
+        yield Row(name, prompt, name, folder, number)
+
+
+def image_names(folder: Path) -> list[str]:
+    """The image files in a folder and its subfolders by their paths in it, ordered, hidden files
+    left out."""
     names = sorted(
         file.relative_to(folder).as_posix()
         for file in folder.rglob("*")
         if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
     )
-    visible = [name for name in names if not any(part[0] == "." for part in name.split("/"))]
-    for number, name in enumerate(visible, start=1):
-        yield Row(name, prompt, name, folder, number)
+    return [name for name in names if not any(part[0] == "." for part in name.split("/"))]
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:

@@ -18,9 +18,10 @@ from torch import Tensor
 from llava_lite.checkpoint import load_tokenizer
 from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
 from llava_lite.errors import CheckpointError
-from llava_lite.files import Spec, num_bytes, write_json
+from llava_lite.files import Spec, num_bytes, read_json_value, write_json
 from llava_lite.layouts import hf_name
 from llava_lite.sources import Source
+from llava_lite.thresholds import FILE_NAME, fitting_thresholds, thresholds_file
 
 HF_TOKENIZER_FILES = (
     "tokenizer.json",
@@ -81,12 +82,23 @@ def write_side_files(
     write_json(folder / "manifest.json", {**origin, **names, "tensors": table})
 
 
+def threshold_document(opened: Source) -> dict[str, dict[str, Any]]:
+    """The source's own thresholds, if it has some, of the blocks that run: the result may have no
+    others."""
+    file = thresholds_file(opened)
+    if file is None:
+        return {}
+    thresholds = fitting_thresholds(file, opened)[: opened.config.vision.num_blocks]
+    content = read_json_value(file)
+    return {FILE_NAME: {**(content if isinstance(content, dict) else {}), "thresholds": thresholds}}
+
+
 def own_output(opened: Source, dtype: torch.dtype) -> Output:
     """Our format: our names, config and manifest; only what the model runs."""
     return Output(
         specs={name: (opened.entries[name].shape, dtype) for name in opened.names()},
         read=lambda name: opened.read(name, dtype),
-        documents={"config.json": opened.config.to_dict()},
+        documents={"config.json": opened.config.to_dict()} | threshold_document(opened),
         unused=list(dict.fromkeys(entry.stored for entry in opened.unused.values())),
     )
 
@@ -127,7 +139,7 @@ def hf_output(opened: Source, dtype: torch.dtype) -> Output:
     specs |= {name: (tuple(tensor.shape), dtype) for name, tensor in made.items()}
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         specs[name] = ((rows, config.text.hidden_size), dtype)
-    documents = hf_documents(config, whole, rows, dtype)
+    documents = hf_documents(config, whole, rows, dtype) | threshold_document(opened)
     left_out = [] if whole else [entry.stored for entry in opened.unused.values()]
     return Output(specs, read, documents, notes, left_out)
 

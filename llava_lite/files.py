@@ -56,6 +56,7 @@ CHECKPOINT_FILES = (
     "chat_template.*",
     "preprocessor_config.json",
     "processor_config.json",
+    "thresholds.json",
 )
 
 # Weight file -> names that an index promises to be in it (empty without an index).
@@ -68,12 +69,17 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 # ---- read ----------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises CheckpointError when it is missing or damaged."""
+def read_json_value(path: Path) -> Any:
+    """Read any JSON. Raises CheckpointError when it is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises CheckpointError when it is missing or damaged."""
+    content = read_json_value(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds no JSON object")
     return content
@@ -248,6 +254,20 @@ def write_shards(
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def replace_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file that is at every moment, even after a crash, the old one or the new one."""
+    path = path.resolve()  # replace what a link points to, not the link
+    staging = path.with_name(f".{path.name}.new")
+    try:
+        with open(staging, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 @contextmanager
