@@ -17,7 +17,10 @@ With no row at two positions, both steps are the identity and are not done at al
 
 The cache of one layer is a plain pair (k, v), each (1, H, length, D); k is stored rotated, so later
 tokens need not know any earlier position. Nothing is kept on the module: caches go in and come out,
-and after pruning (fastv.py) their lengths differ from layer to layer.
+and after pruning (fastv.py) their lengths differ from layer to layer. Values could be kept once per
+row instead of once per position: a `vtu` prompt of the 7B model, 640 positions of 136 rows, would
+then take 194 MiB in 16 bit instead of 320, at 0.9 to 1.4 times the time of this attention. It would
+leave the fused kernel in every decode step; who wants a small cache prunes, or takes `logical`.
 
 Shapes: R packed rows, S packed positions, n positions of one item, H heads, D head dim, C width.
 """

@@ -112,7 +112,12 @@ class LlamaDecoder(nn.Module):
         causal; masks and pruning exclude each other)."""
         x, layouts = input_embeds, list(layouts)
         queries: list[Tensor] = []
-        fastv, masks = fastv or [None] * len(layouts), masks or [None] * len(layouts)
+        nothing = [None] * len(layouts)
+        masks = masks or nothing
+        fastv = [
+            wish if layout.image_spans else None
+            for wish, layout in zip(fastv or nothing, layouts, strict=True)
+        ]
         prunings: list[Pruning | None] = [None] * len(layouts)
         packed = pack(layouts)
         cos, sin = rope_cos_sin(packed.position_ids, self.head_dim, self.rope_theta)  # (S, D)
