@@ -411,6 +411,7 @@ class Model:
             before.images,
             before.reduction,
             len(before.pending_ids) - len(before.images),
+            before.next_position,
             before.past_key_values,
             after.past_key_values,
             after.pruning,

@@ -37,7 +37,8 @@ class ToMe:
         if (self.keep is None) == (self.r is None):
             raise ValueError("ToMe needs either keep or r")
         for name in ("keep", "r"):
-            require_count(f"ToMe {name}", getattr(self, name))
+            if getattr(self, name) is not None:
+                require_count(f"ToMe {name}", getattr(self, name))
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"ToMe schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}"
@@ -51,12 +52,14 @@ class ToMe:
         return vision.num_patches - sum(capped(counts, vision.num_patches))
 
     def steps(self, vision: VisionConfig) -> tuple[MergeStep, ...]:
-        """What each block that runs merges. Raises ValueError for more tokens than patches."""
+        """What each block that runs merges. Raises ValueError for more tokens than patches, and for
+        fewer than are left when every block merges half of what it gets."""
         patches, blocks = vision.num_patches, vision.num_blocks
+        fewest = patches - sum(capped([patches] * blocks, patches))
         if self.keep is None:
             counts = spread((self.r or 0) * vision.num_layers, vision.num_layers, self.schedule)
-        elif self.keep > patches:
-            raise ValueError(f"ToMe keep {self.keep} must be in 1..{patches}")
+        elif not fewest <= self.keep <= patches:
+            raise ValueError(f"ToMe keep {self.keep} must be in {fewest}..{patches}")
         else:
             counts = spread_to_keep(self.keep, patches, blocks)
         return tuple(MergeStep(r=count) for count in counts[:blocks])
@@ -76,7 +79,10 @@ class DToMe:
         if self.thresholds is None:
             return
         try:
-            thresholds = tuple(float(value) for value in self.thresholds)
+            values = tuple(self.thresholds)
+            if any(isinstance(value, str | bool) for value in values):
+                raise TypeError
+            thresholds = tuple(float(value) for value in values)
         except (TypeError, ValueError):
             raise ValueError(f"DToMe thresholds {self.thresholds!r} are no numbers") from None
         if not thresholds or not all(map(math.isfinite, thresholds)):
@@ -120,10 +126,11 @@ class FastV:
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.drop is None):
             raise ValueError("FastV needs either keep or drop")
-        require_count("FastV keep", self.keep)
         require_count("FastV layer", self.layer)
-        if self.drop is not None and not 0 < self.drop < 1:
-            raise ValueError(f"FastV drop {self.drop} must be above 0 and below 1")
+        if self.drop is None:
+            require_count("FastV keep", self.keep)
+        elif not (isinstance(self.drop, float) and 0 < self.drop < 1):
+            raise ValueError(f"FastV drop {self.drop!r} must be a number above 0 and below 1")
         if self.score not in SCORES:
             raise ValueError(f"FastV score {self.score!r} is not one of {', '.join(SCORES)}")
 
@@ -149,8 +156,8 @@ class FastV:
         if text is None or str(text).strip().lower() in ("", "none", "off"):
             return None
         try:
-            amount = float(text)
-        except ValueError:
+            amount = math.nan if isinstance(text, bool) else float(text)
+        except (TypeError, ValueError, OverflowError):
             amount = math.nan
         if amount == 0:
             return None
@@ -176,10 +183,10 @@ class Reduction:
     fastv: FastV | None = None
 
     def __post_init__(self) -> None:
-        for name, kinds in (("merge", ToMe | DToMe | None), ("fastv", FastV | None)):
-            value = getattr(self, name)
-            if not isinstance(value, kinds):
-                raise ValueError(f"{name} {value!r} is no {kinds}")
+        if not isinstance(self.merge, ToMe | DToMe | None):
+            raise ValueError(f"merge {self.merge!r} must be a ToMe, a DToMe or None")
+        if not isinstance(self.fastv, FastV | None):
+            raise ValueError(f"fastv {self.fastv!r} must be a FastV or None")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions {self.positions!r} is not one of {', '.join(POSITIONS)}")
 
@@ -211,9 +218,7 @@ class Reduction:
 
 
 def require_count(name: str, value: object) -> None:
-    """Raise ValueError for anything but None or a whole number from 1 on."""
-    if value is None:
-        return
+    """Raise ValueError for anything but a whole number from 1 on."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} {value!r} must be a whole number of at least 1")
 
