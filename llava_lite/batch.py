@@ -14,9 +14,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llava_lite.errors import LlavaLiteError
 
@@ -46,6 +46,7 @@ class Row:
     image: str | list[str] | None
     folder: Path
     line: int
+    reduction: str | None = None  # how the model was asked to use fewer image tokens
 
     @property
     def sources(self) -> list[str]:
@@ -56,7 +57,8 @@ class Row:
 
     def asked(self) -> Record:
         """The part of its output line that repeats the question."""
-        return {"id": self.id, "prompt": self.prompt, "image": self.image}
+        asked = {"id": self.id, "prompt": self.prompt, "image": self.image}
+        return asked if self.reduction is None else {**asked, "reduction": self.reduction}
 
     def answered(self, answer: "Answer") -> Record:
         """Its output line."""
@@ -223,12 +225,14 @@ def plan(
     *,
     resume: bool = False,
     retry_errors: bool = False,
+    reduction: object = None,
 ) -> Plan:
-    """Compare the rows with what the output holds. Changes nothing.
+    """Compare the rows, asked with `reduction`, with what the output holds. Changes nothing.
 
     Raises BatchError when the output is in use and `resume` is not set, when it is no output of a
     batch, and when it answers another question under the same id."""
     output = Path(output)
+    rows = [replace(row, reduction=reduction_name(reduction)) for row in rows]
     if not output.parent.is_dir():
         raise BatchError(f"{output}: the folder {output.parent} does not exist")
     if output.is_dir():
@@ -254,6 +258,16 @@ def plan(
     )
 
 
+def reduction_name(reduction: object) -> str | None:
+    """How a reduction stands in an output line: the preset's name or its parts; None for none."""
+    if reduction is None:
+        return None
+    from llava_lite.reduction import NO_REDUCTION, Reduction
+
+    checked = Reduction.of(cast("Reduction | str", reduction))
+    return None if checked == NO_REDUCTION else str(checked)
+
+
 def complete_lines(output: Path) -> Iterator[tuple[int, bytes]]:
     """(number, line) of an output file without the half-written end a killed run may have left.
 
@@ -276,8 +290,9 @@ def parse_record(line: bytes, output: Path, number: int) -> Record:
 
 
 def refuse_other_question(row: Row, record: Record, where: str) -> None:
-    """Raise BatchError where the output's line is about another prompt or image than the row."""
-    for name in ("prompt", "image"):
+    """Raise BatchError where the output's line is about another prompt or image than the row,
+    or was answered with another reduction."""
+    for name in ("prompt", "image", "reduction"):
         if record.get(name) != getattr(row, name):
             raise BatchError(
                 f"{where}: id {row.id!r} was asked with another {name}; name another output file"
@@ -340,7 +355,13 @@ def run_batch(
 
     size = checked_batch_size(batch_size)
     output = Path(output)
-    work = plan(select_shard(rows, shard), output, resume=resume, retry_errors=retry_errors)
+    work = plan(
+        select_shard(rows, shard),
+        output,
+        resume=resume,
+        retry_errors=retry_errors,
+        reduction=options.get("reduction"),
+    )
     repair(output, work)
     summary = Summary(failed=work.failed, present=work.answered)
     with open(output, "ab") as file:

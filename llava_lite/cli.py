@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_lite import __version__, batch, convert, embedded_model
+from llava_lite import __version__, batch, convert, embedded_model, reduction_flags, thresholds
 from llava_lite.console import format_stats, one_line, print_pieces, say
 from llava_lite.errors import LlavaLiteError
 from llava_lite.prompt import ALIASES, TEMPLATES
@@ -44,7 +44,8 @@ input:
   folder every image in it, asked the one --prompt
   Image paths are relative to the folder of the input file. A row without an image is text only.
 
-output: one JSON line per row, in order: id, prompt, image, answer or error, finish_reason, usage.
+output: one JSON line per row, in order: id, prompt, image, answer or error, finish_reason, usage,
+  and the reduction where one was asked for.
   A row that fails (bad image, prompt too long) gets an error line and costs no other row.
   After a crash or Ctrl-C the same command with --resume goes on where it stopped.
 
@@ -137,6 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert(commands)
     add_download(commands)
     add_info(commands)
+    add_thresholds(commands)
     return parser
 
 
@@ -182,6 +184,11 @@ def add_generate(commands: Any) -> None:
     )
     output.add_argument(
         "--json", action="store_true", help="print one object: text, finish_reason, usage, timings"
+    )
+    output.add_argument(
+        "--trace",
+        action="store_true",
+        help="with --json: what became of the image tokens, layer by layer, and what that cost",
     )
     add_notice_arguments(output)
     add_model_arguments(parser)
@@ -256,12 +263,28 @@ def add_info(commands: Any) -> None:
         help="folder, file or hub id of any layout, or a preset name (default: as for generate)",
     )
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
-    parser.add_argument("--presets", action="store_true", help="list the known architectures")
+    parser.add_argument(
+        "--presets",
+        action="store_true",
+        help="list the known architectures, and the presets of token reduction",
+    )
     parser.add_argument(
         "--checksums", action="store_true", help="compare a converted folder with its manifest"
     )
     parser.add_argument("--json", action="store_true", help="print one object")
     add_source_arguments(parser)
+
+
+def add_thresholds(commands: Any) -> None:
+    details = """A thresholds.json in the model's folder is what --merge dtome and dymu-72 use.
+
+example:
+  llava-lite thresholds photos/ -m weights/llava-1.5-7b -o weights/llava-1.5-7b/thresholds.json"""
+    summary = "find thresholds for merging image tokens by likeness (DToMe)"
+    usage = "IMAGES -o FILE"
+    parser = add_command(commands, "thresholds", run_thresholds, usage, summary, details)
+    thresholds.add_arguments(parser)
+    add_model_arguments(parser)
 
 
 def add_image_sources(parser: argparse.ArgumentParser, text: str) -> None:
@@ -300,6 +323,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"prompt format: {', '.join(TEMPLATES)} (default: the model's)",
     )
+    reduction_flags.add_arguments(parser)
     images = parser.add_argument_group("image preparation")
     images.add_argument(
         "--no-pad", action="store_true", help="crop the middle square instead of padding to one"
@@ -434,6 +458,7 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
     names = "max_new_tokens temperature top_p top_k seed stop system template"
     options = {name: getattr(args, name) for name in names.split()}
+    options["reduction"] = reduction_flags.parse_reduction(args)
     GenerationOptions(**options)
     return options
 
@@ -455,8 +480,10 @@ def run_generate(args: argparse.Namespace) -> int:
     """`llava-lite generate`."""
     if args.json and args.stream:
         args.parser.error("--json prints one object at the end: it does not go with --stream")
+    if args.trace and not args.json:
+        args.parser.error("--trace is part of the object that --json prints")
     prompt = read_prompt(args)
-    options = generation_options(args)
+    options = {**generation_options(args), "trace": args.trace}
     images = [image_opener(args)(source) for source in args.image]
     model = load_model(args)
     if args.stream or (args.stream is None and not args.json and sys.stdout.isatty()):
@@ -511,7 +538,8 @@ def run_batch(args: argparse.Namespace) -> int:
     options = generation_options(args)
     rows = batch.select_shard(batch.read_rows(args.input, args.prompt), args.shard)
     resume = {"resume": args.resume, "retry_errors": args.retry_errors}
-    plan = batch.plan(rows, args.output, **resume)  # problems show before the model loads
+    reduction = options["reduction"]
+    plan = batch.plan(rows, args.output, **resume, reduction=reduction)  # problems show at once
     if plan.todo:
         summary = run_rows(args, rows, len(plan.todo), {**resume, **options})
     else:
@@ -578,6 +606,14 @@ def format_summary(summary: "Summary", output: str) -> str:
     return text + ("\n(--resume --retry-errors runs them again)" if summary.failed else "")
 
 
+# ---- thresholds --------------------------------------------------------------------------------
+
+
+def run_thresholds(args: argparse.Namespace) -> int:
+    """`llava-lite thresholds`."""
+    return thresholds.run(args, load_model(args))
+
+
 # ---- download, info ----------------------------------------------------------------------------
 
 
@@ -591,6 +627,25 @@ def run_download(args: argparse.Namespace) -> int:
     return OK
 
 
+def show_presets(as_json: bool) -> int:
+    """`llava-lite info --presets`."""
+    from dataclasses import asdict
+
+    from llava_lite import info
+    from llava_lite.config import PRESETS
+    from llava_lite.reduction import REDUCTIONS
+
+    if as_json:
+        models = {name: info.describe_preset(name).to_dict() for name in PRESETS}
+        for content in models.values():
+            del content["tensors"]
+        reductions = {name: asdict(reduction) for name, reduction in REDUCTIONS.items()}
+        print(json.dumps({"models": models, "reductions": reductions}))
+    else:
+        print(f"{info.format_presets()}\n\n{info.format_reductions()}")
+    return OK
+
+
 def run_info(args: argparse.Namespace) -> int:
     """`llava-lite info`."""
     from llava_lite import info
@@ -598,11 +653,7 @@ def run_info(args: argparse.Namespace) -> int:
     from llava_lite.download import resolve
 
     if args.presets:
-        presets = {name: info.describe_preset(name).to_dict() for name in PRESETS}
-        for content in presets.values():
-            del content["tensors"]
-        print(json.dumps(presets) if args.json else info.format_presets())
-        return OK
+        return show_presets(args.json)
     named = default_source(args.model)
     if named in PRESETS and not Path(named).exists():
         described = info.describe_preset(named)

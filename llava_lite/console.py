@@ -44,8 +44,10 @@ def format_stats(answer: "Answer") -> str:
     usage, timings = answer.usage, answer.timings
     parts = ("preprocess", "vision", "prefill", "decode")
     times = ", ".join(f"{part} {timings.get(part, 0.0):.2f} s" for part in parts)
+    stages = (usage.get(name, 0) for name in ("image_patches", "image_tokens", "kept_image_tokens"))
+    image_tokens = " -> ".join(dict.fromkeys(map(str, stages)))
     return (
-        f"[{usage.get('prompt_tokens', 0)} prompt + {usage.get('image_tokens', 0)} image tokens -> "
+        f"[{usage.get('prompt_tokens', 0)} prompt + {image_tokens} image tokens: "
         f"{usage.get('completion_tokens', 0)} new ({answer.finish_reason}); {times}; "
         f"{timings.get('tokens_per_second', 0.0):.1f} tokens/s]"
     )

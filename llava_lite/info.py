@@ -243,7 +243,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def format_presets() -> str:
     """One line per preset: name, size, memory, context."""
-    lines = [f"{'preset':<20}{'parameters':>12}{'16 bit':>12}{'float32':>12}{'context':>10}"]
+    lines = [f"{'model':<20}{'parameters':>12}{'16 bit':>12}{'float32':>12}{'context':>10}"]
     for name in PRESETS:
         info = describe_preset(name)
         wide, narrow = (format_bytes(info.memory[d]["weights"]) for d in ("float32", "bfloat16"))
@@ -251,6 +251,27 @@ def format_presets() -> str:
         lines.append(
             f"{name:<20}{total:>12}{narrow:>12}{wide:>12}{info.config.text.max_positions:>10}"
         )
+    return "\n".join(lines)
+
+
+def format_reductions() -> str:
+    """One line per preset of token reduction: name, and its parts."""
+    from llava_lite.reduction import REDUCTIONS, ToMe
+
+    lines = [f"{'reduction':<20}{'merging':<34}{'positions':<12}pruning"]
+    for name, reduction in REDUCTIONS.items():
+        merge, fastv = reduction.merge, reduction.fastv
+        merging, positions, pruning = "-", "-", "-"
+        if isinstance(merge, ToMe):
+            merging, positions = f"to {merge.keep} tokens", reduction.positions
+        elif merge is not None:
+            merging, positions = "by the model's thresholds", reduction.positions
+        if fastv is not None:
+            amount = (
+                f"to {fastv.keep} tokens" if fastv.keep else f"by {100 * (fastv.drop or 0):.0f} %"
+            )
+            pruning = f"{amount}, from layer {fastv.layer} on"
+        lines.append(f"{name:<20}{merging:<34}{positions:<12}{pruning}")
     return "\n".join(lines)
 
 

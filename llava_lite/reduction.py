@@ -190,6 +190,11 @@ class Reduction:
         if self.positions not in POSITIONS:
             raise ValueError(f"positions {self.positions!r} is not one of {', '.join(POSITIONS)}")
 
+    def __str__(self) -> str:
+        """The name of the preset that it equals, or else all of its parts."""
+        names = {reduction: name for name, reduction in REDUCTIONS.items()}
+        return names.get(self) or repr(self)
+
     @staticmethod
     def of(wish: "Reduction | str | None") -> "Reduction":
         """A reduction, a preset's name, or None for nothing. Raises ValueError."""

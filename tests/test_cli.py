@@ -318,7 +318,7 @@ def test_padding_and_rotation_can_be_switched_off(
 def test_stats(model_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate("-m", model_folder, "-p", QUESTION, "-n", 5, "--stats") == 0
     printed = capsys.readouterr().err
-    assert re.search(r"0 image tokens -> 5 new \(length\); .*prefill .* tokens/s", printed)
+    assert re.search(r"0 image tokens: 5 new \(length\); .*prefill .* tokens/s", printed)
 
 
 def test_default_model(
