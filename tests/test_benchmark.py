@@ -1,0 +1,69 @@
+"""The benchmark runs and says everything it promises. No figure of time is asserted."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools" / "benchmark.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_reduction(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "figures.json"
+    assert benchmark.main(["--size", "tiny", "--repeat", "2", "--json", str(file)]) == 0
+    text, content = capsys.readouterr().out, json.loads(file.read_text())
+    rows = {(row["part"], row["setting"]): row for row in content["measurements"]}
+    assert {part for part, _ in rows} == {"tower", "prefill", "decode"}
+    for part in ("tower", "prefill", "decode"):
+        assert rows[part, "none"]["ratio"] == 1
+    for key, bound in benchmark.BOUNDS.items():
+        row = rows[key]
+        assert row["bound"] == bound
+        assert row["verdict"].startswith("PASS" if row["ratio"] <= bound else "SHORT")
+    # 64 words, 4 layers of width 256 in 16 bit: 1024 bytes per position and layer.
+    tokens = {"none": 4 * 640, "tome-72": 4 * 640, "tome-72-logical": 4 * 136}
+    tokens |= {"fastv-50": 3 * 640 + 352, "hybrid-72-36": 3 * 136 + 100}
+    for name, positions in tokens.items():
+        assert rows["decode", name]["kv_bytes"] == 1024 * positions
+        assert f"  {name} " in text
+    assert rows["prefill", "hybrid-72-36"]["image_tokens"] == 72
+    assert content["extrapolated_prefill_ratios"]["none"] == 1
+    assert content["machine"]["torch"]
+
+
+def test_extrapolation(benchmark: ModuleType) -> None:
+    full, merged = [[1.0] * 4, [1.0] * 4], [[0.25] * 3 + [0.125]] * 2
+    ratios = benchmark.extrapolate({"none": full, "tome-72": full, "hybrid-72-36": merged})
+    assert ratios["none"] == ratios["tome-72"] == 1
+    assert ratios["hybrid-72-36"] == (3 * 0.25 + 29 * 0.125) / 32
+
+
+def test_verdicts(benchmark: ModuleType) -> None:
+    row = benchmark.Measurement("tower", "keep=72", 1.0, (1.0, 1.0), 0.66, bound=0.65)
+    assert row.verdict == "SHORT (at most 0.65)"
+    assert (
+        benchmark.Measurement("tower", "x", 1.0, (1.0, 1.0), 0.6, bound=0.65).verdict[:4] == "PASS"
+    )
+    assert benchmark.Measurement("tower", "x", 1.0, (1.0, 1.0), 0.6).verdict == ""
+    assert benchmark.quartiles([3.0]) == (3.0, 3.0)
+
+
+def test_too_few_layers_are_refused(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(["--layers", "3"])
+    assert ended.value.code == 2
+    assert "at least 4 layers" in capsys.readouterr().err

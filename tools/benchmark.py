@@ -1,0 +1,313 @@
+#!/usr/bin/env python3
+"""Time and memory, side by side in one run.
+
+    python tools/benchmark.py --what reduction                  # 7B widths, 4 decoder layers, bf16
+    python tools/benchmark.py --what reduction --size tiny --repeat 2
+
+`reduction` measures what each kind of token reduction saves: the vision tower, the decoder's
+prefill of one image prompt (35 words, image, 29 words; 640 positions without reduction), one
+decoded token, and the bytes of the KV cache. Weights are random: speed does not depend on their
+values. All settings take turns within every round, so that a slow moment of the machine hits all of
+them; figures are medians over the rounds, ratios those of medians to the same without reduction.
+
+The decoder has few layers to fit anywhere; the times of one full and one pruned layer, taken from
+the same rounds, are extrapolated to all layers of the model. The table goes to stdout, progress to
+stderr.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from llava_lite.attention import KVCache
+from llava_lite.config import LLAVA_1_5_7B, TINY, LlavaConfig
+from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage, Llava
+from llava_lite.reduction import NO_REDUCTION, REDUCTIONS, Reduction, ToMe
+
+WORDS_BEFORE, WORDS_AFTER = 35, 29
+DECODED = 8  # tokens per timing
+SIZES = {"7b": LLAVA_1_5_7B, "tiny": TINY}
+DECODER_SETTINGS = [name for name, reduction in REDUCTIONS.items() if name != "dymu-72"]
+TOWER_SETTINGS = {
+    "none": NO_REDUCTION,
+    "keep=288": Reduction(ToMe(keep=288)),
+    "keep=144": Reduction(ToMe(keep=144)),
+    "r=21": Reduction(ToMe(r=21)),
+    "keep=72": Reduction(ToMe(keep=72)),
+}
+# What the 7B model should reach on a CPU, as a share of the time without reduction.
+BOUNDS = {
+    ("prefill", "tome-72-logical"): 0.28,
+    ("prefill", "hybrid-72-36"): 0.25,
+    ("tower", "keep=72"): 0.65,
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One setting of one part: median seconds, quartiles, ratio to no reduction, the bound on that
+    (None: there is none), tokens that the decoder gets, and the cache's bytes if there is one."""
+
+    part: str
+    setting: str
+    seconds: float
+    quartiles: tuple[float, float]
+    ratio: float
+    bound: float | None = None
+    image_tokens: int | None = None
+    kv_bytes: int | None = None
+
+    @property
+    def verdict(self) -> str:
+        """PASS or SHORT beside a bound."""
+        if self.bound is None:
+            return ""
+        return f"{'PASS' if self.ratio <= self.bound else 'SHORT'} (at most {self.bound:.2f})"
+
+
+def random_model(config: LlavaConfig, dtype: torch.dtype, device: str) -> Llava:
+    """A model that was never trained. Norms are 1, so that numbers stay in range."""
+    with torch.device("meta"):
+        model = Llava(config)
+    model = model.to_empty(device=device).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
+    return model
+
+
+def prompt_ids(config: LlavaConfig) -> list[int]:
+    """Any words, with the image between them."""
+    words = [3 + n % (config.text.vocab_size - 3) for n in range(WORDS_BEFORE + WORDS_AFTER)]
+    return words[:WORDS_BEFORE] + [IMAGE_TOKEN_ID] + words[WORDS_BEFORE:]
+
+
+def prefill(
+    model: Llava, input_ids: list[int], image: EncodedImage, reduction: Reduction
+) -> tuple[KVCache, int]:
+    """One prompt whose image is encoded already: the cache, and the next position."""
+    rows, layout = model.splice(input_ids, [image], positions=reduction.positions)
+    _, [cache], _ = model([rows], [layout], [None], [reduction.fastv])
+    return cache, layout.next_position
+
+
+def decode(model: Llava, cache: KVCache, position: int) -> None:
+    """A few tokens after a prompt."""
+    token = torch.tensor([5], device=model.device)
+    for step in range(DECODED):
+        _, cache = model.decode(token, position + step, cache)
+
+
+def seconds_of(run: Callable[[], Any], device: str) -> float:
+    """Wall clock of one call, what it queued on a GPU included."""
+    synchronize(device)
+    start = perf_counter()
+    run()
+    synchronize(device)
+    return perf_counter() - start
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def measure_reduction(
+    model: Llava, repeat: int, device: str
+) -> tuple[list[Measurement], dict[str, float]]:
+    """All settings, and the prefill ratios extrapolated to all layers of the model."""
+    config, size = model.config, model.config.vision.image_size
+    pixels = torch.randn(1, 3, size, size, device=device, dtype=model.dtype)
+    input_ids = prompt_ids(config)
+    images = {name: model.encode_image(pixels, REDUCTIONS[name])[0] for name in DECODER_SETTINGS}
+    caches = {name: prefill(model, input_ids, images[name], REDUCTIONS[name]) for name in images}
+    runs: dict[tuple[str, str], Callable[[], Any]] = {}
+    for name, reduction in TOWER_SETTINGS.items():
+        steps = reduction.merge.steps(config.vision) if reduction.merge else None
+        runs["tower", name] = lambda steps=steps: model.vision(pixels, steps)
+    for name in DECODER_SETTINGS:
+        arguments = (input_ids, images[name], REDUCTIONS[name])
+        runs["prefill", name] = lambda arguments=arguments: prefill(model, *arguments)
+    for name in DECODER_SETTINGS:
+        runs["decode", name] = lambda cache=caches[name]: decode(model, *cache)
+    timer = LayerTimer(model, device)
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    layers: dict[str, list[list[float]]] = {name: [] for name in DECODER_SETTINGS}
+    for turn in tqdm(range(repeat + 1), "rounds", file=sys.stderr):
+        for key, run in runs.items():
+            timer.clear()
+            elapsed = seconds_of(run, device)
+            if turn:  # the first round warms up
+                seconds[key].append(elapsed)
+                if key[0] == "prefill":
+                    layers[key[1]].append(timer.seconds)
+    timer.remove()
+    rows = []
+    for (part, name), values in seconds.items():
+        per_run = [value / (DECODED if part == "decode" else 1) for value in values]
+        whole = statistics.median(seconds[part, "none"]) / (DECODED if part == "decode" else 1)
+        median = statistics.median(per_run)
+        cache = None if part == "tower" else caches[name][0]
+        rows.append(
+            Measurement(
+                part,
+                name,
+                median,
+                quartiles(per_run),
+                median / whole,
+                BOUNDS.get((part, name)),
+                None if part == "tower" else len(images[name].image_embeds),
+                None if cache is None else sum(k.nbytes + v.nbytes for k, v in cache),
+            )
+        )
+    return rows, extrapolate(layers)
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """First and third; both the value where there is only one."""
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+class LayerTimer:
+    """Seconds of every decoder layer of the last forward, by hooks around it."""
+
+    def __init__(self, model: Llava, device: str) -> None:
+        self.seconds: list[float] = []
+        self.device, self.start = device, 0.0
+        self.hooks = [
+            hook
+            for layer in model.decoder.layers
+            for hook in (
+                layer.register_forward_pre_hook(self.before),
+                layer.register_forward_hook(self.after),
+            )
+        ]
+
+    def before(self, *_: object) -> None:
+        synchronize(self.device)
+        self.start = perf_counter()
+
+    def after(self, *_: object) -> None:
+        synchronize(self.device)
+        self.seconds.append(perf_counter() - self.start)
+
+    def clear(self) -> None:
+        self.seconds = []
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def extrapolate(layers: dict[str, list[list[float]]]) -> dict[str, float]:
+    """Ratio of the decoder layers' time to no reduction, if the model had all of its layers: those
+    in front of the pruned one cost what the first ones do, the others what the last one does."""
+    num_layers = LLAVA_1_5_7B.text.num_layers
+    totals = {}
+    for name, rounds in layers.items():
+        medians = [statistics.median(times) for times in zip(*rounds, strict=True)]
+        fastv = REDUCTIONS[name].fastv
+        early = min(fastv.layer if fastv else len(medians), len(medians))
+        first = statistics.mean(medians[:early])
+        last = statistics.mean(medians[early:]) if early < len(medians) else first
+        totals[name] = first * early + last * (num_layers - early)
+    return {name: total / totals["none"] for name, total in totals.items()}
+
+
+# ---- output ------------------------------------------------------------------------------------
+
+
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """What the figures were taken on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = models[0] if models else name
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name()
+    facts = {"device": device, "name": name, "threads": threads, "cores": os.cpu_count()}
+    return {**facts, "torch": torch.__version__}
+
+
+def table(rows: list[Measurement], extrapolated: dict[str, float]) -> Iterator[str]:
+    """Lines for people."""
+    titles = {
+        "tower": "vision tower",
+        "prefill": "decoder prefill",
+        "decode": "one decoded token",
+    }
+    part = ""
+    for row in rows:
+        if row.part != part:
+            part = row.part
+            yield f"\n{titles[part]:<20}{'ms':>9}{'quartiles':>17}{'ratio':>8}"
+        low, high = (1000 * value for value in row.quartiles)
+        line = f"  {row.setting:<18}{1000 * row.seconds:>9.1f}{f'{low:.1f}-{high:.1f}':>17}"
+        line += f"{row.ratio:>8.3f}"
+        if row.part == "prefill":
+            line += f"   {extrapolated[row.setting]:.3f} extrapolated to 32 layers"
+        if row.part == "decode" and row.kv_bytes is not None:
+            line += f"   KV cache {row.kv_bytes / 2**20:.1f} MiB"
+        yield f"{line}   {row.verdict}".rstrip()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--what", choices=["reduction"], default="reduction")
+    parser.add_argument("--size", choices=[*SIZES], default="7b", help="widths of the model")
+    parser.add_argument("--layers", type=int, default=4, help="decoder layers")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--repeat", type=int, default=7, metavar="N", help="rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 where a bound is missed")
+    args = parser.parse_args(argv)
+    if args.layers < 4 or args.repeat < 1:
+        parser.error("needs at least 4 layers, of which one is pruned, and 1 round")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config = SIZES[args.size]
+    config = replace(config, text=replace(config.text, num_layers=args.layers))
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        model = random_model(config, getattr(torch, args.dtype), args.device)
+        rows, extrapolated = measure_reduction(model, args.repeat, args.device)
+    facts = machine(args.device, torch.get_num_threads())
+    print(f"{config.name} widths, {args.layers} layers, {args.dtype}, medians of {args.repeat} on")
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    print("\n".join(table(rows, extrapolated)))
+    if args.json:
+        content = {
+            "machine": facts,
+            "settings": {"size": args.size, "layers": args.layers, "dtype": args.dtype},
+            "repeat": args.repeat,
+            "measurements": [{**asdict(row), "verdict": row.verdict} for row in rows],
+            "extrapolated_prefill_ratios": extrapolated,
+        }
+        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    short = any(row.bound is not None and row.ratio > row.bound for row in rows)
+    return int(args.strict and short)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
