@@ -399,19 +399,21 @@ class Model:
         seconds = perf_counter() - start
         for row, token, state in zip(rows, tokens, states, strict=True):
             if options.trace and row.steps == 0:
-                row.trace = self.trace(row.state, state)
+                row.trace = self.trace(row.state, state, row.request.counts)
             row.accept(token, state, self.config.text.eos_id)
             row.seconds["decode" if row.steps > 1 else "prefill"] += seconds
 
-    def trace(self, before: State, after: State) -> Trace:
-        """What became of the image tokens between two states."""
+    def trace(self, before: State, after: State, counts: TokenCounts) -> Trace:
+        """What became of the image tokens between two states; `counts` are those in front of
+        them."""
         assert after.past_key_values is not None
+        missing = counts.patches - counts.positions  # merged tokens may take fewer positions
         return trace_prompt(
             self.config,
             before.images,
             before.reduction,
             len(before.pending_ids) - len(before.images),
-            before.next_position,
+            before.next_position + missing,
             before.past_key_values,
             after.past_key_values,
             after.pruning,

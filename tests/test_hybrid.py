@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_CONFIG, TINY_TEXT, random_llava
@@ -589,8 +590,7 @@ def test_cache_lengths(prompt: Prompt, positions: str, fastv: FastV) -> None:
 def test_new_tokens_stand_behind_all_positions_in_every_layer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Position N + t, not the length of any shortened cache: keys of the same token, unturned by
-    N + t, are what its position 0 would give."""
+    """Position N + t, not the length of any shortened cache."""
     llava, prompt = LLAVAS[torch.float64], ADJACENT
     ours = run_prompt(llava, prompt, "vtu", FastV(keep=1, layer=1))
     assert ours.lengths[0] == 11 and ours.lengths[1] < 11
@@ -915,8 +915,7 @@ TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 class Waits(TorchDispatchMode):
     """Collects the operators whose result or shape the host can only know by waiting.
 
-    Not under inference_mode, which hides what an operator consists of; and `tolist` of a tensor on
-    the CPU is no operator, so the same paths also run on a device without values."""
+    Not under inference_mode, which hides what an operator consists of."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -938,6 +937,39 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+TWO = Prompt(
+    (3, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID, 9, 10),
+    (Picture(3, (2, 0, 2, 1, 0, 2), 1), Picture(5, (4, 0, 0, 1, 3, 2), 2)),
+)
+WORDS = Prompt((3, 4, 5), ())
+KEEP = FastV(keep=2, layer=2)
+
+
+Watch = Callable[[], AbstractContextManager[list[str]]]
+
+
+COPIES = ("tolist", "cpu", "numpy")  # no operators where the tensor is on the CPU
+
+
+@contextmanager
+def dispatched_waits() -> Iterator[list[str]]:
+    """Names of the waits within, told from operators and from methods: works on any device."""
+
+    def recording(name: str) -> Callable[..., Any]:
+        method = getattr(Tensor, name)
+
+        def copy(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            waits.names.append(name)
+            return method(tensor, *args, **kwargs)
+
+        return copy
+
+    with pytest.MonkeyPatch.context() as patch, Waits() as waits:
+        for name in COPIES:
+            patch.setattr(Tensor, name, recording(name))
+        yield waits.names
+
+
 def test_waits_are_seen() -> None:
     x = torch.tensor([0, 2, 1])
     cases: list[tuple[Callable[[], Any], int]] = [
@@ -950,37 +982,22 @@ def test_waits_are_seen() -> None:
         (lambda: x.unique(), 1),
         (lambda: torch.equal(x, x), 1),
         (lambda: x.repeat_interleave(x), 1),
+        (lambda: x.tolist(), 1),
+        (lambda: x.cpu(), 1),
+        (lambda: np.asarray(x), 1),
         (lambda: torch.where(x > 0, x, 0), 0),
         (lambda: x[x], 0),
         (lambda: x.masked_fill(x > 0, 0), 0),
         (lambda: x.repeat_interleave(x, output_size=3), 0),
     ]
     for wait, expected in cases:
-        with torch.no_grad(), Waits() as waits:
+        with torch.no_grad(), dispatched_waits() as names:
             wait()
-        assert len(waits.names) == expected
+        assert len(names) == expected
     nothing = torch.empty(3, device="meta")
     for look in (nothing.tolist, nothing.cpu, nothing.sum().item, nothing.nonzero):
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
             look()
-
-
-TWO = Prompt(
-    (3, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID, 9, 10),
-    (Picture(3, (2, 0, 2, 1, 0, 2), 1), Picture(5, (4, 0, 0, 1, 3, 2), 2)),
-)
-WORDS = Prompt((3, 4, 5), ())
-KEEP = FastV(keep=2, layer=2)
-
-
-Watch = Callable[[], AbstractContextManager[list[str]]]
-
-
-@contextmanager
-def dispatched_waits() -> Iterator[list[str]]:
-    """Names of the waits within, told from operators: works on any device."""
-    with Waits() as waits:
-        yield waits.names
 
 
 @contextmanager
@@ -1066,8 +1083,8 @@ def test_no_value_is_looked_at(batch: list[Item], expected: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("batch", "expected"), WAITING)
-def test_waits_for_a_gpu(batch: list[Item], expected: int) -> None:
+def test_waits_for_a_gpu() -> None:
     llava = random_llava(replace(TINY_CONFIG, text=TEXT)).to("cuda")
-    waits_of(llava, batch, lambda: nullcontext([]))  # libraries may wait when they first start
-    assert waits_of(llava, batch, cuda_waits) == (expected, 0)
+    for batch, expected in WAITING:
+        waits_of(llava, batch, lambda: nullcontext([]))  # libraries may wait when they first start
+        assert waits_of(llava, batch, cuda_waits) == (expected, 0)

@@ -275,14 +275,12 @@ def test_without_merged_rows_nothing_is_copied() -> None:
     assert layout.position_ids.tolist() == [0, 1, 2, 3, 9, 10]
 
 
-def test_remerge_sums_in_float32() -> None:
-    """256 + 255 ones in bfloat16 would stay 256."""
-    layout = PackedLayout(torch.arange(256), (1,), (256,), torch.zeros(256, dtype=torch.long))
-    x = torch.ones(256, 1, dtype=torch.bfloat16)
-    x[0] = 256
-    merged = layout.remerge(x)
+def test_remerge_counts_in_float32() -> None:
+    """257 threes are three; bfloat16 has neither 257 nor 771, and would make it 3.016."""
+    layout = PackedLayout(torch.arange(257), (1,), (257,), torch.zeros(257, dtype=torch.long))
+    merged = layout.remerge(torch.full((257, 1), 3.0, dtype=torch.bfloat16))
     assert merged.dtype == torch.bfloat16
-    assert merged.item() == torch.tensor(511 / 256).bfloat16().item()
+    assert merged.tolist() == [[3.0]]
 
 
 def test_remerge_averages_over_positions_not_heads() -> None:
