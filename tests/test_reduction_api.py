@@ -1,0 +1,284 @@
+"""Token reduction through every public entry point: they agree with each other, and what cannot be
+is refused before anything is computed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY_CONFIG, TINY_TEXT, TINY_VISION, random_llava
+from PIL import Image
+
+import llava_lite
+from llava_lite.errors import ContextError
+from llava_lite.generation import Model
+from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage
+from llava_lite.prompt import build_prompt, place_images
+from llava_lite.reduction import REDUCTIONS, DToMe, FastV, Reduction, ToMe
+from llava_lite.tokenizer import Tokenizer
+
+P = TINY_VISION.num_patches
+LENGTH = 8
+WISHES = {
+    "vtu": Reduction(ToMe(keep=6)),
+    "logical": Reduction(ToMe(keep=6), "logical"),
+    "plain": Reduction(ToMe(keep=6), "plain"),
+    "schedule": Reduction(ToMe(r=2, schedule="linear"), "logical"),
+    "thresholds": Reduction(DToMe((0.5, 0.2))),
+    "fastv": Reduction(fastv=FastV(drop=0.5, layer=1)),
+    "hybrid": Reduction(ToMe(keep=8), "logical", FastV(keep=3, layer=2)),
+    "hybrid vtu": Reduction(ToMe(keep=8), "vtu", FastV(keep=3, layer=1)),
+    "hybrid thresholds": Reduction(DToMe((0.5, 0.2)), "vtu", FastV(drop=0.5, layer=2)),
+}
+each_wish = pytest.mark.parametrize("wish", WISHES.values(), ids=WISHES)
+
+
+def picture(seed: int) -> Image.Image:
+    noise = torch.randint(0, 256, (40, 56, 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(noise.to(torch.uint8).numpy())
+
+
+def prompt_ids(model: Model, text: str, num_images: int = 1) -> list[int]:
+    turn = (place_images(text, num_images, model.config.template), None)
+    return model.tokenizer.encode_prompt(build_prompt(model.config.template, [turn], None))
+
+
+@torch.inference_mode()
+def greedy(model: Model, input_ids: list[int], images: list[EncodedImage], wish: Reduction) -> list:
+    """Prefill and decode by hand."""
+    rows, layout = model.llava.splice(input_ids, images, positions=wish.positions)
+    logits, [cache], _ = model.llava([rows], [layout], [None], [wish.fastv])
+    tokens: list[int] = []
+    for step in range(LENGTH):
+        tokens.append(int(logits.flatten()[: TINY_TEXT.sampled_vocab_size].argmax()))
+        if tokens[-1] == TINY_TEXT.eos_id:
+            return tokens[:-1]
+        logits, cache = model.llava.decode(
+            torch.tensor(tokens[-1]), layout.next_position + step, cache
+        )
+    return tokens
+
+
+# ---- the entry points agree --------------------------------------------------------------------
+
+
+@each_wish
+def test_generate_is_prefill_and_decode(tiny_model: Model, wish: Reduction) -> None:
+    images = [tiny_model.encode(picture(seed), wish) for seed in (1, 2)]
+    expected = greedy(tiny_model, prompt_ids(tiny_model, "star?", 2), images, wish)
+    for given in (images, [picture(1), picture(2)]):
+        answer = tiny_model.generate(given, "star?", max_new_tokens=LENGTH, reduction=wish)
+        assert list(answer.token_ids) == expected
+    assert answer.usage["image_patches"] == 2 * P
+    assert answer.usage["image_tokens"] == sum(len(image.image_embeds) for image in images)
+
+
+@each_wish
+def test_stream_chat_batch_and_encode_answer_as_generate(
+    tiny_model: Model, wish: Reduction
+) -> None:
+    options = {"max_new_tokens": LENGTH, "reduction": wish}
+    alone = [
+        tiny_model.generate(picture(seed), text, **options)
+        for seed, text in ((1, "star?"), (2, "What color is the ring?"), (3, "square"))
+    ]
+    assert "".join(tiny_model.stream(picture(1), "star?", **options)) == alone[0]
+    chat = tiny_model.chat(picture(1), **options)
+    first = chat.send("star?")
+    assert (first, first.token_ids, first.usage) == (alone[0], alone[0].token_ids, alone[0].usage)
+    encoded = tiny_model.encode(picture(1), wish)
+    for reduction in (None, wish):  # an encoded image remembers
+        answer = tiny_model.generate(encoded, "star?", max_new_tokens=LENGTH, reduction=reduction)
+        assert (answer, answer.usage) == (alone[0], alone[0].usage)
+    batch = tiny_model.generate(
+        [picture(1), picture(2), None, picture(3)],
+        ["star?", "What color is the ring?", "circle", "square"],
+        batch_size=3,
+        **options,
+    )
+    text_only = tiny_model.generate(None, "circle", max_new_tokens=LENGTH)
+    for here, there in zip(batch, [*alone[:2], text_only, alone[2]], strict=True):
+        assert (here.token_ids, here.usage) == (there.token_ids, there.usage)
+
+
+@each_wish
+def test_score_is_what_generate_would_say(tiny_model: Model, wish: Reduction) -> None:
+    answer = tiny_model.generate(picture(4), "star?", max_new_tokens=4, reduction=wish)
+    written = tiny_model.tokenizer.decode(answer.token_ids)
+    score = tiny_model.score(picture(4), "star?", written, reduction=wish)
+    if score.token_ids == answer.token_ids:
+        assert score.is_greedy
+    both = tiny_model.score(
+        [picture(4), picture(5)], ["star?", "ring"], [written, "red"], reduction=wish
+    )
+    assert both[0].log_likelihood == pytest.approx(score.log_likelihood, abs=1e-4)
+    plain = tiny_model.score(picture(4), "star?", written)
+    assert plain.log_likelihood != pytest.approx(score.log_likelihood, abs=1e-6)
+
+
+@torch.inference_mode()
+@each_wish
+def test_prefill_takes_a_reduction(tiny_model: Model, wish: Reduction) -> None:
+    input_ids = torch.tensor([prompt_ids(tiny_model, "star?")])
+    pixels = llava_lite.generation.preprocess(picture(6), TINY_VISION.image_size, True)
+    logits, cache, position = tiny_model.prefill(input_ids, pixels, wish)
+    answer = tiny_model.generate(picture(6), "star?", max_new_tokens=2, reduction=wish)
+    token = int(logits[0, 0, : TINY_TEXT.sampled_vocab_size].argmax())
+    assert token == answer.token_ids[0]
+    logits, cache = tiny_model.decode(torch.tensor([token]), position, cache)
+    assert int(logits[0, 0, : TINY_TEXT.sampled_vocab_size].argmax()) == answer.token_ids[1]
+
+
+def test_presets_go_by_name(tiny_tokenizer: Tokenizer) -> None:
+    # 112 px are 64 patches; thresholds of its own for the preset that needs them.
+    vision = replace(TINY_VISION, image_size=140)
+    config = replace(
+        TINY_CONFIG, vision=vision, text=replace(TINY_TEXT, num_layers=4, max_positions=512)
+    )
+    model = Model(random_llava(config), tiny_tokenizer, thresholds=(0.6, 0.4))
+    for name, reduction in REDUCTIONS.items():
+        answers = [
+            model.generate(picture(1), "star?", max_new_tokens=2, reduction=wish)
+            for wish in (name, reduction)
+        ]
+        assert answers[0].token_ids == answers[1].token_ids
+        usage = answers[0].usage
+        expected = {"none": 100, "fastv-50": 100, "dymu-72": usage["image_tokens"]}.get(name, 72)
+        kept = {"fastv-50": 50, "hybrid-72-36": 36, "hybrid-vtu-72-36": 36}.get(name, expected)
+        assert (usage["image_tokens"], usage["kept_image_tokens"]) == (expected, kept)
+    assert (
+        model.generate(None, "star?", max_new_tokens=1, reduction="dymu-72").usage["image_tokens"]
+        == 0
+    )
+
+
+# ---- chats -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["vtu", "logical", "plain"])
+def test_a_merged_chat_equals_its_history_from_scratch(tiny_model: Model, positions: str) -> None:
+    wish = Reduction(ToMe(keep=6), positions)
+    chat = tiny_model.chat(picture(1), max_new_tokens=LENGTH, reduction=wish)
+    images = [tiny_model.encode(picture(1), wish)]
+    for text, extra in (("star?", None), ("And the ring?", picture(2)), ("red", None)):
+        answer = chat.send(text, image=extra)
+        if extra is not None:
+            images.append(tiny_model.encode(extra, wish))
+        spoken = chat.input_ids[: len(chat.input_ids) - len(answer.token_ids)]
+        assert list(answer.token_ids) == greedy(tiny_model, list(spoken), images, wish)
+
+
+def test_a_chat_prunes_every_image_once(tiny_model: Model) -> None:
+    wish = Reduction(ToMe(keep=8), "logical", FastV(keep=3, layer=1))
+    chat = tiny_model.chat(picture(1), max_new_tokens=2, reduction=wish)
+    kept, lengths = [], []
+    for text, extra in (("star?", None), ("ring?", None), ("square", picture(2)), ("red", None)):
+        kept.append(chat.send(text, image=extra).usage["kept_image_tokens"])
+        cache = chat.log.state.past_key_values
+        assert cache is not None
+        lengths.append([k.shape[2] for k, _ in cache])
+    assert kept == [3, 3, 6, 6]
+    dropped = [first - deep for first, *_, deep in lengths]
+    assert dropped == [5, 5, 10, 10]
+    assert all(middle == deep for _, middle, deep in lengths)
+
+
+# ---- encoded images ----------------------------------------------------------------------------
+
+
+def test_an_encoded_image_goes_with_other_positions_and_pruning(tiny_model: Model) -> None:
+    merge = ToMe(keep=6)
+    encoded = tiny_model.encode(picture(1), Reduction(merge))
+    for positions in ("vtu", "logical", "plain"):
+        for fastv in (None, FastV(keep=2, layer=1)):
+            wish = Reduction(merge, positions, fastv)
+            here = tiny_model.generate(encoded, "star?", max_new_tokens=LENGTH, reduction=wish)
+            there = tiny_model.generate(picture(1), "star?", max_new_tokens=LENGTH, reduction=wish)
+            assert (here.token_ids, here.usage) == (there.token_ids, there.usage)
+
+
+def test_a_batch_of_differently_encoded_images(tiny_model: Model) -> None:
+    wishes = [*WISHES.values(), Reduction()]
+    encoded = [tiny_model.encode(picture(seed), wish) for seed, wish in enumerate(wishes)]
+    together = tiny_model.generate(encoded, ["star?"] * len(wishes), max_new_tokens=LENGTH)
+    for answer, seed, wish in zip(together, range(len(wishes)), wishes, strict=True):
+        alone = tiny_model.generate(picture(seed), "star?", max_new_tokens=LENGTH, reduction=wish)
+        assert (answer.token_ids, answer.usage) == (alone.token_ids, alone.usage)
+
+
+def test_encoded_images_that_do_not_fit_the_call(tiny_model: Model) -> None:
+    six, eight = (tiny_model.encode(picture(1), Reduction(ToMe(keep=n))) for n in (6, 8))
+    plain = tiny_model.encode(picture(1))
+    with pytest.raises(ValueError, match=r"encoded with merge=ToMe\(keep=6.* call asks .*keep=8"):
+        tiny_model.generate(six, "star?", reduction=Reduction(ToMe(keep=8)))
+    with pytest.raises(ValueError, match=r"encoded with merge=None, but the call asks"):
+        tiny_model.generate(plain, "star?", reduction=Reduction(ToMe(keep=8)))
+    with pytest.raises(ValueError, match="different reductions"):
+        tiny_model.generate([six, eight], "star?")
+
+
+# ---- refused -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        (Reduction(ToMe(keep=P + 1)), rf"ToMe keep {P + 1} must be in \d+\.\.{P}"),
+        (Reduction(fastv=FastV(keep=2, layer=3)), r"FastV layer 3 must be in 1\.\.2"),
+        (Reduction(DToMe()), "no thresholds of its own: find some with `llava-lite thresholds`"),
+        (Reduction(DToMe((0.5,) * 5)), "5 DToMe thresholds for a tower that runs 2 of 3 blocks"),
+        ("dymu-73", "unknown reduction 'dymu-73'; there are none, tome-72"),
+        (72, "reduction 72 is neither a Reduction nor a preset's name"),
+    ],
+)
+def test_bad_reductions_are_refused_before_any_computation(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch, wish: object, message: str
+) -> None:
+    monkeypatch.setattr(tiny_model.llava.vision, "forward", None)
+    monkeypatch.setattr(tiny_model.llava.decoder, "forward", None)
+    options = {"reduction": wish}
+    calls = [
+        lambda: tiny_model.generate(picture(1), "star?", **options),
+        lambda: tiny_model.generate([picture(1)] * 2, ["star?", "ring"], **options),
+        lambda: tiny_model.stream(picture(1), "star?", **options),
+        lambda: tiny_model.chat(picture(1), **options).send("star?"),
+        lambda: tiny_model.score(picture(1), "star?", "red", **options),
+        lambda: tiny_model.encode(picture(1), wish),
+        lambda: tiny_model.prefill(torch.tensor([[1, IMAGE_TOKEN_ID]]), None, wish),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_own_thresholds_stand_in(tiny_tokenizer: Tokenizer) -> None:
+    llava = random_llava()
+    model = Model(llava, tiny_tokenizer, thresholds=(0.5, 0.2))
+    own = model.generate(picture(1), "star?", max_new_tokens=4, reduction=Reduction(DToMe()))
+    named = Model(llava, tiny_tokenizer).generate(
+        picture(1), "star?", max_new_tokens=4, reduction=Reduction(DToMe((0.5, 0.2)))
+    )
+    assert (own.token_ids, own.usage) == (named.token_ids, named.usage)
+    assert own.usage["image_tokens"] < P
+
+
+def test_the_context_is_counted_in_positions(tiny_model: Model) -> None:
+    """Merged images take as many positions as ever, but for `plain`, where their text moves up."""
+    words = len(prompt_ids(tiny_model, "star?")) - 1
+    room = TINY_TEXT.max_positions - words
+    for wish, taken in (
+        (Reduction(ToMe(keep=6)), P),
+        (Reduction(ToMe(keep=6), "logical", FastV(keep=2, layer=1)), P),
+        (Reduction(ToMe(keep=6), "plain"), 6),
+        (Reduction(DToMe((0.5, 0.2)), "plain"), P),  # nobody knows before looking
+    ):
+        message = rf"{words} prompt tokens \+ {taken} image positions \+ {room - taken + 1} new"
+        with pytest.raises(ContextError, match=message):
+            tiny_model.generate(
+                picture(1), "star?", max_new_tokens=room - taken + 1, reduction=wish
+            )
+        request = tiny_model.request(
+            [picture(1)],
+            "star?",
+            llava_lite.generation.GenerationOptions(room - taken, reduction=wish),
+        )
+        assert request.max_new_tokens == room - taken
