@@ -10,6 +10,7 @@ does the rest. `REDUCTIONS` are the named presets.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 from llava_lite.config import LlavaConfig, VisionConfig
 from llava_lite.tome import SCHEDULES, MergeStep, capped, spread, spread_to_keep
@@ -38,7 +39,7 @@ class ToMe:
             raise ValueError("ToMe needs either keep or r")
         for name in ("keep", "r"):
             if getattr(self, name) is not None:
-                require_count(f"ToMe {name}", getattr(self, name))
+                object.__setattr__(self, name, checked_count(f"ToMe {name}", getattr(self, name)))
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"ToMe schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}"
@@ -126,9 +127,9 @@ class FastV:
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.drop is None):
             raise ValueError("FastV needs either keep or drop")
-        require_count("FastV layer", self.layer)
+        object.__setattr__(self, "layer", checked_count("FastV layer", self.layer))
         if self.drop is None:
-            require_count("FastV keep", self.keep)
+            object.__setattr__(self, "keep", checked_count("FastV keep", self.keep))
         elif not (isinstance(self.drop, float) and 0 < self.drop < 1):
             raise ValueError(f"FastV drop {self.drop!r} must be a number above 0 and below 1")
         if self.score not in SCORES:
@@ -222,10 +223,11 @@ class Reduction:
         return checked
 
 
-def require_count(name: str, value: object) -> None:
-    """Raise ValueError for anything but a whole number from 1 on."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def checked_count(name: str, value: object) -> int:
+    """The value as an int. Raises ValueError for anything but a whole number from 1 on."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} {value!r} must be a whole number of at least 1")
+    return int(value)
 
 
 NO_REDUCTION = Reduction()
