@@ -745,6 +745,7 @@ class Screen:
         os.write(self.master, line.encode())
 
     def interrupt(self) -> None:
+        time.sleep(0.5)  # readline shows its prompt a moment before it listens to signals
         self.process.send_signal(signal.SIGINT)
 
     def wait_for(self, pattern: str, seconds: float = 120) -> str:
