@@ -170,12 +170,10 @@ def spread_to_keep(keep: int, num_patches: int, num_blocks: int) -> list[int]:
     else:
         raise ValueError(f"{num_blocks} blocks cannot merge {num_patches} patches into {keep}")
     for num_full in range(num_blocks + 1):
-        wanted = [share - (block_idx >= num_full) for block_idx in range(num_blocks)]
-        counts = capped([max(count, 0) for count in wanted], num_patches)
-        if sum(counts) >= total:
+        wanted = [share] * num_full + [share - 1] * (num_blocks - num_full)
+        counts = capped(wanted, num_patches)
+        if sum(counts) == total:  # one wish more is at most one merge more: never stepped over
             break
-    for block_idx in reversed(range(num_blocks)):  # the last ones took what was left to take
-        counts[block_idx] -= min(counts[block_idx], sum(counts) - total)
     return counts
 
 

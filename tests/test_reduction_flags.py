@@ -1,4 +1,4 @@
-"""Token reduction on the command line: what the flags mean, what is refused, and what is printed."""
+"""Token reduction on the command line: what the flags mean, what is refused, what is printed."""
 
 import argparse
 import json

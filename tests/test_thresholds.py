@@ -558,7 +558,7 @@ def test_bad_images_are_left_out(tiny_model: Model) -> None:
 
 
 def test_what_cannot_be_asked_for(tiny_model: Model) -> None:
-    with pytest.raises(ValueError, match=r"keep 72 must be in 1\.\.16"):
+    with pytest.raises(ValueError, match=r"keep 72 must be in 4\.\.16"):
         find_thresholds(tiny_model, [noise(0)])
     with pytest.raises(ValueError, match="batch_size 0"):
         find_thresholds(tiny_model, [noise(0)], ToMe(keep=8), batch_size=0)
@@ -696,7 +696,7 @@ def test_bad_input_and_output(tiny_model: Model, pictures: Path, tmp_path: Path)
     ]:
         with pytest.raises(BatchError, match=reason):
             run(tiny_model, images, place, *more)
-    with pytest.raises(ValueError, match=r"keep 17 must be in 1\.\.16"):
+    with pytest.raises(ValueError, match=r"keep 17 must be in 4\.\.16"):
         run(tiny_model, pictures, output, "--keep", 17)
     assert [file.name for file in tmp_path.iterdir()] == ["empty"]
 
