@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, TINY_TEXT, random_llava
 
 
 @pytest.fixture(scope="module")
@@ -14,6 +17,7 @@ def benchmark() -> ModuleType:
     spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools" / "benchmark.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmark"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -41,6 +45,35 @@ def test_reduction(
     assert rows["prefill", "hybrid-72-36"]["image_tokens"] == 72
     assert content["extrapolated_prefill_ratios"]["none"] == 1
     assert content["machine"]["torch"]
+
+
+def test_settings_take_turns_and_the_first_round_does_not_count(benchmark: ModuleType) -> None:
+    calls: list[str] = []
+    runs = {("part", name): partial(calls.append, name) for name in ("full", "merged")}
+    seconds = benchmark.time_in_turns(runs, 2, "cpu")
+    assert calls == ["full", "merged"] * 3
+    assert {key: len(values) for key, values in seconds.items()} == dict.fromkeys(runs, 2)
+
+
+@pytest.mark.parametrize(("ratio", "code"), [(0.6, 0), (0.7, 1)])
+def test_only_strict_runs_fail_beyond_a_bound(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, ratio: float, code: int
+) -> None:
+    row = benchmark.Measurement("tower", "keep=72", 1.0, (1.0, 1.0), ratio, bound=0.65)
+    monkeypatch.setattr(benchmark, "measure_reduction", lambda *_: ([row], {}))
+    assert benchmark.main(["--size", "tiny"]) == 0
+    assert benchmark.main(["--size", "tiny", "--strict"]) == code
+
+
+def test_layers_are_timed_in_watched_forwards_only(benchmark: ModuleType) -> None:
+    model, token = random_llava(), torch.tensor([[5]])
+    timer = benchmark.LayerTimer(model, "cpu")
+    with torch.inference_mode():
+        for _ in range(2):
+            timer.watch("none", partial(model.prefill, token, None))
+            _, cache, position = model.prefill(token, None)
+            model.decode(token, position, cache)
+    assert [len(layers) for layers in timer.seconds()["none"]] == [TINY_TEXT.num_layers] * 2
 
 
 def test_extrapolation(benchmark: ModuleType) -> None:

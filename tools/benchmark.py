@@ -23,6 +23,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -35,6 +36,8 @@ from llava_lite.attention import KVCache
 from llava_lite.config import LLAVA_1_5_7B, TINY, LlavaConfig
 from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage, Llava
 from llava_lite.reduction import NO_REDUCTION, REDUCTIONS, Reduction, ToMe
+
+RunKey = tuple[str, str]  # part, setting
 
 WORDS_BEFORE, WORDS_AFTER = 35, 29
 DECODED = 8  # tokens per timing
@@ -81,13 +84,52 @@ def random_model(config: LlavaConfig, dtype: torch.dtype, device: str) -> Llava:
     """A model that was never trained. Norms are 1, so that numbers stay in range."""
     with torch.device("meta"):
         model = Llava(config)
-    model = model.to_empty(device=device).to(dtype).eval()
+    model = model.to(dtype).to_empty(device=device).eval()  # never in memory in float32
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.02)
         else:
             nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
     return model
+
+
+def seconds_of(run: Callable[[], Any], device: str) -> float:
+    """Wall clock of one call, what it queued on a GPU included."""
+    synchronize(device)
+    start = perf_counter()
+    run()
+    synchronize(device)
+    return perf_counter() - start
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def time_in_turns(
+    runs: dict[RunKey, Callable[[], Any]], repeat: int, device: str
+) -> dict[RunKey, list[float]]:
+    """Seconds of every run, `repeat` times each. All take their turn, then all the next one; the
+    first round warms up and does not count."""
+    seconds: dict[RunKey, list[float]] = {key: [] for key in runs}
+    for turn in tqdm(range(repeat + 1), "rounds", file=sys.stderr):
+        for key, run in runs.items():
+            elapsed = seconds_of(run, device)
+            if turn:
+                seconds[key].append(elapsed)
+    return seconds
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """First and third; both the value where there is only one."""
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+# ---- token reduction ---------------------------------------------------------------------------
 
 
 def prompt_ids(config: LlavaConfig) -> list[int]:
@@ -112,108 +154,92 @@ def decode(model: Llava, cache: KVCache, position: int) -> None:
         _, cache = model.decode(token, position + step, cache)
 
 
-def seconds_of(run: Callable[[], Any], device: str) -> float:
-    """Wall clock of one call, what it queued on a GPU included."""
-    synchronize(device)
-    start = perf_counter()
-    run()
-    synchronize(device)
-    return perf_counter() - start
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
 def measure_reduction(
     model: Llava, repeat: int, device: str
 ) -> tuple[list[Measurement], dict[str, float]]:
     """All settings, and the prefill ratios extrapolated to all layers of the model."""
-    config, size = model.config, model.config.vision.image_size
-    pixels = torch.randn(1, 3, size, size, device=device, dtype=model.dtype)
-    input_ids = prompt_ids(config)
+    vision = model.config.vision
+    shape = (1, 3, vision.image_size, vision.image_size)
+    pixels = torch.randn(shape, device=device, dtype=model.dtype)
+    input_ids = prompt_ids(model.config)
     images = {name: model.encode_image(pixels, REDUCTIONS[name])[0] for name in DECODER_SETTINGS}
-    caches = {name: prefill(model, input_ids, images[name], REDUCTIONS[name]) for name in images}
-    runs: dict[tuple[str, str], Callable[[], Any]] = {}
-    for name, reduction in TOWER_SETTINGS.items():
-        steps = reduction.merge.steps(config.vision) if reduction.merge else None
-        runs["tower", name] = lambda steps=steps: model.vision(pixels, steps)
-    for name in DECODER_SETTINGS:
-        arguments = (input_ids, images[name], REDUCTIONS[name])
-        runs["prefill", name] = lambda arguments=arguments: prefill(model, *arguments)
-    for name in DECODER_SETTINGS:
-        runs["decode", name] = lambda cache=caches[name]: decode(model, *cache)
+    prefills = {
+        name: partial(prefill, model, input_ids, image, REDUCTIONS[name])
+        for name, image in images.items()
+    }
+    caches = {name: run() for name, run in prefills.items()}
     timer = LayerTimer(model, device)
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    layers: dict[str, list[list[float]]] = {name: [] for name in DECODER_SETTINGS}
-    for turn in tqdm(range(repeat + 1), "rounds", file=sys.stderr):
-        for key, run in runs.items():
-            timer.clear()
-            elapsed = seconds_of(run, device)
-            if turn:  # the first round warms up
-                seconds[key].append(elapsed)
-                if key[0] == "prefill":
-                    layers[key[1]].append(timer.seconds)
-    timer.remove()
-    rows = []
-    for (part, name), values in seconds.items():
-        per_run = [value / (DECODED if part == "decode" else 1) for value in values]
-        whole = statistics.median(seconds[part, "none"]) / (DECODED if part == "decode" else 1)
-        median = statistics.median(per_run)
-        cache = None if part == "tower" else caches[name][0]
-        rows.append(
-            Measurement(
-                part,
-                name,
-                median,
-                quartiles(per_run),
-                median / whole,
-                BOUNDS.get((part, name)),
-                None if part == "tower" else len(images[name].image_embeds),
-                None if cache is None else sum(k.nbytes + v.nbytes for k, v in cache),
-            )
-        )
+    runs: dict[RunKey, Callable[[], Any]] = {}
+    for name, reduction in TOWER_SETTINGS.items():
+        steps = reduction.merge.steps(vision) if reduction.merge else None
+        runs["tower", name] = partial(model.vision, pixels, steps)
+    for name, run in prefills.items():
+        runs["prefill", name] = partial(timer.watch, name, run)
+    for name, cache in caches.items():
+        runs["decode", name] = partial(decode, model, *cache)
+    seconds = time_in_turns(runs, repeat, device)
+    layers = {name: rounds[1:] for name, rounds in timer.seconds().items()}  # as time_in_turns
+    rows = [
+        measurement(key, seconds, images.get(key[1]), caches.get(key[1], (None, 0))[0])
+        for key in seconds
+    ]
     return rows, extrapolate(layers)
 
 
-def quartiles(values: list[float]) -> tuple[float, float]:
-    """First and third; both the value where there is only one."""
-    if len(values) < 2:
-        return values[0], values[0]
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, third
+def measurement(
+    key: RunKey,
+    seconds: dict[RunKey, list[float]],
+    image: EncodedImage | None,
+    cache: KVCache | None,
+) -> Measurement:
+    """One line of the table, from the seconds of all runs, the image and the cache of this one."""
+    part, name = key
+    calls = DECODED if part == "decode" else 1
+    values = [value / calls for value in seconds[key]]
+    median = statistics.median(values)
+    ratio = median / (statistics.median(seconds[part, "none"]) / calls)
+    counts: tuple[int | None, int | None] = (None, None)
+    if part != "tower" and image is not None and cache is not None:
+        counts = len(image.image_embeds), sum(k.nbytes + v.nbytes for k, v in cache)
+    return Measurement(part, name, median, quartiles(values), ratio, BOUNDS.get(key), *counts)
 
 
 class LayerTimer:
-    """Seconds of every decoder layer of the last forward, by hooks around it."""
+    """Notes when each decoder layer of a watched forward starts and ends. On a GPU these are events
+    in its queue: to wait for every layer would slow down what is measured."""
 
     def __init__(self, model: Llava, device: str) -> None:
-        self.seconds: list[float] = []
-        self.device, self.start = device, 0.0
-        self.hooks = [
-            hook
-            for layer in model.decoder.layers
-            for hook in (
-                layer.register_forward_pre_hook(self.before),
-                layer.register_forward_hook(self.after),
-            )
-        ]
+        self.layers, self.on_gpu = model.decoder.layers, device.startswith("cuda")
+        self.marks: list[Any] = []
+        self.rounds: dict[str, list[list[Any]]] = {}
 
-    def before(self, *_: object) -> None:
-        synchronize(self.device)
-        self.start = perf_counter()
+    def mark(self, *_: object) -> None:
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(perf_counter())
 
-    def after(self, *_: object) -> None:
-        synchronize(self.device)
-        self.seconds.append(perf_counter() - self.start)
-
-    def clear(self) -> None:
-        self.seconds = []
-
-    def remove(self) -> None:
-        for hook in self.hooks:
+    def watch(self, name: str, run: Callable[[], Any]) -> None:
+        """One forward, to be found under `name`."""
+        self.marks = []
+        hooks = [layer.register_forward_pre_hook(self.mark) for layer in self.layers]
+        hooks += [layer.register_forward_hook(self.mark) for layer in self.layers]
+        run()
+        for hook in hooks:  # nothing else is to be noted, nor slowed down
             hook.remove()
+        self.rounds.setdefault(name, []).append(self.marks)
+
+    def seconds(self) -> dict[str, list[list[float]]]:
+        """By name, for each watched forward the seconds of every layer. The GPU must be idle."""
+        return {
+            name: [list(map(self.between, marks[::2], marks[1::2])) for marks in rounds]
+            for name, rounds in self.rounds.items()
+        }
+
+    def between(self, start: Any, stop: Any) -> float:
+        return start.elapsed_time(stop) / 1000 if self.on_gpu else stop - start
 
 
 def extrapolate(layers: dict[str, list[list[float]]]) -> dict[str, float]:
