@@ -125,13 +125,18 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
         prog="llava-lite",
+        usage="llava-lite COMMAND [options]",
         description="LLaVA-1.5: ask questions about images.",
         epilog=f"llava-lite COMMAND --help explains a command\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"llava-lite {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        prog="llava-lite",
+        metavar="COMMAND [...]",  # as wide as the longest, or argparse breaks that one's line
+        required=True,
+    )
     add_generate(commands)
     add_chat(commands)
     add_batch(commands)
@@ -237,7 +242,7 @@ def add_batch(commands: Any) -> None:
 
 
 def add_convert(commands: Any) -> None:
-    summary = "write a checkpoint of any layout as one folder that loads fast"
+    summary = "write a checkpoint of any layout as a folder that loads fast"
     usage = "SOURCE DESTINATION"
     convert.add_arguments(add_command(commands, "convert", convert.run, usage, summary))
 
@@ -629,18 +634,14 @@ def run_download(args: argparse.Namespace) -> int:
 
 def show_presets(as_json: bool) -> int:
     """`llava-lite info --presets`."""
-    from dataclasses import asdict
-
     from llava_lite import info
     from llava_lite.config import PRESETS
-    from llava_lite.reduction import REDUCTIONS
 
     if as_json:
         models = {name: info.describe_preset(name).to_dict() for name in PRESETS}
         for content in models.values():
             del content["tensors"]
-        reductions = {name: asdict(reduction) for name, reduction in REDUCTIONS.items()}
-        print(json.dumps({"models": models, "reductions": reductions}))
+        print(json.dumps({"models": models, "reductions": info.describe_reductions()}))
     else:
         print(f"{info.format_presets()}\n\n{info.format_reductions()}")
     return OK

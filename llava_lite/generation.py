@@ -174,11 +174,13 @@ class Model:
     def encode(self, image: Any, reduction: Reduction | str | None = None) -> EncodedImage:
         """Look at one image now, to ask about it many times later.
 
-        Merging happens here. The rest of the reduction holds for calls that name none."""
+        Merging happens here. The rest of the reduction holds for calls that name none; of an image
+        that is encoded already only this rest can still change. Raises ImageError and ValueError.
+        """
         wish = None if reduction is None else Reduction.of(reduction)
         checked = self.reduction_for([image], wish)
         [encoded], _ = self.encode_images([(image, checked)], DEFAULT_BATCH_SIZE)
-        return encoded
+        return replace(encoded, reduction=checked)
 
     @torch.inference_mode()
     def prefill(
@@ -188,7 +190,8 @@ class Model:
         reduction: Reduction | str | None = None,
         all_logits: bool = False,
     ) -> tuple[Tensor, KVCache, int]:
-        """`Llava.prefill`: input_ids (1, T) with -200 per image, pixel_values (images, 3, S, S)."""
+        """`Llava.prefill`: input_ids (1, T) with -200 per image, pixel_values (images, 3, S, S),
+        and a reduction or its name. Raises PromptError, ValueError."""
         checked = Reduction.of(reduction).check(self.config, self.thresholds)
         return self.llava.prefill(input_ids, pixel_values, checked, all_logits)
 
@@ -283,7 +286,8 @@ class Model:
         ]
 
     def request(self, images: Sequence[Any], prompt: str, options: GenerationOptions) -> Request:
-        """Build the prompt's ids and check them against the context."""
+        """Build the prompt's ids, check them against the context and the reduction against the
+        model. Raises as `continuation`."""
         template = options.template or self.config.template
         turns = [(place_images(prompt, len(images), template), None)]
         text = build_prompt(template, turns, options.system)
@@ -300,7 +304,8 @@ class Model:
         counts: TokenCounts = NO_TOKENS,
     ) -> Request:
         """`input_ids` after what `state` holds (nothing, or a chat so far, which has the tokens of
-        `counts`). Raises ContextError."""
+        `counts`). Raises PromptError, ContextError, and ValueError for a reduction that the model
+        or its images do not allow."""
         slots = input_ids.count(IMAGE_TOKEN_ID)
         if slots != len(images):
             raise PromptError.of_counts(slots, len(images))

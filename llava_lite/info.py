@@ -21,6 +21,16 @@ from llava_lite.errors import CheckpointError
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Words around one image in the prompt of the memory estimate, answer included.
 TEXT_TOKENS = 256
+# What each preset of token reduction is for.
+PURPOSES = {
+    "none": "plain LLaVA: every image token",
+    "tome-72": "merge; attention still sees every position",
+    "tome-72-logical": "merge; attention sees only what is left",
+    "dymu-72": "merge plain images more, busy ones less",
+    "fastv-50": "drop the half that the prompt looks at least",
+    "hybrid-72-36": "merge, then prune: the fast one",
+    "hybrid-vtu-72-36": "the same over every position: the careful one",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class TensorInfo:
 @dataclass(frozen=True)
 class Info:
     """A model on paper. `source` and `layout` are None for a preset; `ignored` counts the stored
-    tensors that the model never reads."""
+    tensors that the model never reads; `thresholds` are what DToMe goes by, if it has some."""
 
     config: LlavaConfig
     tensors: tuple[TensorInfo, ...]
@@ -43,6 +53,7 @@ class Info:
     layout: str | None = None
     revision: str | None = None
     ignored: int = 0
+    thresholds: tuple[float, ...] | None = None
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -94,6 +105,7 @@ class Info:
             "parameters": self.parameters,
             "memory": self.memory,
             "ignored_tensors": self.ignored,
+            "thresholds": self.thresholds,
             "tensors": [asdict(tensor) for tensor in self.tensors],
         }
 
@@ -118,6 +130,7 @@ def describe_source(
     Raises CheckpointError."""
     from llava_lite.meta import expected_shapes
     from llava_lite.sources import open_source
+    from llava_lite.thresholds import own_thresholds
 
     source = open_source(Path(path), base, vision_tower)
     tensors = []
@@ -126,7 +139,13 @@ def describe_source(
         tensors.append(TensorInfo(name, entry.shape, str(entry.dtype).removeprefix("torch.")))
     skipped = len(source.ignored) + len({entry.stored for entry in source.unused.values()})
     return Info(
-        source.config, tuple(tensors), str(source.path), source.layout, source.revision, skipped
+        source.config,
+        tuple(tensors),
+        str(source.path),
+        source.layout,
+        source.revision,
+        skipped,
+        own_thresholds(source),
     )
 
 
@@ -174,8 +193,16 @@ def architecture_lines(info: Info) -> list[str]:
         f"{text.head_dim}, vocabulary {text.vocab_size}",
         "context": f"{text.max_positions} tokens",
         "template": f"{config.template}, images {images}",
+        "thresholds": info.source and format_thresholds(info.thresholds),
     }
     return [config.name, *(f"  {name:<11}{fact}" for name, fact in facts.items() if fact)]
+
+
+def format_thresholds(thresholds: Sequence[float] | None) -> str:
+    """Whether a model can merge by likeness as it is."""
+    if thresholds is None:
+        return "none: dymu-72 and --merge dtome need some (llava-lite thresholds)"
+    return f"{len(thresholds)}, what dymu-72 and --merge dtome go by"
 
 
 def parameter_lines(info: Info) -> list[str]:
@@ -254,24 +281,32 @@ def format_presets() -> str:
     return "\n".join(lines)
 
 
+def describe_reductions() -> dict[str, dict[str, Any]]:
+    """The presets of token reduction by name: what each is for, and its parts. Plain types."""
+    from llava_lite.reduction import REDUCTIONS
+
+    return {
+        name: {"purpose": PURPOSES[name], **asdict(reduction)}
+        for name, reduction in REDUCTIONS.items()
+    }
+
+
 def format_reductions() -> str:
-    """One line per preset of token reduction: name, and its parts."""
+    """One line per preset of token reduction: name, its parts, and what it is for."""
     from llava_lite.reduction import REDUCTIONS, ToMe
 
-    lines = [f"{'reduction':<20}{'merging':<34}{'positions':<12}pruning"]
+    lines = [f"{'reduction':<18}{'merge':<16}{'positions':<11}{'fastv':<20}for"]
     for name, reduction in REDUCTIONS.items():
         merge, fastv = reduction.merge, reduction.fastv
-        merging, positions, pruning = "-", "-", "-"
-        if isinstance(merge, ToMe):
-            merging, positions = f"to {merge.keep} tokens", reduction.positions
-        elif merge is not None:
-            merging, positions = "by the model's thresholds", reduction.positions
+        positions = reduction.positions if merge else "-"
+        merging = (
+            f"keep {merge.keep}" if isinstance(merge, ToMe) else "thresholds" if merge else "-"
+        )
+        pruning = "-"
         if fastv is not None:
-            amount = (
-                f"to {fastv.keep} tokens" if fastv.keep else f"by {100 * (fastv.drop or 0):.0f} %"
-            )
-            pruning = f"{amount}, from layer {fastv.layer} on"
-        lines.append(f"{name:<20}{merging:<34}{positions:<12}{pruning}")
+            amount = f"keep {fastv.keep}" if fastv.keep else f"drop {100 * (fastv.drop or 0):.0f} %"
+            pruning = f"{amount}, layer {fastv.layer}"
+        lines.append(f"{name:<18}{merging:<16}{positions:<11}{pruning:<20}{PURPOSES[name]}")
     return "\n".join(lines)
 
 

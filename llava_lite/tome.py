@@ -123,12 +123,12 @@ def new_places(best: Tensor, destination: Tensor, r: int, num_tokens: int) -> Te
 def average(x: Tensor, size: Tensor, places: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Mean of the tokens x (B, T, C) that share a place, each counted `size` (B, T) times,
     summed in float32 at least: the new x (B, T', C) and the new size (B, T')."""
-    weighted = x.to(torch.promote_types(x.dtype, torch.float32)) * size[..., None]
+    weighted = x * size[..., None]  # in the precision of size
     sums = weighted.new_zeros(len(x) * num_tokens, x.shape[2])
     rows = places + num_tokens * torch.arange(len(x), device=x.device)[:, None]
     sums.index_add_(0, rows.flatten(), weighted.flatten(0, 1))
     new_size = size.new_zeros(len(x), num_tokens).scatter_add_(1, places, size)
-    mean = sums.view(len(x), num_tokens, -1) / new_size[..., None]
+    mean = sums.view(len(x), num_tokens, -1).div_(new_size[..., None])
     return mean.to(x.dtype), new_size
 
 

@@ -20,6 +20,7 @@ from llava_lite.checkpoint import save_model
 from llava_lite.cli import main
 from llava_lite.errors import ImageError
 from llava_lite.generation import Model
+from llava_lite.reduction import FastV, Reduction, ToMe
 
 COLORS = ("red", "green", "blue", "white", "black")
 
@@ -367,6 +368,49 @@ def test_same_id_for_another_question_is_refused(images: Path) -> None:
     run_batch(Echo(), read_rows(images, "Describe."), output)
     with pytest.raises(BatchError, match="line 1: id 'black.png' was asked with another prompt"):
         run_batch(Echo(), read_rows(images, "Count."), output, resume=True)
+
+
+def test_lines_of_a_reduction_are_the_single_answers_and_name_it(
+    images: Path, tiny_model: Model
+) -> None:
+    wish = Reduction(ToMe(keep=8), "logical", FastV(keep=3, layer=1))
+    path = write_jsonl(
+        images / "rows.jsonl",
+        [
+            {"id": 1, "image": "red.png", "prompt": "What color is the star?"},
+            {"id": 2, "images": ["green.png", "blue.png"], "prompt": "Which?"},
+            {"id": 3, "prompt": "No image here"},
+            {"id": 4, "image": "absent.png", "prompt": "What?"},
+        ],
+    )
+    rows, output = read_rows(path), images / "out.jsonl"
+    run_batch(tiny_model, rows, output, batch_size=3, max_new_tokens=8, reduction=wish)
+    records = read_jsonl(output)
+    for row, record in zip(rows[:3], records, strict=False):
+        answer = tiny_model.generate(row.sources, row.prompt, max_new_tokens=8, reduction=wish)
+        assert (record["answer"], record["usage"]) == (str(answer), answer.usage)
+    assert [record["usage"].get("kept_image_tokens") for record in records] == [3, 3, 0, None]
+    assert "absent.png" in records[3]["error"]
+    assert [record["reduction"] for record in records] == [repr(wish)] * 4
+    with pytest.raises(BatchError, match="line 1: id 1 was asked with another reduction"):
+        run_batch(tiny_model, rows, output, resume=True, reduction="tome-72")
+    again = run_batch(tiny_model, rows, output, resume=True, reduction=wish)
+    assert (again.present, again.answered, again.failed) == (3, 0, 1)
+    assert read_jsonl(output) == records
+
+
+def test_no_reduction_and_the_one_named_none_are_the_same(images: Path) -> None:
+    output, rows = images / "out.jsonl", read_rows(images, "Describe.")
+    run_batch(Echo(), rows, output, reduction="none")
+    assert all("reduction" not in record for record in read_jsonl(output))
+    assert run_batch(Echo(), rows, output, resume=True, reduction=None).present == 5
+
+
+def test_unknown_reduction_shows_before_the_output_is_touched(images: Path) -> None:
+    output = images / "out.jsonl"
+    with pytest.raises(ValueError, match="unknown reduction 'best'"):
+        run_batch(Echo(), read_rows(images, "Describe."), output, reduction="best")
+    assert not output.exists()
 
 
 def test_shards_may_share_an_output_one_after_the_other(images: Path) -> None:

@@ -26,7 +26,7 @@ from llava_lite.generation import Model
 from llava_lite.repl import CHAT_HELP, Repl
 from llava_lite.tokenizer import Tokenizer
 
-COMMANDS = ("generate", "chat", "batch", "convert", "download", "info")
+COMMANDS = ("generate", "chat", "batch", "convert", "download", "info", "thresholds")
 QUESTION = "What color is the star?"
 
 
@@ -130,6 +130,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--threads", "0"], "'0'"),
         (["--temperature", "warm"], "warm"),
         (["--json", "--stream"], "--json"),
+        (["--trace"], "--trace"),
+        (["--fastv-layer", "two"], "two"),
         (["-p", ""], "the prompt is empty"),
         (["-i", "-", "-", "-p", "x"], "stdin"),
     ],
@@ -141,7 +143,8 @@ def test_wrong_usage_is_exit_code_2(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("usage: llava-lite generate ")
-    assert named in printed.err.splitlines()[-1]
+    last = printed.err.splitlines()[-1]
+    assert last.startswith("llava-lite generate: error: ") and named in last
 
 
 def test_a_prompt_is_needed(
@@ -231,6 +234,8 @@ def test_every_option_reaches_the_model(
         "stop": ["a", "b"],
         "system": "be_brief",
         "template": "v1",
+        "reduction": None,
+        "trace": False,
     }
 
 
@@ -677,9 +682,9 @@ def test_help_and_stats_in_the_chat(
     printed = capsys.readouterr().err
     assert printed.startswith("no answer yet\n")
     assert CHAT_HELP in printed
-    assert "-> 6 new" in printed
+    assert "image tokens: 6 new (length)" in printed
     assert chat("What?\nWhy?\n", monkeypatch, "-m", model_folder, "--stats") == 0
-    assert capsys.readouterr().err.count("-> 6 new") == 2
+    assert capsys.readouterr().err.count("image tokens: 6 new (length)") == 2
 
 
 def test_bad_first_image_ends_the_chat(

@@ -17,6 +17,7 @@ from llava_lite.config import PRESETS
 from llava_lite.convert import convert
 from llava_lite.generation import Model
 from llava_lite.info import TensorInfo
+from llava_lite.reduction import REDUCTIONS, Reduction
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +125,50 @@ def test_json(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert content["parameters"]["total"] == total
 
 
+def test_thresholds_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    save_model(random_llava(), TINY_CONFIG, folder)
+    file = folder / "thresholds.json"
+    for content, value, line in (
+        (None, None, "none: dymu-72 and --merge dtome need some (llava-lite thresholds)"),
+        ([0.9, 0.5], [0.9, 0.5], "2, what dymu-72 and --merge dtome go by"),
+    ):
+        if content:
+            file.write_text(json.dumps(content))
+        assert main(["info", str(folder)]) == 0
+        assert f"\n  thresholds {line}\n" in capsys.readouterr().out
+        assert main(["info", str(folder), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["thresholds"] == value
+    file.write_text("[0.9]")  # of another tower
+    assert main(["info", str(folder)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith(f"error: {file}")
+    assert main(["info", "llava-1.5-7b"]) == 0  # sizes alone have none, nor lack any
+    assert "thresholds" not in capsys.readouterr().out
+
+
 def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--presets"]) == 0
     printed = capsys.readouterr().out
     for name in PRESETS:
-        assert name in printed
+        assert f"\n{name} " in f"\n{printed}"
+    rows = {line.split()[0]: line for line in printed.split("\n\n")[1].splitlines()[1:]}
+    assert list(rows) == list(REDUCTIONS) == list(info.PURPOSES)
+    for name, parts in (
+        ("none", "- - - plain LLaVA: every image token"),
+        ("dymu-72", "thresholds vtu - merge plain images more, busy ones less"),
+        ("fastv-50", "- - drop 50 %, layer 3 drop the half that the prompt looks at least"),
+        ("hybrid-72-36", "keep 72 logical keep 36, layer 3 merge, then prune: the fast one"),
+    ):
+        assert " ".join(rows[name].split()) == f"{name} {parts}"
+    assert max(map(len, printed.splitlines())) <= 110
+    assert main(["info", "--presets", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert list(content["models"]) == list(PRESETS)
+    for name, parts in content["reductions"].items():
+        assert parts.pop("purpose") == info.PURPOSES[name]
+        assert set(parts) == set(Reduction.__dataclass_fields__)
+    assert content["reductions"]["hybrid-72-36"]["merge"]["keep"] == 72
     assert main(["info", "llava-1.5-13b", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["source"] is None
 

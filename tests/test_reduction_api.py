@@ -43,19 +43,32 @@ def prompt_ids(model: Model, text: str, num_images: int = 1) -> list[int]:
 
 
 @torch.inference_mode()
-def greedy(model: Model, input_ids: list[int], images: list[EncodedImage], wish: Reduction) -> list:
-    """Prefill and decode by hand."""
+def by_hand(
+    model: Model,
+    input_ids: list[int],
+    images: list[EncodedImage],
+    wish: Reduction,
+    spoken: tuple[int, ...] = (),
+    length: int = LENGTH,
+) -> tuple[list[int], list[float]]:
+    """Prefill, then decode one token after the other: those of `spoken`, then greedily `length`
+    more. Returns these, and the log-probabilities of `spoken`."""
     rows, layout = model.llava.splice(input_ids, images, positions=wish.positions)
     logits, [cache], _ = model.llava([rows], [layout], [None], [wish.fastv])
     tokens: list[int] = []
-    for step in range(LENGTH):
-        tokens.append(int(logits.flatten()[: TINY_TEXT.sampled_vocab_size].argmax()))
-        if tokens[-1] == TINY_TEXT.eos_id:
-            return tokens[:-1]
-        logits, cache = model.llava.decode(
-            torch.tensor(tokens[-1]), layout.next_position + step, cache
-        )
-    return tokens
+    logprobs: list[float] = []
+    for step in range(len(spoken) + length):
+        text_logits = logits.flatten()[: TINY_TEXT.sampled_vocab_size]
+        if step < len(spoken):
+            token = spoken[step]
+            logprobs.append(float(text_logits.log_softmax(-1)[token]))
+        else:
+            token = int(text_logits.argmax())
+            if token == TINY_TEXT.eos_id:
+                break
+            tokens.append(token)
+        logits, cache = model.llava.decode(torch.tensor(token), layout.next_position + step, cache)
+    return tokens, logprobs
 
 
 # ---- the entry points agree --------------------------------------------------------------------
@@ -64,7 +77,7 @@ def greedy(model: Model, input_ids: list[int], images: list[EncodedImage], wish:
 @each_wish
 def test_generate_is_prefill_and_decode(tiny_model: Model, wish: Reduction) -> None:
     images = [tiny_model.encode(picture(seed), wish) for seed in (1, 2)]
-    expected = greedy(tiny_model, prompt_ids(tiny_model, "star?", 2), images, wish)
+    expected, _ = by_hand(tiny_model, prompt_ids(tiny_model, "star?", 2), images, wish)
     for given in (images, [picture(1), picture(2)]):
         answer = tiny_model.generate(given, "star?", max_new_tokens=LENGTH, reduction=wish)
         assert list(answer.token_ids) == expected
@@ -105,8 +118,10 @@ def test_score_is_what_generate_would_say(tiny_model: Model, wish: Reduction) ->
     answer = tiny_model.generate(picture(4), "star?", max_new_tokens=4, reduction=wish)
     written = tiny_model.tokenizer.decode(answer.token_ids)
     score = tiny_model.score(picture(4), "star?", written, reduction=wish)
-    if score.token_ids == answer.token_ids:
-        assert score.is_greedy
+    images = [tiny_model.encode(picture(4), wish)]
+    prompt = prompt_ids(tiny_model, "star?")
+    _, logprobs = by_hand(tiny_model, prompt, images, wish, score.token_ids, length=0)
+    assert score.token_logprobs == pytest.approx(logprobs, abs=1e-4)
     both = tiny_model.score(
         [picture(4), picture(5)], ["star?", "ring"], [written, "red"], reduction=wish
     )
@@ -129,7 +144,7 @@ def test_prefill_takes_a_reduction(tiny_model: Model, wish: Reduction) -> None:
 
 
 def test_presets_go_by_name(tiny_tokenizer: Tokenizer) -> None:
-    # 112 px are 64 patches; thresholds of its own for the preset that needs them.
+    # 140 px are 100 patches; thresholds of its own for the preset that needs them.
     vision = replace(TINY_VISION, image_size=140)
     config = replace(
         TINY_CONFIG, vision=vision, text=replace(TINY_TEXT, num_layers=4, max_positions=512)
@@ -164,7 +179,8 @@ def test_a_merged_chat_equals_its_history_from_scratch(tiny_model: Model, positi
         if extra is not None:
             images.append(tiny_model.encode(extra, wish))
         spoken = chat.input_ids[: len(chat.input_ids) - len(answer.token_ids)]
-        assert list(answer.token_ids) == greedy(tiny_model, list(spoken), images, wish)
+        expected, _ = by_hand(tiny_model, list(spoken), images, wish)
+        assert list(answer.token_ids) == expected
 
 
 def test_a_chat_prunes_every_image_once(tiny_model: Model) -> None:
@@ -182,6 +198,53 @@ def test_a_chat_prunes_every_image_once(tiny_model: Model) -> None:
     assert all(middle == deep for _, middle, deep in lengths)
 
 
+@pytest.mark.parametrize("positions", ["vtu", "logical", "plain"])
+def test_later_turns_go_on_over_what_the_first_one_kept(tiny_model: Model, positions: str) -> None:
+    """Static pruning: from scratch, that is the pruned first prompt and then every token alone."""
+    wish = Reduction(ToMe(keep=8), positions, FastV(keep=3, layer=1))
+    chat = tiny_model.chat(picture(1), max_new_tokens=4, reduction=wish)
+    chat.send("star?")
+    first = prompt_ids(tiny_model, "star?")
+    for text in ("And the ring?", "red"):
+        answer = chat.send(text)
+        assert answer.usage["kept_image_tokens"] == 3
+        spoken = chat.input_ids[len(first) : len(chat.input_ids) - len(answer.token_ids)]
+        images = [tiny_model.encode(picture(1), wish)]
+        expected, _ = by_hand(tiny_model, first, images, wish, spoken, length=4)
+        assert list(answer.token_ids) == expected
+
+
+@each_wish
+def test_an_interrupted_stream_leaves_a_chat_that_goes_on(
+    tiny_model: Model, wish: Reduction
+) -> None:
+    stopped = tiny_model.chat(picture(1), max_new_tokens=LENGTH, reduction=wish)
+    pieces = stopped.stream("star?")
+    next(pieces)
+    pieces.close()
+    spoken = len(stopped.input_ids) - len(prompt_ids(tiny_model, "star?"))
+    assert 0 < spoken < LENGTH
+    short = tiny_model.chat(picture(1), max_new_tokens=spoken, reduction=wish)
+    short.send("star?")
+    assert stopped.input_ids == short.input_ids
+    short.options = stopped.options
+    after = [chat.send("And the ring?", image=picture(2)) for chat in (stopped, short)]
+    assert (after[0].token_ids, after[0].usage) == (after[1].token_ids, after[1].usage)
+    assert after[0].usage["image_patches"] == 2 * P
+
+
+def test_the_context_of_a_chat_counts_the_positions_of_all_its_images(tiny_model: Model) -> None:
+    for positions, taken in (("vtu", 2 * P), ("logical", 2 * P), ("plain", 12)):
+        wish = Reduction(ToMe(keep=6), positions, FastV(keep=2, layer=1))
+        chat = tiny_model.chat(picture(1), max_new_tokens=2, reduction=wish)
+        chat.send("star?")
+        before = chat.log
+        message = rf"\d+ prompt tokens \+ {taken} image positions \+ 2 new tokens"
+        with pytest.raises(ContextError, match=message):
+            chat.send("ring " * 200, image=picture(2))
+        assert chat.log is before
+
+
 # ---- encoded images ----------------------------------------------------------------------------
 
 
@@ -194,6 +257,31 @@ def test_an_encoded_image_goes_with_other_positions_and_pruning(tiny_model: Mode
             here = tiny_model.generate(encoded, "star?", max_new_tokens=LENGTH, reduction=wish)
             there = tiny_model.generate(picture(1), "star?", max_new_tokens=LENGTH, reduction=wish)
             assert (here.token_ids, here.usage) == (there.token_ids, there.usage)
+
+
+def test_encoding_again_changes_what_is_not_merged(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tiny_model.encode(picture(1), Reduction(ToMe(keep=6)))
+    monkeypatch.setattr(tiny_model.llava.vision, "forward", None)  # it is not looked at again
+    wish = Reduction(ToMe(keep=6), "logical", FastV(keep=2, layer=1))
+    again = tiny_model.encode(first, wish)
+    assert again.image_embeds is first.image_embeds
+    assert (again.reduction, first.reduction) == (wish, Reduction(ToMe(keep=6)))
+    here = tiny_model.generate(again, "star?", max_new_tokens=LENGTH)
+    there = tiny_model.generate(first, "star?", max_new_tokens=LENGTH, reduction=wish)
+    assert (here.token_ids, here.usage) == (there.token_ids, there.usage)
+    assert here.usage["kept_image_tokens"] == 2
+    assert tiny_model.encode(first).reduction == first.reduction
+    with pytest.raises(ValueError, match="encoded with merge"):
+        tiny_model.encode(first, Reduction(ToMe(keep=8)))
+
+
+def test_pruning_leaves_text_alone(tiny_model: Model) -> None:
+    plain = tiny_model.generate(None, "star?", max_new_tokens=LENGTH)
+    for name in ("fastv", "hybrid", "hybrid vtu"):
+        answer = tiny_model.generate(None, "star?", max_new_tokens=LENGTH, reduction=WISHES[name])
+        assert (answer.token_ids, answer.usage) == (plain.token_ids, plain.usage)
 
 
 def test_a_batch_of_differently_encoded_images(tiny_model: Model) -> None:
