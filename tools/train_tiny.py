@@ -6,8 +6,8 @@
     python tools/train_tiny.py --stage joint --start-from weights/tiny    # go on from given weights
 
 The stages are LLaVA's own in small. `crops` and `tower` teach the vision tower what every patch
-belongs to (shape, color, digit, centre of its object), first on crops around objects, which are
-cheap, then on images of the full size. `decoder` trains projector and decoder on the frozen tower's
+belongs to (shape, color, digit, centre of its object) and where it lies, first on crops around
+objects, which are cheap, then on images of the full size. `decoder` trains projector and decoder on the frozen tower's
 features, computed once, with most background patches left out. `joint` trains everything on whole
 images. `export` writes the folder that `llava_lite.load` reads. The scenes are drawn once, at the
 start.
@@ -47,6 +47,7 @@ from llava_lite.projector import Projector
 from llava_lite.prompt import build_prompt
 from llava_lite.scenes import (
     COLORS,
+    PLACES,
     SHAPES,
     Question,
     Scene,
@@ -120,11 +121,13 @@ def draw_all(path: Path, seed: int, count: int) -> None:
 @dataclass
 class PatchLabels:
     """Targets for every patch of a batch: class indices (B, P), IGNORE where there is none;
-    `center` (B, P) 0/1; `offset` (B, P, 2) from patch to object centre in patches."""
+    `third` the place of its object among the nine thirds of the image; `center` (B, P) 0/1;
+    `offset` (B, P, 2) from patch to object centre in patches."""
 
     color: Tensor
     shape: Tensor
     digit: Tensor
+    third: Tensor
     center: Tensor
     offset: Tensor
 
@@ -151,6 +154,9 @@ def label_patches(scene: Scene, instances: np.ndarray, corner: tuple[int, int]) 
     colors = np.array([list(COLORS).index(o.color) + 1 for o in objects])
     digits = np.array([0 if o.digit is None else o.digit + 1 for o in objects])
     digits[~np.isin(shapes, (SHAPES.index("circle"), SHAPES.index("square")))] = IGNORE
+    thirds = np.array([PLACES.index(scene.place(o)) for o in objects])
+    if grid < GRID:
+        thirds[:] = IGNORE  # a crop does not show where it was cut
     outside = ((centers < 0) | (centers >= grid * PATCH)).any(1)
     shapes[outside], digits[outside] = IGNORE, IGNORE  # half an object need not be recognised
     rows, columns = np.divmod(np.arange(grid * grid), grid)
@@ -163,6 +169,7 @@ def label_patches(scene: Scene, instances: np.ndarray, corner: tuple[int, int]) 
         "color": np.where(background, 0, colors[owner]),
         "shape": np.where(background, IGNORE, shapes[owner]),
         "digit": np.where(background, IGNORE, digits[owner]),
+        "third": np.where(background, IGNORE, thirds[owner]),
         "center": center,
         "offset": ((centers[owner] - middles) / PATCH).astype(np.float32),
     }
@@ -247,12 +254,14 @@ class PatchHeads(nn.Module):
         self.color = nn.Linear(width, 1 + len(COLORS))
         self.shape = nn.Linear(width, len(SHAPES))
         self.digit = nn.Linear(width, 11)
+        self.third = nn.Linear(width, len(PLACES))
         self.center = nn.Linear(width, 1)
         self.offset = nn.Linear(width, 2)
+        self.place = nn.Linear(width, 2)
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         x = self.norm(features)
-        names = ("color", "shape", "digit", "center", "offset")
+        names = ("color", "shape", "digit", "third", "center", "offset", "place")
         return {name: getattr(self, name)(x).float() for name in names}
 
 
@@ -276,7 +285,20 @@ def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
         read["center"].squeeze(-1), labels.center, pos_weight=labels.center.new_tensor(5.0)
     )
     offset = F.smooth_l1_loss(read["offset"][on_object], labels.offset[on_object])
-    return color + shape + 0.7 * digit + center + 0.3 * offset
+    loss = color + shape + 0.7 * digit + center + 0.3 * offset
+    if labels.color.shape[1] == GRID * GRID:
+        third = labelled_loss(read["third"], labels.third)
+        loss = loss + 0.5 * third + place_loss(read["place"])
+    return loss
+
+
+def place_loss(read: Tensor) -> Tensor:
+    """How far from its own row and column each patch of a whole image (B, P, 2) believes to be, in
+    halves of the image. Left to themselves, the tower's features forget it, and then the decoder
+    cannot say where anything is."""
+    steps = torch.linspace(-1, 1, GRID, device=read.device)
+    places = torch.cartesian_prod(steps, steps)  # (P, 2)
+    return F.smooth_l1_loss(read, places.expand_as(read), beta=0.1)
 
 
 def start_local(tower: VisionTower, gain: float = 2.0) -> None:
@@ -423,12 +445,12 @@ def train_crops(args: argparse.Namespace) -> None:
 
 
 def train_tower(args: argparse.Namespace) -> None:
-    """Stage `tower`: on images of the full size, three mosaics of crops to each whole scene. Among
-    576 patches attention must be sharper than among the 64 of a crop."""
+    """Stage `tower`: on images of the full size, as many mosaics of crops as whole scenes. Among 576
+    patches attention must be sharper than among the 64 of a crop."""
     tower, heads = trained_tower(args, "crops")
 
     def batch(scenes: SceneSet, rng: np.random.Generator) -> tuple[Tensor, PatchLabels]:
-        if rng.random() < 0.75:
+        if rng.random() < 0.5:
             pixel_values, labels = mosaic_batch(scenes, rng, 8)
         else:
             pixel_values, labels = whole_batch(scenes, rng.integers(len(scenes), size=8))
@@ -480,15 +502,18 @@ def test_tower(
             else:
                 pixel_values, labels = whole_batch(scenes, range(32))
                 read = heads(tower(pixel_values.to(args.device)).image_features)
-        for key in ("color", "shape", "digit"):
+        for key in ("color", "shape", "digit", "third"):
             target = getattr(labels, key)
             valid = (target > 0) if key == "color" else (target != IGNORE)
+            if not valid.any():
+                continue
             right = read[key].argmax(-1).cpu()[valid] == target[valid]
             results[f"{name}_{key}"] = round(right.float().mean().item(), 3)
         found = read["center"].squeeze(-1).cpu() > 0
         results[f"{name}_center_iou"] = round(
             float((found & (labels.center > 0)).sum() / (found | (labels.center > 0)).sum()), 3
         )
+    results["whole_place_loss"] = round(place_loss(read["place"]).item(), 4)
     return results
 
 
