@@ -136,7 +136,7 @@ def load(
     from llava_lite.download import resolve
     from llava_lite.generation import Model
     from llava_lite.sources import open_source
-    from llava_lite.thresholds import own_thresholds
+    from llava_lite.thresholds import own_thresholds_or_error
 
     path = resolve(
         _source_or_default(source),
@@ -150,7 +150,7 @@ def load(
     checkpoint = open_source(path, base, vision_tower)
     wanted = wanted or _pick_dtype(checkpoint.dtype, device)
     tokenizer = load_tokenizer(checkpoint.tokenizer_file or path, checkpoint.config)
-    thresholds = own_thresholds(checkpoint)
+    thresholds = own_thresholds_or_error(checkpoint)
     config = checkpoint.config if pad is None else replace(checkpoint.config, pad=pad)
     return Model(load_source(checkpoint, device, wanted), tokenizer, config, exif, thresholds)
 

@@ -27,6 +27,7 @@ class Chat:
     def __init__(self, model: "Model", image: Any, options: GenerationOptions) -> None:
         self.model, self.options = model, options
         self.images = as_list(image)
+        model.reduction_for(self.images, options.reduction)  # raises now, not at the first message
         self.log = ChatLog()
         self.open_stream: weakref.ref[Generator[str, None, Answer]] | None = None
 

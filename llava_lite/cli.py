@@ -458,12 +458,16 @@ def default_source(named: str | None) -> str:
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `Model.generate`. Raises ValueError before any model is loaded."""
+    """The options of `Model.generate`. Raises before any model is loaded: SystemExit for flags of
+    token reduction that cannot be, ValueError for other values."""
     from llava_lite.sampling import GenerationOptions
 
     names = "max_new_tokens temperature top_p top_k seed stop system template"
     options = {name: getattr(args, name) for name in names.split()}
-    options["reduction"] = reduction_flags.parse_reduction(args)
+    try:
+        options["reduction"] = reduction_flags.parse_reduction(args)
+    except ValueError as error:
+        args.parser.error(str(error))
     GenerationOptions(**options)
     return options
 

@@ -21,11 +21,11 @@ from llava_lite.answer import Answer, AnswerText, Score, score_tokens
 from llava_lite.attention import KVCache
 from llava_lite.chat import Chat
 from llava_lite.config import LlavaConfig
-from llava_lite.errors import ContextError, ImageError, PromptError
+from llava_lite.errors import CheckpointError, ContextError, ImageError, PromptError
 from llava_lite.image import load_image, preprocess
 from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage, Llava
 from llava_lite.prompt import build_prompt, place_images
-from llava_lite.reduction import NO_REDUCTION, Reduction
+from llava_lite.reduction import NO_REDUCTION, DToMe, Reduction
 from llava_lite.sampling import (
     DEFAULT_MAX_NEW_TOKENS,
     GenerationOptions,
@@ -44,7 +44,7 @@ class Model:
 
     `config` overrides how prompts and images are prepared (`pad`, `template`) for the same
     weights; `exif=False` ignores the rotation that a camera notes in its files, as LLaVA does;
-    `thresholds` are its own for DToMe."""
+    `thresholds` are its own for DToMe, or the error why it has none, raised for who asks."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Model:
         tokenizer: Tokenizer,
         config: LlavaConfig | None = None,
         exif: bool = True,
-        thresholds: Sequence[float] | None = None,
+        thresholds: Sequence[float] | CheckpointError | None = None,
     ) -> None:
         self.llava, self.tokenizer, self.exif = llava, tokenizer, exif
         self.thresholds = thresholds
@@ -168,7 +168,8 @@ class Model:
 
     def chat(self, image: Any = None, **options: Any) -> Chat:
         """Start a conversation, about an image (or a list of them) if given; options as of
-        `generate`."""
+        `generate`. A later image is reduced as the one before it. Raises ValueError for options
+        that the model does not allow."""
         return Chat(self, image, GenerationOptions(**options))
 
     def encode(self, image: Any, reduction: Reduction | str | None = None) -> EncodedImage:
@@ -192,7 +193,7 @@ class Model:
     ) -> tuple[Tensor, KVCache, int]:
         """`Llava.prefill`: input_ids (1, T) with -200 per image, pixel_values (images, 3, S, S),
         and a reduction or its name. Raises PromptError, ValueError."""
-        checked = Reduction.of(reduction).check(self.config, self.thresholds)
+        checked = self.checked_reduction(Reduction.of(reduction))
         return self.llava.prefill(input_ids, pixel_values, checked, all_logits)
 
     @torch.inference_mode()
@@ -310,7 +311,7 @@ class Model:
         if slots != len(images):
             raise PromptError.of_counts(slots, len(images))
         assert not isinstance(options.reduction, str)  # the options have looked it up
-        reduction = self.reduction_for(images, options.reduction)
+        reduction = self.reduction_for(images, options.reduction, state.reduction)
         pending_ids = state.pending_ids + input_ids
         new_positions = sum(self.num_positions(image, reduction) for image in images)
         image_positions = counts.positions + new_positions
@@ -327,15 +328,18 @@ class Model:
         state = replace(state, pending_ids=pending_ids, reduction=reduction, answer_ids=())
         return Request(state, tuple(images), counts, wanted)
 
-    def reduction_for(self, images: Sequence[Any], wish: Reduction | None) -> Reduction:
+    def reduction_for(
+        self, images: Sequence[Any], wish: Reduction | None, before: Reduction = NO_REDUCTION
+    ) -> Reduction:
         """What a call asks for, checked against the model; where it says nothing, what its encoded
-        images were encoded with. Raises ValueError where these are merged in other ways."""
+        images were encoded with, and without such images what held `before` in a chat. Raises
+        ValueError where images are merged in other ways."""
         encoded = [image.reduction for image in images if isinstance(image, EncodedImage)]
         if wish is None:
-            wish = encoded[0] if encoded else NO_REDUCTION
+            wish = encoded[0] if encoded else before
             if any(reduction != wish for reduction in encoded):
                 raise ValueError("the images of one prompt are encoded with different reductions")
-        checked = wish.check(self.config, self.thresholds)
+        checked = self.checked_reduction(wish)
         for reduction in encoded:
             if reduction.merge != checked.merge:
                 raise ValueError(
@@ -343,6 +347,16 @@ class Model:
                     f"merge={checked.merge}"
                 )
         return checked
+
+    def checked_reduction(self, wish: Reduction) -> Reduction:
+        """`Reduction.check` with the model's own thresholds. Raises ValueError, and CheckpointError
+        where these are needed and cannot be read."""
+        thresholds = self.thresholds
+        if isinstance(thresholds, CheckpointError):
+            if wish.merge == DToMe():
+                raise CheckpointError(str(thresholds)) from thresholds
+            thresholds = None
+        return wish.check(self.config, thresholds)
 
     def num_positions(self, image: Any, reduction: Reduction) -> int:
         """Decoder positions the image will take at most, known before looking at it."""

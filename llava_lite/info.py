@@ -45,7 +45,8 @@ class TensorInfo:
 @dataclass(frozen=True)
 class Info:
     """A model on paper. `source` and `layout` are None for a preset; `ignored` counts the stored
-    tensors that the model never reads; `thresholds` are what DToMe goes by, if it has some."""
+    tensors that the model never reads; `thresholds` are what DToMe goes by, if it has some, or
+    the error why they cannot be used."""
 
     config: LlavaConfig
     tensors: tuple[TensorInfo, ...]
@@ -53,7 +54,7 @@ class Info:
     layout: str | None = None
     revision: str | None = None
     ignored: int = 0
-    thresholds: tuple[float, ...] | None = None
+    thresholds: tuple[float, ...] | CheckpointError | None = None
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -93,6 +94,7 @@ class Info:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, ready for json."""
+        unusable = isinstance(self.thresholds, CheckpointError)
         return {
             "name": self.config.name,
             "source": self.source,
@@ -105,7 +107,8 @@ class Info:
             "parameters": self.parameters,
             "memory": self.memory,
             "ignored_tensors": self.ignored,
-            "thresholds": self.thresholds,
+            "thresholds": None if unusable else self.thresholds,
+            "thresholds_error": str(self.thresholds) if unusable else None,
             "tensors": [asdict(tensor) for tensor in self.tensors],
         }
 
@@ -130,7 +133,7 @@ def describe_source(
     Raises CheckpointError."""
     from llava_lite.meta import expected_shapes
     from llava_lite.sources import open_source
-    from llava_lite.thresholds import own_thresholds
+    from llava_lite.thresholds import own_thresholds_or_error
 
     source = open_source(Path(path), base, vision_tower)
     tensors = []
@@ -145,7 +148,7 @@ def describe_source(
         source.layout,
         source.revision,
         skipped,
-        own_thresholds(source),
+        own_thresholds_or_error(source),
     )
 
 
@@ -198,8 +201,10 @@ def architecture_lines(info: Info) -> list[str]:
     return [config.name, *(f"  {name:<11}{fact}" for name, fact in facts.items() if fact)]
 
 
-def format_thresholds(thresholds: Sequence[float] | None) -> str:
+def format_thresholds(thresholds: Sequence[float] | CheckpointError | None) -> str:
     """Whether a model can merge by likeness as it is."""
+    if isinstance(thresholds, CheckpointError):
+        return f"unusable: {thresholds}"
     if thresholds is None:
         return "none: dymu-72 and --merge dtome need some (llava-lite thresholds)"
     return f"{len(thresholds)}, what dymu-72 and --merge dtome go by"

@@ -10,7 +10,7 @@ does the rest. `REDUCTIONS` are the named presets.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
+from numbers import Integral, Real
 
 from llava_lite.config import LlavaConfig, VisionConfig
 from llava_lite.tome import SCHEDULES, MergeStep, capped, spread, spread_to_keep
@@ -36,7 +36,7 @@ class ToMe:
 
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.r is None):
-            raise ValueError("ToMe needs either keep or r")
+            raise ValueError("ToMe needs keep or r, one of the two")
         for name in ("keep", "r"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, checked_count(f"ToMe {name}", getattr(self, name)))
@@ -102,8 +102,8 @@ class DToMe:
             )
         if len(self.thresholds) not in (vision.num_blocks, vision.num_layers):
             raise ValueError(
-                f"{len(self.thresholds)} DToMe thresholds for a tower that runs "
-                f"{vision.num_blocks} of {vision.num_layers} blocks"
+                f"{len(self.thresholds)} DToMe thresholds, but the tower runs {vision.num_blocks} "
+                f"of {vision.num_layers} blocks: there must be one for each of these or of those"
             )
         return tuple(MergeStep(threshold=t) for t in self.thresholds[: vision.num_blocks])
 
@@ -113,8 +113,8 @@ class FastV:
     """Drop the image tokens that the last prompt token looks at least (FastV, arXiv 2403.06764).
 
     keep: image tokens that stay; or drop: the share of them that goes, 0.7 for 70 %.
-    layer: index of the first pruned layer, counted from 0, K in the paper. The scores are the
-        attention of the layer before it.
+    layer: index of the first pruned layer, counted from 0 and at least 1, K in the paper. The
+        scores are the attention of the layer before it.
     score: a merged token that fills several positions scores their "sum" or their "mean".
     per_image: several images get `keep` or `drop` each, instead of sharing it."""
 
@@ -126,12 +126,16 @@ class FastV:
 
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.drop is None):
-            raise ValueError("FastV needs either keep or drop")
+            raise ValueError("FastV needs keep or drop, one of the two")
+        if not isinstance(self.per_image, bool):
+            raise ValueError(f"FastV per_image {self.per_image!r} must be True or False")
         object.__setattr__(self, "layer", checked_count("FastV layer", self.layer))
         if self.drop is None:
             object.__setattr__(self, "keep", checked_count("FastV keep", self.keep))
-        elif not (isinstance(self.drop, float) and 0 < self.drop < 1):
+        elif not (isinstance(self.drop, Real) and 0 < float(self.drop) < 1):
             raise ValueError(f"FastV drop {self.drop!r} must be a number above 0 and below 1")
+        else:
+            object.__setattr__(self, "drop", float(self.drop))
         if self.score not in SCORES:
             raise ValueError(f"FastV score {self.score!r} is not one of {', '.join(SCORES)}")
 
@@ -150,10 +154,12 @@ class FastV:
         return None if kept == groups else kept
 
     @staticmethod
-    def parse(text: str | float | None, layer: int = PRUNE_LAYER) -> "FastV | None":
+    def parse(
+        text: str | float | None, layer: int = PRUNE_LAYER, name: str = "FASTV_K"
+    ) -> "FastV | None":
         """The amount as `FASTV_K` and `--fastv-k` write it: a whole number from 1 on is how many
         tokens stay, one between 0 and 1 the share that goes; None, "", "none", "off" and 0 are no
-        pruning. Raises ValueError for anything else."""
+        pruning. Raises ValueError, by `name`, for anything else."""
         if text is None or str(text).strip().lower() in ("", "none", "off"):
             return None
         try:
@@ -166,7 +172,7 @@ class FastV:
             return FastV(drop=amount, layer=layer)
         if not (amount >= 1 and amount.is_integer()):
             raise ValueError(
-                f"FASTV_K {text!r} must be a whole number of tokens to keep, a share between 0 and "
+                f"{name} {text!r} must be a whole number of tokens to keep, a share between 0 and "
                 "1 to drop, or none"
             )
         return FastV(keep=int(amount), layer=layer)
@@ -200,7 +206,7 @@ class Reduction:
     def of(wish: "Reduction | str | None") -> "Reduction":
         """A reduction, a preset's name, or None for nothing. Raises ValueError."""
         if wish is None or isinstance(wish, str):
-            name = wish or "none"
+            name = "none" if wish is None else wish
             if name not in REDUCTIONS:
                 raise ValueError(f"unknown reduction {name!r}; there are {', '.join(REDUCTIONS)}")
             return REDUCTIONS[name]

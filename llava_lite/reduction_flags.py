@@ -41,10 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fastv-k",
         metavar="AMOUNT",
         help="prune image tokens in the decoder: 36 keeps so many, 0.7 drops that share, none "
-        "(default, without --reduction: $FASTV_K)",
+        "(default: $FASTV_K, else what --reduction says)",
     )
     group.add_argument(
-        "--fastv-layer", type=int, metavar="K", help="first pruned layer, from 1 on (default: 3)"
+        "--fastv-layer",
+        type=int,
+        metavar="K",
+        help="first pruned layer, counted from 0 and at least 1: the layer before it gives the "
+        "scores (default: 3)",
     )
 
 
@@ -52,9 +56,9 @@ def parse_reduction(args: argparse.Namespace) -> "Reduction | None":
     """What the flags ask for, None where they say nothing.
 
     Raises ValueError, and CheckpointError for a file of thresholds that cannot be used."""
-    amount = args.fastv_k
-    if amount is None and args.reduction is None:
-        amount = os.environ.get("FASTV_K")
+    amount, flag = args.fastv_k, "--fastv-k"
+    if amount is None:
+        amount, flag = os.environ.get("FASTV_K") or None, "FASTV_K"
     said = (args.reduction, args.merge, args.thresholds, args.positions, amount, args.fastv_layer)
     if all(flag is None for flag in said):
         return None
@@ -64,7 +68,7 @@ def parse_reduction(args: argparse.Namespace) -> "Reduction | None":
     return Reduction(
         merge=parse_merge(args.merge, args.thresholds, preset.merge),
         positions=args.positions or preset.positions,
-        fastv=parse_fastv(amount, args.fastv_layer, preset.fastv),
+        fastv=parse_fastv(amount, args.fastv_layer, preset.fastv, flag),
     )
 
 
@@ -91,11 +95,14 @@ def parse_merge(
     return ToMe(r=int(found[2]), schedule=found[3] or "constant")
 
 
-def parse_fastv(amount: str | None, layer: int | None, preset: "FastV | None") -> "FastV | None":
-    """`--fastv-k` and `--fastv-layer` over a preset's part. Raises ValueError."""
+def parse_fastv(
+    amount: str | None, layer: int | None, preset: "FastV | None", flag: str
+) -> "FastV | None":
+    """The amount, which `flag` gave, and `--fastv-layer` over a preset's part. Raises ValueError.
+    """
     from llava_lite.reduction import FastV
 
-    fastv = preset if amount is None else FastV.parse(amount)
+    fastv = preset if amount is None else FastV.parse(amount, name=flag)
     if layer is None:
         return fastv
     if fastv is None:

@@ -137,6 +137,14 @@ def own_thresholds(source: "Source") -> tuple[float, ...] | None:
     return None
 
 
+def own_thresholds_or_error(source: "Source") -> tuple[float, ...] | CheckpointError | None:
+    """`own_thresholds`, or why they cannot be used: that concerns only who asks for them."""
+    try:
+        return own_thresholds(source)
+    except CheckpointError as error:
+        return error
+
+
 def thresholds_file(source: "Source") -> Path | None:
     """The thresholds.json of a checkpoint, if it has one."""
     tower = source.entries["vision.class_embed"].file
@@ -151,8 +159,8 @@ def fitting_thresholds(path: Path, source: "Source") -> tuple[float, ...]:
     thresholds, vision = read_thresholds(path), source.config.vision
     if len(thresholds) not in (vision.num_blocks, vision.num_layers):
         raise CheckpointError(
-            f"{path}: holds {len(thresholds)} thresholds for a tower that runs "
-            f"{vision.num_blocks} of {vision.num_layers} blocks"
+            f"{path}: holds {len(thresholds)} thresholds, but the tower runs {vision.num_blocks} "
+            f"of {vision.num_layers} blocks: there must be one for each of these or of those"
         )
     return thresholds
 
@@ -354,7 +362,8 @@ def run(args: argparse.Namespace, model: "Model") -> int:
     settings = run_settings(args, model, names)
     if args.force:
         progress.unlink(missing_ok=True)
-    found = read_progress(progress, settings) if args.resume else None
+    num_blocks = model.config.vision.num_blocks
+    found = read_progress(progress, settings, num_blocks) if args.resume else None
     found = find_and_save(args, model, [folder / name for name in names], found, settings)
     if not found.images:
         raise ImageError(f"{args.images}: none of {found.skipped} images can be read")
@@ -526,9 +535,9 @@ def save_progress(path: Path, settings: dict[str, Any], found: Finding) -> None:
     replace_json(path, {"settings": settings, **sums})
 
 
-def read_progress(path: Path, settings: dict[str, Any]) -> Finding | None:
+def read_progress(path: Path, settings: dict[str, Any], num_blocks: int) -> Finding | None:
     """What an earlier run of the same settings has found; None where there was none. Raises
-    BatchError for other settings, and CheckpointError for a damaged file."""
+    BatchError for other settings and for a damaged file."""
     from llava_lite.files import read_json
 
     if not path.exists():
@@ -536,8 +545,10 @@ def read_progress(path: Path, settings: dict[str, Any]) -> Finding | None:
     content = read_json(path)
     try:
         before = dict(content["settings"])
-        found = Finding(tuple(map(float, content["sums"])), content["images"], content["skipped"])
-    except (KeyError, TypeError, ValueError) as error:
+        found = Finding(
+            tuple(map(float, content["sums"])), int(content["images"]), int(content["skipped"])
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BatchError(f"{path}: is no unfinished run of `llava-lite thresholds`") from error
     for name in {**settings, **before}:
         if before.get(name) != settings.get(name):
@@ -545,4 +556,6 @@ def read_progress(path: Path, settings: dict[str, Any]) -> Finding | None:
                 f"{path}: that run had another {name!r} ({before.get(name)!r}, now "
                 f"{settings.get(name)!r}); --force forgets it"
             )
+    if len(found.sums) != num_blocks or min(found.images, found.skipped) < 0:
+        raise BatchError(f"{path}: is damaged; --force forgets it")
     return found

@@ -140,9 +140,11 @@ def test_thresholds_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert main(["info", str(folder), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["thresholds"] == value
     file.write_text("[0.9]")  # of another tower
-    assert main(["info", str(folder)]) == 1
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith(f"error: {file}")
+    assert main(["info", str(folder)]) == 0
+    assert f"\n  thresholds unusable: {file}: holds 1 thresholds" in capsys.readouterr().out
+    assert main(["info", str(folder), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["thresholds"] is None and content["thresholds_error"].startswith(str(file))
     assert main(["info", "llava-1.5-7b"]) == 0  # sizes alone have none, nor lack any
     assert "thresholds" not in capsys.readouterr().out
 

@@ -115,13 +115,13 @@ def test_a_prompt_without_images_has_no_budget() -> None:
 COUNT = "whole number of at least 1"
 SHARE = "above 0 and below 1"
 INVALID: list[tuple[Callable[[], Any], str]] = [
-    (lambda: ToMe(), "either keep or r"),
-    (lambda: ToMe(keep=72, r=21), "either keep or r"),
+    (lambda: ToMe(), "keep or r, one of the two"),
+    (lambda: ToMe(keep=72, r=21), "keep or r, one of the two"),
     (lambda: ToMe(keep=3, schedule="linear"), "goes with r, not with keep"),
     (lambda: ToMe(r=3, schedule="cubic"), "'cubic' is not one of constant, linear, reverse_linear"),
     (lambda: ToMe(r=3, schedule=None), "None is not one of"),
-    (lambda: FastV(), "either keep or drop"),
-    (lambda: FastV(keep=3, drop=0.5), "either keep or drop"),
+    (lambda: FastV(), "keep or drop, one of the two"),
+    (lambda: FastV(keep=3, drop=0.5), "keep or drop, one of the two"),
     (lambda: FastV(keep=3, score="max"), "'max' is not one of sum, mean"),
     (lambda: DToMe(()), "at least one"),
     (lambda: DToMe((0.9, NAN)), "finite"),
@@ -166,8 +166,8 @@ AGAINST_THE_MODEL = [
     (Reduction(ToMe(keep=3)), r"ToMe keep 3 must be in 4\.\.16"),
     (Reduction(fastv=FastV(keep=3, layer=3)), r"FastV layer 3 must be in 1\.\.2"),
     (Reduction(fastv=FastV(drop=0.5, layer=99)), r"FastV layer 99 must be in 1\.\.2"),
-    (Reduction(DToMe((0.9,))), "1 DToMe thresholds .* runs 2 of 3 blocks"),
-    (Reduction(DToMe((0.9,) * 4)), "4 DToMe thresholds .* runs 2 of 3 blocks"),
+    (Reduction(DToMe((0.9,))), "1 DToMe thresholds, but the tower runs 2 of 3 blocks"),
+    (Reduction(DToMe((0.9,) * 4)), "4 DToMe thresholds, but the tower runs 2 of 3 blocks"),
     (Reduction(DToMe()), "no thresholds of its own"),
 ]
 

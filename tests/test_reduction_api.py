@@ -304,6 +304,22 @@ def test_encoded_images_that_do_not_fit_the_call(tiny_model: Model) -> None:
         tiny_model.generate([six, eight], "star?")
 
 
+def test_a_later_image_of_a_chat_is_reduced_as_the_one_before(tiny_model: Model) -> None:
+    wish = WISHES["hybrid"]
+    named = tiny_model.chat(picture(1), max_new_tokens=4, reduction=wish)
+    inherited = tiny_model.chat(tiny_model.encode(picture(1), wish), max_new_tokens=4)
+    for text, extra in (("star?", None), ("And the ring?", None), ("red", picture(2))):
+        there, here = named.send(text, extra), inherited.send(text, extra)
+        assert (here.token_ids, here.usage) == (there.token_ids, there.usage)
+    other = Reduction(ToMe(keep=8))  # an encoded one goes by its own
+    assert inherited.send("star?", tiny_model.encode(picture(3), other)).usage["image_tokens"] == (
+        there.usage["image_tokens"] + 8
+    )
+    inherited.clear()
+    again = tiny_model.chat(picture(1), max_new_tokens=4, reduction=wish).send("star?")
+    assert inherited.send("star?").usage == again.usage
+
+
 # ---- refused -----------------------------------------------------------------------------------
 
 
@@ -313,7 +329,7 @@ def test_encoded_images_that_do_not_fit_the_call(tiny_model: Model) -> None:
         (Reduction(ToMe(keep=P + 1)), rf"ToMe keep {P + 1} must be in \d+\.\.{P}"),
         (Reduction(fastv=FastV(keep=2, layer=3)), r"FastV layer 3 must be in 1\.\.2"),
         (Reduction(DToMe()), "no thresholds of its own: find some with `llava-lite thresholds`"),
-        (Reduction(DToMe((0.5,) * 5)), "5 DToMe thresholds for a tower that runs 2 of 3 blocks"),
+        (Reduction(DToMe((0.5,) * 5)), "5 DToMe thresholds, but the tower runs 2 of 3 blocks"),
         ("dymu-73", "unknown reduction 'dymu-73'; there are none, tome-72"),
         (72, "reduction 72 is neither a Reduction nor a preset's name"),
     ],

@@ -206,10 +206,15 @@ def test_a_folder_brings_its_thresholds(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[0.5]", "[0.5, 0.5, 0.5, 0.5]", "[0.5, NaN]", "{", ""])
-def test_bad_thresholds_of_a_folder_show_when_it_is_loaded(folder: Path, text: str) -> None:
+def test_bad_thresholds_of_a_folder_show_when_they_are_needed(folder: Path, text: str) -> None:
     (folder / "thresholds.json").write_text(text)
+    model = llava_lite.load(folder, device="cpu")
+    image = Image.effect_noise((60, 40), 90)
+    assert model.generate(image, "star?", max_new_tokens=2, reduction=Reduction(ToMe(keep=9)))
+    assert model.encode(image, Reduction(DToMe((0.25, 0.5)))).mapping is not None
     for use in (
-        lambda: llava_lite.load(folder, device="cpu"),
+        lambda: model.generate(image, "star?", reduction="dymu-72"),
+        lambda: model.chat(image, reduction="dymu-72"),
         lambda: convert(folder, folder.parent / "out"),
         lambda: convert(folder, folder.parent / "out", to="hf"),
         lambda: convert(folder, None, dry_run=True),
@@ -845,12 +850,21 @@ def test_resume_refuses_other_settings(
     with pytest.raises(BatchError, match=f"another '{name}'"):
         run(tiny_model, pictures, output, "--resume", *more)
     progress = tmp_path / "t.json.partial"
-    for text in ("{", "[]", "{}", '{"settings": {}, "sums": ["a"], "images": 1, "skipped": 0}'):
-        kept = progress.read_text()
+    kept = progress.read_text()
+    content = json.loads(kept)
+    damaged = (
+        {"sums": content["sums"][:-1]},
+        {"sums": ["a"]},
+        {"images": None},
+        {"images": -1},
+        {"skipped": "many"},
+    )
+    texts = [json.dumps({**content, **change}) for change in damaged]
+    for text in ("{", "[]", "{}", *texts):
         progress.write_text(text)
         with pytest.raises((BatchError, CheckpointError), match="t.json.partial"):
             run(tiny_model, pictures, output, "--resume")
-        progress.write_text(kept)
+    progress.write_text(kept)
     assert run(tiny_model, pictures, output, "--force", *more)["thresholds"]
     assert not progress.exists()
 
