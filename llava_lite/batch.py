@@ -294,8 +294,11 @@ def refuse_other_question(row: Row, record: Record, where: str) -> None:
     or was answered with another reduction."""
     for name in ("prompt", "image", "reduction"):
         if record.get(name) != getattr(row, name):
+            there, here = record.get(name), getattr(row, name)
+            which = f" ({there or 'none'}, now {here or 'none'})" if name == "reduction" else ""
             raise BatchError(
-                f"{where}: id {row.id!r} was asked with another {name}; name another output file"
+                f"{where}: id {row.id!r} was asked with another {name}{which}; name another output "
+                "file"
             )
 
 

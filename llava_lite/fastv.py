@@ -45,8 +45,8 @@ def row_scores(probs: Tensor, mapping_indices: Tensor | None, num_rows: int, sco
     each row."""
     if mapping_indices is None:
         return probs
-    reduce = torch.zeros_like(probs[:1]).expand(num_rows)
-    return reduce.scatter_reduce(0, mapping_indices, probs, score, include_self=False)
+    scores = probs.new_zeros(num_rows)
+    return scores.scatter_reduce(0, mapping_indices, probs, score, include_self=False)
 
 
 def rank_tokens(scores: Tensor, num_kept: int) -> Tensor:

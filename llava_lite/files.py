@@ -108,9 +108,12 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             # Files from before torch 1.6 are no zip archives and cannot be mapped.
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).strip().split("\n")[0]
+        # The rest of torch's words is about how to run such code nevertheless.
+        found = re.search(r"(?:WeightsUnpickler error|PytorchStreamReader.*?): (.+)", str(error))
+        reason = f": {found[1]}" if found else ""
         raise CheckpointError(
-            f"{path}: damaged, or holds more than tensors (code is never run): {reason}"
+            f"{path}: damaged, no checkpoint of torch, or holds more than tensors (code is never "
+            f"run){reason}"
         ) from error
     if isinstance(content, dict):
         content = content.get("state_dict", content)

@@ -178,8 +178,7 @@ class Model:
         Merging happens here. The rest of the reduction holds for calls that name none; of an image
         that is encoded already only this rest can still change. Raises ImageError and ValueError.
         """
-        wish = None if reduction is None else Reduction.of(reduction)
-        checked = self.reduction_for([image], wish)
+        checked = self.reduction_for([image], reduction)
         [encoded], _ = self.encode_images([(image, checked)], DEFAULT_BATCH_SIZE)
         return replace(encoded, reduction=checked)
 
@@ -310,7 +309,6 @@ class Model:
         slots = input_ids.count(IMAGE_TOKEN_ID)
         if slots != len(images):
             raise PromptError.of_counts(slots, len(images))
-        assert not isinstance(options.reduction, str)  # the options have looked it up
         reduction = self.reduction_for(images, options.reduction, state.reduction)
         pending_ids = state.pending_ids + input_ids
         new_positions = sum(self.num_positions(image, reduction) for image in images)
@@ -329,7 +327,7 @@ class Model:
         return Request(state, tuple(images), counts, wanted)
 
     def reduction_for(
-        self, images: Sequence[Any], wish: Reduction | None, before: Reduction = NO_REDUCTION
+        self, images: Sequence[Any], wish: Reduction | str | None, before: Reduction = NO_REDUCTION
     ) -> Reduction:
         """What a call asks for, checked against the model; where it says nothing, what its encoded
         images were encoded with, and without such images what held `before` in a chat. Raises
@@ -339,7 +337,7 @@ class Model:
             wish = encoded[0] if encoded else before
             if any(reduction != wish for reduction in encoded):
                 raise ValueError("the images of one prompt are encoded with different reductions")
-        checked = self.checked_reduction(wish)
+        checked = self.checked_reduction(Reduction.of(wish))
         for reduction in encoded:
             if reduction.merge != checked.merge:
                 raise ValueError(

@@ -49,11 +49,6 @@ class Layout:
         """N, what attention sees."""
         return len(self.position_ids)
 
-    @property
-    def num_image_rows(self) -> int:
-        """Rows of all images."""
-        return sum(stop - start for start, stop in self.image_spans)
-
     def keep(self, kept_indices: Tensor) -> "Layout":
         """What is left of it when only these rows, kept_indices (U',) ascending, go on, with all
         their positions, which keep their numbers."""
@@ -75,13 +70,14 @@ class Layout:
 @dataclass(frozen=True)
 class PackedLayout:
     """The layouts of a batch, one after the other: position_ids (S,); per item its number of rows
-    and of positions; mapping_indices (S,) into the packed rows, None where all of them are
-    identities."""
+    and of positions; mapping_indices (S,) into the packed rows, and how many positions each of
+    these fills, row_sizes (R,): both None where all items are identities."""
 
     position_ids: Tensor
     num_rows: tuple[int, ...]
     num_positions: tuple[int, ...]
     mapping_indices: Tensor | None
+    row_sizes: Tensor | None
 
     def unmerge(self, x: Tensor) -> Tensor:
         """Show every row at its positions: (R, ...) -> (S, ...)."""
@@ -89,15 +85,12 @@ class PackedLayout:
 
     def remerge(self, x: Tensor) -> Tensor:
         """Mean over the positions of every row: (S, ...) -> (R, ...), in float32 at least."""
-        if self.mapping_indices is None:
+        if self.mapping_indices is None or self.row_sizes is None:
             return x
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        shape = (sum(self.num_rows), *[1] * (x.ndim - 1))
-        counts = wide.new_zeros(shape).index_add_(
-            0, self.mapping_indices, wide.new_ones(1).expand(len(x), *shape[1:])
-        )
-        sums = wide.new_zeros(shape[0], *x.shape[1:]).index_add_(0, self.mapping_indices, wide)
-        return (sums / counts).to(x.dtype)
+        sums = wide.new_zeros(len(self.row_sizes), *x.shape[1:])
+        sums.index_add_(0, self.mapping_indices, wide)
+        return (sums / self.row_sizes.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
 
     def last_rows(self, x: Tensor) -> Tensor:
         """Of every item the row at its last position: (R, C) -> (B, C)."""
@@ -110,7 +103,7 @@ class PackedLayout:
 def pack(layouts: Sequence[Layout]) -> PackedLayout:
     """Several layouts as one."""
     num_rows = tuple(layout.num_rows for layout in layouts)
-    mapping_indices = None
+    mapping_indices = row_sizes = None
     if any(layout.mapping_indices is not None for layout in layouts):
         mapping_indices = torch.cat(
             [
@@ -120,16 +113,21 @@ def pack(layouts: Sequence[Layout]) -> PackedLayout:
                 for layout, first in zip(layouts, accumulate((0, *num_rows)), strict=False)
             ]
         )
+        row_sizes = mapping_indices.new_zeros(sum(num_rows))  # bincount would wait for the device
+        row_sizes.index_add_(0, mapping_indices, torch.ones_like(mapping_indices))
     return PackedLayout(
         torch.cat([layout.position_ids for layout in layouts]),
         num_rows,
         tuple(layout.num_positions for layout in layouts),
         mapping_indices,
+        row_sizes,
     )
 
 
 def join(layouts: Sequence[Layout]) -> Layout:
     """Pieces of one prompt, one after the other: all rows are one item's."""
+    if len(layouts) == 1:
+        return layouts[0]
     packed = pack(layouts)
     firsts = list(accumulate((0, *packed.num_rows)))
     spans = [

@@ -76,12 +76,12 @@ class DecoderLayer(nn.Module):
 
 @dataclass(frozen=True)
 class DecoderOutput:
-    """hidden_states (R', C), normed, of the rows that are left; and per item its grown cache, the
-    layout of those rows, and what was pruned."""
+    """hidden_states (R', C), normed, of the rows that are left, and where these stand; per item its
+    grown cache, and what was pruned."""
 
     hidden_states: Tensor
+    layout: PackedLayout
     past_key_values: list[KVCache]
-    layouts: list[Layout]
     prunings: list[Pruning | None]
 
 
@@ -132,7 +132,7 @@ class LlamaDecoder(nn.Module):
             x, caches, queries = layer(x, cos, sin, packed, past, masks)
             grown.append(caches)
         grown_caches = [tuple(cache) for cache in zip(*grown, strict=True)]
-        return DecoderOutput(self.norm(x), grown_caches, layouts, prunings)
+        return DecoderOutput(self.norm(x), packed, grown_caches, prunings)
 
 
 def prune(

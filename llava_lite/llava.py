@@ -28,7 +28,7 @@ from llava_lite.attention import KVCache
 from llava_lite.config import LlavaConfig
 from llava_lite.errors import PromptError
 from llava_lite.fastv import Pruning
-from llava_lite.layout import Layout, join, pack, place_image
+from llava_lite.layout import Layout, join, place_image
 from llava_lite.llama import LlamaDecoder
 from llava_lite.projector import Projector
 from llava_lite.reduction import NO_REDUCTION, DToMe, FastV, Reduction
@@ -143,7 +143,7 @@ class Llava(nn.Module):
         run = self.decoder(torch.cat(list(input_embeds)), layouts, past_key_values, fastv)
         x = run.hidden_states  # (R', C)
         if not all_logits:
-            x = pack(run.layouts).last_rows(x)  # (B, C)
+            x = run.layout.last_rows(x)  # (B, C)
         return self.decoder.lm_head(x), run.past_key_values, run.prunings
 
     def prefill(

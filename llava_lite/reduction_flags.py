@@ -98,8 +98,7 @@ def parse_merge(
 def parse_fastv(
     amount: str | None, layer: int | None, preset: "FastV | None", flag: str
 ) -> "FastV | None":
-    """The amount, which `flag` gave, and `--fastv-layer` over a preset's part. Raises ValueError.
-    """
+    """The amount that `flag` gave, and `--fastv-layer`, over a preset's part. Raises ValueError."""
     from llava_lite.reduction import FastV
 
     fastv = preset if amount is None else FastV.parse(amount, name=flag)

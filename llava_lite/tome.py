@@ -12,8 +12,8 @@ similar is asked of the keys that attention has computed anyway:
     4. merge    a destination becomes the mean of all patches in it: every token counts by its size
 
 The class token, at place 0, never merges. A token of size s stands for s patches, so attention adds
-log(s) to its scores: it then weighs as much as the s patches would (ToMe section 3.3,
-"proportional attention").
+log(s) to its scores: it then weighs as much as the s patches would (ToMe section 3, "proportional
+attention").
 
 What happened is a vector of integers, the mapping: patch -> token. Nothing else is needed to undo
 the merging (attention.py) or to draw it.
@@ -122,7 +122,8 @@ def new_places(best: Tensor, destination: Tensor, r: int, num_tokens: int) -> Te
 
 def average(x: Tensor, size: Tensor, places: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Mean of the tokens x (B, T, C) that share a place, each counted `size` (B, T) times,
-    summed in float32 at least: the new x (B, T', C) and the new size (B, T')."""
+    summed in float32 at least: the new x (B, T', C) and the new size (B, T'). On a GPU the order of
+    the sum is not fixed, so its last bit may differ from run to run."""
     weighted = x * size[..., None]  # in the precision of size
     sums = weighted.new_zeros(len(x) * num_tokens, x.shape[2])
     rows = places + num_tokens * torch.arange(len(x), device=x.device)[:, None]

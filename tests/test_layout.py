@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from llava_lite.attention import HybridAttention, KVCache
 from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
-from llava_lite.layout import Layout, PackedLayout, join, pack, place_image
+from llava_lite.layout import Layout, join, pack, place_image
 from llava_lite.layouts import our_names
 from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage, Llava
 from llava_lite.reduction import POSITIONS, DToMe, Reduction
@@ -154,7 +154,6 @@ def test_splice_places_every_row(prompt: Prompt, positions: str, start: int) -> 
     assert layout.num_positions == len(expected.position_ids)
     assert layout.next_position == expected.next_position
     assert [list(range(*span)) for span in layout.image_spans] == expected.image_rows
-    assert layout.num_image_rows == sum(map(len, expected.image_rows))
     if layout.mapping_indices is None:
         assert expected.mapping == list(range(expected.num_rows))
     else:
@@ -277,7 +276,8 @@ def test_without_merged_rows_nothing_is_copied() -> None:
 
 def test_remerge_counts_in_float32() -> None:
     """257 threes are three; bfloat16 has neither 257 nor 771, and would make it 3.016."""
-    layout = PackedLayout(torch.arange(257), (1,), (257,), torch.zeros(257, dtype=torch.long))
+    mapping = torch.zeros(257, dtype=torch.long)
+    layout = pack([Layout(1, torch.arange(257), 257, mapping)])
     merged = layout.remerge(torch.full((257, 1), 3.0, dtype=torch.bfloat16))
     assert merged.dtype == torch.bfloat16
     assert merged.tolist() == [[3.0]]
@@ -287,7 +287,7 @@ def test_remerge_averages_over_positions_not_heads() -> None:
     """Fused attention returns (1, H, N, D), remerging takes (N, H, D): means over N either way,
     told apart by H != N."""
     mapping = torch.tensor([0, 1, 1, 2, 0])
-    layout = PackedLayout(torch.arange(5), (3,), (5,), mapping)
+    layout = pack([Layout(3, torch.arange(5), 5, mapping)])
     mixed = draw(0, 1, 4, 5, 6)  # (1, H, N, D)
     merged = layout.remerge(mixed[0].transpose(0, 1))
     assert merged.shape == (3, 4, 6)

@@ -7,10 +7,10 @@
 
 The stages are LLaVA's own in small. `crops` and `tower` teach the vision tower what every patch
 belongs to (shape, color, digit, centre of its object) and where it lies, first on crops around
-objects, which are cheap, then on images of the full size. `decoder` trains projector and decoder on the frozen tower's
-features, computed once, with most background patches left out. `joint` trains everything on whole
-images. `export` writes the folder that `llava_lite.load` reads. The scenes are drawn once, at the
-start.
+objects, which are cheap, then on images of the full size. `decoder` trains projector and decoder on
+the frozen tower's features, computed once, with most background patches left out. `joint` trains
+everything on whole images. `export` writes the folder that `llava_lite.load` reads. The scenes are
+drawn once, at the start.
 
 Every image stands in front of many questions at once: each question block sees the image and
 itself, not its neighbours, and takes the positions it would have alone.
@@ -445,8 +445,8 @@ def train_crops(args: argparse.Namespace) -> None:
 
 
 def train_tower(args: argparse.Namespace) -> None:
-    """Stage `tower`: on images of the full size, as many mosaics of crops as whole scenes. Among 576
-    patches attention must be sharper than among the 64 of a crop."""
+    """Stage `tower`: on images of the full size, as many mosaics of crops as whole scenes. Among
+    576 patches attention must be sharper than among the 64 of a crop."""
     tower, heads = trained_tower(args, "crops")
 
     def batch(scenes: SceneSet, rng: np.random.Generator) -> tuple[Tensor, PatchLabels]:
