@@ -1,9 +1,11 @@
 """What the training of the embedded model rests on: labels, and packed question blocks that mean
-the same to the decoder as one question alone."""
+the same to the decoder as one question alone; and all of its stages, in miniature."""
 
 import importlib.util
+import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -11,10 +13,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY_TEXT, TINY_VISION, random_llava
 
+import llava_lite
 from llava_lite.config import TINY, LlavaConfig
 from llava_lite.generation import Model
 from llava_lite.image import preprocess
-from llava_lite.scenes import COLORS, SHAPES, Scene, SceneObject, draw_instances, draw_scene
+from llava_lite.scenes import COLORS, PLACES, SHAPES, Scene, SceneObject, draw_instances, draw_scene
 from llava_lite.tokenizer import Tokenizer
 
 Turns = tuple[tuple[str, str], ...]
@@ -155,6 +158,8 @@ def test_patch_labels_of_a_known_scene(train_tiny: ModuleType) -> None:
     assert labels["shape"][on_star] == SHAPES.index("star")
     assert labels["digit"][on_circle] == 1 + 7
     assert labels["digit"][on_star] == train_tiny.IGNORE  # stars never carry one
+    places = [PLACES[labels["third"][patch]] for patch in (on_circle, on_star)]
+    assert places == ["top left", "bottom right"]  # of the image, not of the padded square
     middle = np.array([82 // 14 + 0.5, 124 // 14 + 0.5])
     offset = np.array([82, 124]) / 14 - middle
     np.testing.assert_allclose(labels["offset"][on_circle], offset, atol=1e-6)
@@ -175,3 +180,40 @@ def test_half_an_object_has_no_shape(train_tiny: ModuleType) -> None:
     assert set(labels["color"].tolist()) == {0, 1 + list(COLORS).index("red")}
     assert set(labels["shape"].tolist()) == {train_tiny.IGNORE}
     assert not labels["center"].any()
+    assert set(labels["third"].tolist()) == {train_tiny.IGNORE}
+
+
+def test_place_loss_is_zero_where_every_patch_knows_its_place(train_tiny: ModuleType) -> None:
+    rows, columns = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
+    places = torch.stack((rows, columns), -1).flatten(0, 1) / 11.5 - 1
+    assert train_tiny.place_loss(places[None]).item() < 1e-6
+    assert train_tiny.place_loss(places.flip(-1)[None]).item() > 0.3
+
+
+def test_all_stages_in_miniature(
+    train_tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From nothing to a folder that loads and answers; run again, it has nothing left to do."""
+    monkeypatch.setattr(train_tiny, "HELD_OUT_SCENES", 2)
+    for seed, count in ((1, 12), (2, 2)):
+        images = np.stack([train_tiny.render((seed, index)) for index in range(count)])
+        np.save(tmp_path / f"scenes_{seed}_{count}.npy", images)
+    amounts = (
+        "crop-steps 1 tower-steps 2 decoder-steps 1 joint-steps 1 decoder-batch 1 joint-batch 1"
+    )
+    pairs = zip(amounts.split()[::2], amounts.split()[1::2], strict=True)
+    flags = [text for name, value in pairs for text in (f"--{name}", value)]
+    flags += ["--scenes", "12", "--decoder-scenes", "12", "--questions", "2"]
+    command = ["train_tiny.py", "--work", str(tmp_path), "--out", str(tmp_path / "out"), *flags]
+    monkeypatch.setattr(sys, "argv", command)
+    train_tiny.main()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["crops", "tower", "decoder", "joint"]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert "whole_third" in lines[1] and "crop_third" not in lines[1]
+    model = llava_lite.load(tmp_path / "out")
+    answer = model.generate(draw_scene(train_tiny.make_scene(2, 0)), "Hello?", max_new_tokens=2)
+    assert answer.usage["image_tokens"] == 576
+    state = (tmp_path / "joint.state.pt").stat().st_mtime_ns
+    train_tiny.main()
+    assert (tmp_path / "joint.state.pt").stat().st_mtime_ns == state

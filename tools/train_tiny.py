@@ -62,6 +62,7 @@ from llava_lite.vision import VisionTower
 SIZE, PATCH, GRID = 336, 14, 24
 CROP = 8  # patches along a crop's side
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
+HELD_OUT_SCENES = 64
 IGNORE = -100
 
 
@@ -342,7 +343,7 @@ def see_crops(tower: VisionTower, pixel_values: Tensor, rng: np.random.Generator
     x = torch.cat((class_token, patches), 1) + tower.pos_embed[places.to(patches.device)]
     x = tower.pre_norm(x)
     for block in tower.blocks:
-        x = block(x)
+        x, _ = block(x, merged=None, step=None)
     return x[:, 1:]
 
 
@@ -470,7 +471,7 @@ def fit_tower(
 ) -> None:
     """Train tower and heads on the features and labels that `batch` gives."""
     train = SceneSet(args.work, TRAIN_SEED, args.scenes)
-    held_out = SceneSet(args.work, HELD_OUT_SEED, 64)
+    held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
     modules: dict[str, nn.Module] = {"tower": tower.to(args.device), "heads": heads.to(args.device)}
     trainer = Trainer(name, args.work, modules, dict.fromkeys(modules, rate), steps)
     losses = []
@@ -481,7 +482,7 @@ def fit_tower(
             loss = patch_loss(heads(features), labels.to(args.device))
         trainer.update(loss)
         losses.append(loss.item())
-        if trainer.step % 250 == 0:
+        if trainer.step % 250 == 0 or trainer.step == steps:
             seen = test_tower(tower, heads, held_out, args)
             trainer.log(loss=round(float(np.mean(losses[-250:])), 4), **seen)
 
@@ -500,7 +501,7 @@ def test_tower(
                 pixel_values, labels = crop_batch(scenes, rng, 128)
                 read = heads(see_crops(tower, pixel_values.to(args.device), rng))
             else:
-                pixel_values, labels = whole_batch(scenes, range(32))
+                pixel_values, labels = whole_batch(scenes, range(min(32, len(scenes))))
                 read = heads(tower(pixel_values.to(args.device)).image_features)
         for key in ("color", "shape", "digit", "third"):
             target = getattr(labels, key)
@@ -757,7 +758,7 @@ def trained_tower(args: argparse.Namespace, stage: str = "tower") -> tuple[Visio
 def train_decoder(args: argparse.Namespace) -> None:
     """Stage `decoder`: projector and decoder on the frozen tower's features."""
     train = SceneSet(args.work, TRAIN_SEED, args.scenes).keep(args.decoder_scenes)
-    held_out = SceneSet(args.work, HELD_OUT_SEED, 64)
+    held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
     tower, _ = trained_tower(args)
     features = tower_features(tower, train, args, "train")
     held_out_features = tower_features(tower, held_out, args, "held_out")
@@ -777,7 +778,7 @@ def train_decoder(args: argparse.Namespace) -> None:
             loss, _, _ = answer_loss(decoder, packed, image_embeds, args.device)
         trainer.update(loss)
         losses.append(loss.item())
-        if trainer.step % 100 == 0:
+        if trainer.step % 100 == 0 or trainer.step == args.decoder_steps:
             right = test_answers(projector, decoder, held_out, held_out_features, writer, args)
             trainer.log(loss=round(float(np.mean(losses[-100:])), 4), **right)
 
@@ -813,11 +814,11 @@ def test_answers(
     576 patches."""
     right: dict[str, list[float]] = {}
     for start in range(0, len(scenes), 8):
-        indices = range(start, start + 8)
+        indices = range(start, min(start + 8, len(scenes)))
         asked = [questions(scenes.scenes[i], np.random.default_rng([i, 9]), 0.0) for i in indices]
         asked = [one[:1] + one[1::3] + one[-1:] for one in asked]
         blocks = [[((one.text, one.answer),) for one in each] for each in asked]
-        everything = [np.arange(GRID * GRID)] * 8
+        everything = [np.arange(GRID * GRID)] * len(indices)
         packed = pack(writer, blocks, everything, args.device)
         with autocast(args.device):
             embeds = projector(features[start : start + 8].flatten(0, 1).to(args.device).float())
@@ -835,7 +836,7 @@ def test_answers(
 def train_joint(args: argparse.Namespace) -> None:
     """Stage `joint`: tower, projector and decoder together on whole images and all 576 patches."""
     train = SceneSet(args.work, TRAIN_SEED, args.scenes)
-    held_out = SceneSet(args.work, HELD_OUT_SEED, 64)
+    held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
     writer = Writer(load_tokenizer(args))
     tower, heads = trained_tower(args)
     projector, decoder = new_decoder(args)
@@ -865,7 +866,7 @@ def train_joint(args: argparse.Namespace) -> None:
             loss = loss + 0.1 * patch_loss(heads(features), labels.to(args.device))
         trainer.update(loss)
         losses.append(loss.item())
-        if trainer.step % 100 == 0:
+        if trainer.step % 100 == 0 or trainer.step == args.joint_steps:
             with torch.inference_mode(), autocast(args.device):
                 pixels = to_pixel_values(np.array(held_out.pixels))
                 parts = [tower(part.to(args.device)) for part in pixels.split(16)]
