@@ -1,6 +1,7 @@
 """What several test files share: where the goldens are, and a tiny random model."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from llava_lite.tokenizer import Tokenizer, train_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 # Tests must not depend on which model their user prefers; processes they start inherit this.
 os.environ.pop("LLAVA_LITE_MODEL", None)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's job in the background ignores Ctrl-C, and so would the processes that tests stop.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(os.environ.get("LLAVA_LITE_SHARED", ROOT.parent / "shared"))
 

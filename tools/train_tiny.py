@@ -289,7 +289,7 @@ def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
     loss = color + shape + 0.7 * digit + center + 0.3 * offset
     if labels.color.shape[1] == GRID * GRID:
         third = labelled_loss(read["third"], labels.third)
-        loss = loss + 0.5 * third + place_loss(read["place"])
+        loss = loss + third + 2 * place_loss(read["place"])
     return loss
 
 
@@ -375,10 +375,12 @@ class Trainer:
         self.state_path, self.log_path = work / f"{name}.state.pt", work / "log.jsonl"
         groups = []
         for key, module in modules.items():
-            matrices = [p for p in module.parameters() if p.dim() >= 2]
-            vectors = [p for p in module.parameters() if p.dim() < 2]
+            named = list(module.named_parameters())
+            # A decaying position table would fade under patches that get no smaller.
+            matrices = [p for name, p in named if p.dim() >= 2 and name != "pos_embed"]
+            others = [p for name, p in named if p.dim() < 2 or name == "pos_embed"]
             groups.append({"params": matrices, "lr": rates[key], "weight_decay": 0.05})
-            groups.append({"params": vectors, "lr": rates[key], "weight_decay": 0.0})
+            groups.append({"params": others, "lr": rates[key], "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         if self.state_path.exists():
