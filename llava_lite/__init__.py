@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llava_lite.answer import Answer, Score
     from llava_lite.chat import Chat
     from llava_lite.generation import EncodedImage, Model
+    from llava_lite.inspection import Inspection
     from llava_lite.reduction import REDUCTIONS, DToMe, FastV, Reduction, ToMe
     from llava_lite.thresholds import read_thresholds
 
@@ -44,6 +45,7 @@ __all__ = [
     "EncodedImage",
     "FastV",
     "ImageError",
+    "Inspection",
     "LlavaLiteError",
     "Model",
     "PromptError",
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "embedded_model",
     "generate",
+    "inspect",
     "load",
     "read_thresholds",
 ]
@@ -68,6 +71,8 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module("llava_lite.generation"), name)
     if name in _FROM_REDUCTION:
         return getattr(import_module("llava_lite.reduction"), name)
+    if name == "Inspection":
+        return getattr(import_module("llava_lite.inspection"), name)
     if name == "read_thresholds":
         return getattr(import_module("llava_lite.thresholds"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -104,6 +109,22 @@ def generate(
     if model is None or isinstance(model, str | os.PathLike):
         model = _load_once(_source_or_default(model))
     return model.generate(image, prompt, **options)
+
+
+def inspect(
+    image: Any,
+    prompt: str,
+    model: "Model | str | os.PathLike[str] | None" = None,
+    **options: Any,
+) -> "Inspection":
+    """`generate` one answer, and the picture of how it came about: `.save("run.html")`, `.answer`.
+
+    Raises as `generate`, and ImageError without an image that can be shown."""
+    from llava_lite import inspection
+
+    if model is None or isinstance(model, str | os.PathLike):
+        model = _load_once(_source_or_default(model))
+    return inspection.inspect(model, image, prompt, **options)
 
 
 def load(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 OK, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
+PICTURES = (".html", ".png")
 EXIT_CODES = "exit codes: 0 ok, 1 failed, 2 wrong usage, 130 interrupted"
 DTYPES = {
     "auto": "auto",
@@ -144,6 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_download(commands)
     add_info(commands)
     add_thresholds(commands)
+    add_inspect(commands)
     return parser
 
 
@@ -289,6 +291,26 @@ example:
     usage = "IMAGES -o FILE"
     parser = add_command(commands, "thresholds", run_thresholds, usage, summary, details)
     thresholds.add_arguments(parser)
+    add_model_arguments(parser)
+
+
+def add_inspect(commands: Any) -> None:
+    details = """The page holds all it shows, without scripts; the PNG shows the same.
+
+examples:
+  llava-lite inspect -i photo.jpg -p "What is this?" --reduction hybrid-72-36 -o run.html
+  llava-lite inspect -i photo.jpg -p "What is this?" --fastv-k 0.5 -o run.png --force"""
+    summary = "draw what became of a prompt's image tokens, and what that cost"
+    usage = "-i IMAGE -p TEXT -o FILE"
+    parser = add_command(commands, "inspect", run_inspect, usage, summary, details)
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the question (default: stdin)")
+    add_image_sources(parser, "image to ask about: path, URL, or - for stdin; repeat for more")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="picture to write: .html or .png"
+    )
+    parser.add_argument("--force", action="store_true", help="replace FILE")
+    add_sampling_arguments(parser)
+    add_notice_arguments(parser.add_argument_group("output"))
     add_model_arguments(parser)
 
 
@@ -621,6 +643,31 @@ def format_summary(summary: "Summary", output: str) -> str:
 def run_thresholds(args: argparse.Namespace) -> int:
     """`llava-lite thresholds`."""
     return thresholds.run(args, load_model(args))
+
+
+# ---- inspect -----------------------------------------------------------------------------------
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """`llava-lite inspect`."""
+    if Path(args.output).suffix.lower() not in PICTURES:
+        args.parser.error(f"{args.output}: the picture must end in {' or '.join(PICTURES)}")
+    if not args.image:
+        args.parser.error("an image is needed: -i IMAGE")
+    prompt = read_prompt(args)
+    from llava_lite import inspection
+
+    output = inspection.check_output(args.output, args.force)
+    options = generation_options(args)
+    images = [image_opener(args)(source) for source in args.image]
+    seen = inspection.inspect(load_model(args), images, prompt, **options)
+    print(seen.answer, flush=True)  # first: it is worth more than its picture
+    seen.save(output, args.force)
+    if args.stats:
+        say(format_stats(seen.answer))
+    if not args.quiet:
+        say(f"{args.output}: written")
+    return OK
 
 
 # ---- download, info ----------------------------------------------------------------------------

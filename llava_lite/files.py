@@ -260,12 +260,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def replace_json(path: Path, content: Mapping[str, Any]) -> None:
+    """`replace_file` with JSON."""
+    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def replace_file(path: Path, data: bytes) -> None:
     """Write a file that is at every moment, even after a crash, the old one or the new one."""
     path = path.resolve()  # replace what a link points to, not the link
     staging = path.with_name(f".{path.name}.new")
     try:
-        with open(staging, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
+        with open(staging, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         staging.replace(path)

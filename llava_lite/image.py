@@ -240,11 +240,16 @@ def preprocess(image: Image.Image, size: int = 336, pad: bool = True) -> Tensor:
     canvas with a side of more than 16384 pixels: they take an approximation of bounded memory,
     padded after the resize, or cropped before it.
     """
-    image = to_rgb(image) if image.mode != "RGB" else image
-    square = _resize_padded(image, size) if pad else _resize_cropped(image, size)
+    square = to_square(image, size, pad)
     pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255  # (3, size, size)
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     return ((pixels - mean) / std)[None].contiguous()
+
+
+def to_square(image: Image.Image, size: int = 336, pad: bool = True) -> Image.Image:
+    """The RGB picture (size, size) that the pixel values of `preprocess` are made of."""
+    image = to_rgb(image) if image.mode != "RGB" else image
+    return _resize_padded(image, size) if pad else _resize_cropped(image, size)
 
 
 def _resize_padded(image: Image.Image, size: int) -> Image.Image:
