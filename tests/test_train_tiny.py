@@ -186,8 +186,12 @@ def test_half_an_object_has_no_shape(train_tiny: ModuleType) -> None:
 def test_place_loss_is_zero_where_every_patch_knows_its_place(train_tiny: ModuleType) -> None:
     rows, columns = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
     places = torch.stack((rows, columns), -1).flatten(0, 1) / 11.5 - 1
-    assert train_tiny.place_loss(places[None]).item() < 1e-6
-    assert train_tiny.place_loss(places.flip(-1)[None]).item() > 0.3
+    on_object = torch.zeros(1, 576, dtype=torch.bool)
+    on_object[0, 100:120] = True
+    assert train_tiny.place_loss(places[None], on_object).item() < 1e-6
+    assert train_tiny.place_loss(places.flip(-1)[None], on_object).item() > 0.3
+    lost = torch.where(on_object[0, :, None], torch.zeros(2), places)
+    assert train_tiny.place_loss(lost[None], on_object).item() > 0.3
 
 
 def test_all_stages_in_miniature(

@@ -289,17 +289,18 @@ def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
     loss = color + shape + 0.7 * digit + center + 0.3 * offset
     if labels.color.shape[1] == GRID * GRID:
         third = labelled_loss(read["third"], labels.third)
-        loss = loss + third + 2 * place_loss(read["place"])
+        loss = loss + third + place_loss(read["place"], on_object)
     return loss
 
 
-def place_loss(read: Tensor) -> Tensor:
+def place_loss(read: Tensor, on_object: Tensor) -> Tensor:
     """How far from its own row and column each patch of a whole image (B, P, 2) believes to be, in
-    halves of the image. Left to themselves, the tower's features forget it, and then the decoder
-    cannot say where anything is."""
+    halves of the image. Left to themselves, the tower's features forget it, those of objects (B, P)
+    first, and then the decoder cannot say where anything is."""
     steps = torch.linspace(-1, 1, GRID, device=read.device)
-    places = torch.cartesian_prod(steps, steps)  # (P, 2)
-    return F.smooth_l1_loss(read, places.expand_as(read), beta=0.1)
+    places = torch.cartesian_prod(steps, steps).expand_as(read)  # (B, P, 2)
+    distances = F.smooth_l1_loss(read, places, beta=0.1, reduction="none").mean(-1)
+    return distances.mean() + 3 * distances[on_object].mean()
 
 
 def start_local(tower: VisionTower, gain: float = 2.0) -> None:
@@ -516,7 +517,8 @@ def test_tower(
         results[f"{name}_center_iou"] = round(
             float((found & (labels.center > 0)).sum() / (found | (labels.center > 0)).sum()), 3
         )
-    results["whole_place_loss"] = round(place_loss(read["place"]).item(), 4)
+    on_object = (labels.color > 0).to(args.device)
+    results["whole_place_loss"] = round(place_loss(read["place"], on_object).item(), 4)
     return results
 
 
