@@ -32,12 +32,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llava_lite.cache import LayerCache, append
 from llava_lite.config import TextConfig
 from llava_lite.layout import PackedLayout
 from llava_lite.rope import apply_rope
-
-LayerCache = tuple[Tensor, Tensor]
-KVCache = tuple[LayerCache, ...]
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
@@ -75,7 +73,7 @@ class HybridAttention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         layout: PackedLayout,
-        past_key_values: Sequence[LayerCache | None],
+        past_key_values: Sequence[tuple[Tensor, Tensor] | None],
         masks: Sequence[Tensor | None],
     ) -> tuple[Tensor, list[LayerCache], list[Tensor]]:
         """Attend within each item.
@@ -94,10 +92,9 @@ class HybridAttention(nn.Module):
             past_key_values, masks, split_items((q, k, v), layout.num_positions), strict=True
         ):
             item_q, item_k, item_v = new  # (1, H, n, D) each
-            if past is not None:
-                item_k, item_v = torch.cat((past[0], item_k), 2), torch.cat((past[1], item_v), 2)
-            mixed.append(attend(item_q, item_k, item_v, mask))
-            caches.append((item_k, item_v))
+            cache = append(past, item_k, item_v)
+            mixed.append(attend(item_q, *cache, mask))
+            caches.append(cache)
             queries.append(item_q[:, :, -1:])
         x = torch.cat([rearrange(item, "1 h n d -> n (h d)") for item in mixed])  # (S, C)
         return self.o_proj(layout.remerge(x)), caches, queries

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llava_lite.answer import Answer, AnswerText, Score, score_tokens
-from llava_lite.attention import KVCache
+from llava_lite.cache import KVCache
 from llava_lite.chat import Chat
 from llava_lite.config import LlavaConfig
 from llava_lite.errors import CheckpointError, ContextError, ImageError, PromptError

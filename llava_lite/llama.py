@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llava_lite.attention import HybridAttention, KVCache, LayerCache
+from llava_lite.attention import HybridAttention
+from llava_lite.cache import KVCache, LayerCache
 from llava_lite.config import TextConfig
 from llava_lite.fastv import Pruning, choose, last_row, row_scores
 from llava_lite.layout import Layout, PackedLayout, pack
@@ -63,7 +64,7 @@ class DecoderLayer(nn.Module):
         cos: Tensor,
         sin: Tensor,
         layout: PackedLayout,
-        past_key_values: Sequence[LayerCache | None],
+        past_key_values: Sequence[tuple[Tensor, Tensor] | None],
         masks: Sequence[Tensor | None],
     ) -> tuple[Tensor, list[LayerCache], list[Tensor]]:
         """As HybridAttention.forward, with norms, residuals and MLP."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llava_lite.attention import KVCache
+from llava_lite.cache import KVCache
 from llava_lite.config import LlavaConfig
 from llava_lite.errors import PromptError
 from llava_lite.fastv import Pruning

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llava_lite.answer import Answer, AnswerText
-from llava_lite.attention import KVCache
+from llava_lite.cache import KVCache
 from llava_lite.fastv import Pruning
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import NO_REDUCTION, Reduction

@@ -41,7 +41,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llava_lite.attention import KVCache
+from llava_lite.cache import KVCache
 from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
 from llava_lite.fastv import Pruning
 from llava_lite.llava import EncodedImage

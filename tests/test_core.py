@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llava_lite.attention import KVCache, attend, causal_mask
+from llava_lite.attention import attend, causal_mask
+from llava_lite.cache import KVCache
 from llava_lite.config import TextConfig
 from llava_lite.layout import Layout
 from llava_lite.llama import LlamaDecoder, RMSNorm

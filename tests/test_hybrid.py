@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava_lite.attention import KVCache
+from llava_lite.cache import KVCache
 from llava_lite.config import LlavaConfig
 from llava_lite.fastv import Pruning, choose, last_row, rank_tokens, row_scores
 from llava_lite.layout import Layout

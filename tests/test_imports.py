@@ -41,11 +41,12 @@ ARROWS = {
     "layouts": {"config", "errors"},
     "projector": {"config"},
     "vision": {"config", "tome"},
-    "attention": {"config", "rope", "layout"},
-    "llama": {"config", "rope", "attention", "fastv", "layout", "reduction"},
+    "cache": set(),
+    "attention": {"config", "rope", "layout", "cache"},
+    "llama": {"config", "rope", "attention", "cache", "fastv", "layout", "reduction"},
     "llava": {
         "config", "errors", "reduction", "vision", "projector", "llama", "layout",
-        "attention", "fastv",  # for the types of its cache and of what was pruned
+        "cache", "fastv",  # for the types of its cache and of what was pruned
     },
     "meta": {"config", "llava"},
     "files": {"errors"},
@@ -54,11 +55,11 @@ ARROWS = {
         "config", "errors", "files", "layouts", "llava", "meta", "sources", "tokenizer",
     },
     "sampling": {"reduction"},
-    "trace": {"config", "llava", "fastv", "attention", "reduction"},
+    "trace": {"config", "llava", "fastv", "cache", "reduction"},
     "answer": {"tokenizer", "trace"},
     "sequence": {
         "answer", "trace", "reduction",
-        "attention", "fastv", "llava",  # for the types of what a state holds
+        "cache", "fastv", "llava",  # for the types of what a state holds
     },
     "chat": {
         "prompt", "answer", "sampling", "sequence",
@@ -67,7 +68,7 @@ ARROWS = {
     "generation": {
         "config", "errors", "llava", "prompt", "image", "tokenizer", "reduction",
         "sampling", "answer", "sequence", "chat", "trace",
-        "attention",  # for the type of its cache
+        "cache",  # for its type
     },
     "__init__": {
         "errors", "checkpoint", "sources", "generation",

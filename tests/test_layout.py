@@ -21,7 +21,8 @@ from test_core import close, draw
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_lite.attention import HybridAttention, KVCache
+from llava_lite.attention import HybridAttention
+from llava_lite.cache import KVCache
 from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
 from llava_lite.layout import Layout, join, pack, place_image
 from llava_lite.layouts import our_names

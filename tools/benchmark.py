@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from llava_lite.attention import KVCache
+from llava_lite.cache import KVCache
 from llava_lite.config import LLAVA_1_5_7B, TINY, LlavaConfig
 from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage, Llava
 from llava_lite.reduction import NO_REDUCTION, REDUCTIONS, Reduction, ToMe

@@ -1,0 +1,93 @@
+"""The KV cache grows in place, and nobody can tell."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llava_lite.cache import FEWEST_SPARE, LayerCache, append
+
+H, D = 2, 3
+
+
+def draw(length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    k, v = torch.randn(2, 1, H, length, D, generator=generator)
+    return k, v
+
+
+def joined(*pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.cat([k for k, _ in pairs], 2), torch.cat([v for _, v in pairs], 2)
+
+
+def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
+    return len(a) == len(b) == 2 and torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 90)), min_size=1, max_size=12))
+def test_every_branch_is_what_concatenation_gives(steps: list[tuple[int, int]]) -> None:
+    """Any pair handed out so far may be continued, again and again; none of them ever changes."""
+    first = draw(4)
+    pairs: list[tuple[LayerCache, tuple[Tensor, Tensor]]] = [(append(None, *first), first)]
+    for seed, (parent, length) in enumerate(steps, start=1):
+        past, expected = pairs[parent % len(pairs)]
+        new = draw(length, seed)
+        pairs.append((append(past, *new), joined(expected, new)))
+        assert all(same(pair, wanted) for pair, wanted in pairs)
+
+
+def test_tokens_are_written_behind_the_others() -> None:
+    cache = append(append(None, *draw(10)), *draw(1, 1))
+    places = {cache[0].data_ptr()}
+    for seed in range(FEWEST_SPARE):
+        cache = append(cache, *draw(1, seed))
+        places.add(cache[0].data_ptr())
+    assert len(places) == 1  # no copy
+    longer = append(cache, *draw(1, 1))  # that was all of the space
+    assert longer[0].data_ptr() not in places and same(longer, joined(cache, draw(1, 1)))
+
+
+def test_copies_are_rare_in_long_caches() -> None:
+    cache, copies = append(None, *draw(1000)), 0
+    for seed in range(1000):
+        longer = append(cache, *draw(1, seed % 7))
+        copies += longer[0].data_ptr() != cache[0].data_ptr()
+        cache = longer
+    assert cache[0].shape[2] == 2000
+    assert copies <= 4
+
+
+def test_it_is_a_plain_tuple() -> None:
+    cache = append(append(None, *draw(5)), *draw(1, 1))
+    k, v = cache
+    assert isinstance(cache, tuple) and cache[0] is k and cache[1] is v
+    for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert same(twin, cache)
+        assert same(append(twin, *draw(1, 2)), append(cache, *draw(1, 2)))
+
+
+def test_any_pair_can_be_continued() -> None:
+    assert same(append(draw(5), *draw(2, 1)), joined(draw(5), draw(2, 1)))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_across_inference_mode(inside: bool) -> None:
+    """What was cached in inference mode goes on outside of it, and the other way round."""
+    with torch.inference_mode(inside):
+        cache = append(append(None, *draw(5)), *draw(1, 1))
+    with torch.inference_mode(not inside), torch.no_grad():
+        longer = append(cache, *draw(1, 2))
+    assert same(longer, joined(draw(5), draw(1, 1), draw(1, 2)))
+
+
+def test_gradients_pass() -> None:
+    k, v = draw(3)
+    k.requires_grad_()
+    cache = append(append(append(None, k, v), *draw(1, 1)), *draw(1, 2))
+    (cache[0] * 2).sum().backward()
+    assert k.grad is not None and torch.equal(k.grad, torch.full_like(k, 2.0))
