@@ -24,6 +24,7 @@ from llava_lite.config import LlavaConfig
 from llava_lite.errors import CheckpointError, ContextError, ImageError, PromptError
 from llava_lite.image import load_image, preprocess
 from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage, Llava
+from llava_lite.prefix import Prefix
 from llava_lite.prompt import build_prompt, place_images
 from llava_lite.reduction import NO_REDUCTION, DToMe, Reduction
 from llava_lite.sampling import (
@@ -57,6 +58,7 @@ class Model:
         self.llava, self.tokenizer, self.exif = llava, tokenizer, exif
         self.thresholds = thresholds
         self.config = config or llava.config
+        self.prefix = Prefix(llava, tokenizer)
 
     @overload
     def generate(
@@ -323,8 +325,13 @@ class Model:
                 f"{counts.prompt} prompt tokens + {image_positions} image positions + {wanted} "
                 f"new tokens exceed the context of {limit}"
             )
+        prefix: tuple[int, ...] = ()
+        if state.next_position == 0 and not options.trace:  # a trace shows the whole prompt
+            shared = self.prefix.ids(options.template or self.config.template, options.system)
+            if pending_ids[: len(shared)] == shared:
+                prefix = shared
         state = replace(state, pending_ids=pending_ids, reduction=reduction, answer_ids=())
-        return Request(state, tuple(images), counts, wanted)
+        return Request(state, tuple(images), counts, wanted, prefix)
 
     def reduction_for(
         self, images: Sequence[Any], wish: Reduction | str | None, before: Reduction = NO_REDUCTION
@@ -467,10 +474,22 @@ class Model:
         encoded, seconds = self.encode_images(wanted, batch_size)
         rest = iter(encoded)
         states = [
-            replace(request.state, images=tuple(next(rest) for _ in request.images))
+            replace(self.after_prefix(request), images=tuple(next(rest) for _ in request.images))
             for request in requests
         ]
         return states, seconds
+
+    def after_prefix(self, request: Request) -> State:
+        """The request's state, begun with the shared cache of its prefix where it has one."""
+        state, prefix = request.state, request.prefix
+        if not prefix:
+            return state
+        return replace(
+            state,
+            past_key_values=self.prefix.cache(prefix),
+            next_position=len(prefix),
+            pending_ids=state.pending_ids[len(prefix) :],
+        )
 
     @torch.inference_mode()
     def encode_images(

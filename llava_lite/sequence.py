@@ -61,12 +61,14 @@ NO_TOKENS = TokenCounts()
 @dataclass(frozen=True)
 class Request:
     """One item, checked against the context, nothing computed yet. `counts` cover the whole
-    sequence in front of the answer, but for the images of this request."""
+    sequence in front of the answer, but for the images of this request. `prefix` are those of its
+    first ids whose cache can be shared (prefix.py)."""
 
     state: State
     images: tuple[Any, ...]
     counts: TokenCounts
     max_new_tokens: int
+    prefix: tuple[int, ...] = ()
 
 
 @dataclass

@@ -61,13 +61,14 @@ ARROWS = {
         "answer", "trace", "reduction",
         "cache", "fastv", "llava",  # for the types of what a state holds
     },
+    "prefix": {"cache", "llava", "prompt", "tokenizer"},
     "chat": {
         "prompt", "answer", "sampling", "sequence",
         "generation",  # for the type of its model
     },
     "generation": {
         "config", "errors", "llava", "prompt", "image", "tokenizer", "reduction",
-        "sampling", "answer", "sequence", "chat", "trace",
+        "sampling", "answer", "sequence", "chat", "trace", "prefix",
         "cache",  # for its type
     },
     "__init__": {
