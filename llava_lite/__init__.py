@@ -138,6 +138,7 @@ def load(
     vision_tower: "str | Path | nn.Module | None" = None,
     pad: bool | None = None,
     exif: bool = True,
+    quantize: str | None = None,
 ) -> "Model":
     """Load a model: a converted folder, any official layout, or a hub id (`owner/name`).
 
@@ -151,14 +152,20 @@ def load(
         for a checkpoint without its own, or an open_clip model object.
     pad: images padded to a square (True) or cropped to one (False), instead of what the
         checkpoint's config says. exif: turn images as the camera noted; LLaVA itself does not.
+    quantize: "int8" or "int4" rounds the decoder's linear layers while loading (quantize.py); a
+        folder that `llava-lite convert --quantize` wrote is loaded as what it is.
 
-    Raises CheckpointError, and ValueError for a device or dtype that does not exist here."""
-    from llava_lite.checkpoint import load_source, load_tokenizer, parse_dtype
+    Raises CheckpointError, and ValueError for a device, dtype or quantisation that does not exist
+    here."""
+    from llava_lite.checkpoint import load_tokenizer, parse_dtype
     from llava_lite.download import resolve
     from llava_lite.generation import Model
-    from llava_lite.sources import open_source
+    from llava_lite.quantize import method_named
+    from llava_lite.quantized_checkpoint import load_source, open_source
     from llava_lite.thresholds import own_thresholds_or_error
 
+    if quantize is not None:
+        method_named(quantize)  # a wrong name is said before anything is fetched
     path = resolve(
         _source_or_default(source),
         download_missing=download,
@@ -173,7 +180,8 @@ def load(
     tokenizer = load_tokenizer(checkpoint.tokenizer_file or path, checkpoint.config)
     thresholds = own_thresholds_or_error(checkpoint)
     config = checkpoint.config if pad is None else replace(checkpoint.config, pad=pad)
-    return Model(load_source(checkpoint, device, wanted), tokenizer, config, exif, thresholds)
+    llava = load_source(checkpoint, device, wanted, quantize)
+    return Model(llava, tokenizer, config, exif, thresholds)
 
 
 def embedded_model() -> Path:

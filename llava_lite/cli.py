@@ -395,6 +395,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="auto (the file's, the default), float32, bfloat16, float16, or fp32, bf16, fp16",
     )
+    group.add_argument(
+        "--quantize",
+        choices=convert.METHODS,
+        help="round the decoder's weights to so many bits while loading",
+    )
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
 
@@ -463,6 +468,7 @@ def load_model(args: argparse.Namespace) -> "Model":
         vision_tower=args.vision_tower,
         pad=False if args.no_pad else None,
         exif=not args.no_exif,
+        quantize=args.quantize,
     )
 
 

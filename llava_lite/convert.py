@@ -28,6 +28,8 @@ Progress = Callable[[int, int], None]
 
 DTYPES = ("bfloat16", "float16", "float32", "keep")
 FORMATS = ("llava_lite", "hf")
+METHODS = ("int8", "int4")  # those of quantize.py
+HF_QUANTIZED = "quantised weights are stored in our own format only, not as hf"
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Report:
     layout: str
     to: str
     dtype: str
+    quantized: str | None
     revision: str | None
     tensors: int
     parameters: int
@@ -54,9 +57,10 @@ class Report:
     def summary(self) -> str:
         """The report in a few lines of text."""
         done = "wrote" if self.written else "would write"
+        kind = f"{self.dtype}, the decoder's {self.quantized}" if self.quantized else self.dtype
         lines = [
             f"{self.source}: {self.layout}",
-            f"{done} {self.tensors} tensors, {self.parameters:,} parameters, {self.dtype}, "
+            f"{done} {self.tensors} tensors, {self.parameters:,} parameters, {kind}, "
             f"{self.size / 1e9:.2f} GB as {self.to} to {self.destination or '(nowhere)'}",
             f"left out {len(self.unused)} tensors of the vision tower that LLaVA never runs "
             f"and {len(self.ignored)} that are no weights of the model",
@@ -79,28 +83,32 @@ def convert(
     dry_run: bool = False,
     verify: bool = False,
     to: str = "llava_lite",
+    quantize: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
     names: Mapping[str, str] | None = None,
 ) -> Report:
     """Convert a checkpoint of any layout (see `sources.open_source`) to a self-contained folder.
 
-    `dtype` None keeps the decoder's; `shard_size` in bytes; `to` "llava_lite" or "hf"; `verify`
-    reads everything back and compares hashes; `force` replaces a checkpoint that is already there;
+    `dtype` None keeps the decoder's; `shard_size` in bytes; `to` "llava_lite" or "hf"; `quantize`
+    "int8" or "int4": how the decoder's linear layers are stored, in our format only; `verify` reads
+    everything back and compares hashes; `force` replaces a checkpoint that is already there;
     `progress(done, total)` is told the bytes; `names`: what the manifest calls "source" and "base",
     such as hub ids, where that is not their path. On any error or interrupt nothing half-written is
-    left. Raises CheckpointError naming file and tensor."""
+    left. Raises CheckpointError naming file and tensor, and ValueError."""
     from llava_lite.checkpoint import parse_dtype, verify_tensors
-    from llava_lite.export import hf_output, own_output, write_side_files
+    from llava_lite.export import write_side_files
     from llava_lite.files import staged, write_shards
-    from llava_lite.sources import open_source
+    from llava_lite.quantized_checkpoint import open_source
 
     if to not in FORMATS or shard_size < 1:
         raise ValueError(f"to {to!r} must be llava_lite or hf, shard_size {shard_size} at least 1")
+    if quantize is not None and to == "hf":
+        raise ValueError(HF_QUANTIZED)
     opened = open_source(source, base, vision_tower)
     wanted = parse_dtype(dtype) or opened.dtype
-    output = (hf_output if to == "hf" else own_output)(opened, wanted)
-    report = make_report(opened, destination, output, wanted, to)
+    output = make_output(opened, wanted, to, quantize)
+    report = make_report(opened, destination, output, wanted, to, quantize)
     if dry_run:
         return report
     if destination is None:
@@ -117,12 +125,26 @@ def convert(
     return report
 
 
+def make_output(opened: "Source", dtype: "torch.dtype", to: str, quantize: str | None) -> "Output":
+    """What will be written."""
+    from llava_lite.export import hf_output, own_output
+    from llava_lite.quantized_checkpoint import QuantizedSource, quantized_output
+
+    if quantize is not None:
+        return quantized_output(opened, dtype, quantize)
+    output = (hf_output if to == "hf" else own_output)(opened, dtype)
+    if isinstance(opened, QuantizedSource):
+        output.notes.append(f"the source is {opened.method}: its rounding stays in the result")
+    return output
+
+
 def make_report(
     opened: "Source",
     destination: str | Path | None,
     output: "Output",
     dtype: "torch.dtype",
     to: str,
+    quantize: str | None,
 ) -> Report:
     """The report before anything is written."""
     report = Report(
@@ -131,6 +153,7 @@ def make_report(
         layout=opened.layout,
         to=to,
         dtype=str(dtype).removeprefix("torch."),
+        quantized=quantize,
         revision=opened.revision,
         tensors=len(output.specs),
         parameters=output.num_parameters,
@@ -207,6 +230,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="llava_lite: our format (the default); hf: llava-hf's, which transformers reads",
     )
     add(
+        "--quantize",
+        choices=METHODS,
+        help="store the decoder's linear layers in so many bits, in our format",
+    )
+    add(
         "--shard-size",
         type=parse_size,
         default=SHARD_SIZE,
@@ -228,6 +256,8 @@ def run(args: argparse.Namespace) -> int:
     """`llava-lite convert`: report on stdout, progress on stderr. Raises CheckpointError."""
     if args.destination is None and not args.dry_run:
         args.parser.error("a destination is needed, except with --dry-run")
+    if args.quantize and args.to == "hf":
+        args.parser.error(HF_QUANTIZED)
     from llava_lite.download import resolve
 
     tower = args.vision_tower
@@ -249,6 +279,7 @@ def run(args: argparse.Namespace) -> int:
         dry_run=args.dry_run,
         verify=args.verify,
         to=args.to,
+        quantize=args.quantize,
         force=args.force,
         progress=terminal_progress(),
         names=names,

@@ -36,13 +36,16 @@ HF_TOKENIZER_FILES = (
 
 @dataclass
 class Output:
-    """What a conversion writes: tensors with a way to make each, and JSON files beside them."""
+    """What a conversion writes: tensors with a way to make each, and JSON files beside them.
+
+    `weights`: how many the model has, where that is not the number of numbers in its tensors."""
 
     specs: dict[str, Spec]
     read: Callable[[str], Tensor]
     documents: dict[str, dict[str, Any]]
     notes: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    weights: int | None = None
 
     @property
     def size(self) -> int:
@@ -50,7 +53,7 @@ class Output:
 
     @property
     def num_parameters(self) -> int:
-        return sum(math.prod(shape) for shape, _ in self.specs.values())
+        return self.weights or sum(math.prod(shape) for shape, _ in self.specs.values())
 
 
 def write_side_files(

@@ -26,6 +26,7 @@ from llava_lite.errors import CheckpointError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DTYPE_CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+BYTE_CODES = {torch.int8: "I8", torch.uint8: "U8"}  # of tensors that stand for weights, not weights
 
 # The first that a folder has is used: safetensors before pickle, an index before loose files.
 # open_clip's repositories hold a second copy, as model.safetensors, whose names are timm's.
@@ -188,7 +189,7 @@ def write_safetensors(
     for name, (shape, dtype) in specs.items():
         end = offset + num_bytes((shape, dtype))
         header[name] = {
-            "dtype": DTYPE_CODES[dtype],
+            "dtype": (DTYPE_CODES | BYTE_CODES)[dtype],
             "shape": list(shape),
             "data_offsets": [offset, end],
         }

@@ -19,6 +19,9 @@ from llava_lite.config import PRESETS, LlavaConfig
 from llava_lite.errors import CheckpointError
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CODES = {"int8": 1, "uint8": 1}  # bytes of what stays as it is in every dtype: codes of weights
+# Weights that one number of a quantised tensor stands for, by the end of its name.
+WEIGHTS = {"weight_int4": 2, "scales": 0, "zeros": 0}
 # Words around one image in the prompt of the memory estimate, answer included.
 TEXT_TOKENS = 256
 # What each preset of token reduction is for.
@@ -41,10 +44,20 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str | None = None
 
+    @property
+    def num_weights(self) -> int:
+        """Weights of the model that it holds."""
+        return math.prod(self.shape) * WEIGHTS.get(self.name.rpartition(".")[2], 1)
+
+    def num_bytes(self, dtype: str) -> int:
+        """Bytes it takes when the model is in this dtype."""
+        return math.prod(self.shape) * CODES.get(self.dtype or "", BYTES[dtype])
+
 
 @dataclass(frozen=True)
 class Info:
-    """A model on paper. `source` and `layout` are None for a preset; `ignored` counts the stored
+    """A model on paper. `source` and `layout` are None for a preset; `quantized` is the method of a
+    quantised folder, whose tensors then are codes and scales; `ignored` counts the stored
     tensors that the model never reads; `thresholds` are what DToMe goes by, if it has some, or
     the error why they cannot be used."""
 
@@ -55,13 +68,14 @@ class Info:
     revision: str | None = None
     ignored: int = 0
     thresholds: tuple[float, ...] | CheckpointError | None = None
+    quantized: str | None = None
 
     @property
     def parameters(self) -> dict[str, int]:
         """Number of weights per part, and in all."""
         counts = {"vision": 0, "projector": 0, "decoder": 0}
         for tensor in self.tensors:
-            counts[tensor.name.split(".")[0]] += math.prod(tensor.shape)
+            counts[tensor.name.split(".")[0]] += tensor.num_weights
         return {**counts, "total": sum(counts.values())}
 
     @property
@@ -74,13 +88,13 @@ class Info:
     def memory(self) -> dict[str, dict[str, int]]:
         """Bytes per dtype: the weights, and the KV cache of one token, of one image with a short
         talk about it (`TEXT_TOKENS`), and of a full context."""
-        text, weights = self.config.text, self.parameters["total"]
+        text = self.config.text
         numbers_per_token = 2 * text.num_layers * text.num_heads * text.head_dim
         tokens = {"kv_cache_per_token": 1, "kv_cache_image_prompt": self.prompt_tokens}
         tokens["kv_cache_full_context"] = text.max_positions
         return {
             dtype: {
-                "weights": size * weights,
+                "weights": sum(tensor.num_bytes(dtype) for tensor in self.tensors),
                 **{name: size * numbers_per_token * count for name, count in tokens.items()},
             }
             for dtype, size in BYTES.items()
@@ -100,6 +114,7 @@ class Info:
             "source": self.source,
             "layout": self.layout,
             "revision": self.revision,
+            "quantized": self.quantized,
             "config": asdict(self.config),
             "image_tokens": self.config.vision.num_patches,
             "context": self.config.text.max_positions,
@@ -132,14 +147,20 @@ def describe_source(
 
     Raises CheckpointError."""
     from llava_lite.meta import expected_shapes
-    from llava_lite.sources import open_source
+    from llava_lite.quantized_checkpoint import QuantizedSource, open_source
     from llava_lite.thresholds import own_thresholds_or_error
 
     source = open_source(Path(path), base, vision_tower)
     tensors = []
     for name in expected_shapes(source.config):
-        entry = source.entries[name]
-        tensors.append(TensorInfo(name, entry.shape, str(entry.dtype).removeprefix("torch.")))
+        entries = {name: source.entries[name]}
+        if isinstance(source, QuantizedSource) and name in source.parts:
+            module = name.removesuffix(".weight")
+            entries = {f"{module}.{part}": e for part, e in source.parts[name].items()}
+        tensors += [
+            TensorInfo(stored, entry.shape, str(entry.dtype).removeprefix("torch."))
+            for stored, entry in entries.items()
+        ]
     skipped = len(source.ignored) + len({entry.stored for entry in source.unused.values()})
     return Info(
         source.config,
@@ -149,6 +170,7 @@ def describe_source(
         source.revision,
         skipped,
         own_thresholds_or_error(source),
+        source.method if isinstance(source, QuantizedSource) else None,
     )
 
 
