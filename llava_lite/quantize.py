@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from llava_lite.generation import Model
 
 GROUP_SIZE = 128  # weights of a row that share scale and zero in int4
-ROUNDED_ROWS = 256  # of a weight that are rounded at once: bounds the float32 memory
-PADDED_ROWS = 64  # int4 weights are padded to a multiple: torch packs them in an order of its own
-PACKED_ROWS = 512  # of them that are packed at once: before, they take 4 bytes each
+ROW_MULTIPLE = 64  # int4 weights are padded to it: torch packs rows in an order of its own
+# Weights that are rounded or packed at once, 4 bytes each meanwhile. It bounds memory twice: pieces
+# larger than most packed weights would, when freed, leave the allocator's heap full of holes.
+PIECE_WEIGHTS = 1 << 20
 # Weights written out at once for many rows: on the CPU they should stay in its cache, elsewhere
 # every block costs a dozen kernel launches.
 BLOCK_WEIGHTS = {"cpu": 1 << 21, "cuda": 1 << 27}
@@ -64,7 +65,8 @@ class QuantizedLinear(nn.Module):
     group_size: ClassVar[int] = 1
     codes_per_byte: ClassVar[int] = 1
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, own: bool = False) -> None:
+        """own: the memory of the parts belongs to this layer, it may be written to."""
         super().__init__()
         rows, width = parts[f"weight_{self.method}"].shape
         self.out_features, self.in_features = rows, width * self.codes_per_byte
@@ -72,8 +74,7 @@ class QuantizedLinear(nn.Module):
     @property
     def block_rows(self) -> int:
         """M, the rows of the weight that are written out at once."""
-        fitting = BLOCK_WEIGHTS[next(self.buffers()).device.type] // self.in_features
-        return max(fitting // PADDED_ROWS, 1) * PADDED_ROWS
+        return rows_of(BLOCK_WEIGHTS[next(self.buffers()).device.type], self.in_features)
 
     @staticmethod
     def round(weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -105,7 +106,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) in the dtype of the scales -> (..., N)."""
         rows = x.reshape(-1, self.in_features).contiguous()
-        few = len(rows) <= self.codes_rows
+        few = 0 < len(rows) <= self.codes_rows  # the packed operators do not take no rows
         y = self.matmul_codes(rows) if few else self.matmul_blocks(rows)
         return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
 
@@ -131,8 +132,8 @@ class Int8Linear(QuantizedLinear):
     weight_int8: Tensor
     scales: Tensor
 
-    def __init__(self, parts: Parts) -> None:
-        super().__init__(parts)
+    def __init__(self, parts: Parts, own: bool = False) -> None:
+        super().__init__(parts, own)
         for name in ("weight_int8", "scales"):
             self.register_buffer(name, parts[name], persistent=False)
 
@@ -141,9 +142,9 @@ class Int8Linear(QuantizedLinear):
         """weight (N, K) -> weight_int8 (N, K), scales (N,) in `dtype`."""
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         scales = torch.empty(len(weight), dtype=dtype, device=weight.device)
-        for rows in row_slices(len(weight)):
+        for rows in pieces(*weight.shape):
             block = weight[rows].float()
-            scales[rows] = not_zero((block.abs().amax(1) / 127).to(dtype))
+            scales[rows] = stored_scales(block.abs().amax(1) / 127, dtype)
             # By the scale as it is stored: its rounding must not add to that of the codes.
             codes[rows] = (block / scales[rows, None].float()).round().clamp(-127, 127)
         return {"weight_int8": codes, "scales": scales}
@@ -173,8 +174,8 @@ class Int8Linear(QuantizedLinear):
 
     def weight_blocks(self) -> Iterator[Tensor]:
         """(K, M) each."""
-        pieces = (part.split(self.block_rows) for part in (self.weight_int8, self.scales))
-        for codes, scales in zip(*pieces, strict=True):
+        blocks = (part.split(self.block_rows) for part in (self.weight_int8, self.scales))
+        for codes, scales in zip(*blocks, strict=True):
             yield (codes.to(scales.dtype) * scales[:, None]).T
 
 
@@ -194,26 +195,27 @@ class Int4Linear(QuantizedLinear):
     weight_packed: Tensor
     scales_and_zeros: Tensor
 
-    def __init__(self, parts: Parts) -> None:
-        super().__init__(parts)
+    def __init__(self, parts: Parts, own: bool = False) -> None:
+        super().__init__(parts, own)
         codes, scales, zeros = parts["weight_int4"], parts["scales"], parts["zeros"]
-        missing = -len(codes) % PADDED_ROWS
+        missing = -len(codes) % ROW_MULTIPLE
         if missing:
             codes, scales, zeros = (F.pad(t, (0, 0, 0, missing)) for t in (codes, scales, zeros))
         pairs = torch.stack((scales.T, zeros.T), dim=-1).contiguous()  # (K/128, N, 2)
-        self.register_buffer("weight_packed", pack(codes), persistent=False)
+        self.register_buffer("weight_packed", pack(codes, own), persistent=False)
         self.register_buffer("scales_and_zeros", pairs, persistent=False)
 
     @staticmethod
     def round(weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """weight (N, K) -> weight_int4 (N, K/2), scales and zeros (N, K/128) in `dtype`."""
-        (n, k), device = weight.shape, weight.device
-        packed = torch.empty(n, k // 2, dtype=torch.uint8, device=device)
-        scales, zeros = torch.empty(2, n, k // GROUP_SIZE, dtype=dtype, device=device)
-        for rows in row_slices(n):
+        n, k = weight.shape
+        packed = torch.empty(n, k // 2, dtype=torch.uint8, device=weight.device)
+        scales = torch.empty(n, k // GROUP_SIZE, dtype=dtype, device=weight.device)
+        zeros = torch.empty_like(scales)
+        for rows in pieces(n, k):
             groups = weight[rows].float().unflatten(1, (-1, GROUP_SIZE))  # (M, K/128, 128)
             low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-            scales[rows] = not_zero(((high - low) / 15).to(dtype))
+            scales[rows] = stored_scales((high - low) / 15, dtype)
             # By the scale and the zero as they are stored, as in int8.
             scale = scales[rows].float()
             zeros[rows] = low + 8 * scale
@@ -270,14 +272,23 @@ class Int4Linear(QuantizedLinear):
 METHODS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
-def row_slices(rows: int) -> Iterator[slice]:
-    """0..rows in pieces that are rounded at once."""
-    return (slice(start, start + ROUNDED_ROWS) for start in range(0, rows, ROUNDED_ROWS))
+def rows_of(weights: int, in_features: int) -> int:
+    """How many rows of a weight hold about so many weights: a multiple of 64."""
+    return max(weights // in_features // ROW_MULTIPLE, 1) * ROW_MULTIPLE
 
 
-def not_zero(scales: Tensor) -> Tensor:
-    """1 in place of 0, so that rows or groups of nothing but zeros can be divided by it."""
-    return torch.where(scales == 0, torch.ones_like(scales), scales)
+def pieces(n: int, k: int) -> Iterator[slice]:
+    """The rows 0..n in pieces that are rounded at once."""
+    step = rows_of(PIECE_WEIGHTS, k)
+    return (slice(start, start + step) for start in range(0, n, step))
+
+
+def stored_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in `dtype`, none of them 0: rows or groups of nothing but zeros are divided by 1."""
+    # float16 has few digits for the smallest: there round up, or the codes would not reach far.
+    half_step = torch.finfo(dtype).tiny * torch.finfo(dtype).eps / 2
+    narrow = (scales + half_step).to(dtype)
+    return torch.where(narrow == 0, torch.ones_like(narrow), narrow)
 
 
 # ---- int4 packing --------------------------------------------------------------------------------
@@ -288,14 +299,17 @@ def one_code_each(codes: Tensor) -> Tensor:
     return torch.stack((codes >> 4, codes & 15), dim=-1).flatten(1)
 
 
-def pack(codes: Tensor) -> Tensor:
+def pack(codes: Tensor, in_place: bool = False) -> Tensor:
     """weight_int4 (N, K/2), N a multiple of 64 -> the same codes in the order of the device's
-    packed operator: CPU (N, K/2) uint8, CUDA (N/8, K/128, 32, 4) int32."""
+    packed operator: CPU (N, K/2) uint8, CUDA (N/8, K/128, 32, 4) int32.
+
+    in_place: on the CPU the result takes the place of the codes."""
     if codes.is_cuda:
         packed: Tensor = torch.ops.aten._convert_weight_to_int4pack(codes.contiguous(), 8)
         return packed
-    packed = torch.empty_like(codes, memory_format=torch.contiguous_format)
-    for rows, target in zip(codes.split(PACKED_ROWS), packed.split(PACKED_ROWS), strict=True):
+    packed = codes if in_place else torch.empty_like(codes, memory_format=torch.contiguous_format)
+    step = rows_of(PIECE_WEIGHTS, 2 * codes.shape[1])
+    for rows, target in zip(codes.split(step), packed.split(step), strict=True):
         wide = one_code_each(rows).int()
         target.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(wide, 1))
     return packed
@@ -335,7 +349,7 @@ def packed_order(device: torch.device) -> PackedOrder:
     """Find out the order of a device's packed operator; it differs from CPU to CPU, too.
 
     Raises ValueError when none of `TILES` describes it."""
-    n, k = 2 * PADDED_ROWS, 2 * GROUP_SIZE
+    n, k = 2 * ROW_MULTIPLE, 2 * GROUP_SIZE
     origins = packed_origins(n, k, device)
     for rows, columns in TILES[device.type]:
         size = rows * columns
@@ -383,7 +397,7 @@ def quantize(model: "Model | Llava", method: str) -> None:
     check_operator(method, llava.device, llava.dtype)
     for name in shapes:
         weight = llava.get_parameter(f"{name}.weight").detach()
-        llava.set_submodule(name, kind(rounded(name, weight, kind, llava.dtype)))
+        llava.set_submodule(name, kind(rounded(name, weight, kind, llava.dtype), own=True))
 
 
 def method_named(method: str) -> type[QuantizedLinear]:
@@ -431,7 +445,7 @@ def check_operator(method: str, device: torch.device, dtype: torch.dtype) -> Non
     if device.type not in TILES:
         raise ValueError(f"{here}: it is for {' and '.join(TILES)}")
     kind, generator = METHODS[method], torch.Generator().manual_seed(0)
-    weight = torch.randn(PACKED_ROWS + PADDED_ROWS, 2 * GROUP_SIZE, generator=generator)
+    weight = torch.randn(3 * ROW_MULTIPLE, 2 * GROUP_SIZE, generator=generator)
     rows = torch.randn(kind.codes_rows + 1, 2 * GROUP_SIZE, generator=generator)
     rows = rows.to(device, dtype)
     try:

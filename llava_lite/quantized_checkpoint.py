@@ -172,7 +172,8 @@ def load_source(
     for name in source.names():
         module = name.removesuffix(".weight")
         if module in shapes:
-            model.set_submodule(module, kind(parts_of(source, name, kind, device, wanted)))
+            parts = parts_of(source, name, kind, device, wanted)
+            model.set_submodule(module, kind(parts, own=stored is None))
         else:
             state[name] = source.read(name, wanted).to(device)
     model.load_state_dict(state, strict=True, assign=True)
