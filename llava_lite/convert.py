@@ -29,6 +29,9 @@ Progress = Callable[[int, int], None]
 DTYPES = ("bfloat16", "float16", "float32", "keep")
 FORMATS = ("llava_lite", "hf")
 METHODS = ("int8", "int4")  # those of quantize.py
+# Codes are packed while loading, and a file is mapped until all of it is done with: small ones keep
+# the memory that this takes small.
+QUANTIZED_SHARD_SIZE = 500_000_000
 HF_QUANTIZED = "quantised weights are stored in our own format only, not as hf"
 
 
@@ -77,7 +80,7 @@ def convert(
     destination: str | Path | None,
     *,
     dtype: "str | torch.dtype | None" = "bfloat16",
-    shard_size: int = SHARD_SIZE,
+    shard_size: int | None = None,
     base: str | Path | None = None,
     vision_tower: "str | Path | nn.Module | None" = None,
     dry_run: bool = False,
@@ -90,7 +93,8 @@ def convert(
 ) -> Report:
     """Convert a checkpoint of any layout (see `sources.open_source`) to a self-contained folder.
 
-    `dtype` None keeps the decoder's; `shard_size` in bytes; `to` "llava_lite" or "hf"; `quantize`
+    `dtype` None keeps the decoder's; `shard_size` in bytes, by default 2 GB, and 0.5 GB
+    quantised; `to` "llava_lite" or "hf"; `quantize`
     "int8" or "int4": how the decoder's linear layers are stored, in our format only; `verify` reads
     everything back and compares hashes; `force` replaces a checkpoint that is already there;
     `progress(done, total)` is told the bytes; `names`: what the manifest calls "source" and "base",
@@ -101,6 +105,8 @@ def convert(
     from llava_lite.files import staged, write_shards
     from llava_lite.quantized_checkpoint import open_source
 
+    if shard_size is None:
+        shard_size = QUANTIZED_SHARD_SIZE if quantize else SHARD_SIZE
     if to not in FORMATS or shard_size < 1:
         raise ValueError(f"to {to!r} must be llava_lite or hf, shard_size {shard_size} at least 1")
     if quantize is not None and to == "hf":
@@ -237,9 +243,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--shard-size",
         type=parse_size,
-        default=SHARD_SIZE,
         metavar="SIZE",
-        help="of one weight file at most (default: 2GB)",
+        help="of one weight file at most (default: 2GB, quantised 500MB)",
     )
     add("--base", metavar="DIR", help="model below a LoRA adapter or a projector")
     add("--vision-tower", metavar="DIR", help="CLIP folder or file for a checkpoint without one")

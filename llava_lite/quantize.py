@@ -56,14 +56,15 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 class QuantizedLinear(nn.Module):
     """x @ w.T with quantised w, no bias. A subclass per method; its weights take no gradient.
 
-    `codes_rows`: up to so many rows the packed operator is used, from there on the weights are
-    written out. It is where the two took equally long for a 4096 x 4096 weight in bfloat16 on one
-    core of a Xeon with AMX and torch 2.13; no other choice changes results but by rounding."""
+    `codes_rows`: up to so many rows the packed operator is used, with more the weights are written
+    out. It is about where both take equally long (4096 x 4096, bfloat16, one core of a Xeon with
+    AMX, torch 2.13); any other choice changes results by rounding only."""
 
     method: ClassVar[str]
     codes_rows: ClassVar[int]
     group_size: ClassVar[int] = 1
     codes_per_byte: ClassVar[int] = 1
+    repacks: ClassVar[bool] = False  # whether stored codes are held in another order
 
     def __init__(self, parts: Parts, own: bool = False) -> None:
         """own: the memory of the parts belongs to this layer, it may be written to."""
@@ -192,6 +193,7 @@ class Int4Linear(QuantizedLinear):
     codes_rows = 32
     group_size = GROUP_SIZE
     codes_per_byte = 2
+    repacks = True
     weight_packed: Tensor
     scales_and_zeros: Tensor
 

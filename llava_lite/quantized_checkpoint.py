@@ -168,6 +168,8 @@ def load_source(
     shapes = decoder_linears(model)
     check_shapes(shapes, kind)
     check_operator(method, device, wanted)
+    # A file stays mapped, and counts as this process's memory, while anything in it is in use.
+    copy = stored is None or kind.repacks
     state = {}
     for name in source.names():
         module = name.removesuffix(".weight")
@@ -175,7 +177,7 @@ def load_source(
             parts = parts_of(source, name, kind, device, wanted)
             model.set_submodule(module, kind(parts, own=stored is None))
         else:
-            state[name] = source.read(name, wanted).to(device)
+            state[name] = source.read(name, wanted).to(device, copy=copy)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 

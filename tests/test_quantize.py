@@ -12,6 +12,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -464,6 +465,17 @@ def test_a_loaded_model_can_be_quantised(tiny_tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_copies_are_models_of_their_own(kind: type[QuantizedLinear]) -> None:
+    llava = random_llava(CONFIG)
+    quantize(llava, kind.method)
+    copy = deepcopy(llava)
+    expected = answers_of(llava)
+    for buffer in llava.decoder.buffers():
+        buffer.zero_()
+    assert torch.equal(answers_of(copy), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_another_dtype_is_only_another_dtype(kind: type[QuantizedLinear]) -> None:
     llava = random_llava(CONFIG, dtype=torch.bfloat16)
     quantize(llava, kind.method)
@@ -623,6 +635,25 @@ def test_int8_codes_stay_in_the_file(folder: Path, method: str) -> None:
         assert layer.weight_packed.nbytes == stored["weight_int4"].nbytes
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_files_are_let_go_where_nothing_of_them_is_held(
+    plain: Path, method: str, tmp_path: Path
+) -> None:
+    """Mapped pages count as a process's memory. Only int8 codes are used where they are stored."""
+    convert(plain, tmp_path / "out", quantize=method)
+
+    def mapped(path: Path) -> bool:
+        gc.collect()
+        return str(path.resolve()) in Path("/proc/self/maps").read_text()
+
+    copied(plain, tmp_path)
+    converted = load_source(open_source(tmp_path / "out"))
+    rounded = load_source(open_source(tmp_path / "copy"), method=method)
+    assert mapped(tmp_path / "out") == (method == "int8")
+    assert not mapped(tmp_path / "copy")
+    assert torch.equal(answers_of(converted), answers_of(rounded))
+
+
 def test_checksums_find_a_changed_code(folder: Path, method: str, tmp_path: Path) -> None:
     assert verify_folder(folder) == len(load_file(folder / "model.safetensors"))
     copy = copied(folder, tmp_path)
@@ -646,8 +677,12 @@ def test_info_counts_weights_not_codes(folder: Path, plain: Path, method: str) -
     assert f"decoder.layers.{{0..1}}.attn.q_proj.weight_{method} " in text
 
 
-def test_shards_and_manifest(plain: Path, method: str, tmp_path: Path) -> None:
-    report = convert(plain, tmp_path / "out", quantize=method, shard_size=50_000, verify=True)
+def test_shards_and_manifest(
+    plain: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava_lite.convert.QUANTIZED_SHARD_SIZE", 50_000)
+    assert len(convert(plain, tmp_path / "plain").files) == 1
+    report = convert(plain, tmp_path / "out", quantize=method, verify=True)
     assert report.quantized == method and len(report.files) > 3
     assert report.parameters == sum(p.numel() for p in load_model(plain).parameters())
     assert f"the decoder's {method}" in report.summary()
@@ -827,7 +862,7 @@ print(max(seen) - before, private() - before, sum(b.nbytes for b in model.buffer
 
 @pytest.mark.slow
 def test_error_of_logits_at_7b_widths() -> None:
-    """One layer of normal random weights, 40 positions: int8 1 %, int4 13 % of the logits' norm."""
+    """One layer of normal random weights: 1.5 % of the logits' norm with int8, 15 % with int4."""
     text = TextConfig(num_layers=1, vocab_size=256, sampled_vocab_size=256)
     config = LlavaConfig(vision=TINY_CONFIG.vision, text=text)
     torch.manual_seed(0)
@@ -847,9 +882,8 @@ def test_error_of_logits_at_7b_widths() -> None:
         errors[method] = float((rounded - logits).norm() / logits.norm())
         for name, layer in weights.items():
             llava.set_submodule(name, layer)
-    print(errors)
-    assert 0.001 < errors["int8"] <= 0.02
-    assert 0.02 < errors["int4"] <= 0.2
+    assert 0.01 < errors["int8"] < 0.02
+    assert 0.1 < errors["int4"] < 0.2
 
 
 def test_the_embedded_model_answers_as_before() -> None:
