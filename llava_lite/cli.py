@@ -56,6 +56,17 @@ examples:
   llava-lite batch photos/ -o captions.jsonl -p "Describe the image." --batch-size 16"""
 
 
+EVAL_HELP = """\
+An answer is right when it is exactly the expected text. The table has the 95 % interval (Wilson) of
+each family's accuracy, that of all questions together, and the mean of the families.
+
+families: count, count_color, count_shape, color, shape, exists, where, relation, digit, describe
+
+examples:
+  llava-lite eval scenes
+  llava-lite eval scenes --n 500 --reduction hybrid-72-36 --families where digit --mistakes 5"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with `argv` (default: the process's own) and return its exit code.
 
@@ -144,6 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_download(commands)
     add_info(commands)
     add_thresholds(commands)
+    add_eval(commands)
     return parser
 
 
@@ -292,6 +304,43 @@ example:
     add_model_arguments(parser)
 
 
+def add_eval(commands: Any) -> None:
+    summary = "measure how often answers about fresh drawn scenes are right"
+    parser = add_command(commands, "eval", run_eval, "scenes", summary, EVAL_HELP)
+    parser.add_argument(
+        "what",
+        metavar="scenes",
+        choices=["scenes"],
+        help="the scenes of the "
+        "embedded model's world, made anew, with one question of every family",
+    )
+    parser.add_argument(
+        "--n", type=positive, default=2000, metavar="N", help="scenes (default: 2000)"
+    )
+    parser.add_argument(
+        "--seed", type=natural, default=20_000, metavar="S", help="which scenes (default: 20000)"
+    )
+    parser.add_argument("--families", nargs="+", metavar="NAME", help="only these questions")
+    parser.add_argument(
+        "--renderer",
+        choices=["plain", "smooth"],
+        default="plain",
+        help="who draws: plain, as in training (the default), or smooth, by other code",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=16, metavar="N", help="at once (default: 16)"
+    )
+    parser.set_defaults(no_pad=False, no_exif=False)
+    reduction_flags.add_arguments(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one object")
+    output.add_argument(
+        "--mistakes", type=natural, default=0, metavar="N", help="wrong answers to show per family"
+    )
+    output.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+    add_model_arguments(parser)
+
+
 def add_image_sources(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument(
         "-i", "--image", nargs="+", action="extend", default=[], metavar="IMAGE", help=text
@@ -390,6 +439,13 @@ def positive(text: str) -> int:
     """A whole number from 1 on."""
     if not re.fullmatch(r"0*[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """A whole number from 0 on."""
+    if not re.fullmatch(r"[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return int(text)
 
 
@@ -617,6 +673,50 @@ def format_summary(summary: "Summary", output: str) -> str:
 def run_thresholds(args: argparse.Namespace) -> int:
     """`llava-lite thresholds`."""
     return thresholds.run(args, load_model(args))
+
+
+# ---- eval --------------------------------------------------------------------------------------
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """`llava-lite eval`."""
+    from llava_lite.reduction import Reduction
+    from llava_lite.scenes import PARAPHRASES
+
+    unknown = [name for name in args.families or () if name not in PARAPHRASES]
+    if unknown:
+        args.parser.error(f"no family {unknown[0]!r}; there are {', '.join(PARAPHRASES)}")
+    reduction = Reduction.of(reduction_flags.parse_reduction(args))
+    model = load_model(args)
+    from tqdm import tqdm
+
+    from llava_lite import evaluate
+
+    hidden = args.quiet or not sys.stderr.isatty()
+    scenes = evaluate.fresh_scenes(args.n, args.seed, args.families)
+    with tqdm(scenes, unit="scene", total=args.n, file=sys.stderr, disable=hidden) as bar:
+        tallies = evaluate.evaluate_scenes(
+            model,
+            bar,
+            reduction=reduction,
+            batch_size=args.batch_size,
+            draw=evaluate.RENDERERS[args.renderer],
+            reuse_prefix=True,
+        )
+    settings = {
+        "model": model.config.name,
+        "dtype": str(model.llava.dtype).removeprefix("torch."),
+        "reduction": str(reduction),
+        "renderer": args.renderer,
+        "scenes": args.n,
+        "seed": args.seed,
+    }
+    if args.json:
+        print(json.dumps(evaluate.report(tallies, settings, args.mistakes)))
+        return OK
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    print("\n".join(evaluate.table(tallies, args.mistakes)))
+    return OK
 
 
 # ---- download, info ----------------------------------------------------------------------------
