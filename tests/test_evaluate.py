@@ -1,4 +1,4 @@
-"""Evaluation on fresh scenes: which scenes, what counts as right, the second renderer, the command."""
+"""Evaluation on fresh scenes: which scenes, what is right, the second renderer, the command."""
 
 import ast
 import importlib.util

@@ -58,6 +58,7 @@ import llava_lite
 from llava_lite.evaluate import (
     FAMILIES,
     FRESH_SEED,
+    MAX_NEW_TOKENS,
     RENDERERS,
     Asked,
     Tally,
@@ -222,6 +223,7 @@ def run_chunk(
                 model,
                 encoded[merge],
                 [asked for _, asked in scenes],
+                MAX_NEW_TOKENS,
                 reduction=one.reduction,
                 batch_size=args.batch_size,
                 reuse_prefix=True,
@@ -642,8 +644,8 @@ def run_settings(model: Model, args: argparse.Namespace) -> Line:
     SystemExit for an earlier one that is of something else."""
     settings: Line = {
         "model": model.config.name,
-        "weights_sha256": weights_sha256(model),
         "dtype": dtype_name(model),
+        "weights_sha256": weights_sha256(model),
         "seed": args.seed,
         "renderer": args.renderer,
         "chunk": CHUNK,
