@@ -541,7 +541,8 @@ def parse_reduction(args: argparse.Namespace) -> "Reduction | None":
     try:
         return reduction_flags.parse_reduction(args)
     except ValueError as error:
-        args.parser.error(str(error))
+        parser: argparse.ArgumentParser = args.parser
+        parser.error(str(error))
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
