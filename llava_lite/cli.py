@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from llava_lite.batch import Record, Row, Summary
     from llava_lite.generation import Model
+    from llava_lite.reduction import Reduction
 
 OK, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -55,6 +56,17 @@ exit code 0 means that every row is answered, 1 that some rows failed.
 examples:
   llava-lite batch questions.jsonl -o answers.jsonl --resume
   llava-lite batch photos/ -o captions.jsonl -p "Describe the image." --batch-size 16"""
+
+
+EVAL_HELP = """\
+An answer is right when it is exactly the expected text. The table has the 95 % interval (Wilson) of
+each family's accuracy, that of all questions together, and the mean of the families.
+
+families: count, count_color, count_shape, color, shape, exists, where, relation, digit, describe
+
+examples:
+  llava-lite eval scenes
+  llava-lite eval scenes --n 500 --reduction hybrid-72-36 --families where digit --mistakes 5"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_info(commands)
     add_thresholds(commands)
     add_inspect(commands)
+    add_eval(commands)
     return parser
 
 
@@ -314,6 +327,43 @@ examples:
     add_model_arguments(parser)
 
 
+def add_eval(commands: Any) -> None:
+    summary = "measure how often answers about fresh drawn scenes are right"
+    parser = add_command(commands, "eval", run_eval, "scenes", summary, EVAL_HELP)
+    parser.add_argument(
+        "what",
+        metavar="scenes",
+        choices=["scenes"],
+        help="the scenes of the "
+        "embedded model's world, made anew, with one question of every family",
+    )
+    parser.add_argument(
+        "--n", type=positive, default=2000, metavar="N", help="scenes (default: 2000)"
+    )
+    parser.add_argument(
+        "--seed", type=natural, default=20_000, metavar="S", help="which scenes (default: 20000)"
+    )
+    parser.add_argument("--families", nargs="+", metavar="NAME", help="only these questions")
+    parser.add_argument(
+        "--renderer",
+        choices=["plain", "smooth"],
+        default="plain",
+        help="who draws: plain, as in training (the default), or smooth, by other code",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=16, metavar="N", help="at once (default: 16)"
+    )
+    parser.set_defaults(no_pad=False, no_exif=False)
+    reduction_flags.add_arguments(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one object")
+    output.add_argument(
+        "--mistakes", type=natural, default=0, metavar="N", help="wrong answers to show per family"
+    )
+    output.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+    add_model_arguments(parser)
+
+
 def add_image_sources(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument(
         "-i", "--image", nargs="+", action="extend", default=[], metavar="IMAGE", help=text
@@ -415,6 +465,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """A whole number from 0 on."""
+    if not re.fullmatch(r"[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return int(text)
+
+
 def shard(text: str) -> tuple[int, int]:
     """ "2/5" -> (2, 5)."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -479,6 +536,15 @@ def default_source(named: str | None) -> str:
     return named or os.environ.get("LLAVA_LITE_MODEL") or str(embedded_model())
 
 
+def parse_reduction(args: argparse.Namespace) -> "Reduction | None":
+    """What the flags of token reduction ask for; what cannot be is wrong usage."""
+    try:
+        return reduction_flags.parse_reduction(args)
+    except ValueError as error:
+        parser: argparse.ArgumentParser = args.parser
+        parser.error(str(error))
+
+
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `Model.generate`. Raises before any model is loaded: SystemExit for flags of
     token reduction that cannot be, ValueError for other values."""
@@ -486,10 +552,7 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
     names = "max_new_tokens temperature top_p top_k seed stop system template"
     options = {name: getattr(args, name) for name in names.split()}
-    try:
-        options["reduction"] = reduction_flags.parse_reduction(args)
-    except ValueError as error:
-        args.parser.error(str(error))
+    options["reduction"] = parse_reduction(args)
     GenerationOptions(**options)
     return options
 
@@ -667,6 +730,50 @@ def run_inspect(args: argparse.Namespace) -> int:
         say(format_stats(seen.answer))
     if not args.quiet:
         say(f"{args.output}: written")
+    return OK
+
+
+# ---- eval --------------------------------------------------------------------------------------
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """`llava-lite eval`."""
+    from llava_lite.reduction import Reduction
+    from llava_lite.scenes import PARAPHRASES
+
+    unknown = [name for name in args.families or () if name not in PARAPHRASES]
+    if unknown:
+        args.parser.error(f"no family {unknown[0]!r}; there are {', '.join(PARAPHRASES)}")
+    reduction = Reduction.of(parse_reduction(args))
+    model = load_model(args)
+    from tqdm import tqdm
+
+    from llava_lite import evaluate
+
+    hidden = args.quiet or not sys.stderr.isatty()
+    scenes = evaluate.fresh_scenes(args.n, args.seed, args.families)
+    with tqdm(scenes, unit="scene", total=args.n, file=sys.stderr, disable=hidden) as bar:
+        tallies = evaluate.evaluate_scenes(
+            model,
+            bar,
+            reduction=reduction,
+            batch_size=args.batch_size,
+            draw=evaluate.RENDERERS[args.renderer],
+            reuse_prefix=True,
+        )
+    settings = {
+        "model": model.config.name,
+        "dtype": str(model.llava.dtype).removeprefix("torch."),
+        "reduction": str(reduction),
+        "renderer": args.renderer,
+        "scenes": args.n,
+        "seed": args.seed,
+    }
+    if args.json:
+        print(json.dumps(evaluate.report(tallies, settings, args.mistakes)))
+        return OK
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    print("\n".join(evaluate.table(tallies, args.mistakes)))
     return OK
 
 
