@@ -204,13 +204,13 @@ def after_shared_prefix(model: Model, requests: Sequence[Request]) -> list[Reque
     rest of each, with the same cache behind them."""
     if not requests:
         return []
-    first = requests[0]
-    end = first.state.pending_ids.index(IMAGE_TOKEN_ID) + 1
-    prefix = first.state.pending_ids[:end]
-    _, [shared] = model.advance([replace(first.state, pending_ids=prefix, images=first.images)])
+    first, begun = requests[0], [model.after_prefix(request) for request in requests]
+    end = begun[0].pending_ids.index(IMAGE_TOKEN_ID) + 1
+    prefix = begun[0].pending_ids[:end]
+    _, [shared] = model.advance([replace(begun[0], pending_ids=prefix, images=first.images)])
     continued = []
-    for request in requests:
-        ids = request.state.pending_ids
+    for request, before in zip(requests, begun, strict=True):
+        ids = before.pending_ids
         assert ids[:end] == prefix and request.images[0] is first.images[0]
         state: State = replace(shared, pending_ids=ids[end:])
         continued.append(replace(request, state=state, images=()))
