@@ -248,9 +248,10 @@ def needed_bytes(settings: Settings, plain: Footprint, names: Sequence[str]) -> 
     """Memory that some contenders take together, about."""
     text, patches = plain.config.text, plain.config.vision.num_patches
     needed = plain.weights + READ_BYTES + SPARE_BYTES
+    # What is packed or quantized takes the place of plain weights, unless others still need these.
     if settings.pack and OURS in names and len(names) > 1:
-        needed += plain.weights  # the others share the plain ones
-    if settings.quantize and settings.quantized in names:
+        needed += plain.weights
+    if settings.quantize and settings.quantized in names and len(names) > 1:
         needed += int(SHARE_OF_PLAIN[settings.quantize] * plain.weights)
     # The caches of the largest batch, with room to grow, and a few of one prompt.
     copies = 1.25 * max(settings.batch_sizes, default=1) + 3

@@ -238,7 +238,7 @@ def prompt_cases(one: Contender, model: Model, setting: str, walked: Walk) -> li
     ]
     if setting in COLD:
         cases.append(case("first token, cold", run=partial(first, 0)))
-    if one.name == OURS and reduction == replace(reduction, fastv=None):
+    if one.name == OURS and reduction.fastv is None and reduction.positions == "vtu":
         run = partial(model.llava.vision, pixels, steps)
         flops = work.tower(trace.tower_flops.total)
         cases.append(case("tower", run=run, flops=flops, bytes=work.tower_bytes))

@@ -192,16 +192,65 @@ def table(report: Report) -> Iterator[str]:
     for part in PARTS:
         lines = [row for row in report.measurements if row.part == part]
         if lines:
-            yield f"\n{TITLES[part]}"
-            yield (
-                f"  {'':<36}{'ms':>9}{'quartiles':>17}{'tokens/s':>10}{'TFLOP/s':>9}{'of max':>8}"
-                f"{'GB/s':>8}{'of max':>8}{'none=1':>8}{'theirs=1':>9}"
-            )
-            yield from (table_line(report, row) for row in lines)
+            yield from part_lines(report, part, lines)
     for name, reason in report.skipped.items():
         yield f"\n{name}: not run, {reason}"
     yield f"\n{'figure':<71}{'here':>10}  bound"
     yield from (bound_line(row) for row in rows(report))
+    if not report.machine["device"].startswith("cuda"):
+        yield "  all of it on a GPU: not run (--device cuda)"
+
+
+def part_lines(report: Report, part: str, lines: list[Measurement]) -> Iterator[str]:
+    """One part: its title, then a line for each of its measurements, in columns of which those are
+    left out that have nothing in them."""
+    cells = [table_cells(report, row) for row in lines]
+    titles = [title for title in cells[0] if any(line[title] for line in cells)]
+    width = 2 + max(len(f"{row.contender} {row.setting}") for row in lines)
+    yield f"\n{TITLES[part]}"
+    yield " " * (width + 2) + "".join(f"{title:>{WIDTHS[title]}}" for title in titles)
+    for row, line in zip(lines, cells, strict=True):
+        name = f"{row.contender} {row.setting}"
+        values = "".join(f"{line[title]:>{WIDTHS[title]}}" for title in titles)
+        yield f"  {name:<{width}}{values}".rstrip()
+
+
+def table_cells(report: Report, row: Measurement) -> dict[str, str]:
+    """One measurement, by title of the column."""
+    low, high = (1000 * value for value in row.quartiles)
+    none, theirs = ratios(report, row)
+    decoded = "decode" in row.part or row.part == "batch"
+    tokens = row.image_tokens if row.part in ("tower", "prefill", "first token") else None
+    return {
+        "image tokens": number(tokens, ".0f"),
+        "ms": number(1000 * row.seconds, ".2f"),
+        "quartiles": f"{low:.2f}-{high:.2f}",
+        "tokens/s": number(row.tokens_per_second, ".2f") if decoded else "",
+        "TFLOP/s": number(row.flops_per_second, ".3g", 1e-12),
+        "of matmul": number(row.matmul_share, ".3f"),
+        "GB/s": number(row.bytes_per_second, ".3g", 1 / GIGA),
+        "of read": number(row.read_share, ".3f"),
+        "none = 1": number(none, ".3f"),
+        "transformers = 1": number(theirs, ".3f"),
+    }
+
+
+WIDTHS = {
+    "image tokens": 14,
+    "ms": 10,
+    "quartiles": 18,
+    "tokens/s": 10,
+    "TFLOP/s": 9,
+    "of matmul": 11,
+    "GB/s": 8,
+    "of read": 9,
+    "none = 1": 10,
+    "transformers = 1": 18,
+}
+
+
+def number(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "" if value is None else format(scale * value, form)
 
 
 def heading(report: Report) -> Iterator[str]:
@@ -235,7 +284,7 @@ def heading(report: Report) -> Iterator[str]:
             "weights": in_gb(footprint.weights),
             "load": None if footprint.load_seconds is None else f"{footprint.load_seconds:.2f} s",
             "private after loading": in_gb(footprint.private),
-            "peak while loading, mapped files apart": in_gb(footprint.loading),
+            "peak while loading (mapped files apart)": in_gb(footprint.loading),
             "peak while answering": in_gb(footprint.answering),
         }
         yield f"{name}: " + ", ".join(f"{k} {v}" for k, v in parts.items() if v is not None)
@@ -243,30 +292,6 @@ def heading(report: Report) -> Iterator[str]:
 
 def in_gb(count: int | None) -> str | None:
     return None if count is None else f"{count / GIGA:.2f} GB"
-
-
-def table_line(report: Report, row: Measurement) -> str:
-    """One measurement."""
-    low, high = (1000 * value for value in row.quartiles)
-    none, theirs = ratios(report, row)
-    columns = (
-        f"{1000 * row.seconds:>9.2f}",
-        f"{f'{low:.2f}-{high:.2f}':>17}",
-        f"{row.tokens_per_second:>10.1f}"
-        if "decode" in row.part or row.part == "batch"
-        else " " * 10,
-        column(row.flops_per_second, 9, 1e-12),
-        column(row.matmul_share, 8),
-        column(row.bytes_per_second, 8, 1 / GIGA, 1),
-        column(row.read_share, 8),
-        column(none, 8, digits=3),
-        column(theirs, 9, digits=3),
-    )
-    return f"  {row.contender + ' ' + row.setting:<36}{''.join(columns)}".rstrip()
-
-
-def column(value: float | None, width: int, scale: float = 1.0, digits: int = 2) -> str:
-    return " " * width if value is None else f"{scale * value:>{width}.{digits}f}"
 
 
 def bound_line(row: Row) -> str:
@@ -282,7 +307,7 @@ def bound_line(row: Row) -> str:
 # Okabe and Ito's colours, which are told apart whatever colours an eye sees.
 BARS = (
     (TRANSFORMERS, "none", "transformers", "#999999"),
-    (OURS, "none", "llava_lite", "#0072B2"),
+    (OURS, "none", "llava_lite, no reduction", "#0072B2"),
     (OURS, "tome-72-logical", "tome-72-logical", "#56B4E9"),
     (OURS, FAST, FAST, "#E69F00"),
     ("int4", FAST, f"int4, {FAST}", "#009E73"),
@@ -312,7 +337,7 @@ def save_plot(report: Report, path: Path) -> None:
     )
     right.set_yticklabels([])
     facts = report.machine
-    subtitle = f"{facts['name']}, {facts['threads']} threads, torch {facts['torch']}"
+    subtitle = f"{facts['name']}, threads {facts['threads']}, torch {facts['torch']}"
     layers = f"{report.config.text.num_layers} layers, {report.dtype}"
     figure.suptitle(f"{report.config.name}, {layers}, one image and 64 words\n{subtitle}", size=10)
     canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
@@ -331,6 +356,7 @@ def draw_bars(
     found = bars(report, part)
     values = [value_of(row) for row, _, _ in found]
     places = range(len(found))
+    base = values[0] if found and found[0][0].contender == TRANSFORMERS else None
     errors = [spread_of(row, value_of(row)) for row, _, _ in found]
     axes.barh(places, values, color=[color for _, _, color in found], height=0.7)
     axes.errorbar(
@@ -338,11 +364,12 @@ def draw_bars(
     )
     for place, value, (_, high) in zip(places, values, errors, strict=True):
         offset = {"xytext": (5, 0), "textcoords": "offset points"}
-        axes.annotate(f"{value:.3g}", (value + high, place), va="center", size=9, **offset)
+        text = f"{value:.3g}" + (f"  ({value / base:.2f} x)" if base and place else "")
+        axes.annotate(text, (value + high, place), va="center", size=9, **offset)
     axes.set_yticks(places, [label for _, label, _ in found])
     axes.invert_yaxis()
     axes.set_xlim(
-        0, 1.14 * max(value + high for value, (_, high) in zip(values, errors, strict=True))
+        0, 1.25 * max(value + high for value, (_, high) in zip(values, errors, strict=True))
     )
     axes.set_title(title, size=10)
     axes.spines[["top", "right"]].set_visible(False)

@@ -132,25 +132,27 @@ def limit_runs(dtype: torch.dtype, device: str) -> list[Limit]:
         reads["matrix-vector without oneDNN"] = partial(multiply_without_onednn, matrices, vector)
     # A view of the same memory: what its bits mean as float32 is no matter.
     reads["sum"] = partial(torch.sum, matrices.flatten().view(torch.float32))
-    product = Limit("matmul", "matrix", partial(F.linear, prompt, matrices[0]), 2 * prod(MATMUL))
-    return [product, *(Limit("read", way, run, matrices.nbytes) for way, run in reads.items())]
+    products = matrices[:1] if device == "cpu" else matrices  # one is over too soon on a GPU
+    product = partial(multiply_all, products, prompt)
+    operations = 2 * len(products) * rows * width * out
+    return [
+        Limit("matmul", "matrix", product, operations),
+        *(Limit("read", way, run, matrices.nbytes) for way, run in reads.items()),
+    ]
 
 
-def prod(sizes: tuple[int, ...]) -> int:
-    """Their product."""
-    return torch.Size(sizes).numel()
-
-
-def multiply_all(matrices: Tensor, vector: Tensor) -> None:
-    """Each of the matrices (count, out, in) with the vector (1, in)."""
+def multiply_all(matrices: Tensor, x: Tensor) -> None:
+    """Each of the matrices (count, out, in) with x (rows, in)."""
     for matrix in matrices:
-        F.linear(vector, matrix)
+        F.linear(x, matrix)
 
 
 def multiply_without_onednn(matrices: Tensor, vector: Tensor) -> None:
-    """The same by torch's own kernel."""
-    with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=False):
-        multiply_all(matrices, vector)
+    """The same by torch's own kernel, which may read faster."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the switch talks about a GPU that nobody asked for
+        with torch.backends.mkldnn.flags(enabled=False):
+            multiply_all(matrices, vector)
 
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -192,6 +194,7 @@ class MemoryWatch:
 
     def __enter__(self) -> "MemoryWatch":
         if self.device.startswith("cuda"):
+            torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(self.device)
         self.look()
         self.thread = Thread(target=self.poll, daemon=True)
