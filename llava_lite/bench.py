@@ -358,7 +358,6 @@ def timed(call: Callable[..., Result], *args: Any) -> tuple[Result, float]:
     return result, perf_counter() - start
 
 
-@torch.inference_mode()
 def footprint(settings: Settings, name: str) -> Footprint:
     """Load one of our contenders, answer, and note what that takes; to be called in a fresh
     process. Loading is repeated: the median counts, and the memory of the first."""
@@ -376,7 +375,7 @@ def footprint(settings: Settings, name: str) -> Footprint:
         quantizer()(model.llava, quantize)
     if settings.pack and name == OURS:
         pack(model.llava, settings.pack)
-    with MemoryWatch(settings.device) as answering:
+    with torch.inference_mode(), MemoryWatch(settings.device) as answering:
         pixels = random_pixels(Work.of(model.llava), model.llava.device)
         decode(model, first_token(model, pixels, NO_REDUCTION, 0), DECODED)
     return Footprint(
@@ -424,13 +423,18 @@ class Phase:
     logits: dict[str, Tensor]
 
 
-@torch.inference_mode()
 def run_phase(settings: Settings, names: Sequence[str]) -> Phase:
     """Build some contenders, time them and the machine in turns, and let go of them again."""
+    contenders = build(settings, names)  # not in inference mode: transformers' weights are not
+    with torch.inference_mode():
+        return time_contenders(settings, contenders)
+
+
+def time_contenders(settings: Settings, contenders: Sequence[Contender]) -> Phase:
+    """Make their cases, and time all of these and the machine in turns."""
     cases: list[Case] = []
     skipped: dict[str, str] = {}
     logits: dict[str, Tensor] = {}
-    contenders = build(settings, names)
     for one in contenders:
         if isinstance(one.model, Peer):
             found, logits[one.name] = peer_cases(one.model, one.work)
@@ -449,9 +453,8 @@ def run_phase(settings: Settings, names: Sequence[str]) -> Phase:
     hidden = settings.quiet or not sys.stderr.isatty()
     seconds = time_in_turns(runs, settings.repeat, settings.device, hidden)
     rates = limit_rates(limits, seconds)
-    return Phase(
-        rates, [measure(case, seconds[case.key], rates) for case in cases], skipped, logits
-    )
+    measured = [measure(case, seconds[case.key], rates) for case in cases]
+    return Phase(rates, measured, skipped, logits)
 
 
 def limit_rates(

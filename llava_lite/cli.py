@@ -394,14 +394,7 @@ def add_bench(commands: Any) -> None:
     parser.add_argument(
         "--quantize", choices=["int4", "int8"], help="measure quantized weights, too"
     )
-    parser.add_argument(
-        "--pack",
-        type=positive,
-        nargs="+",
-        default=[],
-        metavar="ROWS",
-        help="pack the linear layers that are faster so with so many rows",
-    )
+    add_counts(parser, "--pack", (), "pack the layers that are faster so with so many rows")
     parser.add_argument(
         "--reductions", nargs="+", metavar="NAME", help="presets to time (default: all)"
     )
@@ -424,7 +417,7 @@ def add_counts(
     parser: argparse.ArgumentParser, name: str, default: tuple[int, ...], text: str
 ) -> None:
     """An option of several numbers."""
-    shown = " ".join(map(str, default))
+    shown = " ".join(map(str, default)) or "none"
     parser.add_argument(
         name,
         type=positive,

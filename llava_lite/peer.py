@@ -54,7 +54,9 @@ class Peer:
             config = transformers.LlavaConfig(**raw)
             self.model = transformers.LlavaForConditionalGeneration(config)
         self.model.load_state_dict(self.named_as_theirs(state, llava.dtype), assign=True)
-        self.model.to(self.device).eval().requires_grad_(False)
+        # Weights go on requiring gradients, as `from_pretrained` leaves them: without, torch takes
+        # a way through the last row's logits that copies all of lm_head.
+        self.model.to(self.device).eval()
 
     def named_as_theirs(self, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """Our tensors under their names, and noise for those that only they have."""
@@ -113,7 +115,7 @@ class Peer:
 
 def plain_state(llava: Llava) -> dict[str, Tensor]:
     """Its tensors. Raises PeerError where they are packed or quantised, in ways of our own."""
-    tensors: dict[str, Tensor] = dict(llava.named_parameters())
+    tensors = {name: parameter.detach() for name, parameter in llava.named_parameters()}
     if set(tensors) != set(expected_shapes(llava.config)):
         raise PeerError("transformers needs plain weights: these are packed or quantized")
     return tensors

@@ -378,6 +378,9 @@ def test_the_peer_shares_our_tensors() -> None:
     theirs = {tensor.data_ptr() for tensor in other.model.state_dict().values()}
     assert {tensor.data_ptr() for tensor in llava.state_dict().values()} <= theirs
     assert {tensor.dtype for tensor in other.model.state_dict().values()} == {torch.bfloat16}
+    # Whoever turns this off measures another transformers, see Peer.
+    assert all(parameter.requires_grad for parameter in other.model.parameters())
+    assert not any(parameter.requires_grad for parameter in llava.parameters())
     ids = word_ids(TINY.text, 5000)
     assert set(ids) == set(range(3, TINY.text.vocab_size - 1))  # never the one of images
 
