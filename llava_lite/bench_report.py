@@ -369,7 +369,7 @@ def draw_bars(
     axes.set_yticks(places, [label for _, label, _ in found])
     axes.invert_yaxis()
     axes.set_xlim(
-        0, 1.25 * max(value + high for value, (_, high) in zip(values, errors, strict=True))
+        0, 1.35 * max(value + high for value, (_, high) in zip(values, errors, strict=True))
     )
     axes.set_title(title, size=10)
     axes.spines[["top", "right"]].set_visible(False)
