@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from llava_lite.batch import Record, Row, Summary
+    from llava_lite.bench import Settings
     from llava_lite.generation import Model
     from llava_lite.reduction import Reduction
 
@@ -67,6 +68,17 @@ families: count, count_color, count_shape, color, shape, exists, where, relation
 examples:
   llava-lite eval scenes
   llava-lite eval scenes --n 500 --reduction hybrid-72-36 --families where digit --mistakes 5"""
+
+
+BENCH_HELP = """\
+Everything takes turns within every round: what is timed, transformers on the same weights, and the
+machine's own limits. Figures are medians. Each that has a bound (of a 7B model in bfloat16 on a
+CPU) is a row of its own with PASS or SHORT. Let the machine do nothing else meanwhile.
+
+examples:
+  llava-lite bench -m weights/llava-1.5-7b --against transformers --plot speed.png
+  llava-lite bench --size 7b --layers 4 --against transformers
+  llava-lite bench --size 7b --device cuda -o figures.json"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,6 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_thresholds(commands)
     add_inspect(commands)
     add_eval(commands)
+    add_bench(commands)
     return parser
 
 
@@ -362,6 +375,57 @@ def add_eval(commands: Any) -> None:
     )
     output.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
     add_model_arguments(parser)
+
+
+def add_bench(commands: Any) -> None:
+    summary = "measure speed and memory, beside the machine's limits and transformers"
+    parser = add_command(commands, "bench", run_bench, "[-m MODEL]", summary, BENCH_HELP)
+    parser.add_argument(
+        "--size",
+        choices=["7b", "13b", "tiny"],
+        help="random weights of that size instead of a model: speed does not depend on values",
+    )
+    parser.add_argument(
+        "--layers", type=positive, metavar="N", help="with --size: so many decoder layers"
+    )
+    parser.add_argument(
+        "--against", choices=["transformers"], help="run the same weights through it, too"
+    )
+    parser.add_argument(
+        "--quantize", choices=["int4", "int8"], help="measure quantized weights, too"
+    )
+    add_counts(parser, "--pack", (), "pack the layers that are faster so with so many rows")
+    parser.add_argument(
+        "--reductions", nargs="+", metavar="NAME", help="presets to time (default: all)"
+    )
+    add_counts(parser, "--batch-sizes", (1, 2, 4, 8), "prompts at once")
+    add_counts(parser, "--lengths", (128, 256, 512, 1024, 2048), "words of growing prompts")
+    parser.add_argument(
+        "--repeat", type=positive, default=5, metavar="N", help="rounds that count (default: 5)"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one object, no table")
+    output.add_argument("-o", "--output", metavar="FILE", help="write that object there")
+    output.add_argument("--plot", metavar="FILE", help="draw the main figures (.png)")
+    output.add_argument("--strict", action="store_true", help="exit code 1 where a bound is missed")
+    output.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+    parser.set_defaults(no_pad=False, no_exif=False)
+    add_model_arguments(parser)
+
+
+def add_counts(
+    parser: argparse.ArgumentParser, name: str, default: tuple[int, ...], text: str
+) -> None:
+    """An option of several numbers."""
+    shown = " ".join(map(str, default)) or "none"
+    parser.add_argument(
+        name,
+        type=positive,
+        nargs="+",
+        default=list(default),
+        metavar="N",
+        help=f"{text} (default: {shown})",
+    )
 
 
 def add_image_sources(parser: argparse.ArgumentParser, text: str) -> None:
@@ -775,6 +839,59 @@ def run_eval(args: argparse.Namespace) -> int:
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
     print("\n".join(evaluate.table(tallies, args.mistakes)))
     return OK
+
+
+# ---- bench -------------------------------------------------------------------------------------
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """`llava-lite bench`."""
+    if args.size and args.model:
+        args.parser.error("--size is for random weights: it does not go with --model")
+    if args.layers and not args.size:
+        args.parser.error("--layers goes with --size")
+    from llava_lite import bench, bench_report
+    from llava_lite.files import replace_json
+
+    if args.plot:
+        bench_report.check_plot(Path(args.plot))
+    report = bench.bench(bench_settings(args))
+    content = bench_report.to_dict(report)
+    print(json.dumps(content) if args.json else "\n".join(bench_report.table(report)))
+    if args.output:
+        replace_json(Path(args.output), content)
+    if args.plot:
+        bench_report.save_plot(report, Path(args.plot))
+    short = any(row["verdict"] == "SHORT" for row in content["rows"])
+    return FAILED if args.strict and short else OK
+
+
+def bench_settings(args: argparse.Namespace) -> "Settings":
+    """What the arguments ask for."""
+    import llava_lite
+    from llava_lite.bench import Settings
+    from llava_lite.reduction import REDUCTIONS
+
+    if args.download:
+        choose_download_bars(args.quiet)
+    names = "base vision_tower revision offline download"
+    return Settings(
+        None if args.size else default_source(args.model),
+        {name: getattr(args, name) for name in names.split()},
+        args.size or "",
+        args.layers,
+        str(llava_lite._pick_device(args.device)),
+        args.dtype,
+        args.threads,
+        args.repeat,
+        tuple(args.reductions or REDUCTIONS),
+        tuple(args.batch_sizes),
+        tuple(args.lengths),
+        args.against is not None,
+        args.quantize,
+        tuple(args.pack),
+        args.quiet,
+    )
 
 
 # ---- download, info ----------------------------------------------------------------------------
