@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from llava_lite.batch import Record, Row, Summary
+    from llava_lite.bench import Settings
     from llava_lite.generation import Model
+    from llava_lite.reduction import Reduction
 
 OK, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -55,6 +57,28 @@ exit code 0 means that every row is answered, 1 that some rows failed.
 examples:
   llava-lite batch questions.jsonl -o answers.jsonl --resume
   llava-lite batch photos/ -o captions.jsonl -p "Describe the image." --batch-size 16"""
+
+
+EVAL_HELP = """\
+An answer is right when it is exactly the expected text. The table has the 95 % interval (Wilson) of
+each family's accuracy, that of all questions together, and the mean of the families.
+
+families: count, count_color, count_shape, color, shape, exists, where, relation, digit, describe
+
+examples:
+  llava-lite eval scenes
+  llava-lite eval scenes --n 500 --reduction hybrid-72-36 --families where digit --mistakes 5"""
+
+
+BENCH_HELP = """\
+Everything takes turns within every round: what is timed, transformers on the same weights, and the
+machine's own limits. Figures are medians. Each that has a bound (of a 7B model in bfloat16 on a
+CPU) is a row of its own with PASS or SHORT. Let the machine do nothing else meanwhile.
+
+examples:
+  llava-lite bench -m weights/llava-1.5-7b --against transformers --plot speed.png
+  llava-lite bench --size 7b --layers 4 --against transformers
+  llava-lite bench --size 7b --device cuda -o figures.json"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,6 +170,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_info(commands)
     add_thresholds(commands)
     add_inspect(commands)
+    add_eval(commands)
+    add_bench(commands)
     return parser
 
 
@@ -314,6 +340,91 @@ examples:
     add_model_arguments(parser)
 
 
+def add_eval(commands: Any) -> None:
+    summary = "measure how often answers about fresh drawn scenes are right"
+    parser = add_command(commands, "eval", run_eval, "scenes", summary, EVAL_HELP)
+    parser.add_argument(
+        "what",
+        metavar="scenes",
+        choices=["scenes"],
+        help="the scenes of the "
+        "embedded model's world, made anew, with one question of every family",
+    )
+    parser.add_argument(
+        "--n", type=positive, default=2000, metavar="N", help="scenes (default: 2000)"
+    )
+    parser.add_argument(
+        "--seed", type=natural, default=20_000, metavar="S", help="which scenes (default: 20000)"
+    )
+    parser.add_argument("--families", nargs="+", metavar="NAME", help="only these questions")
+    parser.add_argument(
+        "--renderer",
+        choices=["plain", "smooth"],
+        default="plain",
+        help="who draws: plain, as in training (the default), or smooth, by other code",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=16, metavar="N", help="at once (default: 16)"
+    )
+    parser.set_defaults(no_pad=False, no_exif=False)
+    reduction_flags.add_arguments(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one object")
+    output.add_argument(
+        "--mistakes", type=natural, default=0, metavar="N", help="wrong answers to show per family"
+    )
+    output.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+    add_model_arguments(parser)
+
+
+def add_bench(commands: Any) -> None:
+    summary = "measure speed and memory, beside the machine's limits and transformers"
+    parser = add_command(commands, "bench", run_bench, "[-m MODEL]", summary, BENCH_HELP)
+    parser.add_argument(
+        "--size",
+        choices=["7b", "13b", "tiny"],
+        help="random weights of that size instead of a model: speed does not depend on values",
+    )
+    parser.add_argument(
+        "--layers", type=positive, metavar="N", help="with --size: so many decoder layers"
+    )
+    parser.add_argument(
+        "--against", choices=["transformers"], help="run the same weights through it, too"
+    )
+    add_counts(parser, "--pack", (), "pack the layers that are faster so with so many rows")
+    parser.add_argument(
+        "--reductions", nargs="+", metavar="NAME", help="presets to time (default: all)"
+    )
+    add_counts(parser, "--batch-sizes", (1, 2, 4, 8), "prompts at once")
+    add_counts(parser, "--lengths", (128, 256, 512, 1024, 2048), "words of growing prompts")
+    parser.add_argument(
+        "--repeat", type=positive, default=5, metavar="N", help="rounds that count (default: 5)"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one object, no table")
+    output.add_argument("-o", "--output", metavar="FILE", help="write that object there")
+    output.add_argument("--plot", metavar="FILE", help="draw the main figures (.png)")
+    output.add_argument("--strict", action="store_true", help="exit code 1 where a bound is missed")
+    output.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+    parser.set_defaults(no_pad=False, no_exif=False)
+    add_model_arguments(parser, "measure quantized weights, too")
+
+
+def add_counts(
+    parser: argparse.ArgumentParser, name: str, default: tuple[int, ...], text: str
+) -> None:
+    """An option of several numbers."""
+    shown = " ".join(map(str, default)) or "none"
+    parser.add_argument(
+        name,
+        type=positive,
+        nargs="+",
+        default=list(default),
+        metavar="N",
+        help=f"{text} (default: {shown})",
+    )
+
+
 def add_image_sources(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument(
         "-i", "--image", nargs="+", action="extend", default=[], metavar="IMAGE", help=text
@@ -369,7 +480,10 @@ def add_notice_arguments(group: argparse._ArgumentGroup, stats: bool = True) -> 
     group.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(
+    parser: argparse.ArgumentParser,
+    quantize_help: str = "round the decoder's weights to so many bits while loading",
+) -> None:
     """Which model, and where it runs."""
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -398,7 +512,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantize",
         choices=convert.METHODS,
-        help="round the decoder's weights to so many bits while loading",
+        help=quantize_help,
     )
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
@@ -417,6 +531,13 @@ def positive(text: str) -> int:
     """A whole number from 1 on."""
     if not re.fullmatch(r"0*[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """A whole number from 0 on."""
+    if not re.fullmatch(r"[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return int(text)
 
 
@@ -485,6 +606,15 @@ def default_source(named: str | None) -> str:
     return named or os.environ.get("LLAVA_LITE_MODEL") or str(embedded_model())
 
 
+def parse_reduction(args: argparse.Namespace) -> "Reduction | None":
+    """What the flags of token reduction ask for; what cannot be is wrong usage."""
+    try:
+        return reduction_flags.parse_reduction(args)
+    except ValueError as error:
+        parser: argparse.ArgumentParser = args.parser
+        parser.error(str(error))
+
+
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `Model.generate`. Raises before any model is loaded: SystemExit for flags of
     token reduction that cannot be, ValueError for other values."""
@@ -492,10 +622,7 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
     names = "max_new_tokens temperature top_p top_k seed stop system template"
     options = {name: getattr(args, name) for name in names.split()}
-    try:
-        options["reduction"] = reduction_flags.parse_reduction(args)
-    except ValueError as error:
-        args.parser.error(str(error))
+    options["reduction"] = parse_reduction(args)
     GenerationOptions(**options)
     return options
 
@@ -674,6 +801,103 @@ def run_inspect(args: argparse.Namespace) -> int:
     if not args.quiet:
         say(f"{args.output}: written")
     return OK
+
+
+# ---- eval --------------------------------------------------------------------------------------
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """`llava-lite eval`."""
+    from llava_lite.reduction import Reduction
+    from llava_lite.scenes import PARAPHRASES
+
+    unknown = [name for name in args.families or () if name not in PARAPHRASES]
+    if unknown:
+        args.parser.error(f"no family {unknown[0]!r}; there are {', '.join(PARAPHRASES)}")
+    reduction = Reduction.of(parse_reduction(args))
+    model = load_model(args)
+    from tqdm import tqdm
+
+    from llava_lite import evaluate
+
+    hidden = args.quiet or not sys.stderr.isatty()
+    scenes = evaluate.fresh_scenes(args.n, args.seed, args.families)
+    with tqdm(scenes, unit="scene", total=args.n, file=sys.stderr, disable=hidden) as bar:
+        tallies = evaluate.evaluate_scenes(
+            model,
+            bar,
+            reduction=reduction,
+            batch_size=args.batch_size,
+            draw=evaluate.RENDERERS[args.renderer],
+            reuse_prefix=True,
+        )
+    settings = {
+        "model": model.config.name,
+        "dtype": str(model.llava.dtype).removeprefix("torch."),
+        "reduction": str(reduction),
+        "renderer": args.renderer,
+        "scenes": args.n,
+        "seed": args.seed,
+    }
+    if args.json:
+        print(json.dumps(evaluate.report(tallies, settings, args.mistakes)))
+        return OK
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    print("\n".join(evaluate.table(tallies, args.mistakes)))
+    return OK
+
+
+# ---- bench -------------------------------------------------------------------------------------
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """`llava-lite bench`."""
+    if args.size and args.model:
+        args.parser.error("--size is for random weights: it does not go with --model")
+    if args.layers and not args.size:
+        args.parser.error("--layers goes with --size")
+    from llava_lite import bench, bench_report
+    from llava_lite.files import replace_json
+
+    if args.plot:
+        bench_report.check_plot(Path(args.plot))
+    report = bench.bench(bench_settings(args))
+    content = bench_report.to_dict(report)
+    print(json.dumps(content) if args.json else "\n".join(bench_report.table(report)))
+    if args.output:
+        replace_json(Path(args.output), content)
+    if args.plot:
+        bench_report.save_plot(report, Path(args.plot))
+    short = any(row["verdict"] == "SHORT" for row in content["rows"])
+    return FAILED if args.strict and short else OK
+
+
+def bench_settings(args: argparse.Namespace) -> "Settings":
+    """What the arguments ask for."""
+    import llava_lite
+    from llava_lite.bench import Settings
+    from llava_lite.reduction import REDUCTIONS
+
+    if args.download:
+        choose_download_bars(args.quiet)
+    names = "base vision_tower revision offline download"
+    return Settings(
+        None if args.size else default_source(args.model),
+        {name: getattr(args, name) for name in names.split()},
+        args.size or "",
+        args.layers,
+        str(llava_lite._pick_device(args.device)),
+        args.dtype,
+        args.threads,
+        args.repeat,
+        tuple(args.reductions or REDUCTIONS),
+        tuple(args.batch_sizes),
+        tuple(args.lengths),
+        args.against is not None,
+        args.quantize,
+        tuple(args.pack),
+        args.quiet,
+    )
 
 
 # ---- download, info ----------------------------------------------------------------------------

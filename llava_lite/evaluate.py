@@ -1,16 +1,39 @@
-"""How often a model answers questions about fresh scenes rightly, by family of question."""
+"""How often a model answers questions about fresh scenes rightly, by family of question.
+
+    tallies = evaluate_scenes(model, fresh_scenes(2000), reduction="hybrid-72-36")
+    tallies["count"].accuracy, tallies["count"].interval(), overall(tallies).accuracy
+
+The intervals take questions for independent. Those about one scene are not quite, so over all
+families the true interval is a little wider.
+"""
 
 import math
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
-from statistics import NormalDist
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from statistics import NormalDist, mean
+from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
 
-from llava_lite.generation import Model
-from llava_lite.scenes import Question, Scene, draw_scene, questions, sample_scene
+from llava_lite.generation import DEFAULT_BATCH_SIZE, Model
+from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage
+from llava_lite.reduction import Reduction
+from llava_lite.sampling import GenerationOptions
+from llava_lite.scenes import PARAPHRASES, Question, Scene, draw_scene, questions, sample_scene
+from llava_lite.sequence import Request, State
+from llava_lite.smooth_scenes import draw_smooth_scene
 
-FRESH_SEED = 20_000  # training draws its scenes from other seeds
+Asked = tuple[Scene, list[Question]]
+Draw = Callable[[Scene], Image.Image]
+
+FRESH_SEED = 20_000
+FAMILIES = tuple(PARAPHRASES)
+RENDERERS: dict[str, Draw] = {"plain": draw_scene, "smooth": draw_smooth_scene}
+SCENES_AT_ONCE = 16
+MAX_NEW_TOKENS = 128  # the longest description takes fewer
 
 
 @dataclass
@@ -34,16 +57,56 @@ class Tally:
         n, p = self.asked, self.accuracy
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return middle - half, middle + half
+        # At 0 and at 1 the interval ends where the accuracy is: not beyond it by rounding.
+        return min(middle - half, p) if p else 0.0, max(middle + half, p) if p < 1 else 1.0
+
+    def add(self, question: Question, answer: str) -> None:
+        """Count one answer; it is right when it is exactly the expected text."""
+        self.asked += 1
+        self.right += answer == question.answer
+        if answer != question.answer:
+            self.mistakes.append((question.text, question.answer, answer))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, ready for json: counts, and if any were asked accuracy and interval."""
+        content: dict[str, Any] = {"right": self.right, "asked": self.asked}
+        if self.asked:
+            content |= {"accuracy": self.accuracy, "interval": list(self.interval())}
+        return content
+
+
+def overall(tallies: Mapping[str, Tally]) -> Tally:
+    """All questions of all families together; its mistakes are left out."""
+    families = tallies.values()
+    return Tally(sum(tally.right for tally in families), sum(tally.asked for tally in families))
+
+
+def macro_accuracy(tallies: Mapping[str, Tally]) -> float:
+    """Mean of the families' accuracies, each counting the same (NaN without any)."""
+    return mean(tally.accuracy for tally in tallies.values()) if tallies else math.nan
+
+
+# ---- scenes --------------------------------------------------------------------------------------
+
+
+def fresh_rng(seed: int, index: int) -> np.random.Generator:
+    """The random numbers of one fresh scene: no others', whatever the seed.
+
+    Training seeds its generators with lists of numbers, [1, index] for its scenes. A spawn key is
+    mixed in behind the four places that such a list can fill, so even the same numbers give another
+    stream. Raises ValueError for a seed that is not of 32 bits."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed} must be in 0..{2**32 - 1}")
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
 
 
 def fresh_scenes(
-    count: int, seed: int = FRESH_SEED, families: Collection[str] | None = None
-) -> Iterator[tuple[Scene, list[Question]]]:
-    """`count` scenes over the whole domain, each with one question of every family it allows, or of
-    those in `families`."""
-    for index in range(count):
-        rng = np.random.default_rng([seed, index])
+    count: int, seed: int = FRESH_SEED, families: Collection[str] | None = None, first: int = 0
+) -> Iterator[Asked]:
+    """`count` scenes over the whole domain, from number `first` on, each with one question of every
+    family it allows, or of those in `families`. Raises as `fresh_rng`."""
+    for index in range(first, first + count):
+        rng = fresh_rng(seed, index)
         scene = sample_scene(rng)
         by_family: dict[str, list[Question]] = {}
         for question in questions(scene, rng):
@@ -52,23 +115,147 @@ def fresh_scenes(
         yield scene, [members[rng.integers(len(members))] for members in by_family.values()]
 
 
+# ---- answers -------------------------------------------------------------------------------------
+
+
 def evaluate_scenes(
     model: Model,
-    scenes: Iterable[tuple[Scene, list[Question]]],
-    max_new_tokens: int = 128,
+    scenes: Iterable[Asked],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    *,
+    reduction: Reduction | str | None = None,
+    batch_size: int | None = None,
+    draw: Draw = draw_scene,
+    reuse_prefix: bool = False,
 ) -> dict[str, Tally]:
-    """Ask every question of every scene; the answer is right when the text is exactly the expected
-    one. Every image is encoded once. Returns a tally per family."""
+    """Ask every question of every scene; an answer is right when it is exactly the expected text.
+    Returns a tally per family. Raises as `Model.generate`.
+
+    Every image is encoded once, `batch_size` questions are answered at once; `reuse_prefix` as in
+    `answer_questions`."""
     tallies: dict[str, Tally] = {}
-    for scene, asked in scenes:
-        encoded = model.encode(draw_scene(scene))
-        prompts = [question.text for question in asked]
-        images = [encoded] * len(asked)
-        answers = model.generate(images, prompts, max_new_tokens=max_new_tokens)
-        for question, answer in zip(asked, answers, strict=True):
-            tally = tallies.setdefault(question.family, Tally())
-            tally.asked += 1
-            tally.right += answer == question.answer
-            if answer != question.answer:
-                tally.mistakes.append((question.text, question.answer, str(answer)))
+    remaining = iter(scenes)
+    while chunk := list(islice(remaining, SCENES_AT_ONCE)):
+        images = encode(model, [draw(scene) for scene, _ in chunk], reduction, batch_size)
+        asked = [questions for _, questions in chunk]
+        answers = answer_questions(
+            model, images, asked, max_new_tokens, reduction, batch_size, reuse_prefix
+        )
+        for question, answer in answers:
+            tallies.setdefault(question.family, Tally()).add(question, answer)
     return tallies
+
+
+def encode(
+    model: Model,
+    images: Sequence[Any],
+    reduction: Reduction | str | None = None,
+    batch_size: int | None = None,
+) -> list[EncodedImage]:
+    """`Model.encode` of several images, `batch_size` at a time through the tower."""
+    checked = model.reduction_for([], Reduction.of(reduction))
+    wanted = [(image, checked) for image in images]
+    encoded, _ = model.encode_images(wanted, batch_size or DEFAULT_BATCH_SIZE)
+    return encoded
+
+
+def answer_questions(
+    model: Model,
+    images: Sequence[EncodedImage],
+    asked: Sequence[Sequence[Question]],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    reduction: Reduction | str | None = None,
+    batch_size: int | None = None,
+    reuse_prefix: bool = False,
+) -> list[tuple[Question, str]]:
+    """Every question of every image, in order, with the model's greedy answer.
+
+    Most of a prompt are the words in front of the image, and the image. With `reuse_prefix` these
+    run once for all questions about it and stay in the KV cache, as in a chat: the answers are the
+    same up to rounding, several times sooner. What prunes cannot do that, since FastV chooses by
+    the end of the prompt: there, the whole prompt runs for every question all the same."""
+    flat = [(image, one) for image, own in zip(images, asked, strict=True) for one in own]
+    wish = Reduction.of(reduction)
+    options = GenerationOptions(max_new_tokens=max_new_tokens, reduction=wish)
+    requests = [model.request([image], question.text, options) for image, question in flat]
+    if reuse_prefix and wish.fastv is None:
+        requests = [
+            request
+            for group in split_like(requests, asked)
+            for request in after_shared_prefix(model, group)
+        ]
+    answers = {
+        index: str(row.answer())
+        for index, row in model.run(requests, options, batch_size)
+        if row.finish_reason is not None
+    }
+    return [(question, answers[index]) for index, (_, question) in enumerate(flat)]
+
+
+def split_like(requests: Sequence[Request], asked: Sequence[Sequence[Any]]) -> list[list[Request]]:
+    """The flat requests as groups of the same sizes."""
+    remaining = iter(requests)
+    return [list(islice(remaining, len(group))) for group in asked]
+
+
+@torch.inference_mode()
+def after_shared_prefix(model: Model, requests: Sequence[Request]) -> list[Request]:
+    """Run what the prompts about one image have in common, up to the image, once: requests for the
+    rest of each, with the same cache behind them."""
+    if not requests:
+        return []
+    first, begun = requests[0], [model.after_prefix(request) for request in requests]
+    end = begun[0].pending_ids.index(IMAGE_TOKEN_ID) + 1
+    prefix = begun[0].pending_ids[:end]
+    _, [shared] = model.advance([replace(begun[0], pending_ids=prefix, images=first.images)])
+    continued = []
+    for request, before in zip(requests, begun, strict=True):
+        ids = before.pending_ids
+        assert ids[:end] == prefix and request.images[0] is first.images[0]
+        state: State = replace(shared, pending_ids=ids[end:])
+        continued.append(replace(request, state=state, images=()))
+    return continued
+
+
+# ---- llava-lite eval -----------------------------------------------------------------------------
+
+
+def report(
+    tallies: Mapping[str, Tally], settings: Mapping[str, Any], mistakes: int
+) -> dict[str, Any]:
+    """Everything as plain types, ready for json; `mistakes` of every family at most."""
+    content = {
+        **settings,
+        "families": {name: tally.to_dict() for name, tally in in_order(tallies)},
+        "overall": overall(tallies).to_dict(),
+        "macro_accuracy": macro_accuracy(tallies) if tallies else None,
+    }
+    if mistakes:
+        keys = ("question", "right", "given")
+        content["mistakes"] = {
+            name: [dict(zip(keys, wrong, strict=True)) for wrong in tally.mistakes[:mistakes]]
+            for name, tally in in_order(tallies)
+        }
+    return content
+
+
+def table(tallies: Mapping[str, Tally], mistakes: int) -> Iterator[str]:
+    """Lines for people: a family each, with `mistakes` at most, then all of them."""
+    yield f"{'family':<12}{'right':>9}{'95 % interval':>19}{'questions':>11}"
+    for name, tally in in_order(tallies):
+        yield table_line(name, tally)
+        for question, right, given in tally.mistakes[:mistakes]:
+            yield f"    {question}  right: {right}  given: {given}"
+    yield table_line("all", overall(tallies))
+    yield f"{'mean':<12}{macro_accuracy(tallies):>9.1%}   of the families"
+
+
+def table_line(name: str, tally: Tally) -> str:
+    low, high = tally.interval()
+    interval = f"{low:.1%} to {high:.1%}"
+    return f"{name:<12}{tally.accuracy:>9.1%}{interval:>19}{tally.asked:>11}"
+
+
+def in_order(tallies: Mapping[str, Tally]) -> list[tuple[str, Tally]]:
+    """As the families are listed everywhere else."""
+    return sorted(tallies.items(), key=lambda item: FAMILIES.index(item[0]))

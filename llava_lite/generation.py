@@ -482,7 +482,7 @@ class Model:
     def after_prefix(self, request: Request) -> State:
         """The request's state, begun with the shared cache of its prefix where it has one."""
         state, prefix = request.state, request.prefix
-        if not prefix:
+        if not prefix or state.next_position:
             return state
         return replace(
             state,

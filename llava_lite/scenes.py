@@ -312,12 +312,12 @@ def object_polygon(scene_object: SceneObject) -> list[Point]:
     elif shape == "triangle":
         polar = [(1.0, -math.pi / 2 + 2 * math.pi / 3 * corner) for corner in range(3)]
     elif shape == "star":
-        inner = _proportion(scene_object)
+        inner = drawn_proportion(scene_object)
         step = math.pi / 5
         polar = [(inner if k % 2 else 1.0, -math.pi / 2 + step * k) for k in range(10)]
     elif shape == "cross":
         # Each arm ends in two corners on the circumcircle; arms meet in four inner corners.
-        arm = math.atan(_proportion(scene_object))
+        arm = math.atan(drawn_proportion(scene_object))
         inner = math.sqrt(2) * math.sin(arm)
         polar = []
         for quarter in (0.0, math.pi / 2, math.pi, 3 * math.pi / 2):
@@ -333,7 +333,9 @@ def object_polygon(scene_object: SceneObject) -> list[Point]:
     ]
 
 
-def _proportion(scene_object: SceneObject) -> float:
+def drawn_proportion(scene_object: SceneObject) -> float:
+    """The star's inner radius or the ring's hole, of the circumradius; the cross's arm width, of
+    its length."""
     low, high = _PROPORTIONS[scene_object.shape]
     return low + (high - low) * scene_object.proportion
 
@@ -380,7 +382,7 @@ def _draw_shape(
     if scene_object.shape in ("circle", "ring"):
         fill_disc(scene_object.radius, fill)
         if scene_object.shape == "ring":
-            fill_disc(scene_object.radius * _proportion(scene_object), 0)
+            fill_disc(scene_object.radius * drawn_proportion(scene_object), 0)
         return
     # Pillow names the centres of pixels, half a pixel off the scene's coordinates.
     half = 0.5 / scale

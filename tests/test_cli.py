@@ -26,7 +26,10 @@ from llava_lite.generation import Model
 from llava_lite.repl import CHAT_HELP, Repl
 from llava_lite.tokenizer import Tokenizer
 
-COMMANDS = ("generate", "chat", "batch", "convert", "download", "info", "thresholds", "inspect")
+COMMANDS = (
+    *("generate", "chat", "batch", "convert", "download", "info"),
+    *("thresholds", "inspect", "eval", "bench"),
+)
 QUESTION = "What color is the star?"
 
 

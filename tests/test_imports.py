@@ -42,6 +42,7 @@ ARROWS = {
     "projector": {"config"},
     "vision": {"config", "tome"},
     "cache": set(),
+    "packed": set(),
     "attention": {"config", "rope", "layout", "cache"},
     "llama": {"config", "rope", "attention", "cache", "fastv", "layout", "reduction"},
     "llava": {

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import llava_lite
+from llava_lite import packed, quantized_checkpoint
 from llava_lite import quantize as module
-from llava_lite import quantized_checkpoint
 from llava_lite.checkpoint import load_model, save_model, verify_folder
 from llava_lite.cli import main
 from llava_lite.config import LLAVA_1_5_7B, LlavaConfig, TextConfig
@@ -509,6 +509,21 @@ def test_models_that_cannot_be_quantised() -> None:
                 quantize(llava, method)
             llava = random_llava(CONFIG)
             llava.decoder.lm_head.weight.data[3, 4] = value
+
+
+def test_packing_comes_after_quantising(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not packed.can_pack(torch.zeros(2, 2, dtype=torch.bfloat16)):
+        pytest.skip("this CPU has no packed order")
+    monkeypatch.setattr(packed, "is_faster", lambda *_: True)
+    llava = random_llava(CONFIG, dtype=torch.bfloat16)
+    quantize(llava, "int4")
+    expected = answers_of(llava)
+    assert packed.pack(llava, (1,)) > 0
+    assert torch.equal(answers_of(llava), expected)  # only the tower was left to pack
+    llava = random_llava(CONFIG, dtype=torch.bfloat16)
+    packed.pack(llava, (1,))
+    with pytest.raises(ValueError, match="are packed: quantise first"):
+        quantize(llava, "int4")
 
 
 @pytest.mark.parametrize("method", METHODS)

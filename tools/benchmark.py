@@ -4,6 +4,8 @@
     python tools/benchmark.py --what reduction                  # 7B widths, 4 decoder layers, bf16
     python tools/benchmark.py --what reduction --size tiny --repeat 2
 
+The speed of a whole model, and against transformers: `llava-lite bench`.
+
 `reduction` measures what each kind of token reduction saves: the vision tower, the decoder's
 prefill of one image prompt (35 words, image, 29 words; 640 positions without reduction), one
 decoded token, and the bytes of the KV cache. Weights are random: speed does not depend on their
@@ -17,8 +19,6 @@ stderr.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -29,11 +29,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
-from tqdm import tqdm
 
+from llava_lite.bench import random_model
 from llava_lite.cache import KVCache
 from llava_lite.config import LLAVA_1_5_7B, TINY, LlavaConfig
+from llava_lite.hardware import machine, quartiles, time_in_turns
 from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage, Llava
 from llava_lite.reduction import NO_REDUCTION, REDUCTIONS, Reduction, ToMe
 
@@ -78,55 +78,6 @@ class Measurement:
         if self.bound is None:
             return ""
         return f"{'PASS' if self.ratio <= self.bound else 'SHORT'} (at most {self.bound:.2f})"
-
-
-def random_model(config: LlavaConfig, dtype: torch.dtype, device: str) -> Llava:
-    """A model that was never trained. Norms are 1, so that numbers stay in range."""
-    with torch.device("meta"):
-        model = Llava(config)
-    model = model.to(dtype).to_empty(device=device).eval()  # never in memory in float32
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.02)
-        else:
-            nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
-    return model
-
-
-def seconds_of(run: Callable[[], Any], device: str) -> float:
-    """Wall clock of one call, what it queued on a GPU included."""
-    synchronize(device)
-    start = perf_counter()
-    run()
-    synchronize(device)
-    return perf_counter() - start
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def time_in_turns(
-    runs: dict[RunKey, Callable[[], Any]], repeat: int, device: str
-) -> dict[RunKey, list[float]]:
-    """Seconds of every run, `repeat` times each. All take their turn, then all the next one; the
-    first round warms up and does not count."""
-    seconds: dict[RunKey, list[float]] = {key: [] for key in runs}
-    for turn in tqdm(range(repeat + 1), "rounds", file=sys.stderr):
-        for key, run in runs.items():
-            elapsed = seconds_of(run, device)
-            if turn:
-                seconds[key].append(elapsed)
-    return seconds
-
-
-def quartiles(values: list[float]) -> tuple[float, float]:
-    """First and third; both the value where there is only one."""
-    if len(values) < 2:
-        return values[0], values[0]
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, third
 
 
 # ---- token reduction ---------------------------------------------------------------------------
@@ -258,20 +209,6 @@ def extrapolate(layers: dict[str, list[list[float]]]) -> dict[str, float]:
 
 
 # ---- output ------------------------------------------------------------------------------------
-
-
-def machine(device: str, threads: int) -> dict[str, Any]:
-    """What the figures were taken on."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = models[0] if models else name
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name()
-    facts = {"device": device, "name": name, "threads": threads, "cores": os.cpu_count()}
-    return {**facts, "torch": torch.__version__}
 
 
 def table(rows: list[Measurement], extrapolated: dict[str, float]) -> Iterator[str]:

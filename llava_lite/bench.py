@@ -1,0 +1,492 @@
+"""`llava-lite bench`: how fast a model is on this machine, and how near to what the machine can do.
+
+Contenders take turns within every round: this package, the same with quantized weights if asked
+for, and `transformers` on the same weights (peer.py). So do the two limits of the machine, its rate
+of multiplying matrices and of reading memory (hardware.py). What does not fit into memory together
+runs one after the other instead. Load time and memory are those of a fresh process.
+
+bench_cases.py says what is timed; bench_report.py makes rows with bounds, a table and a plot of it.
+"""
+
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from multiprocessing import get_context
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import llava_lite
+from llava_lite.bench_cases import (
+    DECODED,
+    OURS,
+    PARTS,
+    TRANSFORMERS,
+    WORDS_AFTER,
+    WORDS_BEFORE,
+    Case,
+    Contender,
+    Work,
+    decode,
+    first_token,
+    our_cases,
+    peer_cases,
+    random_pixels,
+    stored_bytes,
+    walk_all,
+)
+from llava_lite.checkpoint import load_tokenizer, parse_dtype
+from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, LlavaConfig
+from llava_lite.errors import LlavaLiteError
+from llava_lite.generation import Model
+from llava_lite.hardware import (
+    READ_BYTES,
+    Limit,
+    MemoryWatch,
+    Run,
+    free_bytes,
+    limit_runs,
+    machine,
+    private_bytes,
+    quartiles,
+    time_in_turns,
+)
+from llava_lite.llava import Llava
+from llava_lite.meta import meta_model
+from llava_lite.packed import pack
+from llava_lite.peer import Peer, import_transformers
+from llava_lite.reduction import NO_REDUCTION, REDUCTIONS
+from llava_lite.trace import kv_bytes
+
+SIZES = {"7b": LLAVA_1_5_7B, "13b": LLAVA_1_5_13B, "tiny": TINY}
+WITH_QUANTIZED = ("none", "tome-72-logical", "hybrid-72-36")  # reductions
+LOADS = 3
+FEW = ("none", "tome-72-logical", "hybrid-72-36")  # what is run with quantized weights
+COLD = ("none", "hybrid-72-36")
+SHARE_OF_PLAIN = {"int4": 0.3, "int8": 0.55}  # bytes of quantized weights, scales included
+SPARE_BYTES = 1_000_000_000
+
+
+Result = TypeVar("Result")
+
+
+class BenchError(LlavaLiteError):
+    """What was asked for cannot be measured here."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run measures, in plain values, for another process gets them, too.
+
+    source: a model as `load` takes it, with its other `options`; None: random weights of a `size`,
+    with `layers` decoder layers (None: all). pack: see packed.py, the rows that it is chosen for
+    (none: not packed). against: compare with transformers."""
+
+    source: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    size: str = "7b"
+    layers: int | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+    threads: int | None = None
+    repeat: int = 5
+    reductions: tuple[str, ...] = tuple(REDUCTIONS)
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
+    against: bool = False
+    quantize: str | None = None
+    pack: tuple[int, ...] = ()
+    quiet: bool = False
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        """Their names, ours first."""
+        ours = (OURS, self.quantized) if self.quantize else (OURS,)
+        return (*ours, TRANSFORMERS) if self.against else ours
+
+    @property
+    def quantized(self) -> str:
+        """The name of ours with quantized weights."""
+        return f"{OURS} {self.quantize}"
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A model in a process of its own. load_seconds: None for random weights. private: bytes that
+    belong to the process alone after loading; loading: the peak of those that no file backs while
+    it loads; answering: the peak of all its pages while it answers, mapped weights included."""
+
+    config: LlavaConfig
+    dtype: str
+    weights: int
+    load_seconds: float | None
+    private: int | None
+    loading: int | None
+    answering: int | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One case, timed: median seconds of a step, quartiles, all rounds; rates per second (None: not
+    counted) and their share of what the machine can do."""
+
+    contender: str
+    part: str
+    setting: str
+    seconds: float
+    quartiles: tuple[float, float]
+    rounds: tuple[float, ...]
+    tokens_per_second: float
+    flops_per_second: float | None = None
+    matmul_share: float | None = None
+    bytes_per_second: float | None = None
+    read_share: float | None = None
+    bytes: int = 0
+    image_tokens: int | None = None
+    kv_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All figures of one run.
+
+    phases: contenders that took turns with each other. footprints: by contender. limits: operations
+    and bytes per second by way, the fastest read as "read". skipped: presets that this model does
+    not allow, and why. transformers: its version. difference: the largest between the first logits
+    of both, as a share of the largest of these."""
+
+    settings: Settings
+    config: LlavaConfig
+    dtype: str
+    machine: Mapping[str, Any]
+    phases: tuple[tuple[str, ...], ...]
+    footprints: Mapping[str, Footprint]
+    limits: Mapping[str, float]
+    measurements: tuple[Measurement, ...]
+    skipped: Mapping[str, str]
+    transformers: str | None = None
+    difference: float | None = None
+
+    def find(self, contender: str, part: str, setting: str = "none") -> Measurement | None:
+        """One of them, None where it was not run."""
+        wanted = contender, part, setting
+        for row in self.measurements:
+            if (row.contender, row.part, row.setting) == wanted:
+                return row
+        return None
+
+
+def bench(settings: Settings) -> Report:
+    """Measure everything. Raises BenchError, PeerError, and whatever `load` raises."""
+    check(settings)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    footprints = {
+        name: apart(footprint, settings, name)
+        for name in settings.contenders
+        if name != TRANSFORMERS
+    }
+    plain = footprints[OURS]
+    phases = plan(settings, plain, free_bytes(settings.device))
+    found = [run_phase(settings, names) for names in phases]
+    logits = {name: tensor for phase in found for name, tensor in phase.logits.items()}
+    return Report(
+        settings,
+        plain.config,
+        plain.dtype,
+        machine(settings.device, torch.get_num_threads()),
+        tuple(phases),
+        footprints,
+        found[0].limits,
+        tuple(row for phase in found for row in phase.measurements),
+        found[0].skipped,
+        import_transformers().__version__ if settings.against else None,
+        difference(logits.get(OURS), logits.get(TRANSFORMERS)),
+    )
+
+
+def check(settings: Settings) -> None:
+    """Raise BenchError or PeerError for what is not there, before anything slow."""
+    unknown = [name for name in settings.reductions if name not in REDUCTIONS]
+    if unknown:
+        raise BenchError(f"no reduction {unknown[0]!r}; there are {', '.join(REDUCTIONS)}")
+    if settings.quantize:
+        quantizer()
+    if settings.against:
+        import_transformers()
+    if settings.source is None:
+        config, dtype = random_config(settings), random_dtype(settings)
+        needed, free = num_parameters(config) * dtype.itemsize, free_bytes(settings.device)
+        if free is not None and needed > free:
+            raise BenchError(
+                f"{config.name} with {config.text.num_layers} layers in {name_of(dtype)} needs "
+                f"{needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: take fewer --layers"
+            )
+
+
+def plan(settings: Settings, plain: Footprint, free: int | None) -> list[tuple[str, ...]]:
+    """Who runs together: all, if the memory that is free holds them; else the quantized weights
+    later, by themselves; else all one after the other. Together where nobody knows what is free."""
+    names = settings.contenders
+    quantized = tuple(name for name in names if name == settings.quantized)
+    others = tuple(name for name in names if name != settings.quantized)
+    plans: list[list[tuple[str, ...]]]
+    plans = [[names], [others, quantized], [(name,) for name in names]]
+    for phases in plans:
+        if free is None or max(needed_bytes(settings, plain, phase) for phase in phases) <= free:
+            return phases
+    return plans[-1]
+
+
+def needed_bytes(settings: Settings, plain: Footprint, names: Sequence[str]) -> int:
+    """Memory that some contenders take together, about."""
+    text, patches = plain.config.text, plain.config.vision.num_patches
+    needed = plain.weights + READ_BYTES + SPARE_BYTES
+    # What is packed or quantized takes the place of plain weights, unless others still need these.
+    if settings.pack and OURS in names and len(names) > 1:
+        needed += plain.weights
+    if settings.quantize and settings.quantized in names and len(names) > 1:
+        needed += int(SHARE_OF_PLAIN[settings.quantize] * plain.weights)
+    # The caches of the largest batch, with room to grow, and a few of one prompt.
+    copies = 1.25 * max(settings.batch_sizes, default=1) + 3
+    prompt = [WORDS_BEFORE + patches + WORDS_AFTER] * text.num_layers
+    return needed + int(copies * kv_bytes(text, prompt, parse_bytes(plain.dtype)))
+
+
+def parse_bytes(dtype: str) -> int:
+    """Of one number of a named dtype."""
+    return (parse_dtype(dtype) or torch.float32).itemsize
+
+
+def difference(ours: Tensor | None, theirs: Tensor | None) -> float | None:
+    """Largest between two (1, V) of logits, as a share of the largest."""
+    if ours is None or theirs is None:
+        return None
+    ours, theirs = ours.float().cpu(), theirs.float().cpu()
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+# ---- models ------------------------------------------------------------------------------------
+
+
+def open_model(settings: Settings, quantize: str | None = None) -> Model:
+    """The model to measure, its weights plain or, of a source, quantized while it is loaded."""
+    if settings.source is None:
+        llava = random_model(random_config(settings), random_dtype(settings), settings.device)
+        # Words do not matter here, any tokenizer will do.
+        return Model(llava, load_tokenizer(llava_lite.embedded_model(), TINY))
+    options = {**settings.options, **({"quantize": quantize} if quantize else {})}
+    return llava_lite.load(settings.source, device=settings.device, dtype=settings.dtype, **options)
+
+
+def random_config(settings: Settings) -> LlavaConfig:
+    """A named size, with as many decoder layers as asked for."""
+    config = SIZES[settings.size]
+    layers = settings.layers or config.text.num_layers
+    return replace(config, text=replace(config.text, num_layers=layers))
+
+
+def random_dtype(settings: Settings) -> torch.dtype:
+    """bfloat16 unless another is named."""
+    return parse_dtype("bfloat16" if settings.dtype == "auto" else settings.dtype) or torch.bfloat16
+
+
+def random_model(config: LlavaConfig, dtype: torch.dtype, device: str) -> Llava:
+    """A model that was never trained, the same every time. Norms are 1, so that numbers stay in
+    range; all else repeats one block of noise, which takes seconds at any size."""
+    model = meta_model(config).to(dtype).to_empty(device=device)  # never in memory in float32
+    generator = torch.Generator().manual_seed(0)
+    noise = (0.02 * torch.randn((1 << 22) + 4099, generator=generator)).to(device, dtype)
+    block, start = 1 << 21, 0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and "embed" not in name:
+            parameter.fill_(float("norm" in name and name.endswith("weight")))
+            continue
+        for piece in parameter.view(-1).split(block):
+            piece.copy_(noise[start : start + len(piece)])
+            start = (start + 7919) % block
+    return model
+
+
+def num_parameters(config: LlavaConfig) -> int:
+    return sum(parameter.numel() for parameter in meta_model(config).parameters())
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def quantizer() -> Callable[[nn.Module, str], Any]:
+    """`quantize.quantize`. Raises BenchError where this version has none."""
+    try:
+        return import_module("llava_lite.quantize").quantize
+    except ImportError as error:
+        raise BenchError(f"weights cannot be quantized in this version: {error}") from error
+
+
+def twin(model: Model) -> Model:
+    """Another model on the same tensors, whose layers may be replaced."""
+    llava = meta_model(model.llava.config)
+    llava.load_state_dict(model.llava.state_dict(), assign=True)
+    return Model(
+        llava.requires_grad_(False), model.tokenizer, model.config, thresholds=model.thresholds
+    )
+
+
+# ---- load time and memory ----------------------------------------------------------------------
+
+
+def apart(task: Callable[..., Footprint], *args: Any) -> Footprint:
+    """Run it in a fresh process. Raises what it raises, and BenchError where that is ended."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(task, *args).result()
+        except BrokenProcessPool as error:
+            raise BenchError("a model's process was ended, perhaps for want of memory") from error
+
+
+def timed(call: Callable[..., Result], *args: Any) -> tuple[Result, float]:
+    """What a call returns, and the seconds it took."""
+    start = perf_counter()
+    result = call(*args)
+    return result, perf_counter() - start
+
+
+def footprint(settings: Settings, name: str) -> Footprint:
+    """Load one of our contenders, answer, and note what that takes; to be called in a fresh
+    process. Loading is repeated: the median counts, and the memory of the first."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    quantize = settings.quantize if name == settings.quantized else None
+    from_source = settings.source is not None
+    watch = MemoryWatch(settings.device)
+    with watch:
+        model, first = timed(open_model, settings, quantize if from_source else None)
+    private = private_bytes()
+    again = LOADS - 1 if from_source else 0
+    seconds = [first, *(timed(open_model, settings, quantize)[1] for _ in range(again))]
+    if quantize and not from_source:
+        quantizer()(model.llava, quantize)
+    if settings.pack and name == OURS:
+        pack(model.llava, settings.pack)
+    with torch.inference_mode(), MemoryWatch(settings.device) as answering:
+        pixels = random_pixels(Work.of(model.llava), model.llava.device)
+        decode(model, first_token(model, pixels, NO_REDUCTION, 0), DECODED)
+    return Footprint(
+        model.llava.config,
+        name_of(model.llava.dtype),
+        stored_bytes(model.llava),
+        statistics.median(seconds) if from_source else None,
+        private if from_source else None,
+        watch.anonymous if from_source else None,
+        answering.resident,
+    )
+
+
+# ---- contenders --------------------------------------------------------------------------------
+
+
+def build(settings: Settings, names: Sequence[str]) -> list[Contender]:
+    """Those that run together, on the same plain weights as far as they keep them."""
+    model = open_model(settings)
+    built = {}
+    if TRANSFORMERS in names:
+        built[TRANSFORMERS] = Contender(TRANSFORMERS, Peer(model.llava), Work.of(model.llava))
+    for name in names:
+        if settings.quantize and name == settings.quantized:
+            copy = model if len(names) == 1 else twin(model)
+            quantizer()(copy.llava, settings.quantize)
+            built[name] = Contender(name, copy, Work.of(copy.llava))
+    if OURS in names:
+        if settings.pack:
+            pack(model.llava, settings.pack)
+        built[OURS] = Contender(OURS, model, Work.of(model.llava))
+    return [built[name] for name in names]
+
+
+# ---- what is timed -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What contenders that ran together came to; logits: of the prompt's last row, by name."""
+
+    limits: dict[str, float]
+    measurements: list[Measurement]
+    skipped: dict[str, str]
+    logits: dict[str, Tensor]
+
+
+def run_phase(settings: Settings, names: Sequence[str]) -> Phase:
+    """Build some contenders, time them and the machine in turns, and let go of them again."""
+    contenders = build(settings, names)  # not in inference mode: transformers' weights are not
+    with torch.inference_mode():
+        return time_contenders(settings, contenders)
+
+
+def time_contenders(settings: Settings, contenders: Sequence[Contender]) -> Phase:
+    """Make their cases, and time all of these and the machine in turns."""
+    cases: list[Case] = []
+    skipped: dict[str, str] = {}
+    logits: dict[str, Tensor] = {}
+    for one in contenders:
+        if isinstance(one.model, Peer):
+            found, logits[one.name] = peer_cases(one.model, one.work)
+        else:
+            whole = one.name == OURS
+            wanted = [name for name in settings.reductions if whole or name in WITH_QUANTIZED]
+            walks, reasons = walk_all(one.model, wanted)
+            lengths = settings.lengths if whole else ()
+            found = our_cases(one, one.model, walks, settings.batch_sizes, lengths)
+            skipped |= reasons
+            logits[one.name] = walks["none"].logits
+        cases += found
+    limits = limit_runs(contenders[0].work.dtype, settings.device)
+    runs: dict[tuple[str, ...], Run] = {(limit.kind, limit.way): limit.run for limit in limits}
+    runs |= {case.key: case.run for case in sorted(cases, key=lambda case: PARTS.index(case.part))}
+    hidden = settings.quiet or not sys.stderr.isatty()
+    seconds = time_in_turns(runs, settings.repeat, settings.device, hidden)
+    rates = limit_rates(limits, seconds)
+    measured = [measure(case, seconds[case.key], rates) for case in cases]
+    return Phase(rates, measured, skipped, logits)
+
+
+def limit_rates(
+    limits: Sequence[Limit], seconds: Mapping[tuple[str, ...], list[float]]
+) -> dict[str, float]:
+    """Operations and bytes per second: "matmul", the fastest "read", and every way to read."""
+    rates: dict[str, float] = {}
+    for limit in limits:
+        rate = limit.amount / statistics.median(seconds[limit.kind, limit.way])
+        rates[limit.kind] = max(rate, rates.get(limit.kind, 0.0))
+        if limit.kind == "read":
+            rates[f"read, {limit.way}"] = rate
+    return rates
+
+
+def measure(case: Case, rounds: Sequence[float], rates: Mapping[str, float]) -> Measurement:
+    """One line of the table, from its seconds in every round and the machine's rates."""
+    steps = [seconds / case.steps for seconds in rounds]
+    median = statistics.median(steps)
+    flops = case.flops / median if case.flops else None
+    read = case.bytes / median if case.bytes else None
+    return Measurement(
+        *case.key,
+        median,
+        quartiles(steps),
+        tuple(steps),
+        case.tokens / median,
+        flops,
+        None if flops is None else flops / rates["matmul"],
+        read,
+        None if read is None else read / rates["read"],
+        case.bytes,
+        case.image_tokens,
+        case.kv_bytes,
+    )

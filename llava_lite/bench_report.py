@@ -1,0 +1,394 @@
+"""What `llava-lite bench` says: rows with a bound, PASS or SHORT, the table, JSON, and the plot.
+
+Bounds are those of a 7B model in bfloat16 on a CPU. Of another device the same figures stand there
+without a verdict. A figure that the run has nothing for says why.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from llava_lite.bench import SIZES, BenchError, Measurement, Report
+from llava_lite.bench_cases import OURS, PARTS, SHARED_WORDS, TRANSFORMERS
+from llava_lite.files import replace_file
+
+FAST = "hybrid-72-36"
+GIGA = 1e9
+TITLES = {
+    "tower": "vision tower",
+    "prefill": "prefill: the whole prompt, image encoded before",
+    "first token": f"first token: tower and prefill, {SHARED_WORDS} words in front at hand",
+    "first token, cold": "first token of the first call",
+    "decode": "one decoded token",
+    "batch": "one decoded token for each of several prompts",
+    "growing prefill": "prefill of so many words",
+    "growing decode": "one decoded token after so many words",
+    "growing attention": "attention of one layer over so many words",
+}
+
+
+# ---- rows with a bound -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure and its bound. value: None where the run has nothing for it, and why that is."""
+
+    figure: str
+    value: float | None
+    bound: float
+    at_least: bool
+    unit: str = ""
+    missing: str = ""
+    judged: bool = True
+
+    @property
+    def verdict(self) -> str:
+        """PASS, SHORT, "not run", or nothing where the bound does not hold."""
+        if self.value is None:
+            return "not run"
+        if not self.judged:
+            return ""
+        within = self.value >= self.bound if self.at_least else self.value <= self.bound
+        return "PASS" if within else "SHORT"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, ready for json."""
+        return {**asdict(self), "verdict": self.verdict}
+
+
+def rows(report: Report) -> list[Row]:
+    """Every figure that has a bound, from one run."""
+    judged = report.machine["device"] == "cpu"
+    found = [*peer_rows(report), *quantized_rows(report), *load_rows(report), *work_rows(report)]
+    return [Row(**{**asdict(row), "judged": judged}) for row in found]
+
+
+def peer_rows(report: Report) -> Iterator[Row]:
+    """Against transformers, without a reduction on its side."""
+    missing = "--against transformers"
+    decode = ratio(report, "decode", TRANSFORMERS, OURS)  # of times, so of tokens/s the other way
+    yield Row("decode, tokens/s: times transformers", decode, 1.35, True, "", missing)
+    own = report.find(OURS, "decode")
+    share = own.read_share if own else None
+    yield Row("decode: share of the read bandwidth", share, 0.90, True)
+    first = ratio(report, "first token", OURS, TRANSFORMERS)
+    yield Row("first token: time, transformers = 1", first, 0.90, False, "", missing)
+    tower = ratio(report, "tower", OURS, TRANSFORMERS)
+    yield Row("tower: time, transformers = 1", tower, 0.70, False, "", missing)
+    fast = ratio(report, "first token", OURS, TRANSFORMERS, FAST)
+    if report.find(OURS, "first token", FAST) is None:
+        missing = f"--reductions {FAST}"
+    yield Row(f"first token, {FAST}: time, transformers = 1", fast, 0.20, False, "", missing)
+
+
+def quantized_rows(report: Report) -> Iterator[Row]:
+    """int4 against transformers in 16 bit, and its memory."""
+    settings = report.settings
+    int4 = settings.quantized if settings.quantize == "int4" else ""
+    missing = "--against transformers" if int4 else "--quantize int4"
+    decode = ratio(report, "decode", TRANSFORMERS, int4)
+    yield Row("int4 decode, tokens/s: times transformers", decode, 3.5, True, "", missing)
+    footprint = report.footprints.get(int4)
+    whole = report.config.text.num_layers == SIZES["7b"].text.num_layers
+    peaks = [footprint.loading, footprint.answering] if footprint else []
+    peak = max((value for value in peaks if value is not None), default=None)
+    if int4:
+        missing = "of a folder with a whole 7B model" if peak is not None else "not known here"
+    if settings.source is None or not whole or None in peaks:
+        peak = None
+    value = None if peak is None else peak / GIGA
+    yield Row("int4 peak memory of the whole model", value, 5.5, False, "GB", missing)
+
+
+def load_rows(report: Report) -> Iterator[Row]:
+    """A folder in a fresh process, its file in the page cache."""
+    footprint, missing = report.footprints[OURS], "of a folder: -m MODEL"
+    yield Row("load of a folder", footprint.load_seconds, 5.0, False, "s", missing)
+    private = footprint.private
+    if footprint.load_seconds is not None:
+        missing = "not known here"
+    value = None if private is None else private / GIGA
+    yield Row("load of a folder: private memory", value, 1.0, False, "GB", missing)
+
+
+def work_rows(report: Report) -> Iterator[Row]:
+    """More prompts at once, and longer ones."""
+    one, eight = (report.find(OURS, "batch", f"none x {size}") for size in (1, 8))
+    batch = eight.tokens_per_second / one.tokens_per_second if one and eight else None
+    yield Row("batch of 8, tokens/s: times batch of 1", batch, 5.0, True, "", "--batch-sizes 1 8")
+    prefill = per_token(report)
+    spread = max(prefill) / min(prefill) if len(prefill) > 1 else None
+    lengths = measured_lengths(report)
+    span = f"{lengths[0]} to {lengths[-1]} words" if len(lengths) > 1 else "by length"
+    missing = "--lengths 128 2048"
+    figure = f"prefill per token but attention, {span}: slowest / fastest"
+    yield Row(figure, spread, 1.15, False, "", missing)
+    per_byte = seconds_per_byte(report)
+    growth = max(per_byte[1:]) / per_byte[0] if len(per_byte) > 1 else None
+    figure = f"decode per byte read, {span}: slowest / shortest"
+    yield Row(figure, growth, 1.15, False, "", missing)
+
+
+def ratio(report: Report, part: str, above: str, below: str, setting: str = "none") -> float | None:
+    """Of the median times of two contenders; transformers has no other setting than "none"."""
+    names = (above, below)
+    found = [report.find(n, part, "none" if n == TRANSFORMERS else setting) for n in names]
+    top, bottom = found
+    return top.seconds / bottom.seconds if top and bottom else None
+
+
+def measured_lengths(report: Report) -> list[int]:
+    """Of the prompts of words alone, ascending."""
+    part = PARTS[-1]
+    return sorted(int(row.setting) for row in report.measurements if row.part == part)
+
+
+def per_token(report: Report) -> list[float]:
+    """Seconds of prefill per token for every length, without the attention, which grows with the
+    square of the length."""
+    layers, values = report.config.text.num_layers, []
+    for length in measured_lengths(report):
+        whole = report.find(OURS, "growing prefill", str(length))
+        attention = report.find(OURS, "growing attention", str(length))
+        if whole and attention:
+            values.append((whole.seconds - layers * attention.seconds) / length)
+    return values
+
+
+def seconds_per_byte(report: Report) -> list[float]:
+    """Of decoding behind every length: weights and cache are all that a token has to read."""
+    found = [report.find(OURS, "growing decode", str(n)) for n in measured_lengths(report)]
+    return [row.seconds / row.bytes for row in found if row]
+
+
+# ---- table and JSON ----------------------------------------------------------------------------
+
+
+def to_dict(report: Report) -> dict[str, Any]:
+    """All of it in plain types, ready for json."""
+    content = asdict(report)
+    content["config"] = report.config.to_dict()
+    for name, footprint in report.footprints.items():
+        content["footprints"][name]["config"] = footprint.config.name
+    for line, row in zip(content["measurements"], report.measurements, strict=True):
+        line["against_none"], line["against_transformers"] = ratios(report, row)
+    return {**content, "rows": [row.to_dict() for row in rows(report)]}
+
+
+def ratios(report: Report, row: Measurement) -> tuple[float | None, float | None]:
+    """Its time as a share of the same part's without a reduction, and of transformers'."""
+    bases = report.find(row.contender, row.part), report.find(TRANSFORMERS, row.part)
+    none, theirs = (row.seconds / base.seconds if base else None for base in bases)
+    return none, None if row.contender == TRANSFORMERS else theirs
+
+
+def table(report: Report) -> Iterator[str]:
+    """Lines for people."""
+    yield from heading(report)
+    for part in PARTS:
+        lines = [row for row in report.measurements if row.part == part]
+        if lines:
+            yield from part_lines(report, part, lines)
+    for name, reason in report.skipped.items():
+        yield f"\n{name}: not run, {reason}"
+    yield f"\n{'figure':<71}{'here':>10}  bound"
+    yield from (bound_line(row) for row in rows(report))
+    if not report.machine["device"].startswith("cuda"):
+        yield "  all of it on a GPU: not run (--device cuda)"
+
+
+def part_lines(report: Report, part: str, lines: list[Measurement]) -> Iterator[str]:
+    """One part: its title, then a line for each of its measurements, in columns of which those are
+    left out that have nothing in them."""
+    cells = [table_cells(report, row) for row in lines]
+    titles = [title for title in cells[0] if any(line[title] for line in cells)]
+    width = 2 + max(len(f"{row.contender} {row.setting}") for row in lines)
+    yield f"\n{TITLES[part]}"
+    yield " " * (width + 2) + "".join(f"{title:>{WIDTHS[title]}}" for title in titles)
+    for row, line in zip(lines, cells, strict=True):
+        name = f"{row.contender} {row.setting}"
+        values = "".join(f"{line[title]:>{WIDTHS[title]}}" for title in titles)
+        yield f"  {name:<{width}}{values}".rstrip()
+
+
+def table_cells(report: Report, row: Measurement) -> dict[str, str]:
+    """One measurement, by title of the column."""
+    low, high = (1000 * value for value in row.quartiles)
+    none, theirs = ratios(report, row)
+    decoded = "decode" in row.part or row.part == "batch"
+    tokens = row.image_tokens if row.part in ("tower", "prefill", "first token") else None
+    return {
+        "image tokens": number(tokens, ".0f"),
+        "ms": number(1000 * row.seconds, ".2f"),
+        "quartiles": f"{low:.2f}-{high:.2f}",
+        "tokens/s": number(row.tokens_per_second, ".2f") if decoded else "",
+        "TFLOP/s": number(row.flops_per_second, ".3g", 1e-12),
+        "of matmul": number(row.matmul_share, ".3f"),
+        "GB/s": number(row.bytes_per_second, ".3g", 1 / GIGA),
+        "of read": number(row.read_share, ".3f"),
+        "none = 1": number(none, ".3f"),
+        "transformers = 1": number(theirs, ".3f"),
+    }
+
+
+WIDTHS = {
+    "image tokens": 14,
+    "ms": 10,
+    "quartiles": 18,
+    "tokens/s": 10,
+    "TFLOP/s": 9,
+    "of matmul": 11,
+    "GB/s": 8,
+    "of read": 9,
+    "none = 1": 10,
+    "transformers = 1": 18,
+}
+
+
+def number(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "" if value is None else format(scale * value, form)
+
+
+def heading(report: Report) -> Iterator[str]:
+    """What was measured, on what, and what the machine can do."""
+    settings, limits = report.settings, report.limits
+    weights = settings.source or "random weights"
+    layers = f"{report.config.text.num_layers} decoder layers"
+    packing = f", packed for {', '.join(map(str, settings.pack))} rows" if settings.pack else ""
+    yield (
+        f"{report.config.name}, {weights}, {layers}, {report.dtype}{packing}; "
+        f"medians of {settings.repeat} rounds"
+    )
+    yield ", ".join(f"{name} {value}" for name, value in report.machine.items())
+    reads = [f"{name[6:]} {rate / GIGA:.1f}" for name, rate in limits.items() if "read, " in name]
+    yield (
+        f"it multiplies at {limits['matmul'] / 1e12:.3g} TFLOP/s and reads at "
+        f"{limits['read'] / GIGA:.1f} GB/s ({', '.join(reads)})"
+    )
+    if report.transformers:
+        yield f"transformers {report.transformers} on the same weights" + (
+            f"; first logits differ by {100 * report.difference:.2g} % of the largest"
+            if report.difference is not None
+            else ""
+        )
+    turns = " | ".join(" and ".join(phase) for phase in report.phases)
+    yield f"took turns in every round: {turns}" + (
+        " (not all fit into memory together)" if len(report.phases) > 1 else ""
+    )
+    for name, footprint in report.footprints.items():
+        parts = {
+            "weights": in_gb(footprint.weights),
+            "load": None if footprint.load_seconds is None else f"{footprint.load_seconds:.2f} s",
+            "private after loading": in_gb(footprint.private),
+            "peak while loading (mapped files apart)": in_gb(footprint.loading),
+            "peak while answering": in_gb(footprint.answering),
+        }
+        yield f"{name}: " + ", ".join(f"{k} {v}" for k, v in parts.items() if v is not None)
+
+
+def in_gb(count: int | None) -> str | None:
+    return None if count is None else f"{count / GIGA:.2f} GB"
+
+
+def bound_line(row: Row) -> str:
+    """One figure with its bound."""
+    bound = f"{'at least' if row.at_least else 'at most'} {row.bound:.2f} {row.unit}".rstrip()
+    if row.value is None:
+        return f"  {row.figure:<69}{'-':>10}  {bound:<20}not run ({row.missing})"
+    return f"  {row.figure:<69}{row.value:>10.3f}  {bound:<20}{row.verdict}".rstrip()
+
+
+# ---- plot --------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, which are told apart whatever colours an eye sees.
+BARS = (
+    (TRANSFORMERS, "none", "transformers", "#999999"),
+    (OURS, "none", "llava_lite, no reduction", "#0072B2"),
+    (OURS, "tome-72-logical", "tome-72-logical", "#56B4E9"),
+    (OURS, FAST, FAST, "#E69F00"),
+    ("int4", FAST, f"int4, {FAST}", "#009E73"),
+)
+
+
+def check_plot(path: Path) -> None:
+    """Raise BenchError before a long run whose plot could not be drawn."""
+    if path.suffix.lower() != ".png":
+        raise BenchError(f"{path}: the plot is a file that ends in .png")
+    if not path.absolute().parent.is_dir():
+        raise BenchError(f"{path}: the folder {path.absolute().parent} does not exist")
+    if find_spec("matplotlib") is None:
+        raise BenchError("a plot needs matplotlib: pip install 'llava-lite[viz]'")
+
+
+def save_plot(report: Report, path: Path) -> None:
+    """Time to first token and tokens per second, side by side, as bars with their quartiles."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_bars(left, report, "first token", "time to first token, s", lambda row: row.seconds)
+    draw_bars(
+        right, report, "decode", "decoded tokens per second", lambda row: row.tokens_per_second
+    )
+    right.set_yticklabels([])
+    facts = report.machine
+    subtitle = f"{facts['name']}, threads {facts['threads']}, torch {facts['torch']}"
+    layers = f"{report.config.text.num_layers} layers, {report.dtype}"
+    figure.suptitle(f"{report.config.name}, {layers}, one image and 64 words\n{subtitle}", size=10)
+    canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.print_png(buffer)
+    replace_file(path, buffer.getvalue())
+
+
+def draw_bars(
+    axes: Any,
+    report: Report,
+    part: str,
+    title: str,
+    value_of: Callable[[Measurement], float],
+) -> None:
+    """One bar for each contender that was run, the value at its end."""
+    found = bars(report, part)
+    values = [value_of(row) for row, _, _ in found]
+    places = range(len(found))
+    base = values[0] if found and found[0][0].contender == TRANSFORMERS else None
+    errors = [spread_of(row, value_of(row)) for row, _, _ in found]
+    axes.barh(places, values, color=[color for _, _, color in found], height=0.7)
+    axes.errorbar(
+        values, places, xerr=list(zip(*errors, strict=True)), fmt="none", ecolor="0.25", capsize=2
+    )
+    for place, value, (_, high) in zip(places, values, errors, strict=True):
+        offset = {"xytext": (5, 0), "textcoords": "offset points"}
+        text = f"{value:.3g}" + (f"  ({value / base:.2f} x)" if base and place else "")
+        axes.annotate(text, (value + high, place), va="center", size=9, **offset)
+    axes.set_yticks(places, [label for _, label, _ in found])
+    axes.invert_yaxis()
+    axes.set_xlim(
+        0, 1.35 * max(value + high for value, (_, high) in zip(values, errors, strict=True))
+    )
+    axes.set_title(title, size=10)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def bars(report: Report, part: str) -> list[tuple[Measurement, str, str]]:
+    """What there is of `BARS`: figure, label, colour."""
+    found = []
+    for contender, setting, label, color in BARS:
+        name = f"{OURS} int4" if contender == "int4" else contender
+        row = report.find(name, part, setting)
+        if row is not None:
+            found.append((row, label, color))
+    return found
+
+
+def spread_of(row: Measurement, value: float) -> tuple[float, float]:
+    """From the value down and up to the quartiles, of seconds or of a rate."""
+    ends = [value * q / row.seconds for q in row.quartiles]
+    if value != row.seconds:
+        ends = [value * row.seconds / q for q in row.quartiles]
+    return max(0.0, value - min(ends)), max(0.0, max(ends) - value)

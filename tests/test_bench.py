@@ -1,0 +1,599 @@
+"""`llava-lite bench` runs and says everything it promises. No figure of time is asserted.
+
+Run: pytest tests/test_bench.py
+"""
+
+import gc
+import json
+import statistics
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_llava
+from PIL import Image
+from torch import nn
+
+from llava_lite import bench, bench_report, cli, embedded_model, hardware, peer
+from llava_lite.bench import BenchError, Footprint, Measurement, Report, Settings
+from llava_lite.bench_cases import OURS, TRANSFORMERS, Work, stored_bytes, word_ids
+from llava_lite.bench_report import Row
+from llava_lite.config import LLAVA_1_5_7B, TINY
+from llava_lite.generation import Model
+from llava_lite.hardware import Prepared, time_in_turns
+from llava_lite.packed import PackedLinear, can_pack
+from llava_lite.peer import Peer, PeerError
+
+INT4 = f"{OURS} int4"
+PRESETS = {"none", "tome-72", "tome-72-logical", "hybrid-72-36"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_limits() -> Iterator[None]:
+    """The machine's own limits, asked for in a moment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "MATMUL", (8, 64, 96))
+        patch.setattr(hardware, "READ_BYTES", 1 << 20)
+        yield
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process of its own for loading."""
+    monkeypatch.setattr(bench, "apart", lambda task, *args: task(*args))
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    """A tiny random model in float32, a quantized one that is none, and transformers."""
+    pytest.importorskip("transformers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "apart", lambda task, *args: task(*args))
+        patch.setattr(bench, "quantizer", lambda: lambda llava, kind: None)
+        settings = Settings(
+            size="tiny",
+            layers=4,
+            dtype="float32",
+            repeat=2,
+            reductions=("tome-72", "tome-72-logical", "dymu-72", "hybrid-72-36"),
+            lengths=(16, 40, 4096),
+            batch_sizes=(1, 8),
+            against=True,
+            quantize="int4",
+            quiet=True,
+        )
+        return bench.bench(settings)
+
+
+# ---- a run -------------------------------------------------------------------------------------
+
+
+def test_every_part_is_there(report: Report) -> None:
+    found = {(row.contender, row.part, row.setting) for row in report.measurements}
+    assert len(found) == len(report.measurements)
+    expected = {(OURS, part, preset) for preset in PRESETS for part in ("prefill", "first token")}
+    expected |= {(OURS, "decode", preset) for preset in PRESETS}
+    expected |= {(OURS, "tower", preset) for preset in ("none", "tome-72")}
+    expected |= {
+        (OURS, f"growing {part}", length)  # 4096 words are more than its context
+        for part in ("prefill", "decode", "attention")
+        for length in ("16", "40")
+    }
+    few = {"none", "tome-72-logical", "hybrid-72-36"}
+    expected |= {(INT4, part, x) for x in few for part in ("prefill", "first token", "decode")}
+    for name in (OURS, INT4):
+        for preset in ("none", "hybrid-72-36"):
+            expected |= {(name, "first token, cold", preset)}
+            expected |= {(name, "batch", f"{preset} x {size}") for size in (1, 8)}
+    peers = ("tower", "prefill", "first token", "decode")
+    expected |= {(TRANSFORMERS, part, "none") for part in peers}
+    assert found == expected
+    assert report.phases == ((OURS, INT4, TRANSFORMERS),)
+    assert "llava-lite thresholds" in report.skipped["dymu-72"]
+
+
+def test_transformers_runs_the_same_weights_on_the_same_prompt(report: Report) -> None:
+    assert report.transformers is not None
+    assert report.difference is not None and report.difference < 1e-4
+
+
+def test_figures_are_medians_and_rates_follow_from_them(report: Report) -> None:
+    for row in report.measurements:
+        assert len(row.rounds) == 2
+        assert row.seconds == statistics.median(row.rounds) > 0
+        assert min(row.rounds) <= row.quartiles[0] <= row.seconds <= row.quartiles[1]
+        if row.bytes_per_second is not None:
+            assert row.bytes_per_second == pytest.approx(row.bytes / row.seconds)
+            assert row.read_share == pytest.approx(row.bytes_per_second / report.limits["read"])
+    eight = report.find(OURS, "batch", "none x 8")
+    assert eight is not None and eight.tokens_per_second == pytest.approx(8 / eight.seconds)
+    reads = [rate for name, rate in report.limits.items() if name.startswith("read, ")]
+    assert report.limits["read"] == max(reads) and len(reads) >= 2
+
+
+def test_bytes_and_caches_are_those_of_the_model(report: Report) -> None:
+    text = report.config.text
+    full, pruned = (report.find(OURS, "decode", x) for x in ("none", "hybrid-72-36"))
+    assert full is not None and pruned is not None
+    per_position = 2 * 256 * 4  # keys and values, in float32
+    assert full.kv_bytes == 4 * 640 * per_position
+    assert pruned.kv_bytes == (3 * 136 + 100) * per_position
+    linear = 4 * (4 * 256 * 256 + 3 * 256 * 640) + 256 * text.vocab_size
+    norms = 9 * 256
+    halfway = 4 * (640 + 5) * per_position  # after one token, amid eight
+    assert full.bytes == 4 * (linear + norms) + halfway
+    eight = report.find(OURS, "batch", "none x 8")
+    assert eight is not None and eight.bytes == full.bytes + 7 * halfway
+    assert (full.image_tokens, pruned.image_tokens) == (576, 72)
+
+
+def test_operations_of_decode_are_two_for_each_weight_and_cached_number(report: Report) -> None:
+    row, text = report.find(OURS, "decode"), report.config.text
+    assert row is not None and row.flops_per_second is not None
+    weights = 4 * (4 * 256 * 256 + 3 * 256 * 640) + 256 * text.vocab_size
+    attention = 4 * 641 * 2 * 256
+    assert row.flops_per_second * row.seconds == pytest.approx(2 * (weights + attention))
+
+
+def test_rows_follow_from_medians(report: Report) -> None:
+    rows = {row.figure.split(":")[0]: row for row in bench_report.rows(report)}
+    ours, theirs = (report.find(name, "decode") for name in (OURS, TRANSFORMERS))
+    assert ours is not None and theirs is not None
+    decode = rows["decode, tokens/s"].value
+    assert decode == pytest.approx(ours.tokens_per_second / theirs.tokens_per_second)
+    fast, first = (
+        report.find(OURS, "first token", "hybrid-72-36"),
+        rows["first token, hybrid-72-36"],
+    )
+    full = report.find(TRANSFORMERS, "first token")
+    assert fast is not None and full is not None
+    assert first.value == pytest.approx(fast.seconds / full.seconds)
+    assert rows["int4 decode, tokens/s"].value is not None
+    assert rows["int4 peak memory of the whole model"].verdict == "not run"  # 4 layers
+    assert rows["load of a folder"].verdict == "not run"
+    assert {row.verdict for row in rows.values()} <= {"PASS", "SHORT", "not run"}
+
+
+def test_table_has_every_line(report: Report) -> None:
+    lines = list(bench_report.table(report))
+    for row in report.measurements:
+        shown = [line for line in lines if line.startswith(f"  {row.contender} {row.setting} ")]
+        assert any(f"{1000 * row.seconds:.2f}" in line for line in shown)
+    for row in bench_report.rows(report):
+        [line] = [line for line in lines if line.startswith(f"  {row.figure} ")]
+        assert row.verdict in line and f"{row.bound:.2f}" in line
+    text = "\n".join(lines)
+    for title in bench_report.TITLES.values():
+        assert title in text
+    assert f"transformers {report.transformers}" in text and "dymu-72: not run" in text
+
+
+def test_json_has_everything(report: Report) -> None:
+    content = json.loads(json.dumps(bench_report.to_dict(report)))
+    assert len(content["measurements"]) == len(report.measurements)
+    lines = {(x["contender"], x["part"], x["setting"]): x for x in content["measurements"]}
+    for line in lines.values():
+        none = lines.get((line["contender"], line["part"], "none"))
+        if none is not None:
+            assert line["against_none"] == pytest.approx(line["seconds"] / none["seconds"])
+    fast, full = lines[OURS, "prefill", "hybrid-72-36"], lines[TRANSFORMERS, "prefill", "none"]
+    assert fast["against_transformers"] == pytest.approx(fast["seconds"] / full["seconds"])
+    assert full["against_transformers"] is None
+    assert content["machine"]["torch"] == torch.__version__
+    assert content["footprints"][OURS]["weights"] > 0
+    assert [row["figure"] for row in content["rows"]] == [
+        row.figure for row in bench_report.rows(report)
+    ]
+
+
+def test_plot(report: Report, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need the extra `viz`")
+    file = tmp_path / "speed.png"
+    bench_report.check_plot(file)
+    bench_report.save_plot(report, file)
+    assert file.stat().st_size <= 100_000
+    with Image.open(file) as image:
+        assert image.width > 600
+    labels = [label for _, label, _ in bench_report.bars(report, "decode")]
+    assert labels[0] == "transformers" and "int4, hybrid-72-36" in labels and len(labels) == 5
+
+
+# ---- bounds ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "at_least", "verdict"),
+    [(1.35, True, "PASS"), (1.34, True, "SHORT"), (1.35, False, "PASS"), (1.36, False, "SHORT")],
+)
+def test_verdicts(value: float, at_least: bool, verdict: str) -> None:
+    row = Row("figure", value, 1.35, at_least)
+    assert row.verdict == row.to_dict()["verdict"] == verdict
+    assert replace(row, judged=False).verdict == ""
+    assert replace(row, value=None).verdict == "not run"
+
+
+def made_up(
+    seconds: dict[tuple[str, str, str], float], device: str = "cpu", **changes: Any
+) -> Report:
+    """A report of such medians; a batch of n makes n tokens, and every byte is one."""
+    rows = []
+    for (contender, part, setting), median in seconds.items():
+        tokens = int(setting.split(" x ")[1]) if " x " in setting else 1
+        share = {"read_share": 0.5 / median, "bytes": 1}
+        ends = median, median
+        rows.append(
+            Measurement(contender, part, setting, median, ends, (median,), tokens / median, **share)
+        )
+    nothing = Footprint(LLAVA_1_5_7B, "bfloat16", 1, None, None, None, None)
+    report = Report(
+        Settings(quantize="int4", against=True),
+        LLAVA_1_5_7B,
+        "bfloat16",
+        {"device": device},
+        ((OURS,),),
+        {OURS: nothing, INT4: nothing},
+        {"matmul": 1.0, "read": 1.0},
+        tuple(rows),
+        {},
+    )
+    return replace(report, **changes)
+
+
+GOOD = {
+    (OURS, "decode", "none"): 0.5,
+    (TRANSFORMERS, "decode", "none"): 0.7,
+    (INT4, "decode", "none"): 0.19,
+    (OURS, "tower", "none"): 0.6,
+    (TRANSFORMERS, "tower", "none"): 1.0,
+    (OURS, "first token", "none"): 8.0,
+    (OURS, "first token", "hybrid-72-36"): 1.9,
+    (TRANSFORMERS, "first token", "none"): 10.0,
+    (OURS, "batch", "none x 1"): 1.0,
+    (OURS, "batch", "none x 8"): 1.5,
+    (OURS, "growing prefill", "100"): 100 + 32 * 1.0,
+    (OURS, "growing prefill", "200"): 200 + 32 * 4.0,
+    (OURS, "growing attention", "100"): 1.0,
+    (OURS, "growing attention", "200"): 4.0,
+    (OURS, "growing decode", "100"): 1.0,
+    (OURS, "growing decode", "200"): 1.1,
+}
+LOADED = {
+    OURS: Footprint(LLAVA_1_5_7B, "bfloat16", 1, 4.0, 900_000_000, 1, 1),
+    INT4: Footprint(LLAVA_1_5_7B, "bfloat16", 1, 9.0, 1, 5_400_000_000, 4_000_000_000),
+}
+FOLDER = Settings("folder", quantize="int4", against=True)
+
+
+def test_good_figures_pass_every_bound() -> None:
+    rows = bench_report.rows(made_up(GOOD, footprints=LOADED, settings=FOLDER))
+    assert [row.verdict for row in rows] == ["PASS"] * 12
+    assert rows[0].value == pytest.approx(1.4)
+    assert rows[1].value == 1.0
+    assert rows[4].value == pytest.approx(0.19)
+    assert rows[10].value == pytest.approx(1.0)  # the attention is not counted
+
+
+@pytest.mark.parametrize(
+    ("key", "seconds", "figure"),
+    [
+        ((TRANSFORMERS, "decode", "none"), 0.66, "decode, tokens/s"),
+        ((OURS, "decode", "none"), 0.56, "decode: share"),
+        ((OURS, "first token", "none"), 9.1, "first token: time"),
+        ((OURS, "tower", "none"), 0.71, "tower"),
+        ((OURS, "first token", "hybrid-72-36"), 2.1, "first token, hybrid"),
+        ((INT4, "decode", "none"), 0.21, "int4 decode"),
+        ((OURS, "batch", "none x 8"), 1.7, "batch of 8"),
+        ((OURS, "growing prefill", "200"), 200 + 32 * 6.0, "prefill per token"),
+        ((OURS, "growing decode", "200"), 1.2, "decode per byte"),
+    ],
+)
+def test_a_slow_figure_falls_short(key: tuple[str, str, str], seconds: float, figure: str) -> None:
+    rows = bench_report.rows(made_up({**GOOD, key: seconds}, footprints=LOADED, settings=FOLDER))
+    short = [row.figure for row in rows if row.verdict == "SHORT"]
+    assert any(name.startswith(figure) for name in short), short
+    assert len(short) <= 2  # our decode is part of two
+
+
+def test_load_and_memory_have_bounds() -> None:
+    slow = {
+        OURS: replace(LOADED[OURS], load_seconds=5.1, private=1_100_000_000),
+        INT4: replace(LOADED[INT4], answering=5_600_000_000),
+    }
+    rows = bench_report.rows(made_up(GOOD, footprints=slow, settings=FOLDER))
+    short = [row.figure for row in rows if row.verdict == "SHORT"]
+    assert short == [
+        "int4 peak memory of the whole model",
+        "load of a folder",
+        "load of a folder: private memory",
+    ]
+
+
+def test_figures_that_are_not_there_say_how_to_get_them() -> None:
+    plain = Settings(quiet=True)
+    rows = bench_report.rows(made_up({}, settings=plain))
+    assert {row.verdict for row in rows} == {"not run"}
+    missing = {row.figure.split(":")[0].split(",")[0]: row.missing for row in rows}
+    assert missing["tower"] == "--against transformers"
+    assert missing["int4 decode"] == missing["int4 peak memory of the whole model"]
+    assert missing["int4 decode"] == "--quantize int4"
+    assert missing["load of a folder"] == "of a folder: -m MODEL"
+    lines = "\n".join(map(bench_report.bound_line, rows))
+    assert "not run (--against transformers)" in lines
+
+
+def test_another_device_has_no_verdicts() -> None:
+    rows = bench_report.rows(made_up(GOOD, "cuda", footprints=LOADED, settings=FOLDER))
+    assert {row.verdict for row in rows} == {""}
+    assert all(row.value is not None for row in rows)
+
+
+# ---- who runs together -------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_together_runs_one_after_the_other() -> None:
+    settings = Settings(quantize="int4", against=True)
+    plain = Footprint(LLAVA_1_5_7B, "bfloat16", 13_500_000_000, None, None, None, None)
+    together = settings.contenders
+    assert together == (OURS, INT4, TRANSFORMERS)
+    free = bench.needed_bytes(settings, plain, together)
+    assert 18e9 < free < 26e9
+    assert bench.plan(settings, plain, free) == [together]
+    assert bench.plan(settings, plain, None) == [together]
+    assert bench.plan(settings, plain, free - 1) == [(OURS, TRANSFORMERS), (INT4,)]
+    assert bench.plan(settings, plain, 10**9) == [(OURS,), (INT4,), (TRANSFORMERS,)]
+    packed = replace(settings, quantize=None, pack=(1,))
+    pair = bench.needed_bytes(packed, plain, packed.contenders)
+    assert pair - bench.needed_bytes(packed, plain, (OURS,)) == plain.weights
+    assert bench.plan(packed, plain, pair - 1) == [(OURS,), (TRANSFORMERS,)]
+
+
+def test_random_weights_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 20_000_000_000)
+    bench.check(Settings(size="7b"))
+    bench.check(Settings(size="13b", layers=4))
+    with pytest.raises(BenchError, match=r"13b .*40 layers in bfloat16 needs 26\.\d GB, but 20.0"):
+        bench.check(Settings(size="13b"))
+
+
+def test_quantized_weights_need_their_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llava_lite.quantize", None)
+    with pytest.raises(BenchError, match="cannot be quantized in this version"):
+        bench.check(Settings(size="tiny", quantize="int4"))
+
+
+# ---- transformers ------------------------------------------------------------------------------
+
+
+def test_the_peer_shares_our_tensors() -> None:
+    pytest.importorskip("transformers")
+    llava = bench.random_model(TINY, torch.bfloat16, "cpu")
+    other = Peer(llava)
+    theirs = {tensor.data_ptr() for tensor in other.model.state_dict().values()}
+    assert {tensor.data_ptr() for tensor in llava.state_dict().values()} <= theirs
+    assert {tensor.dtype for tensor in other.model.state_dict().values()} == {torch.bfloat16}
+    # Whoever turns this off measures another transformers, see Peer.
+    assert all(parameter.requires_grad for parameter in other.model.parameters())
+    assert not any(parameter.requires_grad for parameter in llava.parameters())
+    ids = word_ids(TINY.text, 5000)
+    assert set(ids) == set(range(3, TINY.text.vocab_size - 1))  # never the one of images
+
+
+def test_the_peer_refuses_weights_of_another_kind() -> None:
+    llava = random_llava()
+    llava.decoder.lm_head = nn.Identity()
+    with pytest.raises(PeerError, match="packed or quantized"):
+        peer.plain_state(llava)
+
+
+def test_without_transformers_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peer, "find_spec", lambda name: None)
+    assert cli.main(["bench", "--size", "tiny", "--against", "transformers"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "error: comparing needs transformers: pip install 'transformers>=4.57'\n"
+
+
+# ---- machine -----------------------------------------------------------------------------------
+
+
+def test_what_is_prepared_is_made_anew_untimed_and_let_go_of() -> None:
+    class State:
+        pass
+
+    made: list[weakref.ref] = []
+
+    def make() -> Callable[[], Any]:
+        gc.collect()
+        assert all(state() is None for state in made)
+        state = State()
+        made.append(weakref.ref(state))
+        return partial(id, state)
+
+    calls: list[str] = []
+    runs = {"plain": partial(calls.append, "plain"), "prepared": Prepared(make)}
+    seconds = time_in_turns(runs, 2, "cpu", hidden=True)
+    assert len(made) == len(calls) == 3  # the first round warms up
+    assert {name: len(values) for name, values in seconds.items()} == {"plain": 2, "prepared": 2}
+
+
+def test_memory_of_this_process() -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("this system has no /proc")
+    private = hardware.private_bytes()
+    assert private is None or 10_000_000 < private < 64e9
+    assert 0 < (hardware.free_bytes("cpu") or 0)
+    with hardware.MemoryWatch() as watch:
+        before = watch.resident
+        block = torch.ones(100_000_000, dtype=torch.uint8)
+        del block
+    assert before is not None and watch.resident is not None and watch.anonymous is not None
+    assert watch.resident >= watch.anonymous
+    assert watch.resident > before + 20_000_000
+
+
+def test_memory_where_the_system_does_not_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hardware, "PROC", tmp_path)
+    assert hardware.private_bytes() is None and hardware.free_bytes("cpu") is None
+    with hardware.MemoryWatch() as watch:
+        pass
+    assert watch.resident is watch.anonymous is None
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  7 kB\n")
+    assert hardware.free_bytes("cpu") == 7 * 1024
+
+
+def test_on_a_gpu_memory_is_what_torch_allocated_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = iter([5, 7, 7, *[9] * 1000])
+    fake = SimpleNamespace(
+        init=lambda: None,
+        reset_peak_memory_stats=lambda device: None,
+        max_memory_allocated=lambda device: next(peaks),
+        mem_get_info=lambda device: (11, 99),
+    )
+    monkeypatch.setattr(torch, "cuda", fake)
+    with hardware.MemoryWatch("cuda:0") as watch:
+        pass
+    assert watch.resident == watch.anonymous in (7, 9)
+    assert hardware.free_bytes("cuda:0") == 11
+
+
+def test_weights_count_in_whatever_form_they_are_kept() -> None:
+    llava = bench.random_model(TINY, torch.bfloat16, "cpu")
+    plain = Work.of(llava)
+    assert stored_bytes(llava) == sum(tensor.nbytes for tensor in llava.state_dict().values())
+    words = llava.decoder.embed_tokens.weight.nbytes
+    parts = (llava.vision, llava.decoder, llava.projector)
+    assert stored_bytes(llava) == sum(map(stored_bytes, parts))
+    assert plain.decoder_bytes == stored_bytes(llava.decoder) - words
+    if can_pack(llava.decoder.lm_head.weight):
+        llava.decoder.lm_head = PackedLinear(llava.decoder.lm_head)
+        assert Work.of(llava).decoder_bytes == plain.decoder_bytes
+
+
+def test_random_models_are_the_same_every_time_and_finite() -> None:
+    first, second = (bench.random_model(TINY, torch.bfloat16, "cpu") for _ in range(2))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+        assert tensor.isfinite().all(), name
+    assert first.decoder.norm.weight.eq(1).all()
+    assert 0.015 < first.decoder.lm_head.weight.float().std() < 0.025
+    one = Model(first, bench.open_model(Settings(size="tiny")).tokenizer)
+    twin = bench.twin(one)
+    assert twin.llava is not first
+    pairs = zip(first.state_dict().values(), twin.llava.state_dict().values(), strict=True)
+    assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
+
+
+# ---- command line ------------------------------------------------------------------------------
+
+
+def run_cli(*arguments: object) -> int:
+    small = ("--repeat", 1, "--lengths", 16, 24, "--batch-sizes", 1, 2, "--reductions")
+    return cli.main(["bench", *map(str, (*small, "hybrid-72-36", *arguments))])
+
+
+def test_a_folder_in_a_process_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "figures.json"
+    assert run_cli("-m", embedded_model(), "--json", "-o", file, "--quiet") == 0
+    printed = capsys.readouterr()
+    content = json.loads(printed.out)
+    assert json.loads(file.read_text()) == content
+    assert printed.err == ""
+    footprint = content["footprints"][OURS]
+    assert 0 < footprint["load_seconds"] < 60
+    assert footprint["weights"] < footprint["answering"] < 4e9
+    assert footprint["private"] < footprint["answering"]
+    verdicts = {row["figure"]: row["verdict"] for row in content["rows"]}
+    assert verdicts["load of a folder: private memory"] == "PASS"
+
+
+@pytest.mark.usefixtures("inline")
+def test_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 1)
+    assert run_cli("-m", embedded_model(), "--against", "transformers", "--quiet") == 0
+    text = capsys.readouterr().out
+    assert f"{OURS} | {TRANSFORMERS} (not all fit" in text
+    [line] = [line for line in text.splitlines() if "first logits" in line]
+    assert float(line.split("differ by ")[1].split(" %")[0]) < 5  # bfloat16
+    assert "not run (--against" not in text
+
+
+@pytest.mark.parametrize(("value", "code"), [(2.0, 0), (1.0, 1)])
+def test_only_strict_runs_fail_beyond_a_bound(
+    monkeypatch: pytest.MonkeyPatch, value: float, code: int
+) -> None:
+    seconds = {(OURS, "decode", "none"): 0.5, (TRANSFORMERS, "decode", "none"): 0.5 * value}
+    report = made_up(seconds, machine={"device": "cpu", "threads": 1})
+    monkeypatch.setattr(bench, "bench", lambda settings: report)
+    assert cli.main(["bench", "--size", "tiny"]) == 0
+    assert cli.main(["bench", "--size", "tiny", "--strict"]) == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "tiny", "-m", "x"], "--size is for random weights"),
+        (["--layers", "4"], "--layers goes with --size"),
+        (["--size", "70b"], "invalid choice: '70b'"),
+        (["--size", "tiny", "--repeat", "0"], "'0' is not a number of at least 1"),
+    ],
+)
+def test_wrong_usage(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reductions", "tome-7"], "no reduction 'tome-7'; there are none, tome-72"),
+        (["--plot", "speed.svg"], "speed.svg: the plot is a file that ends in .png"),
+        (["--plot", "nowhere/speed.png"], "nowhere does not exist"),
+        (["--device", "cuda:99"], "device 'cuda:99' is not"),
+    ],
+)
+def test_errors_come_before_anything_slow(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "apart", lambda *_: pytest.fail("started"))
+    assert cli.main(["bench", "--size", "tiny", *arguments]) == 1
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+
+
+def test_a_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench_report, "find_spec", lambda name: None)
+    with pytest.raises(BenchError, match=r"pip install 'llava-lite\[viz\]'"):
+        bench_report.check_plot(tmp_path / "speed.png")
+
+
+def end_at_once(settings: Settings) -> Footprint:
+    """What a process does that the system ends."""
+    import os
+
+    os._exit(9)
+
+
+def test_a_process_that_is_ended_is_an_error() -> None:
+    with pytest.raises(BenchError, match="was ended, perhaps for want of memory"):
+        bench.apart(end_at_once, Settings())

@@ -1,0 +1,755 @@
+#!/usr/bin/env python3
+"""What token reduction costs in answers, and what it saves: fresh scenes, the same for every kind.
+
+    python tools/reduction_study.py --out runs/study --n 1000           # resumes; beside other work
+    python tools/reduction_study.py --out runs/study --n 1000 --time    # alone on the machine
+    python tools/reduction_study.py --out runs/study --n 200 --configs none 'tome-72-*' 'fastv-k3-*'
+
+Configurations (`--list` shows them), named after the image tokens that are left:
+
+    none                     plain LLaVA, 576 image tokens
+    tome-72-vtu              merging, the same number for every image; vtu, logical, plain positions
+    dtome-72-vtu             merging by thresholds that leave about as many on average: found on
+                             scenes of another seed, so what they leave here is measured as well
+    fastv-k3-36              pruning in front of decoder layer 3
+    random-k3-36             the control: as many dropped at the same place, chosen by chance
+    hybrid-144-72-logical    144 left by merging, 72 of them by pruning in front of layer 3
+
+An answer is right when it is exactly the expected text. Intervals are 95 %: Wilson's for an
+accuracy, and for the difference to `none` that of the paired differences. `--out` gets
+
+    answers.jsonl            right and wrong of every question, one line per configuration and chunk
+                             of scenes; what is there is not done again
+    settings.json            what must stay the same for that, and the thresholds found
+    times.json               of the latest `--time`
+    study.csv, study.json    a row for each configuration that has all scenes
+    accuracy_tokens.png, accuracy_time.png, families.png
+
+Times are those of one short question about one image, from pixels to answer. All configurations
+take turns within every round; figures are medians over the rounds, ratios those of medians.
+"""
+
+import argparse
+import csv
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from benchmark import machine, quartiles, time_in_turns
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import llava_lite
+from llava_lite.evaluate import (
+    FAMILIES,
+    FRESH_SEED,
+    MAX_NEW_TOKENS,
+    RENDERERS,
+    Asked,
+    Tally,
+    answer_questions,
+    encode,
+    fresh_scenes,
+    macro_accuracy,
+    overall,
+)
+from llava_lite.fastv import Pruning, choose
+from llava_lite.files import read_json, replace_json
+from llava_lite.generation import Model
+from llava_lite.image import pad_to_square
+from llava_lite.llava import EncodedImage
+from llava_lite.reduction import NO_REDUCTION, POSITIONS, DToMe, FastV, Reduction, ToMe
+from llava_lite.scenes import draw_scene
+from llava_lite.thresholds import find_thresholds
+
+Line = dict[str, Any]
+Key = tuple[str, int, int]  # configuration, first scene, number of scenes
+
+MERGED = (288, 144, 93, 72, 36)
+PRUNED = (288, 144, 72, 36, 18)
+LAYERS = (1, 2, 3)
+HYBRIDS = ((144, 72), (144, 36), (72, 36), (72, 18))
+CHUNK = 25  # scenes
+CALIBRATION_SEED = 30_000
+CALIBRATION_SCENES = 128
+TIMED_SCENES = 3
+TIMED_QUESTION = "How many objects are there?"
+TIMED_TOKENS = 2  # a word and the end; or whatever else, but no more
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One kind of reduction. `target`: image tokens that all decoder layers see, for thresholds
+    the mean that they should give."""
+
+    name: str
+    kind: str
+    reduction: Reduction
+    target: int
+
+    @property
+    def layer(self) -> int | None:
+        """First pruned decoder layer."""
+        return self.reduction.fastv.layer if self.reduction.fastv else None
+
+    @property
+    def series(self) -> tuple[str, str]:
+        """The line of a plot that it is part of, as in SERIES."""
+        if self.kind in ("fastv", "random"):
+            return self.kind, f"K = {self.layer}"
+        merge, positions = self.reduction.merge, self.reduction.positions
+        if self.kind == "hybrid" and isinstance(merge, ToMe):
+            return self.kind, f"{merge.keep}, {positions}"
+        return self.kind, "" if self.kind == "none" else positions
+
+
+def configurations(num_patches: int = 576) -> list[Configuration]:
+    """All of them; thresholds are still to be found."""
+    found = [Configuration("none", "none", NO_REDUCTION, num_patches)]
+    for keep in MERGED:
+        for positions in POSITIONS:
+            wish = Reduction(ToMe(keep=keep), positions)
+            found.append(Configuration(f"tome-{keep}-{positions}", "tome", wish, keep))
+    for keep in MERGED:
+        for positions in ("vtu", "logical"):
+            wish = Reduction(DToMe(), positions)
+            found.append(Configuration(f"dtome-{keep}-{positions}", "dtome", wish, keep))
+    for kind in ("fastv", "random"):
+        for layer in LAYERS:
+            for keep in PRUNED:
+                wish = Reduction(fastv=FastV(keep=keep, layer=layer))
+                found.append(Configuration(f"{kind}-k{layer}-{keep}", kind, wish, keep))
+    for merged, keep in HYBRIDS:
+        for positions in ("vtu", "logical"):
+            wish = Reduction(ToMe(keep=merged), positions, FastV(keep=keep))
+            name = f"hybrid-{merged}-{keep}-{positions}"
+            found.append(Configuration(name, "hybrid", wish, keep))
+    return found
+
+
+def possible(configuration: Configuration, model: Model) -> bool:
+    """Whether the model has the layers and patches for it."""
+    wish = configuration.reduction
+    if isinstance(wish.merge, DToMe):
+        wish = replace(wish, merge=ToMe(keep=configuration.target))
+    try:
+        wish.check(model.config)
+    except ValueError as error:
+        print(f"{configuration.name}: left out, {error}", file=sys.stderr)
+        return False
+    return True
+
+
+# ---- thresholds ----------------------------------------------------------------------------------
+
+
+def calibrated(
+    chosen: Sequence[Configuration], model: Model, settings: Line, out: Path, count: int
+) -> list[Configuration]:
+    """The configurations with thresholds, each found once and kept in the settings."""
+    found: dict[str, list[float]] = settings.setdefault("thresholds", {})
+    needed = {one.target for one in chosen if one.kind == "dtome"}
+    missing = sorted(keep for keep in needed if str(keep) not in found)
+    if missing:
+        scenes = fresh_scenes(count, CALIBRATION_SEED)
+        images = [draw_scene(scene) for scene, _ in scenes]
+        for keep in tqdm(missing, "thresholds", file=sys.stderr):
+            found[str(keep)] = list(find_thresholds(model, images, ToMe(keep=keep)))
+            replace_json(out / "settings.json", settings)
+    return [
+        replace(one, reduction=replace(one.reduction, merge=DToMe(tuple(found[str(one.target)]))))
+        if one.kind == "dtome"
+        else one
+        for one in chosen
+    ]
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def chosen_by_chance(seed: Sequence[int]) -> AbstractContextManager[Any]:
+    """Within it FastV prunes as always, but by scores that say nothing.
+
+    This is the control of FastV's choice: number of tokens, layer and everything else are the same,
+    only which tokens go is left to chance, anew for every question. (To drop them in front of the
+    decoder would compare two things at once: the choice, and the layers that see all tokens.) What
+    is replaced is the function that the decoder calls; the core has no such mode. Questions prune
+    in their order, whatever the batch size, so the same seed gives the same choices."""
+    rng = np.random.default_rng(list(seed))
+
+    def by_chance(
+        scores: Tensor, image_spans: Sequence[tuple[int, int]], num_kept: Sequence[int]
+    ) -> Pruning:
+        return choose(torch.from_numpy(rng.random(len(scores))).to(scores), image_spans, num_kept)
+
+    return patch("llava_lite.llama.choose", by_chance)
+
+
+def run_chunk(
+    model: Model,
+    scenes: Sequence[Asked],
+    first: int,
+    chosen: Sequence[Configuration],
+    args: argparse.Namespace,
+) -> Iterator[Line]:
+    """One line for each configuration. Every image is drawn once, and looked at once for all
+    configurations that merge alike."""
+    images = [RENDERERS[args.renderer](scene) for scene, _ in scenes]
+    encoded: dict[Any, list[EncodedImage]] = {}
+    for one in chosen:
+        merge = one.reduction.merge
+        if merge not in encoded:
+            encoded[merge] = encode(model, images, Reduction(merge), args.batch_size)
+        control: AbstractContextManager[Any] = nullcontext()
+        if one.kind == "random":
+            control = chosen_by_chance([args.seed, first, *one.name.encode()])
+        with control:
+            answers = answer_questions(
+                model,
+                encoded[merge],
+                [asked for _, asked in scenes],
+                MAX_NEW_TOKENS,
+                reduction=one.reduction,
+                batch_size=args.batch_size,
+                reuse_prefix=True,
+            )
+        right: dict[str, str] = {}
+        for question, answer in answers:
+            mark = "1" if answer == question.answer else "0"
+            right[question.family] = right.get(question.family, "") + mark
+        tokens = [len(image.image_embeds) for image in encoded[merge]]
+        fastv = one.reduction.fastv
+        kept = [fastv.num_kept(count) if fastv else count for count in tokens]
+        yield {
+            "configuration": one.name,
+            "first": first,
+            "scenes": len(scenes),
+            "image_tokens": sum(tokens),
+            "kept_tokens": sum(kept),
+            "right": right,
+        }
+
+
+def chunks(count: int) -> list[tuple[int, int]]:
+    """First scene and number of scenes of every chunk."""
+    return [(first, min(CHUNK, count - first)) for first in range(0, count, CHUNK)]
+
+
+def run_answers(model: Model, chosen: Sequence[Configuration], args: argparse.Namespace) -> None:
+    """Ask what has not been asked yet."""
+    path = args.out / "answers.jsonl"
+    done = read_lines(path)
+    todo = {
+        chunk: [one for one in chosen if (one.name, *chunk) not in done] for chunk in chunks(args.n)
+    }
+    total = sum(map(len, todo.values()))
+    with (
+        tqdm(total=total, desc=f"{CHUNK} scenes each", file=sys.stderr) as bar,
+        path.open("a", encoding="utf-8") as file,
+    ):
+        if file.tell() and not path.read_bytes().endswith(b"\n"):
+            file.write("\n")  # a crash has cut the last line off
+        for (first, count), missing in todo.items():
+            if not missing:
+                continue
+            scenes = list(fresh_scenes(count, args.seed, first=first))
+            for line in run_chunk(model, scenes, first, missing, args):
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                bar.update()
+
+
+def read_lines(path: Path) -> dict[Key, Line]:
+    """What has been answered; a line that a crash has cut off does not count."""
+    lines: dict[Key, Line] = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        lines[line["configuration"], line["first"], line["scenes"]] = line
+    return lines
+
+
+# ---- times ---------------------------------------------------------------------------------------
+
+
+def measure_times(
+    model: Model, chosen: Sequence[Configuration], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Seconds per question of every configuration but the control, which would be FastV's."""
+    scenes = fresh_scenes(TIMED_SCENES, args.seed)
+    size = (model.config.vision.image_size,) * 2
+    images = [pad_to_square(draw_scene(scene)).resize(size) for scene, _ in scenes]
+    runs: dict[tuple[str, str], Any] = {
+        ("question", one.name): partial(ask_once, model, images, one.reduction)
+        for one in chosen
+        if one.kind != "random"
+    }
+    seconds = time_in_turns(runs, args.repeat, str(model.llava.device))
+    medians = {
+        name: statistics.median(values) / len(images) for (_, name), values in seconds.items()
+    }
+    return {
+        "machine": machine(str(model.llava.device), torch.get_num_threads()),
+        "dtype": dtype_name(model),
+        "repeat": args.repeat,
+        "measurements": {
+            name: {
+                "seconds": medians[name],
+                "quartiles": [value / len(images) for value in quartiles(values)],
+                "ratio": medians[name] / medians["none"],
+            }
+            for (_, name), values in seconds.items()
+        },
+    }
+
+
+def ask_once(model: Model, images: Sequence[Image.Image], reduction: Reduction) -> None:
+    """One question about each image, from its pixels on."""
+    for image in images:
+        model.generate(image, TIMED_QUESTION, max_new_tokens=TIMED_TOKENS, reduction=reduction)
+
+
+# ---- results -------------------------------------------------------------------------------------
+
+
+def paired_difference(right: str, reference: str) -> tuple[float, float, float]:
+    """Mean and 95 % interval of how much better than `reference`, on the same questions; both are
+    strings of 0 and 1."""
+    pairs = zip(right, reference, strict=True)
+    differences = [int(one) - int(other) for one, other in pairs]
+    middle = statistics.fmean(differences)
+    z = statistics.NormalDist().inv_cdf(0.975)
+    half = z * statistics.pstdev(differences) / math.sqrt(len(differences))
+    return middle, middle - half, middle + half
+
+
+def complete(lines: dict[Key, Line], name: str, count: int) -> list[Line] | None:
+    """All lines of a configuration over `count` scenes; None while some are missing."""
+    found = [lines.get((name, *chunk)) for chunk in chunks(count)]
+    return None if None in found else [line for line in found if line is not None]
+
+
+def summarize(
+    lines: dict[Key, Line], every: Sequence[Configuration], count: int, times: dict[str, Any]
+) -> list[Line]:
+    """A row for each configuration that has all scenes."""
+    measurements: dict[str, Any] = times.get("measurements", {})
+    rows = []
+    for one in every:
+        own = complete(lines, one.name, count)
+        if own is not None:
+            reference = complete(lines, "none", count)
+            rows.append(summary(one, own, reference, measurements.get(one.name, {})))
+    return rows
+
+
+def summary(
+    one: Configuration, own: list[Line], reference: list[Line] | None, time: dict[str, Any]
+) -> Line:
+    """One configuration: what it is, tokens, accuracies with intervals, and time if measured."""
+    marks = joined(own)
+    tallies = {family: Tally(text.count("1"), len(text)) for family, text in marks.items()}
+    scenes = sum(line["scenes"] for line in own)
+    row: Line = {
+        "configuration": one.name,
+        "kind": one.kind,
+        "positions": "" if one.reduction.merge is None else one.reduction.positions,
+        "layer": one.layer,
+        "target": one.target,
+        "image_tokens": sum(line["image_tokens"] for line in own) / scenes,
+        "kept_tokens": sum(line["kept_tokens"] for line in own) / scenes,
+        "scenes": scenes,
+    }
+    row |= accuracy_columns("", overall(tallies)) | {"macro": macro_accuracy(tallies)}
+    difference: tuple[float | None, ...] = (None,) * 3
+    if reference is not None:
+        difference = paired_difference("".join(marks.values()), "".join(joined(reference).values()))
+    names = ("difference", "difference_low", "difference_high")
+    row |= dict(zip(names, difference, strict=True))
+    row |= {"seconds": time.get("seconds"), "time_ratio": time.get("ratio")}
+    for family in FAMILIES:
+        row |= accuracy_columns(f"{family}_", tallies.get(family, Tally()))
+    return row
+
+
+def joined(lines: Sequence[Line]) -> dict[str, str]:
+    """The marks of all chunks, family by family."""
+    return {
+        family: "".join(line["right"].get(family, "") for line in lines)
+        for family in FAMILIES
+        if any(family in line["right"] for line in lines)
+    }
+
+
+def accuracy_columns(prefix: str, tally: Tally) -> Line:
+    values = (tally.accuracy, *tally.interval()) if tally.asked else (None,) * 3
+    named = dict(zip(("accuracy", "low", "high"), values, strict=True))
+    return {f"{prefix}{name}": value for name, value in ({"asked": tally.asked} | named).items()}
+
+
+def write_csv(path: Path, rows: Sequence[Line]) -> None:
+    """Four digits are more than the scenes can tell apart."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: rounded(value) for name, value in row.items()})
+
+
+def rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
+
+
+# ---- plots ---------------------------------------------------------------------------------------
+
+# Okabe and Ito's colors, which color-blind people tell apart too; markers and dots say the same.
+BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+SERIES: dict[tuple[str, str], tuple[str, str, str, str]] = {  # label, color, marker, line
+    ("tome", "vtu"): ("ToMe, vtu", BLUE, "o", "-"),
+    ("tome", "logical"): ("ToMe, logical", ORANGE, "s", "-"),
+    ("tome", "plain"): ("ToMe, plain", GREEN, "^", "-"),
+    ("dtome", "vtu"): ("DToMe, vtu", BLUE, "o", ":"),
+    ("dtome", "logical"): ("DToMe, logical", ORANGE, "s", ":"),
+    ("fastv", "K = 1"): ("FastV, K = 1", RED, "v", "-"),
+    ("fastv", "K = 2"): ("FastV, K = 2", PURPLE, "D", "-"),
+    ("fastv", "K = 3"): ("FastV, K = 3", "black", "P", "-"),
+    ("random", "K = 1"): ("random, K = 1", RED, "v", ":"),
+    ("random", "K = 2"): ("random, K = 2", PURPLE, "D", ":"),
+    ("random", "K = 3"): ("random, K = 3", "black", "P", ":"),
+    ("hybrid", "144, vtu"): ("ToMe 144 + FastV, vtu", BLUE, "d", "-"),
+    ("hybrid", "144, logical"): ("ToMe 144 + FastV, logical", ORANGE, "d", "-"),
+    ("hybrid", "72, vtu"): ("ToMe 72 + FastV, vtu", BLUE, "d", ":"),
+    ("hybrid", "72, logical"): ("ToMe 72 + FastV, logical", ORANGE, "d", ":"),
+}
+PANELS = {
+    "merging in the tower": ("tome", "dtome"),
+    "pruning in the decoder": ("fastv", "random"),
+    "both: merged, then pruned (K = 3)": ("hybrid",),
+}
+FAMILY_SERIES = (("tome", "vtu"), ("tome", "logical"), ("fastv", "K = 3"), ("random", "K = 3"))
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+def check_matplotlib() -> None:
+    """Raise SystemExit before hours of work whose plots could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit(
+            "plots need matplotlib: pip install 'llava-lite[viz]', or --no-plots for CSV and JSON"
+        )
+
+
+def draw_plots(
+    rows: Sequence[Line], every: Sequence[Configuration], facts: Line, out: Path
+) -> list[Path]:
+    """Every plot that the rows allow; returns what was written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    by_series: dict[tuple[str, str], list[Line]] = {}
+    series_of = {one.name: one.series for one in every}
+    for row in rows:
+        by_series.setdefault(series_of[row["configuration"]], []).append(row)
+    for members in by_series.values():
+        members.sort(key=lambda row: row["kept_tokens"])
+    timed = any(row["time_ratio"] is not None and row["kind"] != "none" for row in rows)
+    drawn = {"accuracy_tokens.png": token_plot, "families.png": family_plot}
+    if timed:
+        drawn["accuracy_time.png"] = time_plot
+    paths = []
+    with pyplot.rc_context(STYLE):
+        for name, draw in drawn.items():
+            figure = draw(by_series, facts)
+            figure.savefig(out / name, dpi=130)
+            pyplot.close(figure)
+            paths.append(compressed(out / name))
+    return paths
+
+
+def compressed(path: Path) -> Path:
+    """The same PNG in a palette of 64 colors: about a third of the bytes."""
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
+    return path
+
+
+def draw_series(
+    axes: Any,
+    by_series: dict[tuple[str, str], list[Line]],
+    key: tuple[str, str],
+    x: str,
+    prefix: str = "",
+    shift: float = 0.0,
+) -> None:
+    """One line with its intervals; `shift` in hundredths moves it aside, where lines would hide
+    each other."""
+    label, color, marker, line = SERIES[key]
+    rows = [row for row in by_series.get(key, ()) if row[f"{prefix}accuracy"] is not None]
+    rows = [row for row in rows if row[x] is not None]
+    if not rows:
+        return
+    places = [row[x] * (1 + shift / 100) for row in rows]
+    heights = [100 * row[f"{prefix}accuracy"] for row in rows]
+    below = [100 * (row[f"{prefix}accuracy"] - row[f"{prefix}low"]) for row in rows]
+    above = [100 * (row[f"{prefix}high"] - row[f"{prefix}accuracy"]) for row in rows]
+    face = "white" if line == ":" else color
+    axes.errorbar(
+        *(places, heights, [below, above]),
+        label=label,
+        color=color,
+        marker=marker,
+        linestyle=line,
+        markerfacecolor=face,
+        markersize=5,
+        linewidth=1.2,
+        elinewidth=0.8,
+        capsize=2,
+    )
+
+
+def draw_reference(
+    axes: Any, by_series: dict[tuple[str, str], list[Line]], prefix: str = ""
+) -> None:
+    """The accuracy without reduction as a line across, its interval as a band."""
+    for row in by_series.get(("none", ""), ()):
+        if row[f"{prefix}accuracy"] is None:
+            continue
+        axes.axhspan(100 * row[f"{prefix}low"], 100 * row[f"{prefix}high"], color="0.9", zorder=0)
+        accuracy, label = 100 * row[f"{prefix}accuracy"], f"no reduction ({row['target']})"
+        axes.axhline(accuracy, color="0.45", linewidth=1, label=label)
+
+
+def token_axis(axes: Any, ticks: Sequence[int]) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels([str(tick) for tick in ticks])
+
+
+def token_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> Any:
+    """Accuracy against the image tokens that all decoder layers see."""
+    from matplotlib import pyplot
+
+    figure, all_axes = pyplot.subplots(
+        1, 3, figsize=(11.5, 5), sharex=True, sharey=True, layout="constrained"
+    )
+    for axes, (title, kinds) in zip(all_axes, PANELS.items(), strict=True):
+        draw_reference(axes, by_series)
+        keys = [key for key in SERIES if key[0] in kinds]
+        for number, key in enumerate(keys):
+            draw_series(axes, by_series, key, "kept_tokens", shift=1.5 * number)
+        token_axis(axes, sorted({*MERGED, *PRUNED}))
+        axes.set_title(title)
+        axes.set_xlabel("image tokens left")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8)
+    all_axes[0].set_ylabel("right answers, %")
+    figure.suptitle(title_of(facts), fontsize=10)
+    return figure
+
+
+def time_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> Any:
+    """Accuracy against the measured time of a question."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8.6, 4.6), layout="constrained")
+    draw_reference(axes, by_series)
+    for key in SERIES:
+        if key[0] != "random":
+            draw_series(axes, by_series, key, "time_ratio")
+    for row in by_series.get(("none", ""), ()):
+        axes.plot(1, 100 * row["accuracy"], color="0.45", marker="o", markersize=7)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("time per question, 1 = no reduction (tower, prompt and answer)")
+    axes.set_ylabel("right answers, %")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    figure.suptitle(f"{title_of(facts)}\n{facts.get('timed_on', '')}", fontsize=10)
+    return figure
+
+
+def family_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> Any:
+    """The same for each family of questions."""
+    from matplotlib import pyplot
+
+    figure, grid = pyplot.subplots(
+        2, 5, figsize=(11.5, 5), sharex=True, sharey=True, layout="constrained"
+    )
+    for axes, family in zip(grid.flat, FAMILIES, strict=True):
+        draw_reference(axes, by_series, f"{family}_")
+        for number, key in enumerate(FAMILY_SERIES):
+            draw_series(axes, by_series, key, "kept_tokens", f"{family}_", 2.0 * number)
+        token_axis(axes, PRUNED)
+        axes.set_title(family)
+    for axes in grid[1]:
+        axes.set_xlabel("image tokens")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("right answers, %")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    figure.suptitle(title_of(facts), fontsize=10)
+    return figure
+
+
+def title_of(facts: Line) -> str:
+    return f"{facts['model']}: {facts['questions']} questions about {facts['scenes']} fresh scenes"
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def dtype_name(model: Model) -> str:
+    return str(model.llava.dtype).removeprefix("torch.")
+
+
+def weights_sha256(model: Model) -> str:
+    """Answers of other weights must not be mixed with these, whatever the folder is called."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.llava.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run_settings(model: Model, args: argparse.Namespace) -> Line:
+    """The settings of this run with what an earlier one in the same folder has found. Raises
+    SystemExit for an earlier one that is of something else."""
+    settings: Line = {
+        "model": model.config.name,
+        "dtype": dtype_name(model),
+        "weights_sha256": weights_sha256(model),
+        "seed": args.seed,
+        "renderer": args.renderer,
+        "chunk": CHUNK,
+        "calibration_scenes": args.calibration_scenes,
+    }
+    path = args.out / "settings.json"
+    if path.exists():
+        before = read_json(path)
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise SystemExit(
+                    f"{path}: that study has another {name} ({before.get(name)!r}, now {value!r}); "
+                    "give this one another --out"
+                )
+        return before
+    replace_json(path, settings)
+    return settings
+
+
+def write_results(every: Sequence[Configuration], settings: Line, args: argparse.Namespace) -> None:
+    """CSV, JSON and plots of all that is complete, and on stdout a few columns."""
+    path = args.out / "times.json"
+    times = read_json(path) if path.exists() else {}
+    rows = summarize(read_lines(args.out / "answers.jsonl"), every, args.n, times)
+    if not rows:
+        return
+    write_csv(args.out / "study.csv", rows)
+    replace_json(args.out / "study.json", {"settings": settings, "times": times, "rows": rows})
+    print("\n".join(table(rows)))
+    if not args.no_plots:
+        facts = {"model": settings["model"], "questions": rows[0]["asked"], "scenes": args.n}
+        if times:
+            used = times["machine"]
+            threads = f", CPU threads: {used['threads']}" if used["device"] == "cpu" else ""
+            facts["timed_on"] = f"{used['name']}{threads}, {times['dtype']}"
+        draw_plots(rows, every, facts, args.out)
+
+
+def table(rows: Sequence[Line]) -> Iterator[str]:
+    """Lines for people."""
+    yield f"{'configuration':<24}{'tokens':>8}{'right':>8}{'95 % interval':>17}{'time':>7}"
+    for row in rows:
+        interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+        time = "" if row["time_ratio"] is None else f"{row['time_ratio']:.3f}"
+        yield (
+            f"{row['configuration']:<24}{row['kept_tokens']:>8.1f}"
+            f"{100 * row['accuracy']:>8.1f}{interval:>17}{time:>7}"
+        )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, metavar="DIR", help="where answers, times and results are kept")
+    add("--n", type=int, default=1000, help="scenes (default: 1000)")
+    add("--seed", type=int, default=FRESH_SEED, help=f"which scenes (default: {FRESH_SEED})")
+    add("--configs", nargs="+", default=["*"], metavar="NAME", help="only these; * and ? as usual")
+    add("--list", action="store_true", help="only show the configurations")
+    add("--time", action="store_true", help="measure times instead of accuracies")
+    add("--repeat", type=int, default=15, metavar="N", help="rounds of --time (default: 15)")
+    add("--no-plots", action="store_true", help="CSV and JSON only")
+    add("--model", help="model folder (default: the embedded model)")
+    add("--device", default="cpu")
+    add("--dtype", default="float32", help="default: float32, where a batch changes nothing")
+    add("--threads", type=int, help="CPU threads")
+    add("--batch-size", type=int, default=16, help="questions at once (default: 16)")
+    add("--renderer", choices=[*RENDERERS], default="plain", help="who draws the scenes")
+    add("--calibration-scenes", type=int, default=CALIBRATION_SCENES, metavar="N")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    every = configurations()
+    chosen = [one for one in every if any(fnmatch(one.name, text) for text in args.configs)]
+    if args.list:
+        print("\n".join(one.name for one in chosen))
+        return 0
+    if args.out is None or args.n < 1 or args.repeat < 1:
+        parser.error("needs --out, and at least 1 scene and 1 round")
+    if args.seed == CALIBRATION_SEED:
+        parser.error(f"the scenes of seed {args.seed} are those that thresholds are found on")
+    if not chosen:
+        parser.error(f"no configuration is called {' or '.join(args.configs)}; see --list")
+    if args.time and chosen[0].kind != "none":
+        chosen.insert(0, every[0])  # what the others are compared with
+    if not args.no_plots:
+        check_matplotlib()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    source = args.model or llava_lite.embedded_model()
+    model = llava_lite.load(source, device=args.device, dtype=args.dtype)
+    settings = run_settings(model, args)
+    chosen = [one for one in chosen if possible(one, model)]
+    chosen = calibrated(chosen, model, settings, args.out, args.calibration_scenes)
+    if args.time:
+        replace_json(args.out / "times.json", measure_times(model, chosen, args))
+    else:
+        run_answers(model, chosen, args)
+    write_results(every, settings, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
