@@ -123,7 +123,8 @@ def draw_all(path: Path, seed: int, count: int) -> None:
 class PatchLabels:
     """Targets for every patch of a batch: class indices (B, P), IGNORE where there is none;
     `third` the place of its object among the nine thirds of the image; `center` (B, P) 0/1;
-    `offset` (B, P, 2) from patch to object centre in patches."""
+    `offset` (B, P, 2) from patch to object centre in patches; `spot` (B, P, 2) the object's centre
+    in the image without its padding, -1..1 from edge to edge."""
 
     color: Tensor
     shape: Tensor
@@ -131,6 +132,7 @@ class PatchLabels:
     third: Tensor
     center: Tensor
     offset: Tensor
+    spot: Tensor
 
     def to(self, device: str) -> "PatchLabels":
         """The same labels on another device."""
@@ -156,6 +158,7 @@ def label_patches(scene: Scene, instances: np.ndarray, corner: tuple[int, int]) 
     digits = np.array([0 if o.digit is None else o.digit + 1 for o in objects])
     digits[~np.isin(shapes, (SHAPES.index("circle"), SHAPES.index("square")))] = IGNORE
     thirds = np.array([PLACES.index(scene.place(o)) for o in objects])
+    spots = np.array([(2 * o.x / scene.width - 1, 2 * o.y / scene.height - 1) for o in objects])
     if grid < GRID:
         thirds[:] = IGNORE  # a crop does not show where it was cut
     outside = ((centers < 0) | (centers >= grid * PATCH)).any(1)
@@ -173,6 +176,7 @@ def label_patches(scene: Scene, instances: np.ndarray, corner: tuple[int, int]) 
         "third": np.where(background, IGNORE, thirds[owner]),
         "center": center,
         "offset": ((centers[owner] - middles) / PATCH).astype(np.float32),
+        "spot": spots[owner].astype(np.float32),
     }
 
 
@@ -259,10 +263,11 @@ class PatchHeads(nn.Module):
         self.center = nn.Linear(width, 1)
         self.offset = nn.Linear(width, 2)
         self.place = nn.Linear(width, 2)
+        self.spot = nn.Linear(width, 2)
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         x = self.norm(features)
-        names = ("color", "shape", "digit", "third", "center", "offset", "place")
+        names = ("color", "shape", "digit", "third", "center", "offset", "place", "spot")
         return {name: getattr(self, name)(x).float() for name in names}
 
 
@@ -285,11 +290,14 @@ def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
     center = F.binary_cross_entropy_with_logits(
         read["center"].squeeze(-1), labels.center, pos_weight=labels.center.new_tensor(5.0)
     )
-    offset = F.smooth_l1_loss(read["offset"][on_object], labels.offset[on_object])
-    loss = color + shape + 0.7 * digit + center + 0.3 * offset
+    offset = F.smooth_l1_loss(read["offset"][on_object], labels.offset[on_object], beta=0.1)
+    loss = color + shape + 0.7 * digit + center + 0.5 * offset
     if labels.color.shape[1] == GRID * GRID:
         third = labelled_loss(read["third"], labels.third)
-        loss = loss + third + place_loss(read["place"], on_object)
+        # Three objects in four lie within a tenth of the image of a border between thirds: what
+        # must become sharp is the centre.
+        spot = F.smooth_l1_loss(read["spot"][on_object], labels.spot[on_object], beta=0.02)
+        loss = loss + third + 4 * spot + place_loss(read["place"], on_object)
     return loss
 
 
@@ -519,6 +527,8 @@ def test_tower(
         )
     on_object = (labels.color > 0).to(args.device)
     results["whole_place_loss"] = round(place_loss(read["place"], on_object).item(), 4)
+    misses = (read["spot"] - labels.spot.to(args.device)).abs()[on_object]
+    results["whole_spot_error"] = round(misses.mean().item(), 4)
     return results
 
 
