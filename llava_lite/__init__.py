@@ -156,6 +156,7 @@ def load(
     from llava_lite.checkpoint import load_source, load_tokenizer, parse_dtype
     from llava_lite.download import resolve
     from llava_lite.generation import Model
+    from llava_lite.kernels import choose_kernels
     from llava_lite.sources import open_source
     from llava_lite.thresholds import own_thresholds_or_error
 
@@ -173,7 +174,9 @@ def load(
     tokenizer = load_tokenizer(checkpoint.tokenizer_file or path, checkpoint.config)
     thresholds = own_thresholds_or_error(checkpoint)
     config = checkpoint.config if pad is None else replace(checkpoint.config, pad=pad)
-    return Model(load_source(checkpoint, device, wanted), tokenizer, config, exif, thresholds)
+    llava = load_source(checkpoint, device, wanted)
+    choose_kernels(llava.decoder)
+    return Model(llava, tokenizer, config, exif, thresholds)
 
 
 def embedded_model() -> Path:

@@ -394,7 +394,6 @@ def add_bench(commands: Any) -> None:
     parser.add_argument(
         "--quantize", choices=["int4", "int8"], help="measure quantized weights, too"
     )
-    add_counts(parser, "--pack", (), "pack the layers that are faster so with so many rows")
     parser.add_argument(
         "--reductions", nargs="+", metavar="NAME", help="presets to time (default: all)"
     )
@@ -889,7 +888,6 @@ def bench_settings(args: argparse.Namespace) -> "Settings":
         tuple(args.lengths),
         args.against is not None,
         args.quantize,
-        tuple(args.pack),
         args.quiet,
     )
 

@@ -42,7 +42,7 @@ ARROWS = {
     "projector": {"config"},
     "vision": {"config", "tome"},
     "cache": set(),
-    "packed": set(),
+    "kernels": set(),
     "attention": {"config", "rope", "layout", "cache"},
     "llama": {"config", "rope", "attention", "cache", "fastv", "layout", "reduction"},
     "llava": {
@@ -77,6 +77,7 @@ ARROWS = {
         "answer", "chat",  # for the types of what it hands on
         "download",  # turns a hub id into a folder
         "reduction", "thresholds", "inspection",  # whose names it hands on
+        "kernels",  # chosen when a model is loaded
     },
 }  # fmt: skip
 
