@@ -566,7 +566,9 @@ def load_model(args: argparse.Namespace) -> "Model":
     import torch
 
     import llava_lite
+    from llava_lite.allocator import keep_freed_memory
 
+    keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.download:
@@ -850,10 +852,12 @@ def run_bench(args: argparse.Namespace) -> int:
     if args.layers and not args.size:
         args.parser.error("--layers goes with --size")
     from llava_lite import bench, bench_report
+    from llava_lite.allocator import keep_freed_memory
     from llava_lite.files import replace_json
 
     if args.plot:
         bench_report.check_plot(Path(args.plot))
+    keep_freed_memory()  # as the other commands do; transformers has the same of it
     report = bench.bench(bench_settings(args))
     content = bench_report.to_dict(report)
     print(json.dumps(content) if args.json else "\n".join(bench_report.table(report)))

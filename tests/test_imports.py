@@ -43,6 +43,7 @@ ARROWS = {
     "vision": {"config", "tome"},
     "cache": set(),
     "kernels": set(),
+    "allocator": set(),
     "attention": {"config", "rope", "layout", "cache"},
     "llama": {"config", "rope", "attention", "cache", "fastv", "layout", "reduction"},
     "llava": {
