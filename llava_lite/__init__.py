@@ -160,6 +160,7 @@ def load(
     from llava_lite.checkpoint import load_tokenizer, parse_dtype
     from llava_lite.download import resolve
     from llava_lite.generation import Model
+    from llava_lite.kernels import choose_kernels
     from llava_lite.quantize import method_named
     from llava_lite.quantized_checkpoint import load_source, open_source
     from llava_lite.thresholds import own_thresholds_or_error
@@ -181,6 +182,7 @@ def load(
     thresholds = own_thresholds_or_error(checkpoint)
     config = checkpoint.config if pad is None else replace(checkpoint.config, pad=pad)
     llava = load_source(checkpoint, device, wanted, quantize)
+    choose_kernels(llava.decoder)
     return Model(llava, tokenizer, config, exif, thresholds)
 
 

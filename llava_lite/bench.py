@@ -57,9 +57,9 @@ from llava_lite.hardware import (
     quartiles,
     time_in_turns,
 )
+from llava_lite.kernels import choose_kernels
 from llava_lite.llava import Llava
 from llava_lite.meta import meta_model
-from llava_lite.packed import pack
 from llava_lite.peer import Peer, import_transformers
 from llava_lite.reduction import NO_REDUCTION, REDUCTIONS
 from llava_lite.trace import kv_bytes
@@ -85,8 +85,7 @@ class Settings:
     """What one run measures, in plain values, for another process gets them, too.
 
     source: a model as `load` takes it, with its other `options`; None: random weights of a `size`,
-    with `layers` decoder layers (None: all). pack: see packed.py, the rows that it is chosen for
-    (none: not packed). against: compare with transformers."""
+    with `layers` decoder layers (None: all). against: compare with transformers."""
 
     source: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -101,7 +100,6 @@ class Settings:
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     against: bool = False
     quantize: str | None = None
-    pack: tuple[int, ...] = ()
     quiet: bool = False
 
     @property
@@ -248,9 +246,7 @@ def needed_bytes(settings: Settings, plain: Footprint, names: Sequence[str]) -> 
     """Memory that some contenders take together, about."""
     text, patches = plain.config.text, plain.config.vision.num_patches
     needed = plain.weights + READ_BYTES + SPARE_BYTES
-    # What is packed or quantized takes the place of plain weights, unless others still need these.
-    if settings.pack and OURS in names and len(names) > 1:
-        needed += plain.weights
+    # What is quantized takes the place of plain weights, unless others still need these.
     if settings.quantize and settings.quantized in names and len(names) > 1:
         needed += int(SHARE_OF_PLAIN[settings.quantize] * plain.weights)
     # The caches of the largest batch, with room to grow, and a few of one prompt.
@@ -279,6 +275,7 @@ def open_model(settings: Settings, quantize: str | None = None) -> Model:
     """The model to measure, its weights plain or, of a source, quantized while it is loaded."""
     if settings.source is None:
         llava = random_model(random_config(settings), random_dtype(settings), settings.device)
+        choose_kernels(llava.decoder)  # as `load` does
         # Words do not matter here, any tokenizer will do.
         return Model(llava, load_tokenizer(llava_lite.embedded_model(), TINY))
     options = {**settings.options, **({"quantize": quantize} if quantize else {})}
@@ -373,8 +370,6 @@ def footprint(settings: Settings, name: str) -> Footprint:
     seconds = [first, *(timed(open_model, settings, quantize)[1] for _ in range(again))]
     if quantize and not from_source:
         quantizer()(model.llava, quantize)
-    if settings.pack and name == OURS:
-        pack(model.llava, settings.pack)
     with torch.inference_mode(), MemoryWatch(settings.device) as answering:
         pixels = random_pixels(Work.of(model.llava), model.llava.device)
         decode(model, first_token(model, pixels, NO_REDUCTION, 0), DECODED)
@@ -404,8 +399,6 @@ def build(settings: Settings, names: Sequence[str]) -> list[Contender]:
             quantizer()(copy.llava, settings.quantize)
             built[name] = Contender(name, copy, Work.of(copy.llava))
     if OURS in names:
-        if settings.pack:
-            pack(model.llava, settings.pack)
         built[OURS] = Contender(OURS, model, Work.of(model.llava))
     return [built[name] for name in names]
 

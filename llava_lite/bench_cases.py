@@ -91,7 +91,7 @@ class Work:
 
     @staticmethod
     def of(llava: Llava) -> "Work":
-        """Of a model as it is, packed or quantized."""
+        """Of a model as it is, plain or quantized."""
         rows_of_words = llava.decoder.embed_tokens.weight.nbytes  # of which one or two are read
         read = stored_bytes(llava.decoder) - rows_of_words
         return Work(llava.config, llava.dtype, read, stored_bytes(llava.vision))

@@ -258,9 +258,8 @@ def heading(report: Report) -> Iterator[str]:
     settings, limits = report.settings, report.limits
     weights = settings.source or "random weights"
     layers = f"{report.config.text.num_layers} decoder layers"
-    packing = f", packed for {', '.join(map(str, settings.pack))} rows" if settings.pack else ""
     yield (
-        f"{report.config.name}, {weights}, {layers}, {report.dtype}{packing}; "
+        f"{report.config.name}, {weights}, {layers}, {report.dtype}; "
         f"medians of {settings.repeat} rounds"
     )
     yield ", ".join(f"{name} {value}" for name, value in report.machine.items())

@@ -391,7 +391,6 @@ def add_bench(commands: Any) -> None:
     parser.add_argument(
         "--against", choices=["transformers"], help="run the same weights through it, too"
     )
-    add_counts(parser, "--pack", (), "pack the layers that are faster so with so many rows")
     parser.add_argument(
         "--reductions", nargs="+", metavar="NAME", help="presets to time (default: all)"
     )
@@ -572,7 +571,9 @@ def load_model(args: argparse.Namespace) -> "Model":
     import torch
 
     import llava_lite
+    from llava_lite.allocator import keep_freed_memory
 
+    keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.download:
@@ -857,10 +858,12 @@ def run_bench(args: argparse.Namespace) -> int:
     if args.layers and not args.size:
         args.parser.error("--layers goes with --size")
     from llava_lite import bench, bench_report
+    from llava_lite.allocator import keep_freed_memory
     from llava_lite.files import replace_json
 
     if args.plot:
         bench_report.check_plot(Path(args.plot))
+    keep_freed_memory()  # as the other commands do; transformers has the same of it
     report = bench.bench(bench_settings(args))
     content = bench_report.to_dict(report)
     print(json.dumps(content) if args.json else "\n".join(bench_report.table(report)))
@@ -895,7 +898,6 @@ def bench_settings(args: argparse.Namespace) -> "Settings":
         tuple(args.lengths),
         args.against is not None,
         args.quantize,
-        tuple(args.pack),
         args.quiet,
     )
 

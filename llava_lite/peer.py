@@ -114,10 +114,10 @@ class Peer:
 
 
 def plain_state(llava: Llava) -> dict[str, Tensor]:
-    """Its tensors. Raises PeerError where they are packed or quantised, in ways of our own."""
+    """Its tensors. Raises PeerError where they are quantized, in a way of our own."""
     tensors = {name: parameter.detach() for name, parameter in llava.named_parameters()}
     if set(tensors) != set(expected_shapes(llava.config)):
-        raise PeerError("transformers needs plain weights: these are packed or quantized")
+        raise PeerError("transformers needs plain weights: these are quantized")
     return tensors
 
 

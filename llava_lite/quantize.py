@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava_lite.llava import Llava
-from llava_lite.packed import PackedLinear
 
 if TYPE_CHECKING:
     from llava_lite.generation import Model
@@ -387,16 +386,14 @@ def quantize(model: "Model | Llava", method: str) -> None:
     """Quantise the decoder's linear layers (q, k, v, o, gate, up, down, lm_head) in place, one by
     one: beside the model there is never more than the weight of one of them.
 
-    method: "int8" or "int4". Raises ValueError for any other, for a model that is quantised or
-    packed (packed.py) already, that has a layer whose in_features are no multiple of 128 (int4) or
-    weights that are not finite, and where device, dtype or torch have no such operator."""
+    method: "int8" or "int4". Raises ValueError for any other, for a model that is quantised
+    already, that has a layer whose in_features are no multiple of 128 (int4) or weights that are
+    not finite, and where device, dtype or torch have no such operator."""
     llava = model if isinstance(model, Llava) else model.llava
     kind = method_named(method)
     there = next((m for m in llava.modules() if isinstance(m, QuantizedLinear)), None)
     if there is not None:
         raise ValueError(f"the model is {there.method} already, it cannot be quantised again")
-    if any(isinstance(m, PackedLinear) for m in llava.decoder.modules()):
-        raise ValueError("the decoder's layers are packed: quantise first, then pack what is left")
     shapes = decoder_linears(llava)
     check_shapes(shapes, kind)
     check_operator(method, llava.device, llava.dtype)

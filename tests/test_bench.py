@@ -5,6 +5,7 @@ Run: pytest tests/test_bench.py
 
 import gc
 import json
+import mmap
 import statistics
 import sys
 import weakref
@@ -28,7 +29,6 @@ from llava_lite.bench_report import Row
 from llava_lite.config import LLAVA_1_5_7B, TINY
 from llava_lite.generation import Model
 from llava_lite.hardware import Prepared, time_in_turns
-from llava_lite.packed import PackedLinear, can_pack
 from llava_lite.peer import Peer, PeerError
 
 INT4 = f"{OURS} int4"
@@ -348,10 +348,6 @@ def test_what_does_not_fit_together_runs_one_after_the_other() -> None:
     assert bench.plan(settings, plain, None) == [together]
     assert bench.plan(settings, plain, free - 1) == [(OURS, TRANSFORMERS), (INT4,)]
     assert bench.plan(settings, plain, 10**9) == [(OURS,), (INT4,), (TRANSFORMERS,)]
-    packed = replace(settings, quantize=None, pack=(1,))
-    pair = bench.needed_bytes(packed, plain, packed.contenders)
-    assert pair - bench.needed_bytes(packed, plain, (OURS,)) == plain.weights
-    assert bench.plan(packed, plain, pair - 1) == [(OURS,), (TRANSFORMERS,)]
 
 
 def test_random_weights_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,7 +384,7 @@ def test_the_peer_shares_our_tensors() -> None:
 def test_the_peer_refuses_weights_of_another_kind() -> None:
     llava = random_llava()
     llava.decoder.lm_head = nn.Identity()
-    with pytest.raises(PeerError, match="packed or quantized"):
+    with pytest.raises(PeerError, match="these are quantized"):
         peer.plain_state(llava)
 
 
@@ -433,8 +429,9 @@ def test_memory_of_this_process() -> None:
     assert 0 < (hardware.free_bytes("cpu") or 0)
     with hardware.MemoryWatch() as watch:
         before = watch.resident
-        block = torch.ones(100_000_000, dtype=torch.uint8)
-        del block
+        # Fresh pages: an allocator could have kept some that were counted before.
+        with mmap.mmap(-1, 100_000_000) as block:
+            block.write(bytes([1]) * len(block))
     assert before is not None and watch.resident is not None and watch.anonymous is not None
     assert watch.resident >= watch.anonymous
     assert watch.resident > before + 20_000_000
@@ -475,9 +472,6 @@ def test_weights_count_in_whatever_form_they_are_kept() -> None:
     parts = (llava.vision, llava.decoder, llava.projector)
     assert stored_bytes(llava) == sum(map(stored_bytes, parts))
     assert plain.decoder_bytes == stored_bytes(llava.decoder) - words
-    if can_pack(llava.decoder.lm_head.weight):
-        llava.decoder.lm_head = PackedLinear(llava.decoder.lm_head)
-        assert Work.of(llava).decoder_bytes == plain.decoder_bytes
 
 
 def test_random_models_are_the_same_every_time_and_finite() -> None:

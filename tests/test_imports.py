@@ -42,7 +42,8 @@ ARROWS = {
     "projector": {"config"},
     "vision": {"config", "tome"},
     "cache": set(),
-    "packed": set(),
+    "kernels": set(),
+    "allocator": set(),
     "attention": {"config", "rope", "layout", "cache"},
     "llama": {"config", "rope", "attention", "cache", "fastv", "layout", "reduction"},
     "llava": {
@@ -78,6 +79,7 @@ ARROWS = {
         "download",  # turns a hub id into a folder
         "reduction", "thresholds", "inspection",  # whose names it hands on
         "quantize", "quantized_checkpoint",  # through which it loads
+        "kernels",  # chosen when a model is loaded
     },
 }  # fmt: skip
 

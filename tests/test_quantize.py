@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import llava_lite
-from llava_lite import packed, quantized_checkpoint
+from llava_lite import kernels, quantized_checkpoint
 from llava_lite import quantize as module
 from llava_lite.checkpoint import load_model, save_model, verify_folder
 from llava_lite.cli import main
@@ -511,19 +511,19 @@ def test_models_that_cannot_be_quantised() -> None:
             llava.decoder.lm_head.weight.data[3, 4] = value
 
 
-def test_packing_comes_after_quantising(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not packed.can_pack(torch.zeros(2, 2, dtype=torch.bfloat16)):
-        pytest.skip("this CPU has no packed order")
-    monkeypatch.setattr(packed, "is_faster", lambda *_: True)
-    llava = random_llava(CONFIG, dtype=torch.bfloat16)
-    quantize(llava, "int4")
-    expected = answers_of(llava)
-    assert packed.pack(llava, (1,)) > 0
-    assert torch.equal(answers_of(llava), expected)  # only the tower was left to pack
-    llava = random_llava(CONFIG, dtype=torch.bfloat16)
-    packed.pack(llava, (1,))
-    with pytest.raises(ValueError, match="are packed: quantise first"):
-        quantize(llava, "int4")
+def test_a_kernel_chosen_for_one_row_goes_with_the_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Quantising a model whose layers had their kernel chosen is quantising the plain one."""
+    llava, chosen = (random_llava(CONFIG, dtype=torch.bfloat16) for _ in range(2))
+    monkeypatch.setattr(kernels, "MIN_BYTES", 0)
+    monkeypatch.setattr(kernels, "fastest", lambda _: torch.mv)
+    assert kernels.choose_kernels(chosen.decoder)
+    assert any(isinstance(module, kernels.RowLinear) for module in chosen.modules())
+    for model in (llava, chosen):
+        quantize(model, "int4")
+    assert not any(isinstance(module, kernels.RowLinear) for module in chosen.modules())
+    assert torch.equal(answers_of(chosen), answers_of(llava))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -124,7 +124,8 @@ class PatchLabels:
     """Targets for every patch of a batch: class indices (B, P), IGNORE where there is none;
     `third` the place of its object among the nine thirds of the image; `center` (B, P) 0/1;
     `offset` (B, P, 2) from patch to object centre in patches; `spot` (B, P, 2) the object's centre
-    in the image without its padding, -1..1 from edge to edge."""
+    in the image without its padding, -1..1 from edge to edge; `extent` (B, P, 2) width and height
+    of that image in sides of the padded square, the same for all patches."""
 
     color: Tensor
     shape: Tensor
@@ -133,6 +134,7 @@ class PatchLabels:
     center: Tensor
     offset: Tensor
     spot: Tensor
+    extent: Tensor
 
     def to(self, device: str) -> "PatchLabels":
         """The same labels on another device."""
@@ -177,6 +179,7 @@ def label_patches(scene: Scene, instances: np.ndarray, corner: tuple[int, int]) 
         "center": center,
         "offset": ((centers[owner] - middles) / PATCH).astype(np.float32),
         "spot": spots[owner].astype(np.float32),
+        "extent": np.tile(np.float32([scene.width / side, scene.height / side]), (grid * grid, 1)),
     }
 
 
@@ -264,10 +267,11 @@ class PatchHeads(nn.Module):
         self.offset = nn.Linear(width, 2)
         self.place = nn.Linear(width, 2)
         self.spot = nn.Linear(width, 2)
+        self.extent = nn.Linear(width, 2)
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         x = self.norm(features)
-        names = ("color", "shape", "digit", "third", "center", "offset", "place", "spot")
+        names = ("color", "shape", "digit", "third", "center", "offset", "place", "spot", "extent")
         return {name: getattr(self, name)(x).float() for name in names}
 
 
@@ -295,9 +299,11 @@ def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
     if labels.color.shape[1] == GRID * GRID:
         third = labelled_loss(read["third"], labels.third)
         # Three objects in four lie within a tenth of the image of a border between thirds: what
-        # must become sharp is the centre.
+        # must become sharp is the centre. It takes the size of the image without its padding, which
+        # an object's patches learn from far away.
         spot = F.smooth_l1_loss(read["spot"][on_object], labels.spot[on_object], beta=0.02)
-        loss = loss + third + 4 * spot + place_loss(read["place"], on_object)
+        extent = F.smooth_l1_loss(read["extent"], labels.extent, beta=0.02)
+        loss = loss + third + 4 * (spot + extent) + place_loss(read["place"], on_object)
     return loss
 
 
@@ -457,12 +463,12 @@ def train_crops(args: argparse.Namespace) -> None:
 
 
 def train_tower(args: argparse.Namespace) -> None:
-    """Stage `tower`: on images of the full size, as many mosaics of crops as whole scenes. Among
+    """Stage `tower`: on images of the full size, mosaics of crops and whole scenes. Among
     576 patches attention must be sharper than among the 64 of a crop."""
     tower, heads = trained_tower(args, "crops")
 
     def batch(scenes: SceneSet, rng: np.random.Generator) -> tuple[Tensor, PatchLabels]:
-        if rng.random() < 0.5:
+        if rng.random() < 0.4:
             pixel_values, labels = mosaic_batch(scenes, rng, 8)
         else:
             pixel_values, labels = whole_batch(scenes, rng.integers(len(scenes), size=8))
@@ -527,8 +533,9 @@ def test_tower(
         )
     on_object = (labels.color > 0).to(args.device)
     results["whole_place_loss"] = round(place_loss(read["place"], on_object).item(), 4)
-    misses = (read["spot"] - labels.spot.to(args.device)).abs()[on_object]
-    results["whole_spot_error"] = round(misses.mean().item(), 4)
+    for key in ("spot", "extent"):
+        misses = (read[key] - getattr(labels, key).to(args.device)).abs()[on_object]
+        results[f"whole_{key}_error"] = round(misses.mean().item(), 4)
     return results
 
 
