@@ -466,6 +466,8 @@ def train_tower(args: argparse.Namespace) -> None:
     """Stage `tower`: on images of the full size, mosaics of crops and whole scenes. Among
     576 patches attention must be sharper than among the 64 of a crop."""
     tower, heads = trained_tower(args, "crops")
+    if not (args.work / "tower.state.pt").exists():
+        show_extent(tower, SceneSet(args.work, TRAIN_SEED, args.scenes).keep(2048))
 
     def batch(scenes: SceneSet, rng: np.random.Generator) -> tuple[Tensor, PatchLabels]:
         if rng.random() < 0.4:
@@ -475,6 +477,55 @@ def train_tower(args: argparse.Namespace) -> None:
         return tower(pixel_values.to(args.device)).image_features, labels
 
     fit_tower("tower", tower, heads, batch, args.tower_steps, args.tower_rate, args)
+
+
+EXTENT_BLOCK, EXTENT_GAIN = 3, 2.5
+
+
+@torch.no_grad()
+def show_extent(tower: VisionTower, scenes: SceneSet) -> None:
+    """Let one head start by telling every patch how large the image is without its padding.
+
+    Where an object is "in thirds of the image" depends on it, but nothing near the object shows it,
+    and each image is a single example of it: by gradient alone the tower had not found it after
+    1,500 steps. In front of block EXTENT_BLOCK it can be read off the mean of all patches. So that
+    reading is fitted to `scenes` by least squares, and one head looks at everything alike and
+    passes it on; from there the training goes on as usual."""
+    attn, width = tower.blocks[EXTENT_BLOCK].attn, tower.pos_embed.shape[1]
+    seen, spread = mean_patches(tower, scenes)  # (scenes, C)
+    sizes = [(scene.width, scene.height) for scene in scenes.scenes]
+    extents = torch.tensor([(w / max(w, h), h / max(w, h)) for w, h in sizes]).to(seen)
+    wanted = (extents - extents.mean(0)) / extents.std(0).clamp(min=1e-2)
+    centered = seen - seen.mean(0)
+    ridge = centered.T @ centered + 0.1 * torch.eye(width, device=seen.device)
+    reading = torch.linalg.solve(ridge, centered.T @ wanted)  # (C, 2)
+    last = slice(width - width // attn.num_heads, width)  # the rows of the last head
+    for proj, std in ((attn.q_proj, 0.003), (attn.k_proj, 0.003), (attn.v_proj, 0.05)):
+        nn.init.normal_(proj.weight[last], std=std)
+        nn.init.zeros_(proj.bias[last])
+    nn.init.normal_(attn.o_proj.weight[:, last], std=0.05)
+    first = slice(last.start, last.start + 2)
+    attn.v_proj.weight[first] = reading.T
+    attn.v_proj.bias[first] = -seen.mean(0) @ reading
+    directions = torch.linalg.qr(torch.randn(width, 2, device=seen.device))[0]
+    attn.o_proj.weight[:, first] = EXTENT_GAIN * spread * directions
+
+
+def mean_patches(tower: VisionTower, scenes: SceneSet) -> tuple[Tensor, Tensor]:
+    """What block EXTENT_BLOCK sees, on average over the patches of each scene (scenes, C), and how
+    far its inputs spread."""
+    means, spread = [], []
+    for start in range(0, len(scenes), 32):
+        pixels = to_pixel_values(np.array(scenes.pixels[start : start + 32]))
+        pixels = pixels.to(tower.pos_embed.device)
+        class_token = tower.class_embed.expand(len(pixels), 1, -1)
+        patches = rearrange(tower.patch_embed(pixels), "b c h w -> b (h w) c")
+        x = tower.pre_norm(torch.cat((class_token, patches), 1) + tower.pos_embed)
+        for block in tower.blocks[:EXTENT_BLOCK]:
+            x, _ = block(x, merged=None, step=None)
+        means.append(tower.blocks[EXTENT_BLOCK].norm1(x).mean(1))
+        spread.append(x.std())
+    return torch.cat(means), torch.stack(spread).mean()
 
 
 def fit_tower(
@@ -735,11 +786,13 @@ def tower_features(
 
 
 def object_patches(scene: Scene, rng: np.random.Generator, background: int) -> np.ndarray:
-    """Patches that touch an object, and `background` others, ascending."""
+    """Patches that touch an object, the middle row and column, which show where the image ends and
+    its padding begins, and `background` others, ascending."""
     instances = draw_instances(scene, SIZE).reshape(GRID, PATCH, GRID, PATCH)
-    covered = instances.any(axis=(1, 3)).ravel()
-    others = rng.permutation(np.flatnonzero(~covered))[:background]
-    return np.sort(np.concatenate((np.flatnonzero(covered), others)))
+    kept = instances.any(axis=(1, 3))
+    kept[GRID // 2], kept[:, GRID // 2] = True, True
+    others = rng.permutation(np.flatnonzero(~kept))[:background]
+    return np.sort(np.concatenate((np.flatnonzero(kept), others)))
 
 
 def curriculum(scenes: SceneSet, progress: float) -> np.ndarray:
