@@ -303,6 +303,9 @@ def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
         # an object's patches learn from far away.
         spot = F.smooth_l1_loss(read["spot"][on_object], labels.spot[on_object], beta=0.02)
         extent = F.smooth_l1_loss(read["extent"], labels.extent, beta=0.02)
+        extent = extent + 3 * F.smooth_l1_loss(
+            read["extent"][on_object], labels.extent[on_object], beta=0.02
+        )
         loss = loss + third + 4 * (spot + extent) + place_loss(read["place"], on_object)
     return loss
 
