@@ -106,7 +106,7 @@ def decode_step(
     return logits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """A step for one shape: write to its table (2 + L, n), run it, get logits (n, V), which the
     next run of any step may overwrite."""

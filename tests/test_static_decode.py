@@ -301,6 +301,32 @@ def test_a_closed_stream_leaves_a_chat_that_goes_on(
     assert after[0] == after[1]
 
 
+@pytest.mark.parametrize("at", [1, 2, 6])
+def test_an_interrupt_in_a_step_leaves_the_chat_as_it_was(
+    models: tuple[Model, CompiledModel], monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """After the step has written to the slot, before anybody has its token."""
+    after = []
+    for model in models:
+        chat = model.chat(max_new_tokens=9)
+        chat.send("star?")
+        forward, calls = model.llava.forward, []
+
+        def interrupted(*args: Any, forward: Any = forward, calls: Any = calls, **kw: Any) -> Any:
+            out = forward(*args, **kw)
+            calls.append(out)
+            if len(calls) > at:
+                raise KeyboardInterrupt
+            return out
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model.llava, "forward", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                chat.send("What color is the star?")
+        after.append([*chat.history, chat.send("x"), chat.send("circle?")])
+    assert after[0] == after[1]
+
+
 def test_a_cache_is_a_tuple_of_pairs(
     models: tuple[Model, CompiledModel], pictures: list[Image.Image]
 ) -> None:
