@@ -191,8 +191,11 @@ class StaticDecoder:
 
     way: "graph" (CUDA only) replays recorded steps, "compile" runs them through `torch.compile`,
     "eager" as they are. One call runs at a time, others wait. As many slots as the largest batch
-    needed, in powers of two; positions grow by doubling, never beyond need by more. Between calls
-    the slots keep their memory."""
+    needed, in powers of two, of as many positions as the longest item needed, or up to twice that.
+    All layers have as many, also where FastV leaves some short; the memory is kept between calls.
+
+    The model's weights may be written to at any time; that they were replaced, or moved, shows when
+    an item joins."""
 
     def __init__(self, llava: Llava, way: str) -> None:
         self.llava, self.way = llava, way

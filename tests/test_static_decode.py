@@ -5,6 +5,7 @@ import copy
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -301,6 +302,16 @@ def test_a_closed_stream_leaves_a_chat_that_goes_on(
     assert after[0] == after[1]
 
 
+def test_threads_share_the_slots(
+    models: tuple[Model, CompiledModel], pictures: list[Image.Image]
+) -> None:
+    model, compiled = models
+    expected = [model.generate(image, "star?", max_new_tokens=12) for image in pictures]
+    with ThreadPoolExecutor(len(pictures)) as threads:
+        ask = partial(compiled.generate, prompt="star?", max_new_tokens=12)
+        assert list(threads.map(ask, pictures)) == expected
+
+
 @pytest.mark.parametrize("at", [1, 2, 6])
 def test_an_interrupt_in_a_step_leaves_the_chat_as_it_was(
     models: tuple[Model, CompiledModel], monkeypatch: pytest.MonkeyPatch, at: int
@@ -499,6 +510,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_torch_compile(tiny_tokenizer: Tokenizer) -> None:
     """One layer, for compiling takes its time; with a kernel chosen for one row, in bfloat16."""
     config = replace(TINY_CONFIG, text=replace(TINY_TEXT, num_layers=1))
