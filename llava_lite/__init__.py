@@ -139,6 +139,7 @@ def load(
     pad: bool | None = None,
     exif: bool = True,
     quantize: str | None = None,
+    compile: bool = False,
 ) -> "Model":
     """Load a model: a converted folder, any official layout, or a hub id (`owner/name`).
 
@@ -154,15 +155,18 @@ def load(
         checkpoint's config says. exif: turn images as the camera noted; LLaVA itself does not.
     quantize: "int8" or "int4" rounds the decoder's linear layers while loading (quantize.py); a
         folder that `llava-lite convert --quantize` wrote is loaded as what it is.
+    compile: decode in steps of fixed shapes (static_decode.py): on CUDA replayed as a graph,
+        elsewhere through `torch.compile`, which takes minutes when it first meets a large model.
 
-    Raises CheckpointError, and ValueError for a device, dtype or quantisation that does not exist
-    here."""
+    Raises CheckpointError, LlavaLiteError where nothing can be compiled, and ValueError for a
+    device, dtype or quantisation that does not exist here."""
     from llava_lite.checkpoint import load_tokenizer, parse_dtype
     from llava_lite.download import resolve
     from llava_lite.generation import Model
     from llava_lite.kernels import choose_kernels
     from llava_lite.quantize import method_named
     from llava_lite.quantized_checkpoint import load_source, open_source
+    from llava_lite.static_decode import CompiledModel, checked_way
     from llava_lite.thresholds import own_thresholds_or_error
 
     if quantize is not None:
@@ -175,6 +179,8 @@ def load(
         vision_tower=vision_tower,
     )
     device = _pick_device(device)
+    if compile:
+        checked_way(None, device)  # before anything slow
     wanted = None if dtype == "auto" else parse_dtype(dtype)
     checkpoint = open_source(path, base, vision_tower)
     wanted = wanted or _pick_dtype(checkpoint.dtype, device)
@@ -183,7 +189,8 @@ def load(
     config = checkpoint.config if pad is None else replace(checkpoint.config, pad=pad)
     llava = load_source(checkpoint, device, wanted, quantize)
     choose_kernels(llava.decoder)
-    return Model(llava, tokenizer, config, exif, thresholds)
+    model = Model(llava, tokenizer, config, exif, thresholds)
+    return CompiledModel(model) if compile else model
 
 
 def embedded_model() -> Path:

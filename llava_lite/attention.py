@@ -32,7 +32,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llava_lite.cache import LayerCache, append
+from llava_lite.cache import LayerCache, StaticCache, append
 from llava_lite.config import TextConfig
 from llava_lite.layout import PackedLayout
 from llava_lite.rope import apply_rope
@@ -92,8 +92,12 @@ class HybridAttention(nn.Module):
             past_key_values, masks, split_items((q, k, v), layout.num_positions), strict=True
         ):
             item_q, item_k, item_v = new  # (1, H, n, D) each
-            cache = append(past, item_k, item_v)
-            mixed.append(attend(item_q, *cache, mask))
+            if isinstance(past, StaticCache):
+                cache: LayerCache = past
+                mixed.append(past.attend(item_q, item_k, item_v))
+            else:
+                cache = append(past, item_k, item_v)
+                mixed.append(attend(item_q, *cache, mask))
             caches.append(cache)
             queries.append(item_q[:, :, -1:])
         x = torch.cat([rearrange(item, "1 h n d -> n (h d)") for item in mixed])  # (S, C)

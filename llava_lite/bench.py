@@ -62,6 +62,7 @@ from llava_lite.llava import Llava
 from llava_lite.meta import meta_model
 from llava_lite.peer import Peer, import_transformers
 from llava_lite.reduction import NO_REDUCTION, REDUCTIONS
+from llava_lite.static_decode import CompiledModel, checked_way
 from llava_lite.trace import kv_bytes
 
 SIZES = {"7b": LLAVA_1_5_7B, "13b": LLAVA_1_5_13B, "tiny": TINY}
@@ -85,7 +86,8 @@ class Settings:
     """What one run measures, in plain values, for another process gets them, too.
 
     source: a model as `load` takes it, with its other `options`; None: random weights of a `size`,
-    with `layers` decoder layers (None: all). against: compare with transformers."""
+    with `layers` decoder layers (None: all). against: compare with transformers. compile: our
+    tokens are decoded in steps of fixed shapes (static_decode.py)."""
 
     source: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -101,6 +103,7 @@ class Settings:
     against: bool = False
     quantize: str | None = None
     quiet: bool = False
+    compile: bool = False
 
     @property
     def contenders(self) -> tuple[str, ...]:
@@ -216,6 +219,8 @@ def check(settings: Settings) -> None:
         raise BenchError(f"no reduction {unknown[0]!r}; there are {', '.join(REDUCTIONS)}")
     if settings.quantize:
         quantizer()
+    if settings.compile:
+        checked_way(None, torch.device(settings.device))
     if settings.against:
         import_transformers()
     if settings.source is None:
@@ -277,8 +282,10 @@ def open_model(settings: Settings, quantize: str | None = None) -> Model:
         llava = random_model(random_config(settings), random_dtype(settings), settings.device)
         choose_kernels(llava.decoder)  # as `load` does
         # Words do not matter here, any tokenizer will do.
-        return Model(llava, load_tokenizer(llava_lite.embedded_model(), TINY))
+        model = Model(llava, load_tokenizer(llava_lite.embedded_model(), TINY))
+        return CompiledModel(model) if settings.compile else model
     options = {**settings.options, **({"quantize": quantize} if quantize else {})}
+    options |= {"compile": True} if settings.compile else {}
     return llava_lite.load(settings.source, device=settings.device, dtype=settings.dtype, **options)
 
 
@@ -331,9 +338,10 @@ def twin(model: Model) -> Model:
     """Another model on the same tensors, whose layers may be replaced."""
     llava = meta_model(model.llava.config)
     llava.load_state_dict(model.llava.state_dict(), assign=True)
-    return Model(
+    copy = Model(
         llava.requires_grad_(False), model.tokenizer, model.config, thresholds=model.thresholds
     )
+    return CompiledModel(copy) if isinstance(model, CompiledModel) else copy
 
 
 # ---- load time and memory ----------------------------------------------------------------------

@@ -261,6 +261,7 @@ def heading(report: Report) -> Iterator[str]:
     yield (
         f"{report.config.name}, {weights}, {layers}, {report.dtype}; "
         f"medians of {settings.repeat} rounds"
+        + ("; our tokens in compiled steps" if settings.compile else "")
     )
     yield ", ".join(f"{name} {value}" for name, value in report.machine.items())
     reads = [f"{name[6:]} {rate / GIGA:.1f}" for name, rate in limits.items() if "read, " in name]

@@ -46,6 +46,15 @@ class LayerCache(tuple[Tensor, Tensor]):
         return LayerCache, (self[0], self[1])
 
 
+class StaticCache(LayerCache):
+    """One layer's caches of several items in a fixed shape, which grow and attend by themselves
+    (static_decode.py). In a batch they stand for one item with a row for each of theirs."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the new positions and attend from them: (1, H, n, D) each, and so the result."""
+        raise NotImplementedError
+
+
 KVCache = tuple[tuple[Tensor, Tensor], ...]
 
 

@@ -513,6 +513,11 @@ def add_model_arguments(
         choices=convert.METHODS,
         help=quantize_help,
     )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="decode in steps of fixed shapes: a CUDA graph, elsewhere torch.compile",
+    )
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
 
@@ -591,6 +596,7 @@ def load_model(args: argparse.Namespace) -> "Model":
         pad=False if args.no_pad else None,
         exif=not args.no_exif,
         quantize=args.quantize,
+        compile=args.compile,
     )
 
 
@@ -899,6 +905,7 @@ def bench_settings(args: argparse.Namespace) -> "Settings":
         args.against is not None,
         args.quantize,
         args.quiet,
+        args.compile,
     )
 
 

@@ -124,7 +124,7 @@ class Llava(nn.Module):
             start = slot + 1
         return torch.cat(pieces), join(layouts)
 
-    def upload(self, input_ids: Sequence[int]) -> Tensor:
+    def upload(self, input_ids: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         """Ids as a tensor on the device, without waiting for what runs there."""
         ids = torch.tensor(input_ids, pin_memory=self.device.type == "cuda")
         return ids.to(self.device, non_blocking=True)

@@ -253,7 +253,7 @@ def test_load_gets_the_model_arguments(
 
     monkeypatch.setattr("llava_lite.load", load)
     flags = "-m a/b --device cuda:1 --dtype bf16 --revision r1 --base c --vision-tower d --download"
-    assert generate("-p", "x", "-n", 2, *flags.split(), "--quantize", "int4") == 0
+    assert generate("-p", "x", "-n", 2, *flags.split(), "--quantize", "int4", "--compile") == 0
     assert generate("-p", "x", "-n", 2, "--offline") == 0
     assert calls[0] == (
         "a/b",
@@ -268,9 +268,10 @@ def test_load_gets_the_model_arguments(
             "pad": None,
             "exif": True,
             "quantize": "int4",
+            "compile": True,
         },
     )
-    assert calls[1][1]["quantize"] is None
+    assert calls[1][1]["quantize"] is None and not calls[1][1]["compile"]
     assert calls[1][0] is None
     assert calls[1][1]["offline"] and calls[1][1]["device"] == calls[1][1]["dtype"] == "auto"
 
