@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 import llava_lite
 from llava_lite import bench, static_decode
 from llava_lite.generation import Model
-from llava_lite.kernels import RowLinear
+from llava_lite.kernels import Choice, ChosenLinear, matrix_vector
 from llava_lite.llava import Llava
 from llava_lite.quantize import quantize
 from llava_lite.reduction import FastV, Reduction, ToMe
@@ -516,7 +516,7 @@ def test_torch_compile(tiny_tokenizer: Tokenizer) -> None:
     config = replace(TINY_CONFIG, text=replace(TINY_TEXT, num_layers=1))
     model = Model(random_llava(config), tiny_tokenizer)
     layer = model.llava.decoder.layers[0]
-    layer.mlp.down_proj = RowLinear(layer.mlp.down_proj, torch.mv)
+    layer.mlp.down_proj = ChosenLinear(layer.mlp.down_proj, Choice(matrix_vector, None))
     torch._dynamo.reset()
     compiled = CompiledModel(model)
     assert compiled.static.way == "compile"
