@@ -14,13 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from multiprocessing import get_context
 from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import llava_lite
 from llava_lite.bench_cases import (
@@ -61,6 +60,8 @@ from llava_lite.kernels import choose_kernels
 from llava_lite.llava import Llava
 from llava_lite.meta import meta_model
 from llava_lite.peer import Peer, import_transformers
+from llava_lite.quantize import QuantizedLinear
+from llava_lite.quantize import quantize as quantize_model
 from llava_lite.reduction import NO_REDUCTION, REDUCTIONS
 from llava_lite.static_decode import CompiledModel, checked_way
 from llava_lite.trace import kv_bytes
@@ -121,7 +122,8 @@ class Settings:
 class Footprint:
     """A model in a process of its own. load_seconds: None for random weights. private: bytes that
     belong to the process alone after loading; loading: the peak of those that no file backs while
-    it loads; answering: the peak of all its pages while it answers, mapped weights included."""
+    it loads; answering: the peak of all its pages while it answers, mapped weights included.
+    method: how the decoder's weights are quantized, None where they are plain."""
 
     config: LlavaConfig
     dtype: str
@@ -130,6 +132,7 @@ class Footprint:
     private: int | None
     loading: int | None
     answering: int | None
+    method: str | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,11 @@ class Report:
     transformers: str | None = None
     difference: float | None = None
 
+    @property
+    def method(self) -> str | None:
+        """How the weights of plain ours are quantized already, as those of an int4 folder are."""
+        return self.footprints[OURS].method
+
     def find(self, contender: str, part: str, setting: str = "none") -> Measurement | None:
         """One of them, None where it was not run."""
         wanted = contender, part, setting
@@ -217,8 +225,6 @@ def check(settings: Settings) -> None:
     unknown = [name for name in settings.reductions if name not in REDUCTIONS]
     if unknown:
         raise BenchError(f"no reduction {unknown[0]!r}; there are {', '.join(REDUCTIONS)}")
-    if settings.quantize:
-        quantizer()
     if settings.compile:
         checked_way(None, torch.device(settings.device))
     if settings.against:
@@ -326,14 +332,6 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def quantizer() -> Callable[[nn.Module, str], Any]:
-    """`quantize.quantize`. Raises BenchError where this version has none."""
-    try:
-        return import_module("llava_lite.quantize").quantize
-    except ImportError as error:
-        raise BenchError(f"weights cannot be quantized in this version: {error}") from error
-
-
 def twin(model: Model) -> Model:
     """Another model on the same tensors, whose layers may be replaced."""
     llava = meta_model(model.llava.config)
@@ -377,7 +375,7 @@ def footprint(settings: Settings, name: str) -> Footprint:
     again = LOADS - 1 if from_source else 0
     seconds = [first, *(timed(open_model, settings, quantize)[1] for _ in range(again))]
     if quantize and not from_source:
-        quantizer()(model.llava, quantize)
+        quantize_model(model.llava, quantize)
     with torch.inference_mode(), MemoryWatch(settings.device) as answering:
         pixels = random_pixels(Work.of(model.llava), model.llava.device)
         decode(model, first_token(model, pixels, NO_REDUCTION, 0), DECODED)
@@ -389,7 +387,14 @@ def footprint(settings: Settings, name: str) -> Footprint:
         private if from_source else None,
         watch.anonymous if from_source else None,
         answering.resident,
+        method_of(model.llava),
     )
+
+
+def method_of(llava: Llava) -> str | None:
+    """How the decoder's weights are quantized, None where they are plain."""
+    found = (part.method for part in llava.decoder.modules() if isinstance(part, QuantizedLinear))
+    return next(found, None)
 
 
 # ---- contenders --------------------------------------------------------------------------------
@@ -404,7 +409,7 @@ def build(settings: Settings, names: Sequence[str]) -> list[Contender]:
     for name in names:
         if settings.quantize and name == settings.quantized:
             copy = model if len(names) == 1 else twin(model)
-            quantizer()(copy.llava, settings.quantize)
+            quantize_model(copy.llava, settings.quantize)
             built[name] = Contender(name, copy, Work.of(copy.llava))
     if OURS in names:
         built[OURS] = Contender(OURS, model, Work.of(model.llava))

@@ -1,27 +1,34 @@
 """What `llava-lite bench` says: rows with a bound, PASS or SHORT, the table, JSON, and the plot.
 
-Bounds are those of a 7B model in bfloat16 on a CPU. Of another device the same figures stand there
-without a verdict. A figure that the run has nothing for says why.
+Bounds are those of a whole 7B model in bfloat16 on a CPU, from medians of at least five rounds. Of
+anything else the same figures stand there without a verdict, and say what is different. A figure
+that the run has nothing for says why.
 """
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llava_lite.bench import SIZES, BenchError, Measurement, Report
+from llava_lite.bench import BenchError, Measurement, Report
 from llava_lite.bench_cases import OURS, PARTS, SHARED_WORDS, TRANSFORMERS
+from llava_lite.config import LLAVA_1_5_7B, LlavaConfig
 from llava_lite.files import replace_file
 
 FAST = "hybrid-72-36"
+FEWEST_ROUNDS = 5  # for a verdict
+# Of the read bandwidth, for what a longer cache costs a token. One that is read once comes near to
+# 1; copied at every token it is read, written into lines that are fetched before, and read again:
+# four passes instead of one, at most 0.25.
+CACHE_BANDWIDTH = 0.3
 GIGA = 1e9
 TITLES = {
     "tower": "vision tower",
     "prefill": "prefill: the whole prompt, image encoded before",
-    "first token": f"first token: tower and prefill, {SHARED_WORDS} words in front at hand",
-    "first token, cold": "first token of the first call",
+    "first token": f"first token: tower and prefill; ours with {SHARED_WORDS} words cached",
+    "first token, cold": "first token of the first call, nothing cached",
     "decode": "one decoded token",
     "batch": "one decoded token for each of several prompts",
     "growing prefill": "prefill of so many words",
@@ -35,22 +42,28 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One figure and its bound. value: None where the run has nothing for it, and why that is."""
+    """One figure and its bound (None: it has none). value: None where the run has nothing for it,
+    and why that is. whole: it depends on how many decoder layers there are; plain: on weights that
+    are not quantized. judged: the bound holds here; conditions: those that it holds under, or what
+    is different here."""
 
     figure: str
     value: float | None
-    bound: float
+    bound: float | None
     at_least: bool
     unit: str = ""
     missing: str = ""
+    whole: bool = True
+    plain: bool = True
     judged: bool = True
+    conditions: str = ""
 
     @property
     def verdict(self) -> str:
-        """PASS, SHORT, "not run", or nothing where the bound does not hold."""
+        """PASS, SHORT, "not run", or nothing where no bound holds."""
         if self.value is None:
             return "not run"
-        if not self.judged:
+        if not self.judged or self.bound is None:
             return ""
         within = self.value >= self.bound if self.at_least else self.value <= self.bound
         return "PASS" if within else "SHORT"
@@ -61,10 +74,35 @@ class Row:
 
 
 def rows(report: Report) -> list[Row]:
-    """Every figure that has a bound, from one run."""
-    judged = report.machine["device"] == "cpu"
+    """Every figure that has a bound, from one run, and a few to be read beside these."""
     found = [*peer_rows(report), *quantized_rows(report), *load_rows(report), *work_rows(report)]
-    return [Row(**{**asdict(row), "judged": judged}) for row in found]
+    return [with_conditions(report, row) for row in found]
+
+
+def with_conditions(report: Report, row: Row) -> Row:
+    """The row, judged only where its bound holds."""
+    conditions = {
+        report.machine["device"]: "cpu",
+        report.dtype: "bfloat16",
+        widths(report.config): widths(LLAVA_1_5_7B),
+    }
+    if row.whole:
+        layers = (config.text.num_layers for config in (report.config, LLAVA_1_5_7B))
+        here, all_of_them = (f"{count} decoder layers" for count in layers)
+        conditions[here] = all_of_them
+    if row.plain:
+        conditions[f"{report.method or 'plain'} weights"] = "plain weights"
+    different = [f"{here}, not {there}" for here, there in conditions.items() if here != there]
+    rounds = report.settings.repeat
+    if rounds < FEWEST_ROUNDS:
+        different.append(f"{rounds} rounds, not {FEWEST_ROUNDS}")
+    said = "; ".join(different) or ", ".join([*conditions, f"{rounds} rounds"])
+    return replace(row, judged=not different, conditions=said)
+
+
+def widths(config: LlavaConfig) -> str:
+    """What makes the layers as large as they are."""
+    return f"width {config.text.hidden_size} with {config.text.num_heads} heads"
 
 
 def peer_rows(report: Report) -> Iterator[Row]:
@@ -75,14 +113,24 @@ def peer_rows(report: Report) -> Iterator[Row]:
     own = report.find(OURS, "decode")
     share = own.read_share if own else None
     yield Row("decode: share of the read bandwidth", share, 0.90, True)
-    first = ratio(report, "first token", OURS, TRANSFORMERS)
-    yield Row("first token: time, transformers = 1", first, 0.90, False, "", missing)
+    yield from first_token_rows(report, "none", 0.90)
     tower = ratio(report, "tower", OURS, TRANSFORMERS)
-    yield Row("tower: time, transformers = 1", tower, 0.70, False, "", missing)
-    fast = ratio(report, "first token", OURS, TRANSFORMERS, FAST)
-    if report.find(OURS, "first token", FAST) is None:
-        missing = f"--reductions {FAST}"
-    yield Row(f"first token, {FAST}: time, transformers = 1", fast, 0.20, False, "", missing)
+    yield Row("tower: time, transformers = 1", tower, 0.70, False, "", missing, whole=False)
+    yield from first_token_rows(report, FAST, 0.20)
+
+
+def first_token_rows(report: Report, setting: str, bound: float) -> Iterator[Row]:
+    """Ours as from the second call on, and as in the first; transformers, which caches nothing
+    from one call to the next, is the same in both."""
+    name = "first token" if setting == "none" else f"first token, {setting}"
+    for part, how, limit in (
+        ("first token", f"{SHARED_WORDS} words cached", bound),
+        ("first token, cold", "nothing cached", None),
+    ):
+        here = ratio(report, part, OURS, TRANSFORMERS, setting)
+        run = report.find(OURS, part, setting) is not None or setting == "none"
+        missing = "--against transformers" if run else f"--reductions {setting}"
+        yield Row(f"{name}, {how}: time, transformers = 1", here, limit, False, "", missing)
 
 
 def quantized_rows(report: Report) -> Iterator[Row]:
@@ -92,16 +140,14 @@ def quantized_rows(report: Report) -> Iterator[Row]:
     missing = "--against transformers" if int4 else "--quantize int4"
     decode = ratio(report, "decode", TRANSFORMERS, int4)
     yield Row("int4 decode, tokens/s: times transformers", decode, 3.5, True, "", missing)
-    footprint = report.footprints.get(int4)
-    whole = report.config.text.num_layers == SIZES["7b"].text.num_layers
+    footprint = report.footprints.get(OURS if report.method == "int4" else int4)
     peaks = [footprint.loading, footprint.answering] if footprint else []
-    peak = max((value for value in peaks if value is not None), default=None)
-    if int4:
-        missing = "of a folder with a whole 7B model" if peak is not None else "not known here"
-    if settings.source is None or not whole or None in peaks:
-        peak = None
-    value = None if peak is None else peak / GIGA
-    yield Row("int4 peak memory of the whole model", value, 5.5, False, "GB", missing)
+    known = [value / GIGA for value in peaks if value is not None]
+    if footprint:
+        missing = "of a folder: -m MODEL" if settings.source is None else "not known here"
+    usable = settings.source is not None and len(known) == 2
+    value = max(known) if usable else None
+    yield Row("int4 peak memory", value, 5.5, False, "GB", missing, plain=False)
 
 
 def load_rows(report: Report) -> Iterator[Row]:
@@ -127,18 +173,24 @@ def work_rows(report: Report) -> Iterator[Row]:
     missing = "--lengths 128 2048"
     figure = f"prefill per token but attention, {span}: slowest / fastest"
     yield Row(figure, spread, 1.15, False, "", missing)
-    per_byte = seconds_per_byte(report)
-    growth = max(per_byte[1:]) / per_byte[0] if len(per_byte) > 1 else None
-    figure = f"decode per byte read, {span}: slowest / shortest"
-    yield Row(figure, growth, 1.15, False, "", missing)
+    share, missing = cache_bandwidth(report)
+    figure = f"decode, {span}: what is cached more, share of the read bandwidth"
+    yield Row(figure, share, CACHE_BANDWIDTH, True, "", missing)
 
 
 def ratio(report: Report, part: str, above: str, below: str, setting: str = "none") -> float | None:
     """Of the median times of two contenders; transformers has no other setting than "none"."""
     names = (above, below)
-    found = [report.find(n, part, "none" if n == TRANSFORMERS else setting) for n in names]
-    top, bottom = found
+    top, bottom = (
+        theirs(report, part) if name == TRANSFORMERS else report.find(name, part, setting)
+        for name in names
+    )
     return top.seconds / bottom.seconds if top and bottom else None
+
+
+def theirs(report: Report, part: str) -> Measurement | None:
+    """What a part of ours is compared with; every first token of transformers is a cold one."""
+    return report.find(TRANSFORMERS, part.removesuffix(", cold"))
 
 
 def measured_lengths(report: Report) -> list[int]:
@@ -159,10 +211,17 @@ def per_token(report: Report) -> list[float]:
     return values
 
 
-def seconds_per_byte(report: Report) -> list[float]:
-    """Of decoding behind every length: weights and cache are all that a token has to read."""
+def cache_bandwidth(report: Report) -> tuple[float | None, str]:
+    """The rate at which a token reads what is cached more behind the longest prompt than behind the
+    shortest, as a share of the read bandwidth, or why there is none."""
     found = [report.find(OURS, "growing decode", str(n)) for n in measured_lengths(report)]
-    return [row.seconds / row.bytes for row in found if row]
+    timed = [row for row in found if row]
+    if len(timed) < 2:
+        return None, "--lengths 128 2048"
+    seconds = timed[-1].seconds - timed[0].seconds
+    if seconds <= 0:
+        return None, "no more time than the machine's noise"
+    return (timed[-1].bytes - timed[0].bytes) / seconds / report.limits["read"], ""
 
 
 # ---- table and JSON ----------------------------------------------------------------------------
@@ -181,9 +240,9 @@ def to_dict(report: Report) -> dict[str, Any]:
 
 def ratios(report: Report, row: Measurement) -> tuple[float | None, float | None]:
     """Its time as a share of the same part's without a reduction, and of transformers'."""
-    bases = report.find(row.contender, row.part), report.find(TRANSFORMERS, row.part)
-    none, theirs = (row.seconds / base.seconds if base else None for base in bases)
-    return none, None if row.contender == TRANSFORMERS else theirs
+    bases = report.find(row.contender, row.part), theirs(report, row.part)
+    none, other = (row.seconds / base.seconds if base else None for base in bases)
+    return none, None if row.contender == TRANSFORMERS else other
 
 
 def table(report: Report) -> Iterator[str]:
@@ -195,7 +254,7 @@ def table(report: Report) -> Iterator[str]:
             yield from part_lines(report, part, lines)
     for name, reason in report.skipped.items():
         yield f"\n{name}: not run, {reason}"
-    yield f"\n{'figure':<71}{'here':>10}  bound"
+    yield f"\n{'figure':<74}{'here':>8}  bound"
     yield from (bound_line(row) for row in rows(report))
     if not report.machine["device"].startswith("cuda"):
         yield "  all of it on a GPU: not run (--device cuda)"
@@ -218,7 +277,7 @@ def part_lines(report: Report, part: str, lines: list[Measurement]) -> Iterator[
 def table_cells(report: Report, row: Measurement) -> dict[str, str]:
     """One measurement, by title of the column."""
     low, high = (1000 * value for value in row.quartiles)
-    none, theirs = ratios(report, row)
+    none, other = ratios(report, row)
     decoded = "decode" in row.part or row.part == "batch"
     tokens = row.image_tokens if row.part in ("tower", "prefill", "first token") else None
     return {
@@ -231,7 +290,7 @@ def table_cells(report: Report, row: Measurement) -> dict[str, str]:
         "GB/s": number(row.bytes_per_second, ".3g", 1 / GIGA),
         "of read": number(row.read_share, ".3f"),
         "none = 1": number(none, ".3f"),
-        "transformers = 1": number(theirs, ".3f"),
+        "transformers = 1": number(other, ".3f"),
     }
 
 
@@ -295,11 +354,17 @@ def in_gb(count: int | None) -> str | None:
 
 
 def bound_line(row: Row) -> str:
-    """One figure with its bound."""
-    bound = f"{'at least' if row.at_least else 'at most'} {row.bound:.2f} {row.unit}".rstrip()
-    if row.value is None:
-        return f"  {row.figure:<69}{'-':>10}  {bound:<20}not run ({row.missing})"
-    return f"  {row.figure:<69}{row.value:>10.3f}  {bound:<20}{row.verdict}".rstrip()
+    """One figure with its bound, the verdict, and the conditions of that or what is different."""
+    bound = ""
+    if row.bound is not None:
+        bound = f"{'at least' if row.at_least else 'at most'} {row.bound:.2f} {row.unit}".rstrip()
+    value, said = "-", f"not run ({row.missing})"
+    if row.value is not None:
+        value = f"{row.value:.3f}"
+        said = f"{row.verdict} ({row.conditions})" if row.verdict else f"({row.conditions})"
+    if row.bound is None and row.value is not None:
+        said = ""
+    return f"  {row.figure:<72}{value:>8}  {bound:<17}{said}".rstrip()
 
 
 # ---- plot --------------------------------------------------------------------------------------
