@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
+from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -62,6 +63,7 @@ from llava_lite.meta import meta_model
 from llava_lite.peer import Peer, import_transformers
 from llava_lite.quantize import QuantizedLinear
 from llava_lite.quantize import quantize as quantize_model
+from llava_lite.quantized_checkpoint import stored_method
 from llava_lite.reduction import NO_REDUCTION, REDUCTIONS
 from llava_lite.static_decode import CompiledModel, checked_way
 from llava_lite.trace import kv_bytes
@@ -162,8 +164,8 @@ class Report:
 
     phases: contenders that took turns with each other. footprints: by contender. limits: operations
     and bytes per second by way, the fastest read as "read". skipped: presets that this model does
-    not allow, and why. transformers: its version. difference: the largest between the first logits
-    of both, as a share of the largest of these."""
+    not allow and prompts longer than its context, and why. transformers: its version. difference:
+    the largest between the first logits of both, as a share of the largest of these."""
 
     settings: Settings
     config: LlavaConfig
@@ -229,13 +231,27 @@ def check(settings: Settings) -> None:
         checked_way(None, torch.device(settings.device))
     if settings.against:
         import_transformers()
-    if settings.source is None:
+    if settings.source is not None:
+        check_stored(settings, Path(settings.source).expanduser())
+    else:
         config, dtype = random_config(settings), random_dtype(settings)
         needed, free = num_parameters(config) * dtype.itemsize, free_bytes(settings.device)
         if free is not None and needed > free:
             raise BenchError(
                 f"{config.name} with {config.text.num_layers} layers in {name_of(dtype)} needs "
                 f"{needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: take fewer --layers"
+            )
+
+
+def check_stored(settings: Settings, folder: Path) -> None:
+    """Raise BenchError for a folder that is quantized already where plain weights are needed."""
+    method = stored_method(folder)
+    wishes = {"--quantize": settings.quantize, "--against transformers": settings.against}
+    for wish, wanted in wishes.items():
+        if method and wanted:
+            raise BenchError(
+                f"{folder}: is {method} already, {wish} needs the plain weights that it was made "
+                f"from; without {wish} it is measured as what it is"
             )
 
 
@@ -450,7 +466,10 @@ def time_contenders(settings: Settings, contenders: Sequence[Contender]) -> Phas
             walks, reasons = walk_all(one.model, wanted)
             lengths = settings.lengths if whole else ()
             found = our_cases(one, one.model, walks, settings.batch_sizes, lengths)
+            context = one.work.config.text.max_positions
+            too_long = (length for length in lengths if length > context)
             skipped |= reasons
+            skipped |= {f"{n} words": f"the context is {context} positions" for n in too_long}
             logits[one.name] = walks["none"].logits
         cases += found
     limits = limit_runs(contenders[0].work.dtype, settings.device)

@@ -6,6 +6,7 @@ that the run has nothing for says why.
 """
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -318,7 +319,7 @@ def heading(report: Report) -> Iterator[str]:
     weights = settings.source or "random weights"
     layers = f"{report.config.text.num_layers} decoder layers"
     yield (
-        f"{report.config.name}, {weights}, {layers}, {report.dtype}; "
+        f"{report.config.name}, {weights}, {layers}, {precision(report)}; "
         f"medians of {settings.repeat} rounds"
         + ("; our tokens in compiled steps" if settings.compile else "")
     )
@@ -347,6 +348,11 @@ def heading(report: Report) -> Iterator[str]:
             "peak while answering": in_gb(footprint.answering),
         }
         yield f"{name}: " + ", ".join(f"{k} {v}" for k, v in parts.items() if v is not None)
+
+
+def precision(report: Report) -> str:
+    """The dtype, and what the decoder's weights are where they are something else."""
+    return f"{report.method} decoder, {report.dtype}" if report.method else report.dtype
 
 
 def in_gb(count: int | None) -> str | None:
@@ -379,12 +385,22 @@ BARS = (
 )
 
 
+def check_output(path: Path) -> None:
+    """Raise BenchError before a long run whose figures could not be written."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise BenchError(f"{path}: is a folder, the output must be a file")
+    if not folder.is_dir():
+        raise BenchError(f"{path}: the folder {folder} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise BenchError(f"{path}: nothing may be written to {folder}")
+
+
 def check_plot(path: Path) -> None:
     """Raise BenchError before a long run whose plot could not be drawn."""
     if path.suffix.lower() != ".png":
         raise BenchError(f"{path}: the plot is a file that ends in .png")
-    if not path.absolute().parent.is_dir():
-        raise BenchError(f"{path}: the folder {path.absolute().parent} does not exist")
+    check_output(path)
     if find_spec("matplotlib") is None:
         raise BenchError("a plot needs matplotlib: pip install 'llava-lite[viz]'")
 
@@ -403,7 +419,7 @@ def save_plot(report: Report, path: Path) -> None:
     right.set_yticklabels([])
     facts = report.machine
     subtitle = f"{facts['name']}, threads {facts['threads']}, torch {facts['torch']}"
-    layers = f"{report.config.text.num_layers} layers, {report.dtype}"
+    layers = f"{report.config.text.num_layers} layers, {precision(report)}"
     figure.suptitle(f"{report.config.name}, {layers}, one image and 64 words\n{subtitle}", size=10)
     canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
     canvas.print_png(buffer)

@@ -863,10 +863,20 @@ def run_bench(args: argparse.Namespace) -> int:
         args.parser.error("--size is for random weights: it does not go with --model")
     if args.layers and not args.size:
         args.parser.error("--layers goes with --size")
+    for option in ("base", "vision_tower", "revision", "offline", "download"):
+        if args.size and getattr(args, option):
+            name = option.replace("_", "-")
+            args.parser.error(f"--size is for random weights: it does not go with --{name}")
     from llava_lite import bench, bench_report
     from llava_lite.allocator import keep_freed_memory
     from llava_lite.files import replace_json
+    from llava_lite.reduction import REDUCTIONS
 
+    unknown = [name for name in args.reductions or () if name not in REDUCTIONS]
+    if unknown:
+        args.parser.error(f"no reduction {unknown[0]!r}; there are {', '.join(REDUCTIONS)}")
+    if args.output:
+        bench_report.check_output(Path(args.output))
     if args.plot:
         bench_report.check_plot(Path(args.plot))
     keep_freed_memory()  # as the other commands do; transformers has the same of it
@@ -899,9 +909,9 @@ def bench_settings(args: argparse.Namespace) -> "Settings":
         args.dtype,
         args.threads,
         args.repeat,
-        tuple(args.reductions or REDUCTIONS),
-        tuple(args.batch_sizes),
-        tuple(args.lengths),
+        tuple(dict.fromkeys(args.reductions or REDUCTIONS)),
+        tuple(dict.fromkeys(args.batch_sizes)),
+        tuple(dict.fromkeys(args.lengths)),
         args.against is not None,
         args.quantize,
         args.quiet,

@@ -26,6 +26,7 @@ from llava_lite.bench import BenchError, Footprint, Measurement, Report, Setting
 from llava_lite.bench_cases import OURS, TRANSFORMERS, Work, stored_bytes, word_ids
 from llava_lite.bench_report import Row
 from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, LlavaConfig
+from llava_lite.convert import convert
 from llava_lite.generation import Model
 from llava_lite.hardware import Prepared, time_in_turns
 from llava_lite.peer import Peer, PeerError
@@ -97,6 +98,7 @@ def test_every_part_is_there(report: Report) -> None:
     assert found == expected
     assert report.phases == ((OURS, INT4, TRANSFORMERS),)
     assert "llava-lite thresholds" in report.skipped["dymu-72"]
+    assert report.skipped["4096 words"] == "the context is 2048 positions"
 
 
 def test_transformers_runs_the_same_weights_on_the_same_prompt(report: Report) -> None:
@@ -177,6 +179,7 @@ def test_table_has_every_line(report: Report) -> None:
     for title in bench_report.TITLES.values():
         assert title in text
     assert f"transformers {report.transformers}" in text and "dymu-72: not run" in text
+    assert "4096 words: not run, the context is 2048 positions" in text
 
 
 def test_json_has_everything(report: Report) -> None:
@@ -604,19 +607,83 @@ def test_only_strict_runs_fail_beyond_a_bound(
         (["--layers", "4"], "--layers goes with --size"),
         (["--size", "70b"], "invalid choice: '70b'"),
         (["--size", "tiny", "--repeat", "0"], "'0' is not a number of at least 1"),
+        (["--size", "tiny", "--base", "x"], "random weights: it does not go with --base"),
+        (["--size", "tiny", "--vision-tower", "x"], "it does not go with --vision-tower"),
+        (["--size", "tiny", "--revision", "x"], "it does not go with --revision"),
+        (["--size", "tiny", "--offline"], "it does not go with --offline"),
+        (["--size", "tiny", "--download"], "it does not go with --download"),
+        (["--reductions", "tome-7"], "no reduction 'tome-7'; there are none, tome-72"),
     ],
 )
 def test_wrong_usage(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(bench, "bench", lambda _: pytest.fail("started"))
     assert cli.main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_named_twice_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+    report = made_up({}, machine={"device": "cpu", "threads": 1})
+    monkeypatch.setattr(bench, "bench", lambda settings: seen.append(settings) or report)
+    twice = ["--lengths", "40", "16", "40", "--batch-sizes", "8", "1", "8"]
+    twice += ["--reductions", FAST, "none", FAST]
+    assert cli.main(["bench", "--size", "tiny", *twice]) == 0
+    [settings] = seen
+    assert (settings.lengths, settings.batch_sizes) == ((40, 16), (8, 1))
+    assert settings.reductions == (FAST, "none")
+
+
+@pytest.fixture(scope="module")
+def int4_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("int4") / "model"
+    convert(embedded_model(), folder, quantize="int4")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wish"),
+    [
+        (["--quantize", "int4"], "--quantize"),
+        (["--quantize", "int8"], "--quantize"),
+        (["--against", "transformers"], "--against transformers"),
+    ],
+)
+def test_what_needs_plain_weights_is_refused_before_anything_slow(
+    int4_folder: Path,
+    arguments: list[str],
+    wish: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "transformers" in arguments:
+        pytest.importorskip("transformers")
+    monkeypatch.setattr(bench, "apart", lambda *_: pytest.fail("started"))
+    assert cli.main(["bench", "-m", str(int4_folder), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert f"is int4 already, {wish} needs the plain weights" in error and error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_quantized_folder_is_measured_as_what_it_is(
+    int4_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("-m", int4_folder, "--quiet") == 0
+    text = capsys.readouterr().out
+    assert "6 decoder layers, int4 decoder, bfloat16; " in text.split("\n")[0]
+    [line] = [line for line in text.splitlines() if line.startswith("  decode: share")]
+    assert "int4 weights, not plain weights" in line
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--reductions", "tome-7"], "no reduction 'tome-7'; there are none, tome-72"),
+        (["-o", "nowhere/x.json"], "nowhere does not exist"),
+        (["-o", "."], ".: is a folder, the output must be a file"),
         (["--plot", "speed.svg"], "speed.svg: the plot is a file that ends in .png"),
         (["--plot", "nowhere/speed.png"], "nowhere does not exist"),
         (["--device", "cuda:99"], "device 'cuda:99' is not"),
