@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import llava_lite
+from llava_lite.allocator import keep_freed_memory
 from llava_lite.bench_cases import (
     DECODED,
     OURS,
@@ -70,9 +71,6 @@ from llava_lite.trace import kv_bytes
 
 SIZES = {"7b": LLAVA_1_5_7B, "13b": LLAVA_1_5_13B, "tiny": TINY}
 WITH_QUANTIZED = ("none", "tome-72-logical", "hybrid-72-36")  # reductions
-LOADS = 3
-FEW = ("none", "tome-72-logical", "hybrid-72-36")  # what is run with quantized weights
-COLD = ("none", "hybrid-72-36")
 SHARE_OF_PLAIN = {"int4": 0.3, "int8": 0.55}  # bytes of quantized weights, scales included
 SPARE_BYTES = 1_000_000_000
 
@@ -122,7 +120,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Footprint:
-    """A model in a process of its own. load_seconds: None for random weights. private: bytes that
+    """A model in a process of its own. load_seconds: None for random weights; the median of
+    `loads`, each in a fresh process, where torch was imported before. private: bytes that
     belong to the process alone after loading; loading: the peak of those that no file backs while
     it loads; answering: the peak of all its pages while it answers, mapped weights included.
     method: how the decoder's weights are quantized, None where they are plain."""
@@ -135,6 +134,7 @@ class Footprint:
     loading: int | None
     answering: int | None
     method: str | None = None
+    loads: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def bench(settings: Settings) -> Report:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     footprints = {
-        name: apart(footprint, settings, name)
+        name: footprint_apart(settings, name)
         for name in settings.contenders
         if name != TRANSFORMERS
     }
@@ -361,7 +361,7 @@ def twin(model: Model) -> Model:
 # ---- load time and memory ----------------------------------------------------------------------
 
 
-def apart(task: Callable[..., Footprint], *args: Any) -> Footprint:
+def apart(task: Callable[..., Result], *args: Any) -> Result:
     """Run it in a fresh process. Raises what it raises, and BenchError where that is ended."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
@@ -370,26 +370,43 @@ def apart(task: Callable[..., Footprint], *args: Any) -> Footprint:
             raise BenchError("a model's process was ended, perhaps for want of memory") from error
 
 
-def timed(call: Callable[..., Result], *args: Any) -> tuple[Result, float]:
-    """What a call returns, and the seconds it took."""
+def footprint_apart(settings: Settings, name: str) -> Footprint:
+    """One of our contenders in a process of its own; a folder is loaded as it is in as many
+    processes as there are rounds, one after the other."""
+    first = apart(footprint, settings, name)
+    if first.load_seconds is None:
+        return first
+    more = settings.repeat - 1 if name == OURS else 0
+    loads = (first.load_seconds, *(apart(load_seconds, settings) for _ in range(more)))
+    return replace(first, loads=loads, load_seconds=statistics.median(loads))
+
+
+def start_process(settings: Settings) -> None:
+    """What a command does before it loads a model."""
+    keep_freed_memory()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+
+
+def load_seconds(settings: Settings) -> float:
+    """Seconds of loading the source; to be called in a fresh process."""
+    start_process(settings)
     start = perf_counter()
-    result = call(*args)
-    return result, perf_counter() - start
+    open_model(settings)
+    return perf_counter() - start
 
 
 def footprint(settings: Settings, name: str) -> Footprint:
     """Load one of our contenders, answer, and note what that takes; to be called in a fresh
-    process. Loading is repeated: the median counts, and the memory of the first."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    process."""
+    start_process(settings)
     quantize = settings.quantize if name == settings.quantized else None
     from_source = settings.source is not None
-    watch = MemoryWatch(settings.device)
-    with watch:
-        model, first = timed(open_model, settings, quantize if from_source else None)
+    with MemoryWatch(settings.device) as watch:
+        start = perf_counter()
+        model = open_model(settings, quantize if from_source else None)
+        seconds = perf_counter() - start
     private = private_bytes()
-    again = LOADS - 1 if from_source else 0
-    seconds = [first, *(timed(open_model, settings, quantize)[1] for _ in range(again))]
     if quantize and not from_source:
         quantize_model(model.llava, quantize)
     with torch.inference_mode(), MemoryWatch(settings.device) as answering:
@@ -399,7 +416,7 @@ def footprint(settings: Settings, name: str) -> Footprint:
         model.llava.config,
         name_of(model.llava.dtype),
         stored_bytes(model.llava),
-        statistics.median(seconds) if from_source else None,
+        seconds if from_source else None,
         private if from_source else None,
         watch.anonymous if from_source else None,
         answering.resident,

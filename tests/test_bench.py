@@ -380,7 +380,7 @@ def test_load_and_memory_have_bounds() -> None:
     short = [row.figure for row in rows if row.verdict == "SHORT"]
     assert short == [
         "int4 peak memory",
-        "load of a folder",
+        "load of a folder: median of fresh processes, import of torch apart",
         "load of a folder: private memory",
     ]
 
@@ -565,6 +565,7 @@ def test_a_folder_in_a_process_of_its_own(
     assert printed.err == ""
     footprint = content["footprints"][OURS]
     assert 0 < footprint["load_seconds"] < 60
+    assert footprint["loads"] == [footprint["load_seconds"]]
     assert footprint["weights"] < footprint["answering"] < 4e9
     assert footprint["private"] < footprint["answering"]
     verdicts = {row["figure"]: row["verdict"] for row in content["rows"]}
@@ -705,6 +706,36 @@ def test_a_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(bench_report, "find_spec", lambda name: None)
     with pytest.raises(BenchError, match=r"pip install 'llava-lite\[viz\]'"):
         bench_report.check_plot(tmp_path / "speed.png")
+
+
+def test_a_folder_is_loaded_once_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[str] = []
+    alive: weakref.WeakSet = weakref.WeakSet()
+    kept: list[bool] = []
+    open_model = bench.open_model
+
+    def fresh(task: Callable[..., Any], *args: Any) -> Any:
+        tasks.append(task.__name__)
+        return task(*args)
+
+    def counted(*args: Any) -> Model:
+        gc.collect()
+        assert not alive and len(kept) == len(tasks)
+        model = open_model(*args)
+        alive.add(model)
+        return model
+
+    monkeypatch.setattr(bench, "apart", fresh)
+    monkeypatch.setattr(bench, "open_model", counted)
+    monkeypatch.setattr(bench, "keep_freed_memory", lambda: kept.append(True))
+    settings = Settings(str(embedded_model()), repeat=3, quantize="int8")
+    plain = bench.footprint_apart(settings, OURS)
+    assert tasks == ["footprint", "load_seconds", "load_seconds"]
+    assert len(plain.loads) == 3 and plain.load_seconds == statistics.median(plain.loads)
+    quantized = bench.footprint_apart(settings, settings.quantized)
+    assert tasks[3:] == ["footprint"] and quantized.method == "int8"
+    assert "(median of 3 processes)" in str(bench_report.load_time(plain))
+    assert bench.footprint_apart(Settings(size="tiny", layers=2), OURS).loads == ()
 
 
 def end_at_once(settings: Settings) -> Footprint:
