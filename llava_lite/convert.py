@@ -71,7 +71,9 @@ class Report:
         if self.files:
             lines.append(f"files: {', '.join(self.files)}")
         if self.verified:
-            lines.append("verified: every tensor read back equals what was read from the source")
+            codes = ", the decoder's codes what it was rounded to" if self.quantized else ""
+            read = f"verified: every tensor read back equals what was read from the source{codes}"
+            lines.append(read)
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 

@@ -30,6 +30,11 @@ MATMUL = (2048, 4096, 11008)  # rows, in, out: a prompt and the widest product o
 READ_BYTES = 1_500_000_000  # more than any cache holds
 POLL_SECONDS = 0.01
 PROC = Path("/proc")
+CGROUP = Path("/sys/fs/cgroup")  # where a container's limits are
+LIMITS = {  # of memory: the limit, what is taken of it
+    "": ("memory.max", "memory.current"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),  # cgroup v1
+}
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:
@@ -175,10 +180,43 @@ def private_bytes() -> int | None:
 
 
 def free_bytes(device: str) -> int | None:
-    """What can still be taken without swapping, the page cache included; None where unknown."""
+    """What can still be taken without swapping, the page cache included, of the machine and within
+    a container's limit; None where unknown."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    return proc_bytes("meminfo", "MemAvailable")
+    known = [proc_bytes("meminfo", "MemAvailable"), *map(free_in_group, control_groups())]
+    return min((value for value in known if value is not None), default=None)
+
+
+def control_groups() -> list[Path]:
+    """The folders of this process's control groups that may limit its memory, and of those above
+    them, whose limits hold as well."""
+    lines = read_text(PROC / "self/cgroup").splitlines()
+    own = [line.split(":", 2)[2].strip("/") for line in lines if line.count(":") >= 2]
+    inner = [Path(path) for path in own if ".." not in path]
+    paths = {Path(): None} | {p: None for path in inner for p in (path, *path.parents)}
+    return [CGROUP / controller / path for controller in LIMITS for path in paths]
+
+
+def free_in_group(folder: Path) -> int | None:
+    """What its limit leaves, None without one. Pages of files count as taken there, but are given
+    back when something else needs the memory."""
+    names = next((names for names in LIMITS.values() if (folder / names[0]).exists()), None)
+    if names is None:
+        return None
+    limit, taken = (read_text(folder / name).strip() for name in names)
+    if not limit.isdigit() or not taken.isdigit():  # "max": no limit
+        return None
+    files = re.findall(r"^(?:in)?active_file (\d+)$", read_text(folder / "memory.stat"), re.M)
+    return max(0, int(limit) - max(0, int(taken) - sum(map(int, files))))
+
+
+def read_text(path: Path) -> str:
+    """Of a small file of the system's; empty where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 class MemoryWatch:

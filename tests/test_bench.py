@@ -499,12 +499,64 @@ def test_memory_where_the_system_does_not_say(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(hardware, "PROC", tmp_path)
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path / "nowhere")
     assert hardware.private_bytes() is None and hardware.free_bytes("cpu") is None
     with hardware.MemoryWatch() as watch:
         pass
     assert watch.resident is watch.anonymous is None
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  7 kB\n")
     assert hardware.free_bytes("cpu") == 7 * 1024
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({"memory.max": "max", "memory.current": "10"}, 7000 * 1024),
+        ({"memory.max": "5000000", "memory.current": "2000000"}, 3_000_000),
+        ({"memory.max": "5000000"}, 7000 * 1024),  # what is taken cannot be read
+        ({"memory.max": "5000000", "memory.current": "6000000"}, 0),
+        ({"memory.max": "9999999999", "memory.current": "0"}, 7000 * 1024),
+        (
+            {
+                "memory.max": "5000000",
+                "memory.current": "4000000",
+                "memory.stat": "anon 900\nactive_file 1000000\ninactive_file 500000\n",
+            },
+            2_500_000,
+        ),
+        (
+            {
+                "app/inner/memory.max": "max",
+                "app/inner/memory.current": "1",
+                "app/memory.max": "5000000",
+                "app/memory.current": "1000000",
+            },
+            4_000_000,
+        ),
+        (
+            {
+                "memory/app/inner/memory.limit_in_bytes": "4000000",
+                "memory/app/inner/memory.usage_in_bytes": "1000000",
+                "memory/memory.limit_in_bytes": "9223372036854771712",
+                "memory/memory.usage_in_bytes": "1000000",
+            },
+            3_000_000,
+        ),
+    ],
+)
+def test_free_memory_is_that_of_a_container(
+    files: dict[str, str], free: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hardware, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path / "sys")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemAvailable:  7000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("4:memory:/app/inner\n0::/app/inner\n")
+    for name, content in files.items():
+        file = tmp_path / "sys" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content + "\n")
+    assert hardware.free_bytes("cpu") == free
 
 
 def test_on_a_gpu_memory_is_what_torch_allocated_there(monkeypatch: pytest.MonkeyPatch) -> None:

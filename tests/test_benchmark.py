@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,9 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import ROOT, TINY_TEXT, random_llava
+
+from llava_lite import bench
+from llava_lite.bench import BenchError, Report, Settings
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +104,39 @@ def test_too_few_layers_are_refused(
         benchmark.main(["--layers", "3"])
     assert ended.value.code == 2
     assert "at least 4 layers" in capsys.readouterr().err
+
+
+def test_all_is_the_whole_bench(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Settings] = []
+
+    def stop(settings: Settings) -> Report:
+        seen.append(settings)
+        raise BenchError("seen enough")
+
+    monkeypatch.setattr(bench, "bench", stop)
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: object())
+    asked = ["--what", "all", "--size", "tiny", "--device", "cpu", "--repeat", "3"]
+    assert benchmark.main([*asked, "--json", str(tmp_path / "figures.json")]) == 1
+    expected = Settings(None, seen[0].options, "tiny", None, "cpu", "bfloat16", None, 3)
+    assert seen == [replace(expected, against=True, quantize="int4")]
+
+
+def test_all_leaves_out_what_is_not_here(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(benchmark.cli, "main", lambda argv: asked.append(argv) or 0)
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+
+    def lacking(*_: object) -> None:
+        raise ValueError("no operator")
+
+    monkeypatch.setattr(benchmark, "check_operator", lacking)
+    assert benchmark.main(["--what", "all", "--layers", "2", "--strict"]) == 0
+    [words] = asked
+    assert "--against" not in words and "--quantize" not in words
+    assert words[words.index("--layers") + 1] == "2" and "--strict" in words
+    assert "without transformers" in (said := capsys.readouterr().err)
+    assert "without int4: no operator" in said

@@ -3,8 +3,10 @@
 
     python tools/benchmark.py --what reduction                  # 7B widths, 4 decoder layers, bf16
     python tools/benchmark.py --what reduction --size tiny --repeat 2
+    python tools/benchmark.py --what all --device cuda --json figures.json
 
-The speed of a whole model, and against transformers: `llava-lite bench`.
+`all` is `llava-lite bench` with random weights of all layers, whatever of it there is here: int4
+weights, too, where the device has an operator for them, and transformers where it is installed.
 
 `reduction` measures what each kind of token reduction saves: the vision tower, the decoder's
 prefill of one image prompt (35 words, image, 29 words; 640 positions without reduction), one
@@ -24,17 +26,20 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 
+from llava_lite import cli
 from llava_lite.bench import random_model
 from llava_lite.cache import KVCache
 from llava_lite.config import LLAVA_1_5_7B, TINY, LlavaConfig
 from llava_lite.hardware import machine, quartiles, time_in_turns
 from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage, Llava
+from llava_lite.quantize import check_operator
 from llava_lite.reduction import NO_REDUCTION, REDUCTIONS, Reduction, ToMe
 
 RunKey = tuple[str, str]  # part, setting
@@ -233,11 +238,32 @@ def table(rows: list[Measurement], extrapolated: dict[str, float]) -> Iterator[s
         yield f"{line}   {row.verdict}".rstrip()
 
 
+def bench_arguments(args: argparse.Namespace) -> list[str]:
+    """What `llava-lite bench` is asked for everything."""
+    asked = ["bench", "--size", args.size, "--device", args.device, "--dtype", args.dtype]
+    options = {"--layers": args.layers, "--threads": args.threads, "-o": args.json}
+    options |= {"--repeat": args.repeat}
+    for name, value in options.items():
+        asked += [name, str(value)] if value is not None else []
+    asked += ["--strict"] if args.strict else []
+    if find_spec("transformers") is None:
+        print("without transformers: it is not installed", file=sys.stderr)
+    else:
+        asked += ["--against", "transformers"]
+    try:
+        check_operator("int4", torch.device(args.device), getattr(torch, args.dtype))
+    except ValueError as error:
+        print(f"without int4: {error}", file=sys.stderr)
+    else:
+        asked += ["--quantize", "int4"]
+    return asked
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--what", choices=["reduction"], default="reduction")
+    parser.add_argument("--what", choices=["reduction", "all"], default="reduction")
     parser.add_argument("--size", choices=[*SIZES], default="7b", help="widths of the model")
-    parser.add_argument("--layers", type=int, default=4, help="decoder layers")
+    parser.add_argument("--layers", type=int, help="decoder layers (default: 4; of `all`: all)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads")
@@ -245,6 +271,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--strict", action="store_true", help="exit code 1 where a bound is missed")
     args = parser.parse_args(argv)
+    if args.what == "all":
+        return cli.main(bench_arguments(args))
+    args.layers = 4 if args.layers is None else args.layers
     if args.layers < 4 or args.repeat < 1:
         parser.error("needs at least 4 layers, of which one is pruned, and 1 round")
     if args.threads:
