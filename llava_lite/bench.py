@@ -8,6 +8,7 @@ runs one after the other instead. Load time and memory are those of a fresh proc
 bench_cases.py says what is timed; bench_report.py makes rows with bounds, a table and a plot of it.
 """
 
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -38,12 +40,15 @@ from llava_lite.bench_cases import (
     first_token,
     our_cases,
     peer_cases,
+    prompt_ids,
     random_pixels,
     stored_bytes,
     walk_all,
 )
 from llava_lite.checkpoint import load_tokenizer, parse_dtype
 from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, LlavaConfig
+from llava_lite.convert import convert
+from llava_lite.download import resolve
 from llava_lite.errors import LlavaLiteError
 from llava_lite.generation import Model
 from llava_lite.hardware import (
@@ -72,7 +77,9 @@ from llava_lite.trace import kv_bytes
 SIZES = {"7b": LLAVA_1_5_7B, "13b": LLAVA_1_5_13B, "tiny": TINY}
 WITH_QUANTIZED = ("none", "tome-72-logical", "hybrid-72-36")  # reductions
 SHARE_OF_PLAIN = {"int4": 0.3, "int8": 0.55}  # bytes of quantized weights, scales included
+PEER_FOOTPRINT = "load and memory of transformers"
 SPARE_BYTES = 1_000_000_000
+GIGA = 1e9
 
 
 Result = TypeVar("Result")
@@ -204,6 +211,12 @@ def bench(settings: Settings) -> Report:
         if name != TRANSFORMERS
     }
     plain = footprints[OURS]
+    not_loaded: dict[str, str] = {}
+    if settings.against:
+        try:
+            footprints[TRANSFORMERS] = peer_footprint_apart(settings, plain)
+        except BenchError as error:
+            not_loaded[PEER_FOOTPRINT] = str(error)
     phases = plan(settings, plain, free_bytes(settings.device))
     found = [run_phase(settings, names) for names in phases]
     logits = {name: tensor for phase in found for name, tensor in phase.logits.items()}
@@ -216,7 +229,7 @@ def bench(settings: Settings) -> Report:
         footprints,
         found[0].limits,
         tuple(row for phase in found for row in phase.measurements),
-        found[0].skipped,
+        {**found[0].skipped, **not_loaded},
         import_transformers().__version__ if settings.against else None,
         difference(logits.get(OURS), logits.get(TRANSFORMERS)),
     )
@@ -422,6 +435,67 @@ def footprint(settings: Settings, name: str) -> Footprint:
         answering.resident,
         method_of(model.llava),
     )
+
+
+def peer_footprint_apart(settings: Settings, plain: Footprint) -> Footprint:
+    """transformers' `from_pretrained` of the same model, exported into a temporary folder, in
+    processes of its own. Raises BenchError where there is no folder to export, or no space."""
+    if settings.source is None:
+        raise BenchError("of a folder: -m MODEL")
+    with TemporaryDirectory(prefix="llava_lite-bench-") as parent:
+        folder, size = Path(parent) / "hf", apart(export_for_peer, settings, plain.dtype, None)
+        free = shutil.disk_usage(parent).free
+        if free < size + SPARE_BYTES:
+            raise BenchError(
+                f"its copy of the weights needs {size / GIGA:.1f} GB and one to spare, "
+                f"{free / GIGA:.1f} GB are free in {Path(parent).parent}"
+            )
+        apart(export_for_peer, settings, plain.dtype, folder)
+        found = [
+            apart(peer_footprint, settings, plain, folder, not more)
+            for more in range(settings.repeat)
+        ]
+    loads = tuple(one.load_seconds for one in found if one.load_seconds is not None)
+    return replace(found[0], loads=loads, load_seconds=statistics.median(loads))
+
+
+def export_for_peer(settings: Settings, dtype: str, folder: Path | None) -> int:
+    """`convert --to hf` of the source; without a folder only how many bytes that takes."""
+    options = settings.options
+    tower = options.get("vision_tower")
+    where = {name: options[name] for name in ("revision", "offline") if name in options}
+    path = resolve(str(settings.source), vision_tower=tower, **where)
+    made = convert(
+        path,
+        folder,
+        dtype=dtype,
+        base=options.get("base"),
+        vision_tower=tower,
+        to="hf",
+        dry_run=folder is None,
+    )
+    return made.size
+
+
+def peer_footprint(settings: Settings, plain: Footprint, folder: Path, answer: bool) -> Footprint:
+    """As `footprint`, the same prompt and as many tokens, its import apart like torch's."""
+    start_process(settings)
+    import_transformers()
+    dtype = parse_dtype(plain.dtype) or torch.float32
+    with MemoryWatch(settings.device) as watch:
+        start = perf_counter()
+        peer = Peer.from_folder(folder, plain.config, dtype, settings.device)
+        seconds = perf_counter() - start
+    private = private_bytes()
+    with torch.inference_mode(), MemoryWatch(settings.device) as answering:
+        if answer:
+            ids = peer.expand(prompt_ids(plain.config))
+            size = plain.config.vision.image_size
+            pixels = torch.zeros(1, 3, size, size, dtype=dtype, device=settings.device)
+            peer.decode(peer.first_token(ids, pixels)[1], DECODED)
+    weights = stored_bytes(peer.model)
+    memory = private, watch.anonymous, answering.resident
+    return Footprint(plain.config, plain.dtype, weights, seconds, *memory)
 
 
 def method_of(llava: Llava) -> str | None:

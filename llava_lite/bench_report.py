@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llava_lite.bench import BenchError, Footprint, Measurement, Report
+from llava_lite.bench import PEER_FOOTPRINT, BenchError, Footprint, Measurement, Report
 from llava_lite.bench_cases import OURS, PARTS, SHARED_WORDS, TRANSFORMERS
 from llava_lite.config import LLAVA_1_5_7B, LlavaConfig
 from llava_lite.files import replace_file
@@ -76,7 +76,8 @@ class Row:
 
 def rows(report: Report) -> list[Row]:
     """Every figure that has a bound, from one run, and a few to be read beside these."""
-    found = [*peer_rows(report), *quantized_rows(report), *load_rows(report), *work_rows(report)]
+    found = [*peer_rows(report), *quantized_rows(report), *load_rows(report)]
+    found += [*peer_load_rows(report), *work_rows(report)]
     return [with_conditions(report, row) for row in found]
 
 
@@ -130,7 +131,8 @@ def first_token_rows(report: Report, setting: str, bound: float) -> Iterator[Row
     ):
         here = ratio(report, part, OURS, TRANSFORMERS, setting)
         run = report.find(OURS, part, setting) is not None or setting == "none"
-        missing = "--against transformers" if run else f"--reductions {setting}"
+        missing = report.skipped.get(setting, f"--reductions {setting}")
+        missing = "--against transformers" if run else missing
         yield Row(f"{name}, {how}: time, transformers = 1", here, limit, False, "", missing)
 
 
@@ -161,6 +163,21 @@ def load_rows(report: Report) -> Iterator[Row]:
         missing = "not known here"
     value = None if private is None else private / GIGA
     yield Row("load of a folder: private memory", value, 1.0, False, "GB", missing)
+
+
+def peer_load_rows(report: Report) -> Iterator[Row]:
+    """The same of transformers, beside ours; no bound."""
+    ours, other = report.footprints[OURS], report.footprints.get(TRANSFORMERS)
+    missing = report.skipped.get(PEER_FOOTPRINT, "--against transformers")
+    for name, field in (
+        ("time to load", "load_seconds"),
+        ("private memory after loading", "private"),
+        ("peak memory while answering", "answering"),
+    ):
+        above, below = (getattr(one, field) if one else None for one in (ours, other))
+        value = above / below if above and below else None
+        said = "not known here" if other else missing
+        yield Row(f"{name}: transformers = 1", value, None, False, "", said)
 
 
 def work_rows(report: Report) -> Iterator[Row]:

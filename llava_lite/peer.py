@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from llava_lite.config import LlavaConfig
 from llava_lite.errors import LlavaLiteError
 from llava_lite.export import hf_documents
+from llava_lite.files import read_json
 from llava_lite.layouts import our_names
 from llava_lite.llava import IMAGE_TOKEN_ID, Llava
 from llava_lite.meta import expected_shapes
@@ -57,6 +59,21 @@ class Peer:
         # Weights go on requiring gradients, as `from_pretrained` leaves them: without, torch takes
         # a way through the last row's logits that copies all of lm_head.
         self.model.to(self.device).eval()
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, config: LlavaConfig, dtype: torch.dtype, device: str
+    ) -> "Peer":
+        """As users of `transformers` load an exported folder, `config` what it was made from."""
+        peer = cls.__new__(cls)
+        transformers = import_transformers()
+        peer.version = transformers.__version__
+        peer.model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        peer.model.to(device).eval()
+        peer.device = torch.device(device)
+        peer.image_id = read_json(folder / "config.json")["image_token_index"]
+        peer.num_patches = config.vision.num_patches
+        return peer
 
     def named_as_theirs(self, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """Our tensors under their names, and noise for those that only they have."""

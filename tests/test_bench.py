@@ -284,6 +284,7 @@ GOOD = {
 LOADED = {
     OURS: Footprint(LLAVA_1_5_7B, "bfloat16", 1, 4.0, 900_000_000, 1, 1),
     INT4: Footprint(LLAVA_1_5_7B, "bfloat16", 1, 9.0, 1, 5_400_000_000, 4_000_000_000),
+    TRANSFORMERS: Footprint(LLAVA_1_5_7B, "bfloat16", 1, 16.0, 1_800_000_000, 1, 2),
 }
 FOLDER = Settings("folder", quantize="int4", against=True)
 
@@ -297,6 +298,9 @@ def test_good_figures_pass_every_bound() -> None:
     first = "first token, hybrid-72-36"
     assert named[f"{first}, 34 words cached: time, transformers = 1"] == pytest.approx(0.19)
     assert named[f"{first}, nothing cached: time, transformers = 1"] == pytest.approx(0.25)
+    assert named["time to load: transformers = 1"] == 0.25
+    assert named["private memory after loading: transformers = 1"] == 0.5
+    assert named["peak memory while answering: transformers = 1"] == 0.5
     assert rows[-2].value == pytest.approx(1.0)  # the attention is not counted
     assert rows[-1].value == pytest.approx(100 / 0.32 / 1000)
     whole = "width 4096 with 32 heads, 32 decoder layers, plain weights, 5 rounds"
@@ -637,6 +641,26 @@ def test_one_after_the_other(
     [line] = [line for line in text.splitlines() if "first logits" in line]
     assert float(line.split("differ by ")[1].split(" %")[0]) < 5  # bfloat16
     assert "not run (--against" not in text
+    figures = [line for line in text.splitlines() if ": transformers = 1 " in line]
+    assert len(figures) == 3 and not any("not run" in line for line in figures)
+    assert any(line.startswith("transformers: weights") for line in text.splitlines())
+
+
+@pytest.mark.usefixtures("inline")
+def test_without_space_for_a_copy_the_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(str(embedded_model()), against=True)
+    plain = replace(LOADED[OURS], config=TINY)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000_000))
+        with pytest.raises(BenchError, match=r"needs 0\.0 GB and one to spare, 1\.0 GB are free"):
+            bench.peer_footprint_apart(settings, plain)
+    with pytest.raises(BenchError, match="of a folder"):
+        bench.peer_footprint_apart(Settings(size="tiny", against=True), plain)
+    skipped = {bench.PEER_FOOTPRINT: "no space"}
+    line = bench_report.bound_line(
+        named_rows(made_up({}, skipped=skipped))["peak memory while answering"]
+    )
+    assert line.endswith("not run (no space)")
 
 
 @pytest.mark.parametrize(("value", "code"), [(2.0, 0), (1.0, 1)])
