@@ -68,6 +68,7 @@ class Peer:
         peer = cls.__new__(cls)
         transformers = import_transformers()
         peer.version = transformers.__version__
+        transformers.utils.logging.disable_progress_bar()
         peer.model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         peer.model.to(device).eval()
         peer.device = torch.device(device)
