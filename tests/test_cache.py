@@ -2,6 +2,11 @@
 
 import copy
 import pickle
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
 
 import pytest
 import torch
@@ -26,6 +31,15 @@ def joined(*pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
     return len(a) == len(b) == 2 and torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    """Threads take turns all the time."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,6 +74,24 @@ def test_copies_are_rare_in_long_caches() -> None:
         cache = longer
     assert cache[0].shape[2] == 2000
     assert copies <= 4
+
+
+def test_threads_that_continue_the_same_pair_do_not_meet(eager_threads: None) -> None:
+    news = [torch.full((1, 32, 1, 128), float(number)) for number in range(3)]
+    first = torch.zeros(1, 32, 50, 128)
+    start = Barrier(len(news))
+
+    def longer(base: LayerCache, new: Tensor) -> bool:
+        start.wait()
+        pair = append(base, new, new)
+        return all(torch.equal(x[:, :, -1:], new) for x in pair)
+
+    right = []
+    with ThreadPoolExecutor(len(news)) as threads:
+        for _ in range(100):
+            base = append(append(None, first, first), news[0], news[0])
+            right += threads.map(partial(longer, base), news)
+    assert right.count(True) == 300
 
 
 def test_it_is_a_plain_tuple() -> None:
