@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from llava_lite.cache import FEWEST_SPARE, LayerCache, append
 
@@ -92,6 +94,25 @@ def test_threads_that_continue_the_same_pair_do_not_meet(eager_threads: None) ->
             base = append(append(None, first, first), news[0], news[0])
             right += threads.map(partial(longer, base), news)
     assert right.count(True) == 300
+
+
+def test_the_space_is_taken_before_it_is_written() -> None:
+    """Whoever continues the same pair while somebody writes goes elsewhere."""
+    base = append(append(None, *draw(10)), *draw(1, 1))
+    between: list[LayerCache] = []
+
+    class Interrupting(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is Tensor.__setitem__ and not between:
+                between.append(append(base, *draw(1, 2)))
+            return func(*args, **(kwargs or {}))
+
+    with Interrupting():
+        longer = append(base, *draw(1, 3))
+    assert same(longer, joined(base, draw(1, 3)))
+    assert same(between[0], joined(base, draw(1, 2)))
 
 
 def test_it_is_a_plain_tuple() -> None:
