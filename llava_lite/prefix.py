@@ -52,14 +52,16 @@ class Prefix:
         if weights != self.weights:
             self.clear()
             self.weights = weights
-        if ids in self.caches:
-            return self.caches[ids]
+        kept = self.caches.get(ids)
+        if kept is not None:
+            return kept
         rows, layout = self.llava.splice(ids, [])
         [cache] = self.llava.decoder(rows, [layout], [None]).past_key_values
         if len(ids) <= MOST_POSITIONS:
             self.caches[ids] = cache
-            while sum(map(len, self.caches)) > MOST_POSITIONS:
-                del self.caches[next(iter(self.caches))]
+            oldest = list(self.caches)  # other threads may change the original
+            while sum(map(len, oldest)) > MOST_POSITIONS:
+                self.caches.pop(oldest.pop(0), None)
         return cache
 
     def fingerprint(self) -> int:
