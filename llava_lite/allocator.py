@@ -1,27 +1,32 @@
-"""Freed memory stays with the process.
+"""Freed memory stays with the process, within bounds.
 
-The C library of most Linux systems maps every large block of memory anew, and gives it back when it
-is freed. A prefill makes hundreds of such blocks, and each time the system has to find pages for
-them and clear them: a tenth of the whole time, much more on some virtual machines. A process that
-does little else than run a model, as the command line does, had better keep them."""
+The C library of most Linux systems gives memory back soon after it is freed. A prefill frees and
+allocates hundreds of blocks of 5 to 30 MB, and each time the system has to find pages for them and
+clear them: a tenth of the whole time, much more on some virtual machines. A process that does
+little else than run a model, as the command line does, had better keep them.
+
+Larger blocks, of very long prompts, go back to the system as ever: the heap that would hold them
+grows by one of them again and again, for an aligned block does not fit into the hole that one of
+its size left."""
 
 import ctypes
 import sys
 
 # From malloc.h of glibc.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-NEVER = 2**31 - 1
-LARGEST = 2**30  # blocks up to this come from the heap
-AT_ONCE = 2**28  # the heap grows by so much
+LARGEST = 2**25  # blocks up to this come from the heap, the most that older glibc takes
+KEPT = 2**28  # so much stays at the end of the heap when all is freed
+AT_ONCE = 2**26  # the heap grows by so much
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library, for the rest of the process; False where it is not glibc's."""
+    """Tell the C library, for the process; False where it is not glibc's, or refuses."""
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
-        wishes = (M_MMAP_THRESHOLD, LARGEST), (M_TRIM_THRESHOLD, NEVER), (M_TOP_PAD, AT_ONCE)
-        return all([mallopt(parameter, value) == 1 for parameter, value in wishes])
     except (OSError, AttributeError):  # musl has no mallopt
         return False
+    # The first is what bounds the heap: without it, the others had better stay as they are.
+    wishes = (M_MMAP_THRESHOLD, LARGEST), (M_TRIM_THRESHOLD, KEPT), (M_TOP_PAD, AT_ONCE)
+    return all(mallopt(parameter, value) == 1 for parameter, value in wishes)

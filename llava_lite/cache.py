@@ -9,12 +9,16 @@ space.
 """
 
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 SPARE = 0.25  # of the length, and at least:
 FEWEST_SPARE = 64
+# Of threads that continue the same pair, one may have the space. A lock for all rooms is held for
+# two comparisons, and rooms without one of their own can be copied and compiled.
+TAKING = Lock()
 
 
 @dataclass
@@ -25,11 +29,16 @@ class Room:
     values: Tensor
     used: int
 
-    def takes(self, length: int, new: int) -> bool:
-        """Whether `new` positions may follow the first `length` ones here."""
-        free = self.used == length and length + new <= self.keys.shape[2]
+    def take(self, length: int, new: int) -> bool:
+        """Take the `new` positions behind the first `length` ones; whether these were free."""
         # What was made in inference mode must not be written to outside of it.
-        return free and (torch.is_inference_mode_enabled() or not self.keys.is_inference())
+        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        with TAKING:
+            free = self.used == length and length + new <= self.keys.shape[2]
+            if free:
+                self.used = length + new
+        return free
 
 
 class LayerCache(tuple[Tensor, Tensor]):
@@ -66,11 +75,10 @@ def append(past: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> LayerCac
         return LayerCache(torch.cat((past[0], k), 2), torch.cat((past[1], v), 2))
     length, stop = past[0].shape[2], past[0].shape[2] + k.shape[2]
     room = past.room if isinstance(past, LayerCache) else None
-    if room is None or not room.takes(length, k.shape[2]):
+    if room is None or not room.take(length, k.shape[2]):
         capacity = stop + max(FEWEST_SPARE, int(SPARE * stop))
-        room = Room(with_space(past[0], capacity), with_space(past[1], capacity), length)
+        room = Room(with_space(past[0], capacity), with_space(past[1], capacity), stop)
     room.keys[:, :, length:stop], room.values[:, :, length:stop] = k, v
-    room.used = stop
     return LayerCache(room.keys[:, :, :stop], room.values[:, :, :stop], room)
 
 

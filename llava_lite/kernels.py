@@ -9,7 +9,6 @@ the fastest stays.
 For many rows there is nothing to choose: oneDNN's product, which `F.linear` is, wins. Fewer and
 larger products, as of q, k and v in one, read memory only two percent faster."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -39,20 +38,14 @@ def matrix_vector(weight: Tensor, x: Tensor) -> Tensor:
     return torch.mv(weight, x[0])[None]
 
 
-def linear_without_onednn(weight: Tensor, x: Tensor) -> Tensor:
-    """`linear` by torch's own kernel."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the switch talks about a GPU that nobody asked for
-        with torch.backends.mkldnn.flags(enabled=False):
-            return F.linear(x, weight)
-
-
 def weight_first(weight: Tensor, x: Tensor) -> Tensor:
     """The transposed product: oneDNN then reads the weights as the operand that it streams."""
     return (weight @ x.T).T.contiguous()
 
 
-ONE_ROW: tuple[Kernel, ...] = (matrix_vector, linear_without_onednn)
+# No kernel here may change settings of the process: torch's switch for oneDNN is one, and threads
+# that answer side by side would leave it off.
+ONE_ROW: tuple[Kernel, ...] = (matrix_vector,)
 FEW: tuple[Kernel, ...] = (weight_first,)
 
 
@@ -81,8 +74,10 @@ class ChosenLinear(nn.Linear):
         self.choice = choice
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.in_features,) or x.dtype != torch.bfloat16:
+            return super().forward(x)  # which says what is wrong with x
         kernel = self.choice.kernel(x.numel() // self.in_features)
-        if kernel is None or x.dtype != torch.bfloat16:
+        if kernel is None:
             return super().forward(x)
         rows = kernel(self.weight, x.reshape(-1, self.in_features))
         return (rows if self.bias is None else rows + self.bias).view(*x.shape[:-1], -1)
@@ -90,10 +85,11 @@ class ChosenLinear(nn.Linear):
 
 def choose_kernels(module: nn.Module) -> dict[tuple[int, int], Choice]:
     """Give the linears in `module` the fastest kernels: what was found for each shape (out, in)
-    where that is not `F.linear`. Nothing changes but on a CPU in bfloat16."""
+    where that is not `F.linear`. Nothing changes but on a CPU in bfloat16, and no layer with hooks.
+    """
     groups: dict[tuple[int, int], list[nn.Linear]] = {}
     for part in module.modules():
-        if type(part) is nn.Linear and is_eligible(part.weight):
+        if isinstance(part, nn.Linear) and is_eligible(part):
             groups.setdefault((part.out_features, part.in_features), []).append(part)
     found = {
         shape: Choice(fastest(linears, ONE_ROW, 1), fastest(linears, FEW, TRIED_ROWS))
@@ -101,19 +97,22 @@ def choose_kernels(module: nn.Module) -> dict[tuple[int, int], Choice]:
     }
     for parent in list(module.modules()):
         for name, part in list(parent.named_children()):
-            if type(part) is nn.Linear and is_eligible(part.weight):
+            if isinstance(part, nn.Linear) and is_eligible(part):
                 choice = found[part.out_features, part.in_features]
                 if choice:
                     setattr(parent, name, ChosenLinear(part, choice))
     return {shape: choice for shape, choice in found.items() if choice}
 
 
-def is_eligible(weight: Tensor) -> bool:
-    """Whether there is something to choose."""
+def is_eligible(layer: nn.Linear) -> bool:
+    """Whether there is something to choose, and nothing of the layer would be lost."""
+    hooks = (value for name, value in vars(layer).items() if name.endswith("_hooks"))
     return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and weight.nbytes >= MIN_BYTES
+        type(layer) is nn.Linear
+        and not any(hooks)
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype == torch.bfloat16
+        and layer.weight.nbytes >= MIN_BYTES
     )
 
 

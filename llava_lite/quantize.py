@@ -23,7 +23,7 @@ Shapes: R rows, K in_features, N out_features of a linear layer, M <= N rows of 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,13 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.method}"
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        before = next(part for part in self.buffers() if part.is_floating_point())
+        after = fn(before)
+        if after.dtype != before.dtype:
+            check_operator(self.method, after.device, after.dtype)
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, *_: object) -> None:
         # What is held here is in this machine's order, and a model of these names does not exist.
@@ -263,6 +270,29 @@ class Int4Linear(QuantizedLinear):
             groups = weight.unflatten(0, (-1, GROUP_SIZE))  # (K/128, 128, M)
             yield torch.addcmul(zeros, groups, scales, out=groups).flatten(0, 1)
 
+    def stored_codes(self) -> Tensor:
+        """weight_int4 (N, K/2) as files hold it, with the padding of N."""
+        k = self.in_features
+        packed = self.weight_packed.view(torch.uint8).view(-1, k // 2)
+        order, stored = packed_order(packed.device), torch.empty_like(packed)
+        for codes, out in zip(
+            packed.split(self.block_rows), stored.split(self.block_rows), strict=True
+        ):
+            wide = torch.empty(k, len(codes), dtype=torch.int8, device=packed.device)
+            order.unpack(codes, wide)
+            wide = (wide + 8).T.to(torch.uint8)  # (M, K)
+            out.copy_(wide[:, ::2] << 4 | wide[:, 1::2])
+        return stored
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies may be read on another machine, whose packed order is another.
+        buffers = {**self._buffers, "weight_packed": self.stored_codes()}
+        return {**self.__dict__, "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.weight_packed = pack(self.weight_packed)
+
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         before, after = self.scales_and_zeros, fn(self.scales_and_zeros)
         if before.device.type != after.device.type:
@@ -399,6 +429,8 @@ def quantize(model: "Model | Llava", method: str) -> None:
     shapes = decoder_linears(llava)
     check_shapes(shapes, kind)
     check_operator(method, llava.device, llava.dtype)
+    for name in shapes:  # all of them, before the first is replaced
+        check_range(name, llava.get_parameter(f"{name}.weight").detach(), kind, llava.dtype)
     for name in shapes:
         weight = llava.get_parameter(f"{name}.weight").detach()
         llava.set_submodule(name, kind(rounded(name, weight, kind, llava.dtype), own=True))
@@ -438,6 +470,12 @@ def rounded(
     if not all(torch.isfinite(part).all() for part in parts.values()):
         raise ValueError(f"{name}: weights are NaN or infinite, or too large for {dtype} scales")
     return parts
+
+
+def check_range(name: str, weight: Tensor, kind: type[QuantizedLinear], dtype: torch.dtype) -> None:
+    """Raise ValueError as `rounded` would, by the weight's smallest and largest value."""
+    extremes = torch.stack(weight.aminmax())  # NaN if any weight is
+    rounded(name, extremes.repeat(kind.group_size)[None], kind, dtype)
 
 
 @lru_cache

@@ -2,12 +2,19 @@
 
 import copy
 import pickle
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from llava_lite.cache import FEWEST_SPARE, LayerCache, append
 
@@ -26,6 +33,15 @@ def joined(*pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
     return len(a) == len(b) == 2 and torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    """Threads take turns all the time."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,6 +76,43 @@ def test_copies_are_rare_in_long_caches() -> None:
         cache = longer
     assert cache[0].shape[2] == 2000
     assert copies <= 4
+
+
+def test_threads_that_continue_the_same_pair_do_not_meet(eager_threads: None) -> None:
+    news = [torch.full((1, 32, 1, 128), float(number)) for number in range(3)]
+    first = torch.zeros(1, 32, 50, 128)
+    start = Barrier(len(news))
+
+    def longer(base: LayerCache, new: Tensor) -> bool:
+        start.wait()
+        pair = append(base, new, new)
+        return all(torch.equal(x[:, :, -1:], new) for x in pair)
+
+    right = []
+    with ThreadPoolExecutor(len(news)) as threads:
+        for _ in range(100):
+            base = append(append(None, first, first), news[0], news[0])
+            right += threads.map(partial(longer, base), news)
+    assert right.count(True) == 300
+
+
+def test_the_space_is_taken_before_it_is_written() -> None:
+    """Whoever continues the same pair while somebody writes goes elsewhere."""
+    base = append(append(None, *draw(10)), *draw(1, 1))
+    between: list[LayerCache] = []
+
+    class Interrupting(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is Tensor.__setitem__ and not between:
+                between.append(append(base, *draw(1, 2)))
+            return func(*args, **(kwargs or {}))
+
+    with Interrupting():
+        longer = append(base, *draw(1, 3))
+    assert same(longer, joined(base, draw(1, 3)))
+    assert same(between[0], joined(base, draw(1, 2)))
 
 
 def test_it_is_a_plain_tuple() -> None:

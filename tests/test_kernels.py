@@ -1,12 +1,14 @@
 """Kernels for one row and for few: the same products, chosen by measurement."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from conftest import TINY_CONFIG, random_llava
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import llava_lite
 from llava_lite import kernels
@@ -60,6 +62,54 @@ def test_inputs_may_be_strided() -> None:
     layer, x = plain(96, 200), torch.randn(96, 6).bfloat16().T
     ours = ChosenLinear(layer, CHOICE)(x)
     torch.testing.assert_close(ours, layer(x), rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("shape", [(96, 1), (1, 95), (192,), ()])
+def test_other_widths_are_refused_as_ever(shape: tuple) -> None:
+    layer, x = plain(96, 200), torch.ones(shape, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError) as usual:
+        layer(x)
+    with pytest.raises(RuntimeError) as ours:
+        ChosenLinear(layer, CHOICE)(x)
+    assert str(ours.value) == str(usual.value)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+        "register_state_dict_pre_hook",
+    ],
+)
+def test_layers_with_hooks_stay(always: None, register: str) -> None:
+    model = nn.Sequential(plain(32, 64), plain(64, 32), plain(32, 64))
+    handle = getattr(model[0], register)(lambda *_: None)
+    assert choose_kernels(model) == {(64, 32): CHOICE, (32, 64): CHOICE}
+    assert [type(part) for part in model] == [nn.Linear, ChosenLinear, ChosenLinear]
+    handle.remove()
+    choose_kernels(model)
+    assert type(model[0]) is ChosenLinear
+
+
+def test_no_setting_of_the_process_changes() -> None:
+    """Whether oneDNN is used is one, for all threads: it must stay as it is within every kernel."""
+    seen = []
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(torch.backends.mkldnn.enabled)
+            return func(*args, **(kwargs or {}))
+
+    layer = plain(96, 200)
+    for kernel in (*ONE_ROW, *FEW):
+        with Watching():
+            kernel(layer.weight, torch.ones(1, 96, dtype=torch.bfloat16))
+    assert seen and all(seen)
 
 
 def test_rows_decide_about_the_kernel() -> None:
@@ -119,7 +169,7 @@ def test_the_fastest_of_each_shape_is_chosen(monkeypatch: pytest.MonkeyPatch) ->
     best = {
         (64, 32): CHOICE,
         (32, 64): Choice(None, None),
-        (16, 16): Choice(kernels.linear_without_onednn, None),
+        (16, 16): Choice(matrix_vector, None),
         (8, 16): Choice(None, weight_first),
     }
     asked = []

@@ -7,9 +7,11 @@ import pytest
 import torch
 from conftest import TINY_CONFIG, TINY_TEXT, random_llava
 
+import llava_lite
 from llava_lite import prefix as module
 from llava_lite.generation import Model
 from llava_lite.prompt import TEMPLATES, build_prompt
+from llava_lite.quantize import quantize
 from llava_lite.reduction import FastV, Reduction, ToMe
 from llava_lite.tokenizer import Tokenizer
 
@@ -109,14 +111,15 @@ def test_two_answers_over_one_prefix_do_not_meet(model: Model) -> None:
     assert [text.strip() for text in pieces] == alone
 
 
-@pytest.mark.parametrize("change", ["written", "replaced", "cast"])
+def score(model: Model) -> tuple[float, ...]:
+    return tuple(model.score(picture(1), "star?", "ring").token_logprobs)
+
+
+@pytest.mark.parametrize("change", ["written", "replaced", "given other memory"])
 def test_new_weights_make_it_void(
     model: Model, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    def call() -> Any:
-        return model.score(picture(1), "star?", "ring").token_logprobs
-
-    before = call()
+    before = score(model)
     projection = model.llava.decoder.layers[0].attn.k_proj
     with torch.no_grad():
         if change == "written":
@@ -124,17 +127,101 @@ def test_new_weights_make_it_void(
         elif change == "replaced":
             projection.weight = torch.nn.Parameter(-projection.weight)
         else:
-            projection.weight *= -1
-            model.llava.float()
-    after = call()
+            projection.weight.data = -projection.weight
+    after = score(model)
     assert after != pytest.approx(before, abs=1e-3)
-    assert after == pytest.approx(without(model, monkeypatch, call), abs=1e-4)
+    assert after == pytest.approx(without(model, monkeypatch, lambda: score(model)), abs=1e-9)
 
 
-def test_old_system_texts_are_forgotten(model: Model) -> None:
+def test_a_cast_makes_it_void(model: Model) -> None:
+    score(model)
+    [before] = model.prefix.caches.values()
+    model.llava.float()
+    score(model)
+    [after] = model.prefix.caches.values()
+    assert (before[0][0].dtype, after[0][0].dtype) == (torch.float64, torch.float32)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_quantised_weights_are_looked_at_too(
+    tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    text = replace(TINY_TEXT, hidden_size=128, intermediate_size=128, max_positions=1024)
+    model = Model(random_llava(replace(TINY_CONFIG, text=text)), tiny_tokenizer)
+    quantize(model, method)
+    before = score(model)
+    projection = model.llava.decoder.layers[0].attn.k_proj
+    next(iter(projection.buffers())).bitwise_not_()
+    after = score(model)
+    assert after != pytest.approx(before, abs=1e-3)
+    assert after == pytest.approx(without(model, monkeypatch, lambda: score(model)), abs=1e-4)
+
+
+@pytest.mark.parametrize("way", ["data", "numpy", "inference mode"])
+def test_clear_is_for_writes_that_torch_does_not_count(
+    model: Model, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    projection = model.llava.decoder.layers[0].attn.k_proj
+    if way == "inference mode":
+        with torch.inference_mode():
+            projection.weight = torch.nn.Parameter(projection.weight.clone(), requires_grad=False)
+    before = score(model)
+    if way == "data":
+        projection.weight.data.neg_()
+    elif way == "numpy":
+        view = projection.weight.detach().numpy()
+        view *= -1
+    else:
+        with torch.inference_mode():
+            projection.weight.neg_()
+    [old] = model.prefix.caches.values()
+    score(model)
+    assert [*model.prefix.caches.values()] == [old]  # as its docstring says
+    model.prefix.clear()
+    after = score(model)
+    assert after != pytest.approx(before, abs=1e-3)
+    assert after == pytest.approx(without(model, monkeypatch, lambda: score(model)), abs=1e-9)
+
+
+def test_old_templates_and_system_texts_are_forgotten(model: Model) -> None:
     for number in range(3 * module.MOST):
         model.generate(None, "star?", max_new_tokens=1, system=f"Number {number}.")
-    assert len(model.prefix.caches) == len(model.prefix.known_ids) == module.MOST
+    assert len(model.prefix.known_ids) == module.MOST
+
+
+def test_positions_are_bounded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = model.prefix.caches
+    for start in range(10):
+        model.prefix.cache(tuple(range(start, start + 4)))
+    assert list(kept) == [tuple(range(start, start + 4)) for start in range(10)]
+    monkeypatch.setattr(module, "MOST_POSITIONS", 42)
+    model.prefix.cache(tuple(range(10)))  # takes the place of the first two
+    assert [ids[0] for ids in kept] == [*range(2, 10), 0] and sum(map(len, kept)) == 42
+    before = list(kept)
+    long = model.prefix.cache(tuple(range(43)))
+    assert long[0][0].shape[2] == 43 and list(kept) == before
+    model.prefix.cache(tuple(range(42)))
+    assert list(map(len, kept)) == [42]
+
+
+@pytest.mark.parametrize("wish", [None, "hybrid-72-36", "tome-72"])
+def test_the_embedded_model_says_the_same_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch, wish: str | None
+) -> None:
+    """In float32, with the sizes and weights of a model that is used."""
+    model = llava_lite.load(llava_lite.embedded_model(), device="cpu", dtype="float32")
+
+    def call() -> Any:
+        questions = ["How many objects are there?", "Describe the image."]
+        images = [picture(1), picture(2)]
+        answers = model.generate(images, questions, max_new_tokens=12, reduction=wish)
+        scores = model.score(images, questions, ["three red stars", "a blue ring"], reduction=wish)
+        return [(str(one), one.token_ids) for one in answers], [
+            one.token_logprobs for one in scores
+        ]
+
+    assert model.prefix.ids(model.config.template, None)
+    assert call() == without(model, monkeypatch, call)
 
 
 def test_a_trace_shows_the_whole_prompt(model: Model) -> None:

@@ -7,6 +7,7 @@ Run: pytest tests/test_quantize.py
 import gc
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -300,20 +301,70 @@ def test_an_unknown_order_is_said(
         module.packed_order(CPU)
 
 
+def with_capability(capability: str, script: str) -> None:
+    """Run a script in a process in which torch uses the instructions of a lesser CPU."""
+    script = f"""
+import torch
+print(torch.backends.cpu.get_cpu_capability(), flush=True)
+{script}
+print("ok")
+"""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    found, usual = done.stdout.split("\n")[0], torch.backends.cpu.get_cpu_capability()
+    if found != capability.upper() and found == usual:
+        pytest.skip(f"ATEN_CPU_CAPABILITY has no effect on this {usual} machine")
+    assert done.stdout == f"{capability.upper()}\nok\n", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_processors_pack_in_other_orders(capability: str) -> None:
-    script = """
-import torch
+    with_capability(
+        capability,
+        """
 from llava_lite import quantize
 for method in quantize.METHODS:
     for dtype in (torch.bfloat16, torch.float32):
         quantize.check_operator(method, torch.device("cpu"), dtype)
-print("ok", torch.backends.cpu.get_cpu_capability())
-"""
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.startswith("ok"), done.stderr
+""",
+    )
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pickled_layer_is_read_on_other_processors(
+    kind: type[QuantizedLinear], capability: str, tmp_path: Path
+) -> None:
+    layer, x = kind(kind.round(random_weight(), torch.float32)), torch.randn(40, 384)
+    torch.save((layer, x, layer(x)), tmp_path / "here.pt")
+    with_capability(
+        capability,
+        f"""
+layer, x, y = torch.load({str(tmp_path / "here.pt")!r}, weights_only=False)
+torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(layer(x[:1]), y[:1], rtol=1e-4, atol=1e-5)
+torch.save((layer, x, y), {str(tmp_path / "there.pt")!r})
+""",
+    )
+    back, _, _ = torch.load(tmp_path / "there.pt", weights_only=False)
+    assert all(torch.equal(layer.get_buffer(n), part) for n, part in back.named_buffers())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("copied", [deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_are_the_same_and_their_own(
+    kind: type[QuantizedLinear], copied: Callable[[QuantizedLinear], QuantizedLinear]
+) -> None:
+    layer = kind(kind.round(random_weight(), torch.bfloat16))
+    twin = copied(layer)
+    assert type(twin) is kind and str(twin) == str(layer)
+    parts = {name: part.clone() for name, part in layer.named_buffers()}
+    assert len(parts) == 2
+    for name, part in twin.named_buffers():
+        assert torch.equal(part, parts[name])
+        part.zero_()
+    assert all(torch.equal(part, parts[name]) for name, part in layer.named_buffers())
 
 
 # ---- where it does not run ---------------------------------------------------------------------
@@ -502,13 +553,29 @@ def test_models_that_cannot_be_quantised() -> None:
     quantize(narrow, "int8")
     with pytest.raises(ValueError, match="is int8 already"):
         quantize(narrow, "int4")
-    for value in (float("nan"), float("inf")):
-        llava.decoder.lm_head.weight.data[3, 4] = value
-        for method in METHODS:
-            with pytest.raises(ValueError, match="decoder.lm_head: weights are NaN or infinite"):
-                quantize(llava, method)
-            llava = random_llava(CONFIG)
-            llava.decoder.lm_head.weight.data[3, 4] = value
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_leave_the_model_as_it_was(method: str, value: float) -> None:
+    llava = random_llava(CONFIG)
+    llava.decoder.lm_head.weight.data[3, 4] = value  # the last of all
+    before = list(llava.modules())
+    with pytest.raises(ValueError, match="decoder.lm_head: weights are NaN or infinite"):
+        quantize(llava, method)
+    assert list(llava.modules()) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cast", [nn.Module.double, lambda llava: llava.to(torch.float64)])
+def test_a_cast_to_what_the_operators_do_not_take(
+    method: str, cast: Callable[[nn.Module], nn.Module]
+) -> None:
+    llava = random_llava(CONFIG)
+    quantize(llava, method)
+    with pytest.raises(ValueError, match=f"^{method} does not run here .*torch.float64") as found:
+        cast(llava)
+    assert "\n" not in str(found.value)
 
 
 def test_a_kernel_chosen_for_one_row_goes_with_the_weights(
