@@ -467,15 +467,21 @@ def rounded(
 ) -> dict[str, Tensor]:
     """Parts of a weight. Raises ValueError naming a layer that is not finite."""
     parts = kind.round(weight, dtype)
-    if not all(torch.isfinite(part).all() for part in parts.values()):
-        raise ValueError(f"{name}: weights are NaN or infinite, or too large for {dtype} scales")
+    check_parts(name, parts)
     return parts
+
+
+def check_parts(name: str, parts: Parts) -> None:
+    """Raise ValueError naming the layer where scales or zeros are not finite."""
+    if not all(torch.isfinite(part).all() for part in parts.values()):
+        dtype = parts["scales"].dtype
+        raise ValueError(f"{name}: weights are NaN or infinite, or too large for {dtype} scales")
 
 
 def check_range(name: str, weight: Tensor, kind: type[QuantizedLinear], dtype: torch.dtype) -> None:
     """Raise ValueError as `rounded` would, by the weight's smallest and largest value."""
     extremes = torch.stack(weight.aminmax())  # NaN if any weight is
-    rounded(name, extremes.repeat(kind.group_size)[None], kind, dtype)
+    check_parts(name, kind.round(extremes.repeat(kind.group_size)[None], dtype))
 
 
 @lru_cache
