@@ -15,7 +15,18 @@ FOLDER = llava_lite.embedded_model()
 EXAMPLES = FOLDER / "examples"
 SEED = 77
 # Guessing gets about a sixth to a quarter right, half where the answer is yes or no.
-FLOORS = {"count": 0.7, "color": 0.8, "shape": 0.8, "exists": 0.65}
+FLOORS = {
+    "count": 0.75,
+    "count_color": 0.85,
+    "count_shape": 0.75,
+    "color": 0.9,
+    "shape": 0.9,
+    "exists": 0.92,
+    "where": 0.75,
+    "relation": 0.9,
+    "digit": 0.4,
+    "describe": 0.2,
+}
 
 
 @pytest.fixture(scope="module")
