@@ -11,13 +11,14 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from statistics import NormalDist, mean
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from llava_lite.evaluation.suite import wilson_interval
 from llava_lite.generation import DEFAULT_BATCH_SIZE, Model
 from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage
 from llava_lite.reduction import Reduction
@@ -51,14 +52,7 @@ class Tally:
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Wilson score interval of the accuracy (E. B. Wilson, JASA 22, 1927)."""
-        if not self.asked:
-            return math.nan, math.nan
-        z = NormalDist().inv_cdf(0.5 + confidence / 2)
-        n, p = self.asked, self.accuracy
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        # At 0 and at 1 the interval ends where the accuracy is: not beyond it by rounding.
-        return min(middle - half, p) if p else 0.0, max(middle + half, p) if p < 1 else 1.0
+        return wilson_interval(self.right, self.asked, confidence)
 
     def add(self, question: Question, answer: str) -> None:
         """Count one answer; it is right when it is exactly the expected text."""
