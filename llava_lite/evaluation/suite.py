@@ -68,7 +68,7 @@ class Suite(Protocol):
         ...
 
     def score(self, answers: Mapping[str, str]) -> Scores:
-        """Scores from the answers by sample id. An id that is missing failed: it counts as wrong."""
+        """Scores from the answers by sample id. A missing id failed: it counts as wrong."""
         ...
 
 
