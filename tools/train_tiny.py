@@ -126,7 +126,8 @@ class PatchLabels:
     `third` the place of its object among the nine thirds of the image; `center` (B, P) 0/1;
     `offset` (B, P, 2) from patch to object centre in patches; `spot` (B, P, 2) the object's centre
     in the image without its padding, -1..1 from edge to edge; `extent` (B, P, 2) width and height
-    of that image in sides of the padded square, the same for all patches."""
+    of that image in sides of the padded square, the same for all patches; `area` (B, P) how many
+    patches belong to its object, 0 in the background."""
 
     color: Tensor
     shape: Tensor
@@ -136,6 +137,7 @@ class PatchLabels:
     offset: Tensor
     spot: Tensor
     extent: Tensor
+    area: Tensor
 
     def to(self, device: str) -> "PatchLabels":
         """The same labels on another device."""
@@ -181,6 +183,7 @@ def label_patches(scene: Scene, instances: np.ndarray, corner: tuple[int, int]) 
         "offset": ((centers[owner] - middles) / PATCH).astype(np.float32),
         "spot": spots[owner].astype(np.float32),
         "extent": np.tile(np.float32([scene.width / side, scene.height / side]), (grid * grid, 1)),
+        "area": (owner[:, None] == owner).sum(1) * np.float32(~background),
     }
 
 
@@ -272,11 +275,12 @@ class PatchHeads(nn.Module):
         self.place = nn.Linear(width, 2)
         self.spot = nn.Linear(width, 2)
         self.extent = nn.Linear(width, 2)
+        self.share = nn.Linear(width, 1)
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         x = self.norm(features)
-        names = ("color", "shape", "digit", "third", "center", "offset", "place", "spot", "extent")
-        return {name: getattr(self, name)(x).float() for name in names}
+        heads = {name: head for name, head in self.named_children() if name != "norm"}
+        return {name: head(x).float() for name, head in heads.items()}
 
 
 def labelled_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -311,7 +315,18 @@ def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
             read["extent"][on_object], labels.extent[on_object], beta=0.02
         )
         loss = loss + third + 4 * (spot + extent) + place_loss(read["place"], on_object)
+        loss = loss + share_loss(read["share"].squeeze(-1), labels.area)
     return loss
+
+
+def share_loss(read: Tensor, area: Tensor) -> Tensor:
+    """How far each object patch (B, P) is from knowing its share of the object, one over its area,
+    and the sum of an image's shares from its number of objects: what a decoder that can only
+    average over patches counts by."""
+    on_object = area > 0
+    shares = torch.where(on_object, 1 / area.clamp(min=1), 0)
+    each = F.smooth_l1_loss((read * area)[on_object], torch.ones_like(read[on_object]), beta=0.1)
+    return each + F.smooth_l1_loss(read.sum(1), shares.sum(1), beta=0.1)
 
 
 def place_loss(read: Tensor, on_object: Tensor) -> Tensor:
@@ -614,6 +629,9 @@ def test_tower(
         )
     on_object = (labels.color > 0).to(args.device)
     results["whole_place_loss"] = round(place_loss(read["place"], on_object).item(), 4)
+    counted = read["share"].squeeze(-1).sum(1).cpu().round()
+    objects = torch.tensor([len(scene.objects) for scene in scenes.scenes[: len(counted)]])
+    results["whole_count"] = round((counted == objects).float().mean().item(), 3)
     for key in ("spot", "extent"):
         misses = (read[key] - getattr(labels, key).to(args.device)).abs()[on_object]
         results[f"whole_{key}_error"] = round(misses.mean().item(), 4)
