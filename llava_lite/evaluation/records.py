@@ -6,7 +6,6 @@
 
 import csv
 import json
-import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -179,29 +178,3 @@ def next_row(reader: Iterator[list[str]]) -> list[str] | None:
             return next(reader, None)
         finally:
             csv.field_size_limit(before)
-
-
-# ---- images ------------------------------------------------------------------------------------
-
-
-class ImageFolder:
-    """Finds the images of a data set; each file is looked for once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._found: dict[tuple[str, ...], Path | None] = {}
-
-    def find(self, *names: str) -> Path | None:
-        """The first of these names that is a file in the folder; an absolute name stands alone."""
-        if names not in self._found:
-            paths = (self.folder / name for name in names)
-            self._found[names] = next((path for path in paths if is_file(path)), None)
-        return self._found[names]
-
-
-def is_file(path: Path) -> bool:
-    """Whether the path is a file; a name that no file can have is none."""
-    try:
-        return os.path.isfile(path)
-    except ValueError:
-        return False
