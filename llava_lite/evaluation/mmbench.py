@@ -31,6 +31,8 @@ from llava_lite.evaluation.tally import accuracy, accuracy_by_group
 MAX_NEW_TOKENS = 1024
 ROTATION_OFFSET = 1_000_000
 LONGEST_REFERENCE = 64
+LONGEST_INDEX = 18  # digits, as many as 64-bit integers surely hold
+MISSING = ("nan", "NaN", "NAN")  # how tables write an empty cell
 GROUPINGS = ("category", "l2-category")
 EXTRACTION = "rules only, no judge model: what they cannot tell is wrong"
 
@@ -265,7 +267,7 @@ def row_of(record: Record) -> Row:
 def cell(record: Record, column: str) -> str:
     """The text of a cell; missing, empty and nan are the same."""
     text = str(record.get(column, default="")).strip()
-    return "" if text.lower() == "nan" else text
+    return "" if text in MISSING else text
 
 
 def options_of(record: Record) -> Iterator[str]:
@@ -280,7 +282,8 @@ def options_of(record: Record) -> Iterator[str]:
 def index_of(text: str) -> int | None:
     """A row's number. Tables that went through a spreadsheet write 7 as 7.0."""
     whole = text.removesuffix(".0")
-    return int(whole) if whole.isascii() and whole.isdigit() else None
+    is_number = whole.isascii() and whole.isdigit() and len(whole) <= LONGEST_INDEX
+    return int(whole) if is_number else None
 
 
 # ---- images ------------------------------------------------------------------------------------
