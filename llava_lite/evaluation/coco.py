@@ -1,7 +1,8 @@
 """Captions of images in the COCO formats: CIDEr-D, BLEU, ROUGE-L.
 
 Plain:    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
-Karpathy: {"images": [{"filepath", "filename", "cocoid" | "imgid", "split", "sentences": [{"raw"}]}]}
+Karpathy: {"images": [{"filepath", "filename", "cocoid" | "imgid", "split",
+                       "sentences": [{"raw"}]}]}
 """
 
 import json
@@ -122,7 +123,7 @@ def caption_suite(
 def plain_images(
     records: Sequence[Record], content: Mapping[str, Any], path: Path
 ) -> tuple[list[CaptionedImage], dict[str, int]]:
-    """The images that have captions, or all where none has; and how much of the file is left out."""
+    """The images that have captions, or all where none has, and how much is left out."""
     by_image: dict[str | int, list[str]] = {}
     if content.get("annotations"):
         for annotation in records_of(content, path, "annotations"):

@@ -250,7 +250,9 @@ def row_of(record: Record) -> Row:
     elif len(options) < 2:
         error = f"{record.where}: has {len(options)} options, needs 2 or more"
     elif answer and answer not in tuple(letters(len(options))):
-        error = f"{record.where}: the answer {answer!r} is none of {', '.join(letters(len(options)))}"
+        error = (
+            f"{record.where}: the answer {answer!r} is none of {', '.join(letters(len(options)))}"
+        )
     return Row(
         id=record.where.rsplit(", ")[-1] if index is None else str(index),
         question=cell(record, "question"),
@@ -309,7 +311,9 @@ def follow(index: str, images: Mapping[str, Image | str]) -> Image:
     found: Image | str = index
     while isinstance(found, str):
         if found in seen:
-            return Image(error=f"the image references go in a circle: {' -> '.join([*seen, found])}")
+            return Image(
+                error=f"the image references go in a circle: {' -> '.join([*seen, found])}"
+            )
         if found not in images:
             return Image(error=f"the image is that of row {found}, which is not in the file")
         seen.append(found)

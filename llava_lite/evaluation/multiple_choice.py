@@ -1,7 +1,7 @@
 """Multiple choice: how options are asked, and which one an answer means.
 
-    multiple_choice_prompt("Which fruit?", ["apple", "pear"])   # ... A. apple / B. pear / Answer ...
-    chosen_letter("The answer is B.", ["apple", "pear"])        # "B"
+multiple_choice_prompt("Which fruit?", ["apple", "pear"])   # ... A. apple / B. pear / Answer ...
+chosen_letter("The answer is B.", ["apple", "pear"])        # "B"
 """
 
 import re
@@ -28,7 +28,9 @@ def multiple_choice_prompt(
     question: str, options: Sequence[str], hint: str = "", language: str = "en"
 ) -> str:
     """Hint, question, one line for each option, and the official instruction."""
-    lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
+    lines = [
+        f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)
+    ]
     return "\n".join([*([hint] if hint else []), question, *lines, LETTER_INSTRUCTIONS[language]])
 
 

@@ -120,7 +120,9 @@ class OwnDataSuite:
         if not outcomes:
             return Scores({})
         groups = {
-            "accuracy by category": [(question.category, outcome) for question, outcome in outcomes],
+            "accuracy by category": [
+                (question.category, outcome) for question, outcome in outcomes
+            ],
             "accuracy by scoring": [(question.scoring, outcome) for question, outcome in outcomes],
         }
         shares = {name: accuracy_by_group(pairs) for name, pairs in groups.items()}

@@ -1,7 +1,7 @@
 """Rows of data sets from JSON, JSON lines and tab-separated files; errors name file and line.
 
-    for record in read_json_lines(path):
-        record.get("question", "text"), record.where
+for record in read_json_lines(path):
+    record.get("question", "text"), record.where
 """
 
 import csv

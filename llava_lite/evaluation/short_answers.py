@@ -1,7 +1,7 @@
 """Short answers: the standard VQA normaliser and the two ways of comparing with references.
 
-    normalize_answer("Two dogs, a cat.")          # "2 dogs cat"
-    vqa_accuracy("2", ["two"] * 3 + ["3"] * 7)     # 0.9
+normalize_answer("Two dogs, a cat.")          # "2 dogs cat"
+vqa_accuracy("2", ["two"] * 3 + ["3"] * 7)     # 0.9
 """
 
 import re

@@ -214,7 +214,9 @@ def read_questions(path: Path, content: Any, beside: Beside) -> list[Question]:
     if isinstance(content, list):
         if content and isinstance(content[0], Record):
             return [line_question(record, beside) for record in content]
-        return [question_of(record, DEFAULT_SUBTYPE, beside) for record in records_of(content, path)]
+        return [
+            question_of(record, DEFAULT_SUBTYPE, beside) for record in records_of(content, path)
+        ]
     if "questions" in content:
         subtype = str(content.get("data_subtype") or DEFAULT_SUBTYPE).replace("-dev", "")
         records = records_of(content, path, "questions")
