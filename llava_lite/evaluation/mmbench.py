@@ -307,7 +307,7 @@ def image_or_reference(text: str) -> Image | str:
 
 def follow(index: str, images: Mapping[str, Image | str]) -> Image:
     """The image of a row, through as many references as it takes."""
-    seen = []
+    seen: list[str] = []
     found: Image | str = index
     while isinstance(found, str):
         if found in seen:

@@ -171,7 +171,7 @@ def check_header(header: Sequence[str], needed: Sequence[str], path: Path) -> No
 
 
 def next_row(reader: Iterator[list[str]]) -> list[str] | None:
-    """The next row with fields of any size, None at the end; the process's limit stays as it was."""
+    """The next row with fields of any size, None at the end; the limit of others stays."""
     with FIELD_LIMIT:
         before = csv.field_size_limit(LARGEST_FIELD)
         try:

@@ -1,7 +1,7 @@
 """Questions with short answers: VQAv2, VizWiz, TextVQA, GQA.
 
-VQAv2     {"questions": [{"question_id", "image_id", "question"}]} and a second file
-          {"annotations": [{"question_id", "answers": [{"answer"}], "question_type", "answer_type"}]}
+VQAv2     {"questions": [{"question_id", "image_id", "question"}]} and a second file {"annotations":
+          [{"question_id", "answers": [{"answer"}], "question_type", "answer_type"}]}
 TextVQA   {"data": [{"question_id", "image_id", "question", "answers": [text]}]}; OCR tokens in
           `ocr_tokens` there, or in a second file {"data": [{"image_id", "ocr_tokens"}]}
 GQA       {question id: {"imageId", "question", "answer", "types": {"structural", "semantic"}}}
@@ -191,7 +191,8 @@ def asks(content: Any) -> bool:
         return True
     if "data" in content:
         items = content["data"]
-        return not (isinstance(items, list) and items and "question" not in items[0])
+        first = items[0] if isinstance(items, list) and items else None
+        return not isinstance(first, dict) or "question" in first
     return "annotations" not in content
 
 
@@ -296,9 +297,10 @@ def references_of(record: Record) -> tuple[str, ...]:
     answers = record.get("answers", "answer", default=[])
     listed = answers if isinstance(answers, list) else [answers]
     texts = [item.get("answer") if isinstance(item, dict) else item for item in listed]
-    if not all(isinstance(text, str) for text in texts):
+    strings = tuple(text for text in texts if isinstance(text, str))
+    if len(strings) < len(texts):
         raise EvaluationError(f"{record.where}: the answers must be texts")
-    return tuple(texts)
+    return strings
 
 
 def ocr_tokens_of(record: Record) -> tuple[str, ...] | None:
