@@ -247,12 +247,13 @@ def row_of(record: Record) -> Row:
     error = None
     if index is None:
         error = f"{record.where}: the index {cell(record, 'index')!r} is not a whole number"
+    elif not cell(record, "question"):
+        error = f"{record.where}: has no question"
     elif len(options) < 2:
         error = f"{record.where}: has {len(options)} options, needs 2 or more"
     elif answer and answer not in tuple(letters(len(options))):
-        error = (
-            f"{record.where}: the answer {answer!r} is none of {', '.join(letters(len(options)))}"
-        )
+        known = ", ".join(letters(len(options)))
+        error = f"{record.where}: the answer {answer!r} is none of {known}"
     return Row(
         id=record.where.rsplit(", ")[-1] if index is None else str(index),
         question=cell(record, "question"),
@@ -311,9 +312,8 @@ def follow(index: str, images: Mapping[str, Image | str]) -> Image:
     found: Image | str = index
     while isinstance(found, str):
         if found in seen:
-            return Image(
-                error=f"the image references go in a circle: {' -> '.join([*seen, found])}"
-            )
+            circle = " -> ".join([*seen, found])
+            return Image(error=f"the image references go in a circle: {circle}")
         if found not in images:
             return Image(error=f"the image is that of row {found}, which is not in the file")
         seen.append(found)

@@ -19,6 +19,9 @@ LAST_WORDS = 5
 WORD = re.compile(r"[A-Za-z0-9_'’\-]+|[^\W_A-Za-z0-9]+")
 
 
+MOST_OPTIONS = len(ascii_uppercase)
+
+
 def letters(count: int) -> str:
     """The letters of so many options, A first."""
     return ascii_uppercase[:count]

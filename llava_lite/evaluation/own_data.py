@@ -18,7 +18,12 @@ from typing import Any
 
 from llava_lite.errors import EvaluationError
 from llava_lite.evaluation.images import ImageFolder
-from llava_lite.evaluation.multiple_choice import chosen_letter, letters, multiple_choice_prompt
+from llava_lite.evaluation.multiple_choice import (
+    MOST_OPTIONS,
+    chosen_letter,
+    letters,
+    multiple_choice_prompt,
+)
 from llava_lite.evaluation.records import Record, read_json_lines, refuse_repeated_ids
 from llava_lite.evaluation.short_answers import exact_match, short_answer_prompt, vqa_accuracy
 from llava_lite.evaluation.suite import Sample, Scores
@@ -158,6 +163,10 @@ def question_of(
 ) -> Question:
     """One question, its fields under any of the names given."""
     choices = texts_of(record, choice_names)
+    if len(choices) == 1 or len(choices) > MOST_OPTIONS:
+        raise EvaluationError(
+            f"{record.where}: has {len(choices)} choices, must be 2 to {MOST_OPTIONS}"
+        )
     answers = record.get(*answer_names, default=[])
     if choices:
         references = tuple(letter_of(answer, choices, record) for answer in listed(answers))

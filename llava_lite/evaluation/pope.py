@@ -1,7 +1,7 @@
 """POPE: is this object in the image? Yes or no, by how the absent objects were chosen.
 
-A question file has a line {"question_id", "image", "text", "label": "yes" | "no"} for each question,
-perhaps with "category"; otherwise the category is read from the file's name.
+A question file has lines {"question_id", "image", "text", "label": "yes" | "no"}, perhaps with
+"category"; otherwise the category is read from the file's name.
 """
 
 import math
