@@ -30,7 +30,9 @@ TOKENIZED = {
         "mr. smith paid $ 5.50 for 1,000 apples & 50 % off"
     ),
     "black and/or white...": "black and/or white",
-    "rock 'n' roll; the dogs' bowl [x] {y}": "rock 'n' roll the dogs bowl -lsb- x -rsb- -lcb- y -rcb-",
+    "rock 'n' roll; the dogs' bowl [x] {y}": (
+        "rock 'n' roll the dogs bowl -lsb- x -rsb- -lcb- y -rcb-"
+    ),
     "o'clock gonna wanna gimme": "o'clock gon na wan na gim me",
     "A café ’s sign “hi” — #1": "a café 's sign hi # 1",
     "St. Mary's St. wi-fi 3-year-old well-dressed end.The next": (

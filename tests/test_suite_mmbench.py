@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_lite.errors import EvaluationError
-from llava_lite.evaluation.mmbench import Row, index_of, open_mmbench, rotations
 from llava_lite.evaluation.mmbench import Image as RowImage
+from llava_lite.evaluation.mmbench import Row, index_of, open_mmbench, rotations
 from llava_lite.evaluation.multiple_choice import chosen_letter, multiple_choice_prompt
 from llava_lite.evaluation.suite import Metric
 
@@ -383,6 +383,7 @@ def test_index(text: str, index: int | None) -> None:
         ("pear", "B"), ("Pear.", "B"), ("I see a pear on the table", "B"),
         ("A pear lies on the table", "B"),  # A is an article
         ("B is my answer since the fruit that I see is round", None),  # too far from the end
+        ("A pear", "B"), ("A is right", "A"), ("A dog lies here", None), ("A.\npear", "B"),
         ("A or B", None), ("A and A", "A"), ("E", None), ("b", None), ("", None),
         ("apple or pear", None), ("spearmint", None), ("AB", None), ("B2", None),
     ],

@@ -14,6 +14,7 @@ LETTER_INSTRUCTIONS = {
     "cn": "请直接回答选项字母。",
 }
 LAST_WORDS = 5
+MOST_WORDS_WITH_A = 3
 
 # A run of letters of other scripts is one word, so that a letter among Chinese stands alone.
 WORD = re.compile(r"[A-Za-z0-9_'’\-]+|[^\W_A-Za-z0-9]+")
@@ -41,16 +42,20 @@ def chosen_letter(answer: str, options: Sequence[str]) -> str | None:
     """The option that an answer means by rules, None if that is not clear.
 
     The one capital letter of an option among the last five words, or else the one option whose text
-    is the answer or stands in it. "A" among over three words is taken for the article unless it is
-    the last. The official kits ask a judge model about what rules cannot tell; here it is wrong."""
+    is the answer or stands in it. An "A" with words behind it may be the article: there the text
+    comes first, and the letter counts among three words at most. The official kits ask a judge
+    model about what rules cannot tell; here it is wrong."""
     words = WORD.findall(answer)
     named = {word for word in words if len(word) == 1 and word in letters(len(options))}
-    if named == {"A"} and len(words) > 3 and words[-1] != "A":
-        named = set()
-    if len(named) == 1:
-        [letter] = named
-        return letter if letter in words[-LAST_WORDS:] else chosen_by_text(answer, options)
-    return None if named else chosen_by_text(answer, options)
+    if len(named) > 1:
+        return None
+    by_text = chosen_by_text(answer, options)
+    if not named:
+        return by_text
+    [letter] = named
+    if letter == "A" and words[-1] != "A":
+        return by_text or (letter if len(words) <= MOST_WORDS_WITH_A else None)
+    return letter if letter in words[-LAST_WORDS:] else by_text
 
 
 def chosen_by_text(answer: str, options: Sequence[str]) -> str | None:

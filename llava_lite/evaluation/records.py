@@ -114,7 +114,8 @@ def records_of(content: Any, path: Path, key: str | None = None) -> list[Record]
 
     Raises EvaluationError where there is no such list, where it is empty, or holds no objects."""
     place = f"{path}: {key}" if key else str(path)
-    found = content.get(key) if key and isinstance(content, dict) else content
+    inside = content.get(key) if isinstance(content, dict) else None
+    found = inside if key else content
     if not isinstance(found, list):
         raise EvaluationError(f"{path}: needs a list{f' at {key!r}' if key else ''}")
     if not found:

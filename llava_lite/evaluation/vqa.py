@@ -212,12 +212,11 @@ def read_beside(contents: Iterable[tuple[Path, Any]]) -> Beside:
 
 def read_questions(path: Path, content: Any, beside: Beside) -> list[Question]:
     """All questions of a file of any of the formats."""
-    if isinstance(content, list):
-        if content and isinstance(content[0], Record):
-            return [line_question(record, beside) for record in content]
-        return [
-            question_of(record, DEFAULT_SUBTYPE, beside) for record in records_of(content, path)
-        ]
+    if isinstance(content, list) and content and isinstance(content[0], Record):
+        return [line_question(record, beside) for record in content]
+    if not isinstance(content, dict):
+        records = records_of(content, path)
+        return [question_of(record, DEFAULT_SUBTYPE, beside) for record in records]
     if "questions" in content:
         subtype = str(content.get("data_subtype") or DEFAULT_SUBTYPE).replace("-dev", "")
         records = records_of(content, path, "questions")
