@@ -198,7 +198,7 @@ def test_which_suites_export(paths: dict[str, list[Path]]) -> None:
     ("name", "options"),
     [
         ("mmbench", {"language": "cn", "circular": True}),
-        ("vqa", {"ocr": False}),
+        ("mmbench", {"language": "en"}),
         ("jsonl", {"short_answer": True}),
     ],
 )
@@ -209,7 +209,7 @@ def test_options_reach_the_suite(
     for option in set(options) - {"circular"}:
         assert suite.settings[option] == options[option]
     if options.get("circular"):
-        assert suite.settings["rotations"].startswith(("made here", "none"))
+        assert suite.settings["rotations"].startswith("made here")
 
 
 def test_what_does_not_fit_is_refused(paths: dict[str, list[Path]], folder: Path) -> None:
@@ -218,6 +218,8 @@ def test_what_does_not_fit_is_refused(paths: dict[str, list[Path]], folder: Path
         ("mmlu", [bench], {}, "unknown suite 'mmlu', known are mmbench, coco, pope"),
         ("mmbench", [bench], {"split": "x", "ocr": 1}, "mmbench takes no option ocr, split"),
         ("mmbench", [bench, folder], {}, "mmbench takes FILE.tsv, got 1 files and 1 folders"),
+        ("coco", [folder, coco], {"split": "val"}, "has no splits to choose 'val' from"),
+        ("vqa", [folder, folder / "vqa.json"], {"ocr": True}, "no question has OCR tokens"),
         ("mmbench", [], {}, "got 0 files and 0 folders"),
         ("mmbench", [bench, coco], {}, "got 2 files and 0 folders"),
         ("coco", [coco], {}, "coco takes IMAGES_FOLDER ANNOTATIONS.json, got 1 files and 0"),

@@ -223,6 +223,22 @@ def test_text_vqa_tokens_of_a_second_file(tmp_path: Path) -> None:
         open_vqa([path], tmp_path, ocr=True)
 
 
+def test_vizwiz_goes_by_its_images(tmp_path: Path) -> None:
+    picture(tmp_path / "VizWiz_val_0.jpg")
+    answers = [{"answer": "unanswerable"}] * 8 + [{"answer": "basil"}] * 2
+    entry = {"image": "VizWiz_val_0.jpg", "question": "What is it?", "answers": answers}
+    path = write(tmp_path / "val.json", [{**entry, "answer_type": "unanswerable"}])
+    suite = open_vqa([path], tmp_path)
+    [sample] = suite.samples()
+    assert (sample.id, sample.error) == ("VizWiz_val_0.jpg", None)
+    said = {"VizWiz_val_0.jpg": "Basil."}
+    assert suite.score(said).metrics["accuracy"].value == pytest.approx(0.6)
+    assert list(suite.score(said).groups["accuracy by answer_type"]) == ["unanswerable"]
+    suite.export(said, tmp_path / "out.json")
+    exported = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert exported == [{"image": "VizWiz_val_0.jpg", "answer": "basil"}]
+
+
 def test_gqa_is_scored_by_equality(tmp_path: Path) -> None:
     picture(tmp_path / "n1.jpg")
 
@@ -275,6 +291,7 @@ QUESTION = {"question_id": 1, "image_id": 1, "question": "What?"}
         ([{"data": [{**QUESTION, "answers": [1]}]}], "item 1: the answers must be texts"),
         ([{"data": [{**QUESTION, "ocr_tokens": "x"}]}], "'ocr_tokens' must be a list of texts"),
         ([{"data": 5}], "needs a list at 'data'"),
+        ([[{"image_id": 1, "question": "?"}]], "item 1: needs an id in 'question_id' or 'image'"),
         ([{"1": "x"}], "question 1: a str, not a JSON object"),
         (["x"], "0.json: needs a list"),
     ],

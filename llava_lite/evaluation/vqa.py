@@ -4,6 +4,7 @@ VQAv2     {"questions": [{"question_id", "image_id", "question"}]} and a second 
           [{"question_id", "answers": [{"answer"}], "question_type", "answer_type"}]}
 TextVQA   {"data": [{"question_id", "image_id", "question", "answers": [text]}]}; OCR tokens in
           `ocr_tokens` there, or in a second file {"data": [{"image_id", "ocr_tokens"}]}
+VizWiz    [{"image", "question", "answers": [{"answer"}], "answer_type"}]
 GQA       {question id: {"imageId", "question", "answer", "types": {"structural", "semantic"}}}
 LLaVA     lines of {"question_id", "image", "text"}, with or without an annotation file
 
@@ -54,6 +55,7 @@ class Question:
     question_id: str | int
     groups: Mapping[str, str] = field(default_factory=dict)
     ocr_tokens: tuple[str, ...] | None = None
+    result_key: str = "question_id"  # what a result file calls its id
 
     def prompt(self, ocr: bool) -> str:
         """The question, its OCR tokens if wanted and known, the official instruction."""
@@ -119,10 +121,11 @@ class VqaSuite:
         return Scores({"accuracy": accuracy(outcome for _, outcome in outcomes)}, groups)
 
     def export(self, answers: Mapping[str, str], path: Path) -> None:
-        """Write what the VQA servers take: [{"question_id", "answer"}], answers normalised."""
+        """Write what the VQA servers take: [{"question_id", "answer"}], answers normalised;
+        VizWiz has "image" for the id."""
         results = [
             {
-                "question_id": question.question_id,
+                question.result_key: question.question_id,
                 "answer": normalize_answer(answers.get(question.id, "")),
             }
             for question in self.questions
@@ -233,8 +236,8 @@ def read_questions(path: Path, content: Any, beside: Beside) -> list[Question]:
 
 
 def question_of(record: Record, subtype: str, beside: Beside) -> Question:
-    """A question of VQAv2 or TextVQA."""
-    question_id = record.id("question_id")
+    """A question of VQAv2, TextVQA or VizWiz, whose questions go by their image."""
+    question_id = record.id("question_id", "image")
     source = beside.of(question_id, record)
     kinds = ("question_type", "answer_type")
     return Question(
@@ -243,7 +246,8 @@ def question_of(record: Record, subtype: str, beside: Beside) -> Question:
         image_names=image_names(record, subtype),
         references=references_of(source),
         where=record.where,
-        question_id=record.get("question_id"),
+        question_id=record.get("question_id", "image"),
+        result_key="image" if record.lacks("question_id") else "question_id",
         groups={kind: str(source.get(kind)) for kind in kinds if not source.lacks(kind)},
         ocr_tokens=ocr_tokens_of(record) or beside.ocr_tokens.get(str(record.get("image_id"))),
     )
