@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_lite import __version__, batch, convert, embedded_model, reduction_flags, thresholds
-from llava_lite.console import format_stats, one_line, print_pieces, say
+from llava_lite.console import (
+    INTERRUPTED,
+    behind_first_rank,
+    format_stats,
+    one_line,
+    print_pieces,
+    say,
+)
 from llava_lite.errors import LlavaLiteError
 from llava_lite.prompt import ALIASES, TEMPLATES
 from llava_lite.repl import CHAT_HELP, Repl
@@ -28,7 +35,7 @@ if TYPE_CHECKING:
     from llava_lite.generation import Model
     from llava_lite.reduction import Reduction
 
-OK, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, WRONG_USAGE = 0, 1, 2
 
 PICTURES = (".html", ".png")
 EXIT_CODES = "exit codes: 0 ok, 1 failed, 2 wrong usage, 130 interrupted"
@@ -86,6 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     What a user can cause becomes one line on stderr."""
     argv = [hyphenated(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    rank = int(os.environ.get("RANK", "0")) if "--tensor-parallel" in argv else 0  # of torchrun
+    return behind_first_rank(rank, lambda: speak(argv)) if rank else speak(argv)
+
+
+def speak(argv: Sequence[str]) -> int:
+    """`main` of the process that shows what it has to say."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack letters that answers have
     try:
@@ -225,6 +238,12 @@ def add_generate(commands: Any) -> None:
     )
     add_notice_arguments(output)
     add_model_arguments(parser)
+    parser.add_argument(
+        "--tensor-parallel",
+        action="store_true",
+        help="spread the decoder over several GPUs: torchrun --nproc-per-node 2 -m llava_lite "
+        "generate --tensor-parallel ...",
+    )
 
 
 def add_chat(commands: Any) -> None:
@@ -485,6 +504,7 @@ def add_model_arguments(
 ) -> None:
     """Which model, and where it runs."""
     group = parser.add_argument_group("model")
+    parser.set_defaults(tensor_parallel=False)  # only `generate` has it
     group.add_argument(
         "-m",
         "--model",
@@ -597,6 +617,7 @@ def load_model(args: argparse.Namespace) -> "Model":
         exif=not args.no_exif,
         quantize=args.quantize,
         compile=args.compile,
+        tensor_parallel=args.tensor_parallel,
     )
 
 
@@ -653,9 +674,8 @@ def run_generate(args: argparse.Namespace) -> int:
         args.parser.error("--json prints one object at the end: it does not go with --stream")
     if args.trace and not args.json:
         args.parser.error("--trace is part of the object that --json prints")
-    prompt = read_prompt(args)
     options = {**generation_options(args), "trace": args.trace}
-    images = [image_opener(args)(source) for source in args.image]
+    prompt, images = read_question(args)
     model = load_model(args)
     if args.stream or (args.stream is None and not args.json and sys.stdout.isatty()):
         answer = print_pieces(model.stream(images, prompt, **options))
@@ -665,6 +685,28 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.stats:
         say(format_stats(answer))
     return OK
+
+
+def read_question(args: argparse.Namespace) -> "tuple[str, list[Image | None]]":
+    """The prompt, and the images, of which the first of several ranks sees the content for all."""
+
+    def read() -> "tuple[str, list[Image | None]]":
+        prompt = read_prompt(args)
+        return prompt, [image_opener(args)(source) for source in args.image]
+
+    if not args.tensor_parallel:
+        return read()
+    from llava_lite.ranks import join
+
+    ranks, images = join(), []
+
+    def read_first() -> str:
+        nonlocal images
+        prompt, images = read()
+        return prompt
+
+    prompt = ranks.from_first(read_first)
+    return prompt, images or [None] * len(args.image)
 
 
 def read_prompt(args: argparse.Namespace) -> str:
