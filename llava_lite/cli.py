@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from llava_lite.batch import Record, Row, Summary
     from llava_lite.bench import Settings
     from llava_lite.generation import Model
+    from llava_lite.ranks import Ranks
     from llava_lite.reduction import Reduction
 
 OK, FAILED, WRONG_USAGE = 0, 1, 2
@@ -621,6 +622,15 @@ def load_model(args: argparse.Namespace) -> "Model":
     )
 
 
+def joined_ranks(args: argparse.Namespace) -> "Ranks | None":
+    """The processes that share the model, where the arguments ask for several."""
+    if not args.tensor_parallel:
+        return None
+    from llava_lite.ranks import join
+
+    return join()
+
+
 def choose_download_bars(quiet: bool) -> None:
     """The hub's progress bars only at a terminal, and not when quiet."""
     if quiet or not sys.stderr.isatty():
@@ -674,8 +684,10 @@ def run_generate(args: argparse.Namespace) -> int:
         args.parser.error("--json prints one object at the end: it does not go with --stream")
     if args.trace and not args.json:
         args.parser.error("--trace is part of the object that --json prints")
+    ranks = joined_ranks(args)
+    prompt = read_prompt(args) if ranks is None else ranks.from_first(lambda: read_prompt(args))
     options = {**generation_options(args), "trace": args.trace}
-    prompt, images = read_question(args)
+    images = open_images(args, ranks)
     model = load_model(args)
     if args.stream or (args.stream is None and not args.json and sys.stdout.isatty()):
         answer = print_pieces(model.stream(images, prompt, **options))
@@ -687,26 +699,18 @@ def run_generate(args: argparse.Namespace) -> int:
     return OK
 
 
-def read_question(args: argparse.Namespace) -> "tuple[str, list[Image | None]]":
-    """The prompt, and the images, of which the first of several ranks sees the content for all."""
+def open_images(args: argparse.Namespace, ranks: "Ranks | None") -> "list[Image | None]":
+    """The images of the arguments; of several ranks only the first opens them, for all."""
+    images: list[Image | None] = []
 
-    def read() -> "tuple[str, list[Image | None]]":
-        prompt = read_prompt(args)
-        return prompt, [image_opener(args)(source) for source in args.image]
+    def open_all() -> None:
+        images.extend(map(image_opener(args), args.image))
 
-    if not args.tensor_parallel:
-        return read()
-    from llava_lite.ranks import join
-
-    ranks, images = join(), []
-
-    def read_first() -> str:
-        nonlocal images
-        prompt, images = read()
-        return prompt
-
-    prompt = ranks.from_first(read_first)
-    return prompt, images or [None] * len(args.image)
+    if ranks is None:
+        open_all()
+    else:
+        ranks.from_first(open_all)
+    return images or [None] * len(args.image)
 
 
 def read_prompt(args: argparse.Namespace) -> str:
