@@ -9,7 +9,8 @@ up in another order. Whatever could differ goes through here.
 
     from_first(compute)     the first rank computes; all get the result, or the error
     gather(compute)         all compute; all get all results, or the first rank's error
-    mean(x)                 the mean over ranks, the same bits on each
+    sum(x), mean(x)         over ranks; the mean is the same on each, to the last bit
+    concatenated(x, ...)    what each rank has some columns of
     require_same(...)       an error on all ranks where they do not agree
 
 Objects travel through gloo, on the CPU; tensors, and the decoder's own sums, through gloo or nccl,
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from llava_lite.errors import LlavaLiteError
 
@@ -95,6 +97,27 @@ class Ranks:
         shares = [torch.empty_like(x) for _ in range(self.count)]
         dist.all_gather(shares, x.contiguous())
         return torch.stack(shares).mean(0)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of x over ranks; x becomes it."""
+        dist.all_reduce(x)
+        return x
+
+    def concatenated(self, x: Tensor, size: int) -> Tensor:
+        """All ranks' x (R, their `part` of size), side by side: (R, size)."""
+        x = functional.pad(x, (0, self.share(size) - x.shape[-1])).contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.count)]
+        dist.all_gather(parts, x)
+        return torch.cat(parts, -1)[:, :size]
+
+    def share(self, size: int) -> int:
+        """How many of `size` things a rank has; the last may have fewer."""
+        return -(-size // self.count)
+
+    def part(self, size: int) -> slice:
+        """Which of `size` things this rank has."""
+        share = self.share(size)
+        return slice(self.index * share, (self.index + 1) * share)
 
     def require_same(self, what: str, value: Any) -> None:
         """Raise RankError on all ranks unless `value` equals the first rank's on each."""

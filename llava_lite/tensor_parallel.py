@@ -13,10 +13,15 @@ Every rank (ranks.py) runs the whole program on its share of the decoder's weigh
                           images of a batch
     KV cache              the heads of the rank
 
-The plan is torch's own, `parallelize_module` over DTensors. Above it nothing is spread: all ranks
-see the same rows, logits and tokens. FastV ranks image tokens by the attention of all heads, so the
-scores are averaged over ranks before any choice (`LlamaDecoder.mean_over_ranks`). What could differ
-between ranks comes from the first one: pixels, sampled tokens.
+The plan is torch's own, `parallelize_module` over DTensors: it says where each weight is cut. That
+is all it does here. To find out how to multiply, a DTensor takes longer than a GPU does for the
+product, 225 times for every token, so layers run on plain tensors and do the one exchange that
+their place in the plan needs (`SharedLinear`). `tests/test_tensor_parallel.py` compares the two.
+
+Above these layers nothing is spread: all ranks see the same rows, logits and tokens. FastV ranks
+image tokens by the attention of all heads, so the scores are averaged over ranks before any choice
+(`LlamaDecoder.mean_over_ranks`). What could differ between ranks comes from the first one: pixels,
+sampled tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +30,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -34,6 +39,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.nn import functional as F
 
 from llava_lite.answer import Score
 from llava_lite.config import LlavaConfig, TextConfig
@@ -88,12 +94,19 @@ def load_share(
         )
     llava = cast(ParallelLlava, meta_model(source.config, partial(ParallelLlava, ranks)))
     mesh = init_device_mesh(device.type, (ranks.count,))
-    parallelize_module(llava.decoder, mesh, decoder_plan())
-    expected, state = llava.state_dict(), {}
+    cuts = cut_dims(parallelize_module(llava.decoder, mesh, decoder_plan()))
+    for name, dim in cuts.items():
+        weight = cast(DTensor, llava.decoder.get_parameter(f"{name}.weight"))
+        gathered = weight.shape[0] if name == "lm_head" else None
+        llava.decoder.set_submodule(name, SharedLinear(ranks, weight.to_local(), dim, gathered))
+    state: dict[str, Tensor] = {}
 
     def read_all() -> None:
         for name in source.names():
-            state[name] = read_own(source, name, expected[name], ranks.index, device, dtype)
+            dim = cuts.get(name.removeprefix("decoder.").removesuffix(".weight"))
+            whole = source.shape(name)
+            part = () if dim is None else (slice(None),) * dim + (ranks.part(whole[dim]),)
+            state[name] = source.read_part(name, part, dtype).to(device)
 
     ranks.gather(read_all)
     llava.load_state_dict(state, strict=True, assign=True)
@@ -101,32 +114,36 @@ def load_share(
     return llava
 
 
-def read_own(
-    source: Source,
-    name: str,
-    expected: Tensor,
-    rank: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """One tensor of the model; where it is spread, a DTensor around this rank's part."""
-    if not isinstance(expected, DTensor):
-        return source.read(name, dtype).to(device)
-    [placement] = expected.placements
-    assert isinstance(placement, Shard)
-    size = -(
-        -expected.shape[placement.dim] // expected.device_mesh.size()
-    )  # the last may have less
-    own = slice(rank * size, (rank + 1) * size)
-    part = source.read_part(name, (slice(None),) * placement.dim + (own,), dtype).to(device)
-    return DTensor.from_local(
-        part,
-        expected.device_mesh,
-        expected.placements,
-        run_check=False,
-        shape=expected.shape,
-        stride=expected.stride(),
-    )
+def cut_dims(decoder: nn.Module) -> dict[str, int]:
+    """Along which dimension the weight (out, in) of each linear layer is cut that the plan has made
+    a DTensor, by the layer's name."""
+    return {
+        name.removesuffix(".weight"): placement.dim
+        for name, weight in decoder.named_parameters()
+        if isinstance(weight, DTensor)
+        for placement in weight.placements
+        if isinstance(placement, Shard)
+    }
+
+
+class SharedLinear(nn.Module):
+    """A linear layer without a bias, of whose weight (out, in) this rank has some rows (dim 0) or
+    columns (dim 1).
+
+    Rows give some of the outputs, x (R, in) -> (R, out / ranks), which are left so for the next
+    layer, or gathered where `gathered` says how many there are. Columns take some of the inputs,
+    (R, in / ranks) -> (R, out), summed over ranks."""
+
+    def __init__(self, ranks: Ranks, weight: Tensor, dim: int, gathered: int | None = None) -> None:
+        super().__init__()
+        self.ranks, self.dim, self.gathered = ranks, dim, gathered
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        if self.dim == 1:
+            return self.ranks.sum(y)
+        return y if self.gathered is None else self.ranks.concatenated(y, self.gathered)
 
 
 # ---- the model -----------------------------------------------------------------------------------
