@@ -20,7 +20,8 @@ where they are.
 import atexit
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -39,7 +40,17 @@ HOW_TO_START = (
 
 
 class RankError(LlavaLiteError):
-    """The ranks of a model do not go together."""
+    """The ranks of a model do not go together, or one of them has ended."""
+
+
+@contextmanager
+def exchange() -> Iterator[None]:
+    """Raise RankError where the others cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's and nccl's own
+        reason = str(error).strip().split("\n")[0]
+        raise RankError(f"another rank has ended, or cannot be reached: {reason}") from error
 
 
 def join() -> "Ranks":
@@ -75,7 +86,8 @@ class Ranks:
         all do."""
         outcome = attempt(compute) if self.index == 0 else (None, None)
         sent: list[Any] = [outcome]
-        dist.broadcast_object_list(sent, src=0, group=self.objects)
+        with exchange():
+            dist.broadcast_object_list(sent, src=0, group=self.objects)
         result, error = sent[0]
         if error is not None:
             raise error
@@ -85,7 +97,9 @@ class Ranks:
         """What `compute` returns on each rank, in their order. Where it raises on some, all raise
         what the first of these raised."""
         outcomes: list[Any] = [None] * self.count
-        dist.all_gather_object(outcomes, attempt(compute), group=self.objects)
+        own = attempt(compute)
+        with exchange():
+            dist.all_gather_object(outcomes, own, group=self.objects)
         for _, error in outcomes:
             if error is not None:
                 raise error
@@ -95,19 +109,22 @@ class Ranks:
         """The mean of x over ranks, any shape. Every rank adds up the same numbers in the same
         order: what is chosen by the result is the same on all."""
         shares = [torch.empty_like(x) for _ in range(self.count)]
-        dist.all_gather(shares, x.contiguous())
+        with exchange():
+            dist.all_gather(shares, x.contiguous())
         return torch.stack(shares).mean(0)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of x over ranks; x becomes it."""
-        dist.all_reduce(x)
+        with exchange():
+            dist.all_reduce(x)
         return x
 
     def concatenated(self, x: Tensor, size: int) -> Tensor:
         """All ranks' x (R, their `part` of size), side by side: (R, size)."""
         x = functional.pad(x, (0, self.share(size) - x.shape[-1])).contiguous()
         parts = [torch.empty_like(x) for _ in range(self.count)]
-        dist.all_gather(parts, x)
+        with exchange():
+            dist.all_gather(parts, x)
         return torch.cat(parts, -1)[:, :size]
 
     def share(self, size: int) -> int:

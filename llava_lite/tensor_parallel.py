@@ -92,6 +92,7 @@ def load_share(
         raise CheckpointError(
             f"{source.path}: is {source.method}, but tensor parallel needs unquantised weights"
         )
+    # Spread while it has no memory behind it: no rank ever holds more than its share.
     llava = cast(ParallelLlava, meta_model(source.config, partial(ParallelLlava, ranks)))
     mesh = init_device_mesh(device.type, (ranks.count,))
     cuts = cut_dims(parallelize_module(llava.decoder, mesh, decoder_plan()))
@@ -182,9 +183,9 @@ class ParallelModel(Model):
     """The same model on several ranks, which all make the same calls and get the same answers.
 
     Images are read, and tokens sampled, on the first rank; what the others are given as an image
-    may be anything but an encoded one. Calls whose prompts or options differ from rank to rank
-    raise RankError on all of them. So does what fails on the first rank; where another one fails
-    alone, in the middle of the decoder, its process has to end, and torchrun ends the rest."""
+    may be anything but an encoded one. An image that cannot be read raises on all ranks, as does
+    a call whose prompts or options differ from rank to rank (RankError). A rank that fails alone,
+    in the middle of the decoder, has to end: the others then raise RankError."""
 
     llava: ParallelLlava
 

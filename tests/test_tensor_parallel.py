@@ -84,20 +84,20 @@ def cases(model: Model) -> dict[str, Any]:
         step, _ = model.decode(logits[0, -1].argmax(), position, cache)
         found[f"{name} logits"] = torch.cat((logits[0], step[0]))
         batch = model.generate(
-            images, prompts, max_new_tokens=3, reduction=reduction, batch_size=3, trace=True
+            images, prompts, max_new_tokens=2, reduction=reduction, batch_size=3, trace=True
         )
         found[f"{name} tokens"] = [answer.token_ids for answer in batch]
         traces = [answer.trace for answer in batch if answer.trace is not None]
         found[f"{name} kept"] = [image.kept for trace in traces for image in trace.images]
         found[f"{name} kv_bytes"] = [trace.kv_bytes for trace in traces]
-        pieces = model.stream(picture(6), "star?", max_new_tokens=4, reduction=reduction)
+        pieces = model.stream(picture(6), "star?", max_new_tokens=3, reduction=reduction)
         found[f"{name} stream"] = list(pieces)
         chat = model.chat(picture(7), max_new_tokens=2, reduction=reduction)
         turns = [chat.send("What is it?"), chat.send("And this?", picture(8))]
         found[f"{name} chat"] = [turn.token_ids for turn in turns], chat.input_ids
         scores = model.score(images, prompts, ["red", "a blue ring", "no", "green"])
         found[f"{name} score"] = torch.tensor([score.log_likelihood for score in scores])
-    sampled = model.generate(images, prompts, max_new_tokens=9, temperature=1.5, top_p=0.9, seed=3)
+    sampled = model.generate(images, prompts, max_new_tokens=6, temperature=1.5, top_p=0.9, seed=3)
     found["sampled"] = [answer.token_ids for answer in sampled]
     whole = model.generate(picture(1), prompts[0], max_new_tokens=9)
     stopped = model.generate(images, prompts, max_new_tokens=9, stop=str(whole)[2:4])
@@ -138,7 +138,27 @@ def work(rank: int, port: int, folder: Path) -> None:
     found["after errors"] = model.generate(picture(1), "star?", max_new_tokens=6).token_ids
     found["own heads"] = kept_by_own_heads(model)
     found["memory"] = memory_of_loading(folder)
+    if rank == 0:
+        found["left alone"] = left_alone(model)
     torch.save(found, folder / f"rank{rank}.pt")
+    os._exit(0)  # without a word to the other
+
+
+def left_alone(model: ParallelModel) -> list[str]:
+    """What is raised by each kind of exchange once the other rank has ended."""
+    ranks, raised = model.ranks, []
+    for call in (
+        lambda: model.generate(None, "star?", max_new_tokens=3),
+        lambda: model.prefill(torch.tensor([[1, 5, 6]]), None),
+        lambda: ranks.from_first(lambda: 1),
+        lambda: ranks.mean(torch.ones(3)),
+        lambda: ranks.concatenated(torch.ones(1, 3), 6),
+    ):
+        try:
+            call()
+        except RankError as error:
+            raised.append(str(error))
+    return raised
 
 
 def errors(model: ParallelModel, rank: int, folder: Path) -> dict[str, str]:
@@ -404,6 +424,14 @@ RAISED["encoded"] = RAISED["prompts"].replace("prompts or options", "images or t
 def test_an_error_is_raised_on_all_ranks(found: Found, folder: Path, name: str) -> None:
     for rank in found.ranks:
         assert rank["errors"].get(name, "none").startswith(RAISED[name].format(folder=folder))
+
+
+def test_the_end_of_one_rank_is_an_error_on_the_others(found: Found) -> None:
+    """Not a wait without end."""
+    raised = found.ranks[0]["left alone"]
+    assert len(raised) == 5
+    for words in raised:
+        assert words.startswith("another rank has ended, or cannot be reached: ")
 
 
 def test_after_an_error_the_ranks_go_on(found: Found) -> None:
