@@ -140,6 +140,7 @@ def load(
     exif: bool = True,
     quantize: str | None = None,
     compile: bool = False,
+    tensor_parallel: bool = False,
 ) -> "Model":
     """Load a model: a converted folder, any official layout, or a hub id (`owner/name`).
 
@@ -157,9 +158,12 @@ def load(
         folder that `llava-lite convert --quantize` wrote is loaded as what it is.
     compile: decode in steps of fixed shapes (static_decode.py): on CUDA replayed as a graph,
         elsewhere through `torch.compile`, which takes minutes when it first meets a large model.
+    tensor_parallel: spread the decoder over the processes that `torchrun` started, each of which
+        makes this call, and then the same ones (tensor_parallel.py); "cuda" is then a GPU for each.
 
-    Raises CheckpointError, LlavaLiteError where nothing can be compiled, and ValueError for a
-    device, dtype or quantisation that does not exist here."""
+    Raises CheckpointError, LlavaLiteError where nothing can be compiled or torchrun is missing, and
+    ValueError for a device, dtype or quantisation that does not exist here, and for what does not
+    go together."""
     from llava_lite.checkpoint import load_tokenizer, parse_dtype
     from llava_lite.download import resolve
     from llava_lite.generation import Model
@@ -171,14 +175,25 @@ def load(
 
     if quantize is not None:
         method_named(quantize)  # a wrong name is said before anything is fetched
-    path = resolve(
-        _source_or_default(source),
-        download_missing=download,
-        revision=revision,
-        offline=offline,
-        vision_tower=vision_tower,
-    )
-    device = _pick_device(device)
+    if tensor_parallel and (quantize is not None or compile):
+        raise ValueError("tensor_parallel goes neither with quantize nor with compile")
+    ranks = None
+    if tensor_parallel:
+        from llava_lite.ranks import join
+
+        ranks = join()
+
+    def find() -> Path:
+        return resolve(
+            _source_or_default(source),
+            download_missing=download,
+            revision=revision,
+            offline=offline,
+            vision_tower=vision_tower,
+        )
+
+    path = find() if ranks is None else ranks.from_first(find)
+    device = _pick_device(device) if ranks is None else ranks.own_device(device, _pick_device)
     if compile:
         checked_way(None, device)  # before anything slow
     wanted = None if dtype == "auto" else parse_dtype(dtype)
@@ -187,6 +202,11 @@ def load(
     tokenizer = load_tokenizer(checkpoint.tokenizer_file or path, checkpoint.config)
     thresholds = own_thresholds_or_error(checkpoint)
     config = checkpoint.config if pad is None else replace(checkpoint.config, pad=pad)
+    if ranks is not None:
+        from llava_lite.tensor_parallel import ParallelModel, load_share
+
+        share = load_share(checkpoint, ranks, device, wanted)
+        return ParallelModel(share, tokenizer, config, exif, thresholds)
     llava = load_source(checkpoint, device, wanted, quantize)
     choose_kernels(llava.decoder)
     model = Model(llava, tokenizer, config, exif, thresholds)

@@ -60,7 +60,7 @@ class HybridAttention(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
+        self.head_dim = config.head_dim  # how many heads, the projections know (tensor_parallel.py)
         width = config.hidden_size
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, width, bias=False)
@@ -83,7 +83,7 @@ class HybridAttention(nn.Module):
         Returns (R, C), and of each item its new cache and the query (1, H, 1, D) of its last
         position, by which FastV asks what that one looked at."""
         q, k, v = (
-            layout.unmerge(rearrange(proj(x), "r (h d) -> r h d", h=self.num_heads))
+            layout.unmerge(rearrange(proj(x), "r (h d) -> r h d", d=self.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (S, H, D)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_lite import __version__, batch, convert, embedded_model, reduction_flags, thresholds
-from llava_lite.console import format_stats, one_line, print_pieces, say
+from llava_lite.console import (
+    INTERRUPTED,
+    behind_first_rank,
+    format_stats,
+    one_line,
+    print_pieces,
+    say,
+)
 from llava_lite.errors import LlavaLiteError
 from llava_lite.prompt import ALIASES, TEMPLATES
 from llava_lite.repl import CHAT_HELP, Repl
@@ -26,9 +33,10 @@ if TYPE_CHECKING:
     from llava_lite.batch import Record, Row, Summary
     from llava_lite.bench import Settings
     from llava_lite.generation import Model
+    from llava_lite.ranks import Ranks
     from llava_lite.reduction import Reduction
 
-OK, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, WRONG_USAGE = 0, 1, 2
 
 PICTURES = (".html", ".png")
 EXIT_CODES = "exit codes: 0 ok, 1 failed, 2 wrong usage, 130 interrupted"
@@ -86,6 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     What a user can cause becomes one line on stderr."""
     argv = [hyphenated(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    rank = int(os.environ.get("RANK", "0")) if "--tensor-parallel" in argv else 0  # of torchrun
+    return behind_first_rank(rank, lambda: speak(argv)) if rank else speak(argv)
+
+
+def speak(argv: Sequence[str]) -> int:
+    """`main` of the process that shows what it has to say."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack letters that answers have
     try:
@@ -225,6 +239,12 @@ def add_generate(commands: Any) -> None:
     )
     add_notice_arguments(output)
     add_model_arguments(parser)
+    parser.add_argument(
+        "--tensor-parallel",
+        action="store_true",
+        help="spread the decoder over several GPUs: torchrun --nproc-per-node 2 -m llava_lite "
+        "generate --tensor-parallel ...",
+    )
 
 
 def add_chat(commands: Any) -> None:
@@ -485,6 +505,7 @@ def add_model_arguments(
 ) -> None:
     """Which model, and where it runs."""
     group = parser.add_argument_group("model")
+    parser.set_defaults(tensor_parallel=False)  # only `generate` has it
     group.add_argument(
         "-m",
         "--model",
@@ -597,7 +618,17 @@ def load_model(args: argparse.Namespace) -> "Model":
         exif=not args.no_exif,
         quantize=args.quantize,
         compile=args.compile,
+        tensor_parallel=args.tensor_parallel,
     )
+
+
+def joined_ranks(args: argparse.Namespace) -> "Ranks | None":
+    """The processes that share the model, where the arguments ask for several."""
+    if not args.tensor_parallel:
+        return None
+    from llava_lite.ranks import join
+
+    return join()
 
 
 def choose_download_bars(quiet: bool) -> None:
@@ -653,9 +684,10 @@ def run_generate(args: argparse.Namespace) -> int:
         args.parser.error("--json prints one object at the end: it does not go with --stream")
     if args.trace and not args.json:
         args.parser.error("--trace is part of the object that --json prints")
-    prompt = read_prompt(args)
+    ranks = joined_ranks(args)
+    prompt = read_prompt(args) if ranks is None else ranks.from_first(lambda: read_prompt(args))
     options = {**generation_options(args), "trace": args.trace}
-    images = [image_opener(args)(source) for source in args.image]
+    images = open_images(args, ranks)
     model = load_model(args)
     if args.stream or (args.stream is None and not args.json and sys.stdout.isatty()):
         answer = print_pieces(model.stream(images, prompt, **options))
@@ -665,6 +697,20 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.stats:
         say(format_stats(answer))
     return OK
+
+
+def open_images(args: argparse.Namespace, ranks: "Ranks | None") -> "list[Image | None]":
+    """The images of the arguments; of several ranks only the first opens them, for all."""
+    images: list[Image | None] = []
+
+    def open_all() -> None:
+        images.extend(map(image_opener(args), args.image))
+
+    if ranks is None:
+        open_all()
+    else:
+        ranks.from_first(open_all)
+    return images or [None] * len(args.image)
 
 
 def read_prompt(args: argparse.Namespace) -> str:

@@ -3,8 +3,13 @@
 Imports nothing heavy: errors of usage are said before torch is there.
 """
 
+import io
+import os
 import sys
-from collections.abc import Generator
+import time
+import traceback
+from collections.abc import Callable, Generator
+from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +19,30 @@ if TYPE_CHECKING:
 def say(text: str) -> None:
     """One line for the user, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+GRACE = 10.0  # seconds
+INTERRUPTED = 130
+
+
+def behind_first_rank(rank: int, program: Callable[[], int]) -> int:
+    """Run the program as one of several processes that do the same (ranks.py), of which only the
+    first, rank 0, shows what it has to say.
+
+    What fails here mostly fails there as well, and has to be said there before this process ends,
+    since then torchrun ends all of them: so a failure waits. Only if nothing ends this process
+    meanwhile does it say what it alone knows."""
+    said = io.StringIO()
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(said):
+        try:
+            code = program()
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    if code not in (0, INTERRUPTED):
+        time.sleep(GRACE)
+        say(f"rank {rank}: {said.getvalue().rstrip()}")
+    return code
 
 
 def one_line(error: Exception | str) -> str:

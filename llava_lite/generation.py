@@ -412,7 +412,19 @@ class Model:
         """One forward and one sampled token for every row."""
         start = perf_counter()
         logits, states = self.advance([row.state for row in rows])
-        tokens = sample(
+        tokens = self.next_tokens(logits, rows, options)
+        seconds = perf_counter() - start
+        for row, token, state in zip(rows, tokens, states, strict=True):
+            if options.trace and row.steps == 0:
+                row.trace = self.trace(row.state, state, row.request.counts)
+            row.accept(token, state, self.config.text.eos_id)
+            row.seconds["decode" if row.steps > 1 else "prefill"] += seconds
+
+    def next_tokens(
+        self, logits: Tensor, rows: Sequence[Row], options: GenerationOptions
+    ) -> list[int]:
+        """The sampled token of every row, from logits (B, V)."""
+        return sample(
             logits,
             options.temperature,
             options.top_k,
@@ -420,12 +432,6 @@ class Model:
             [row.generator for row in rows],
             self.config.text.sampled_vocab_size,
         ).tolist()  # the step's only wait for the device
-        seconds = perf_counter() - start
-        for row, token, state in zip(rows, tokens, states, strict=True):
-            if options.trace and row.steps == 0:
-                row.trace = self.trace(row.state, state, row.request.counts)
-            row.accept(token, state, self.config.text.eos_id)
-            row.seconds["decode" if row.steps > 1 else "prefill"] += seconds
 
     def trace(self, before: State, after: State, counts: TokenCounts) -> Trace:
         """What became of the image tokens between two states; `counts` are those in front of
@@ -497,7 +503,7 @@ class Model:
     ) -> tuple[list[EncodedImage], dict[str, float]]:
         """Look at each image with its reduction, `batch_size` at a time through the tower, and the
         seconds of "preprocess" and "vision"."""
-        start, size = perf_counter(), self.config.vision.image_size
+        start = perf_counter()
         encoded: dict[int, EncodedImage] = {}
         slots: dict[Reduction, list[int]] = {}
         pixel_values: dict[int, Tensor] = {}
@@ -505,8 +511,7 @@ class Model:
             if isinstance(image, EncodedImage):
                 encoded[slot] = self.checked_image(image)
             else:
-                loaded = load_image(image, exif=self.exif)
-                pixel_values[slot] = preprocess(loaded, size, self.config.pad)
+                pixel_values[slot] = self.prepare(image)
                 slots.setdefault(reduction, []).append(slot)
         prepared = perf_counter()
         for reduction, alike in slots.items():
@@ -516,6 +521,11 @@ class Model:
                 encoded.update(zip(chunk, self.llava.encode_image(pixels, reduction), strict=True))
         seconds = {"preprocess": prepared - start, "vision": perf_counter() - prepared}
         return [encoded[slot] for slot in range(len(wanted))], seconds
+
+    def prepare(self, image: Any) -> Tensor:
+        """An image as pixel values (1, 3, S, S). Raises ImageError."""
+        loaded = load_image(image, exif=self.exif)
+        return preprocess(loaded, self.config.vision.image_size, self.config.pad)
 
     def checked_image(self, image: EncodedImage) -> EncodedImage:
         """The image, if its embeds are of this model's width."""

@@ -5,7 +5,7 @@ In front of one layer it may drop image rows (fastv.py).
 Shapes: R packed rows of all items (attention.py), C width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +97,9 @@ class LlamaDecoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Where the heads are spread over processes (tensor_parallel.py): FastV's scores, of these
+        # heads -> of all.
+        self.mean_over_ranks: Callable[[Tensor], Tensor] | None = None
 
     def forward(
         self,
@@ -125,7 +128,9 @@ class LlamaDecoder(nn.Module):
         grown: list[list[LayerCache]] = []
         for layer_idx, layer in enumerate(self.layers):
             if any(wish is not None and wish.layer == layer_idx for wish in fastv):
-                x, layouts, found = prune(x, layouts, queries, grown[-1], fastv, layer_idx)
+                x, layouts, found = prune(
+                    x, layouts, queries, grown[-1], fastv, layer_idx, self.mean_over_ranks
+                )
                 prunings = [old or new for old, new in zip(prunings, found, strict=True)]
                 packed = pack(layouts)
                 cos, sin = rope_cos_sin(packed.position_ids, self.head_dim, self.rope_theta)
@@ -143,10 +148,12 @@ def prune(
     caches: Sequence[LayerCache],
     fastv: Sequence[FastV | None],
     layer_idx: int,
+    mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, list[Layout], list[Pruning | None]]:
     """FastV in front of layer `layer_idx`, for the items that want it there and have image rows.
 
-    x (R, C); per item its layout, last query (1, H, 1, D) and cache of the layer before. Returns
+    x (R, C); per item its layout, last query (1, H, 1, D) and cache of the layer before.
+    `mean_over_ranks`: scores (U,) of the heads here -> of all heads; None: all are here. Returns
     x (R', C), the layouts of what is left, and what was pruned."""
     left, kept_layouts, prunings = [], [], []
     rows_of_items = x.split([layout.num_rows for layout in layouts])
@@ -159,6 +166,8 @@ def prune(
         if wish is not None and budgets is not None:
             probs = last_row(query, keys)[-layout.num_positions :]
             scores = row_scores(probs, layout.mapping_indices, layout.num_rows, wish.score)
+            if mean_over_ranks is not None:
+                scores = mean_over_ranks(scores)
             pruning = choose(scores, layout.image_spans, budgets)
             rows, layout = rows[pruning.kept_indices], layout.keep(pruning.kept_indices)
         left.append(rows)

@@ -15,10 +15,10 @@ def expected_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
 
 
-def meta_model(config: LlavaConfig) -> Llava:
+def meta_model(config: LlavaConfig, build: Callable[[LlavaConfig], Llava] = Llava) -> Llava:
     """The model without memory behind its weights, ready for `load_state_dict(assign=True)`."""
     with torch.device("meta"), WithoutInit():
-        return Llava(config).eval().requires_grad_(False)
+        return build(config).eval().requires_grad_(False)
 
 
 class WithoutInit(TorchFunctionMode):

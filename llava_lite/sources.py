@@ -198,6 +198,12 @@ class Source:
         """One tensor by our name, LoRA merged, in `dtype` (default: the decoder's).
 
         Without a cast it is a view of the mapped file. Raises CheckpointError for NaN, infinity."""
+        return self.read_part(name, (), dtype)
+
+    def read_part(
+        self, name: str, part: tuple[slice, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """`read`, of one part of a tensor: only that is cast, or copied if not contiguous."""
         entry = self.entries.get(name) or self.unused[name]
         dtype = dtype or self.dtype
         tensor = self._stored(entry)
@@ -206,7 +212,7 @@ class Source:
             pair = self.lora[name]
             change = self._stored(pair["B"]).float() @ self._stored(pair["A"]).float()
             tensor = torch.add(tensor.float(), change, alpha=self.lora_scale)
-        result = tensor.to(dtype).contiguous()
+        result = tensor[part].to(dtype).contiguous()
         if not self.trusted:
             check_finite(result, f"{entry.file}: tensor {entry.stored!r}")
         return result

@@ -172,7 +172,7 @@ def trace_prompt(
         layer,
         tuple(rows),
         tuple(positions),
-        sum(k.nbytes + v.nbytes for k, v in after),
+        kv_bytes(text, [k.shape[2] for k, _ in after], after[0][0].element_size()),
         kv_bytes(text, [unreduced_past + new for new in whole], after[0][0].element_size()),
         {
             convention: Flops(

@@ -269,6 +269,7 @@ def test_load_gets_the_model_arguments(
             "exif": True,
             "quantize": "int4",
             "compile": True,
+            "tensor_parallel": False,
         },
     )
     assert calls[1][1]["quantize"] is None and not calls[1][1]["compile"]

@@ -81,6 +81,7 @@ ARROWS = {
         "quantize", "quantized_checkpoint",  # through which it loads
         "kernels",  # chosen when a model is loaded
         "static_decode",  # decodes where compiling is asked for
+        "ranks", "tensor_parallel",  # where several processes share the model
     },
 }  # fmt: skip
 
@@ -116,6 +117,8 @@ def test_every_core_file_is_known_or_around_the_core() -> None:
     around = {
         *("download", "thresholds", "inspection", "quantize", "quantized_checkpoint"),
         "static_decode",
+        "ranks",
+        "tensor_parallel",
     }
     for name, allowed in ARROWS.items():
         assert allowed <= set(ARROWS) | around, name

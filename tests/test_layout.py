@@ -327,7 +327,7 @@ def exact_scores(q: Tensor, k: Tensor, mapping: Tensor, cos: Tensor, sin: Tensor
 
 def exact_attention(attn: HybridAttention, x: Tensor, mapping: Tensor, places: Tensor) -> Tensor:
     """HybridAttention.forward of one item from these scores: x (U, C) -> (U, C)."""
-    heads = attn.num_heads
+    heads = x.shape[1] // attn.head_dim
     q, k, v = (
         proj(x).reshape(len(x), heads, -1).transpose(0, 1)
         for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
