@@ -52,11 +52,15 @@ class ChatService:
         """Begin to work."""
         self.worker.start()
 
-    async def stop(self) -> None:
+    async def stop_model(self) -> None:
         """End after the model's current step; who still waits hears status 503."""
         self.draining = True
-        self.preparer.close()
         await asyncio.get_running_loop().run_in_executor(None, self.worker.stop)
+
+    async def stop(self) -> None:
+        """End all threads, when no request is open any more."""
+        await self.stop_model()
+        self.preparer.close()
 
     @property
     def num_waiting(self) -> int:
@@ -154,6 +158,8 @@ class ChatService:
                 error = as_failure(event)
                 if isinstance(error, ApiError):
                     yield sse(error.body())
+                else:
+                    Record.of(scope).status = CLIENT_GONE
                 return
             yield sse(completion.chunk({"content": event}))
 

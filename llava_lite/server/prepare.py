@@ -107,7 +107,7 @@ class Preparer:
     def prompt(
         self, conversation: Conversation, images: list[Image.Image], options: GenerationOptions
     ) -> Request:
-        """The conversation in ids, checked against the context. Raises PromptError, ContextError."""
+        """The conversation in ids. Raises PromptError, and ContextError where it is too long."""
         template = self.model.config.template
         text = build_prompt(template, conversation.turns, conversation.system)
         limit = self.model.config.text.max_positions

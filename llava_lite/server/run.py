@@ -31,7 +31,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises LlavaLiteError."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=MOST_CONNECTIONS)  # type: ignore[arg-type]
+        return socket.create_server(address[:2], family=family, backlog=MOST_CONNECTIONS)
     except OSError as error:
         reason = error.strerror or str(error)
         raise LlavaLiteError(f"cannot listen on {host}, port {port}: {reason}") from error
@@ -107,5 +107,5 @@ class Process:
         deadline = loop.time() + self.settings.shutdown_timeout
         while self.app.state.open_requests and loop.time() < deadline:
             await asyncio.sleep(POLL_SECONDS)
-        await service.stop()
+        await service.stop_model()
         self.server.should_exit = True
