@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,17 +12,14 @@ from PIL import Image
 
 pytest.importorskip("fastapi")
 
-from serving import eventually
+from serving import TIMEOUT, Gated, eventually
 
 from llava_lite.answer import Answer
 from llava_lite.generation import Model
 from llava_lite.reduction import FastV, Reduction
 from llava_lite.sampling import GenerationOptions
-from llava_lite.sequence import Request, Row
 from llava_lite.server.worker import Event, Job, Stopped, Worker
 from llava_lite.tokenizer import Tokenizer
-
-TIMEOUT = 20
 
 
 class Heard(queue.Queue[Event]):
@@ -34,33 +31,6 @@ class Heard(queue.Queue[Event]):
             event = self.get(timeout=TIMEOUT)
             if isinstance(event, Answer | BaseException):
                 return event
-
-
-class Gated(Model):
-    """A model that takes a step when a test says so, and can be made to fail."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__(model.llava, model.tokenizer)
-        self.steps = threading.Semaphore(0)
-        self.sizes: list[int] = []
-        self.poison: Request | None = None
-        self.fails_to_start: Request | None = None
-
-    def step(self, rows: Sequence[Row]) -> None:
-        assert self.steps.acquire(timeout=TIMEOUT)
-        if any(row.request is self.poison for row in rows):
-            if len(rows) > 1:
-                self.steps.release(len(rows))  # each will be tried alone
-            raise RuntimeError("poison")
-        self.sizes.append(len(rows))
-        super().step(rows)
-
-    def start(
-        self, requests: Sequence[Request], options: Sequence[GenerationOptions], batch_size: int
-    ) -> list[Row]:
-        if any(request is self.fails_to_start for request in requests):
-            raise RuntimeError("bad start")
-        return super().start(requests, options, batch_size)
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ class Body:
         try:
             return await asyncio.wait_for(self.gather(), seconds)
         except asyncio.TimeoutError:  # noqa: UP041  its own class in Python 3.10
+            self.ended = True  # no more of it will be awaited
             raise ApiError(408, f"the body did not arrive within {seconds:g} s") from None
 
     async def gather(self) -> bytes:
