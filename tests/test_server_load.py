@@ -1,6 +1,7 @@
 """Two hundred requests at once: right answers, clear refusals, nobody lost."""
 
 import asyncio
+import gc
 import importlib.util
 import os
 import sys
@@ -16,6 +17,10 @@ from serving import serving
 
 import llava_lite
 from llava_lite.generation import Model
+from llava_lite.sequence import Request, Row
+from llava_lite.server.chat import Events
+from llava_lite.server.protocol import ChatRequest
+from llava_lite.server.worker import Job
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,9 @@ def test_more_than_the_queue_holds(load_server: ModuleType, model: Model) -> Non
 def test_memory_is_flat(load_server: ModuleType, model: Model) -> None:
     """A first round fills pools and caches; after that nothing may grow with the requests."""
     cases = load_server.mixture(model, llava_lite.embedded_model() / "examples", 200)
-    cheap = [case for case in cases if case.status != 200 or case.name == "text only"] * 8
+    cheap = [case for case in cases if case.status != 200 or case.name == "text only"]
+    # How its 147 MB are found depends on what else was just freed, and hides what leaks.
+    cheap = [case for case in cheap if case.name != "image: claims 49 megapixels"] * 8
     with serving(model, max_queue=256) as running:
         url = f"{running.url}/v1"
         sizes = []
@@ -78,3 +85,17 @@ def test_memory_is_flat(load_server: ModuleType, model: Model) -> None:
             sizes.append(load_server.memory_of(os.getpid()))
     assert len(cheap) * 3 > 1800
     assert sizes[2] - sizes[1] < 20 * 1024  # KiB
+
+
+def test_nothing_of_a_request_is_kept(load_server: ModuleType, model: Model) -> None:
+    good = load_server.good_cases(model, llava_lite.embedded_model() / "examples")
+    text = [case for case in good if case.name == "text only"] * 30
+    bad = load_server.malformed_cases()
+    with serving(model, max_batch_size=2) as running:
+        outcome = asyncio.run(load_server.run(f"{running.url}/v1", [*text, *bad], 8))
+        running.until_idle()
+        assert outcome.wrong == [] and outcome.lost == []
+        gc.collect()
+        kinds = [type(thing) for thing in gc.get_objects()]
+    for kind in (Job, Row, Request, Events, ChatRequest):
+        assert kinds.count(kind) <= 2, kind  # what the idle worker last saw

@@ -43,7 +43,7 @@ QUESTIONS = (
     "Is there a blue square?",
     "How many circles are there?",
 )
-REDUCTIONS = (None, "hybrid-72-36", "tome-72", "hybrid-72-36")
+REDUCTIONS = (None, "hybrid-72-36", "tome-72-logical", "hybrid-72-36")
 MOST_TOKENS = 8
 QUEUE = 256
 
@@ -174,24 +174,27 @@ def hostile_cases() -> list[Case]:
     """Images that must not be looked at."""
     strip = png(Image.new("L", (1, 1_000_000)))
     bomb = png(Image.new("1", (9000, 9000)))  # 81 megapixels in 10 kB
-    sources = (
-        "http://169.254.169.254/latest/meta-data/",
-        "http://127.0.0.1:1/",
-        "http://[::ffff:127.0.0.1]/a.png",
-        "file:///etc/passwd",
-        "/etc/passwd",
-        "../../../../etc/passwd",
-        "ftp://127.0.0.1/a.png",
-        "data:image/png;base64,AAAA",
-        "data:image/png;base64,%%%",
-        data_url(strip),
-        data_url(bomb),
-        data_url(png_of_size(60_000, 60_000)),
-        data_url(png_of_size(7000, 7000)),
-        data_url(png_of_size(0, 10)),
-        data_url(png(Image.new("RGB", (50, 50)))[:60]),
-    )
-    return [Case(f"image {url[:40]}", body_of("What is it?", url), status=400) for url in sources]
+    sources = {
+        "metadata": "http://169.254.169.254/latest/meta-data/",
+        "loopback": "http://127.0.0.1:1/",
+        "mapped": "http://[::ffff:127.0.0.1]/a.png",
+        "file": "file:///etc/passwd",
+        "path": "/etc/passwd",
+        "dots": "../../../../etc/passwd",
+        "ftp": "ftp://127.0.0.1/a.png",
+        "no image": "data:image/png;base64,AAAA",
+        "no base64": "data:image/png;base64,%%%",
+        "strip": data_url(strip),
+        "bomb": data_url(bomb),
+        "claims 3.6 gigapixels": data_url(png_of_size(60_000, 60_000)),
+        "claims 49 megapixels": data_url(png_of_size(7000, 7000)),  # which may be looked for
+        "no pixels": data_url(png_of_size(0, 10)),
+        "cut off": data_url(png(Image.new("RGB", (50, 50)))[:60]),
+    }
+    return [
+        Case(f"image: {name}", body_of("What is it?", url), status=400)
+        for name, url in sources.items()
+    ]
 
 
 def mixture(model: Model, folder: Path, count: int, seed: int = 0) -> list[Case]:
