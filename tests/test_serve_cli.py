@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import re
 import signal
@@ -37,6 +38,16 @@ def parsed(*arguments: str) -> argparse.Namespace:
 
 def settings_of(*arguments: str) -> Settings:
     return serve_cli.settings(parsed(*arguments), None)
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was() -> Iterator[None]:
+    """The program sets its log up for the whole process."""
+    log = logging.getLogger("llava_lite.server")
+    before = log.handlers, log.propagate, log.level
+    yield
+    log.handlers, log.propagate = before[:2]
+    log.setLevel(before[2])
 
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -81,8 +92,8 @@ def test_arguments_become_settings(tmp_path: Path) -> None:
 
 
 def test_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLAVA_LITE_API_KEY", "from outside")
-    assert settings_of().api_key == "from outside"
+    monkeypatch.setenv("LLAVA_LITE_API_KEY", "outside")
+    assert settings_of().api_key == "outside"
     assert settings_of().allowed_hosts is None  # the key is what counts
     assert settings_of("--api-key", "mine").api_key == "mine"
     monkeypatch.setenv("LLAVA_LITE_API_KEY", "")
@@ -114,7 +125,7 @@ def test_wrong_usage(arguments: list[str], reason: str, capsys: pytest.CaptureFi
     ("arguments", "reason"),
     [
         (["--media-root", "no/such/folder"], "no/such/folder: the media root is no folder"),
-        (["--api-key", ""], "the API key must not be empty"),
+        (["--api-key", ""], "the API key must be printable ASCII"),
         (["--allow-url-domain", "http://a.test"], "'http://a.test' is no domain"),
         (["--host", "127.0.0.1", "--port", "PORT"], "cannot listen on 127.0.0.1, port "),
     ],
@@ -205,6 +216,14 @@ def test_a_reduction_that_the_model_cannot_do(
         tiny_model.checked_reduction(Reduction.of("fastv-50"))
     assert cli.main(["serve", "--port", "0", "--reduction", "fastv-50"]) == 1
     assert str(expected.value) in capsys.readouterr().err
+
+
+def test_the_command_line_imports_no_server() -> None:
+    code = "import sys, llava_lite.cli, llava_lite.serve_cli; print(*sys.modules)"
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    tops = {name.partition(".")[0] for name in output.split()}
+    assert "llava_lite" in tops
+    assert not tops & {"fastapi", "uvicorn", "starlette", "pydantic", "torch"}
 
 
 # ---- the process -------------------------------------------------------------------------------

@@ -374,10 +374,10 @@ def fail(*_: Any) -> None:
 
 
 def test_a_key(model: Model) -> None:
-    with serving(model, api_key="sesame é") as running:
+    with serving(model, api_key="sesame") as running:
         wish: dict[str, Any] = {"model": "tiny", "messages": [said("x")], "max_tokens": 1}
-        for key in ("wrong", "sesame", "sesame é "):
-            header = {"Authorization": f"Bearer {key}x".encode()}
+        for key in ("wrong", "sesamE", "sesame2", "sesam", "sesam\u00e9"):
+            header = {"Authorization": f"Bearer {key}".encode()}
             response = httpx.post(f"{running.url}/v1/chat/completions", json=wish, headers=header)
             assert response.status_code == 401
             assert response.headers["www-authenticate"] == "Bearer"

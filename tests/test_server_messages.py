@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from conftest import TINY_CONFIG
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 pytest.importorskip("fastapi")
@@ -22,6 +24,9 @@ from llava_lite.server.messages import Conversation, read_messages
 from llava_lite.server.protocol import parse_request
 from llava_lite.server.settings import Settings
 
+FIELDS = st.sampled_from(
+    ["n", "stop", "tools", "stream", "stream_options", "max_tokens", "type", "text", "url", "role"]
+)
 USER = {"role": "user", "content": "star?"}
 
 
@@ -207,6 +212,39 @@ def test_markers_without_images(parts: list[dict[str, Any]]) -> None:
         conversation({"role": "user", "content": parts})
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner, max_size=4),
+    max_leaves=12,
+)
+MESSAGE = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.sampled_from(["system", "user", "assistant", "tool", "developer"]) | JSON,
+        "content": st.text(max_size=9)
+        | st.lists(
+            st.fixed_dictionaries(
+                {"type": st.sampled_from(["text", "image_url", "input_image", "video"])},
+                optional={"text": JSON | st.text(max_size=9), "image_url": JSON},
+            ),
+            max_size=3,
+        )
+        | JSON,
+    },
+)
+
+
+@given(st.lists(MESSAGE, max_size=4) | JSON, st.dictionaries(FIELDS, JSON, max_size=3))
+def test_anything_else_is_a_refusal_and_no_crash(messages: Any, fields: dict[str, Any]) -> None:
+    body = json.dumps({**fields, "messages": messages}).encode()
+    try:
+        found = read_messages(parse_request(body).messages, "vicuna_v1")
+    except (ApiError, PromptError):
+        return
+    assert found.turns[-1][1] is None
+    assert sum(question.count("<image>") for question, _ in found.turns) == len(found.sources)
+
+
 # ---- images ------------------------------------------------------------------------------------
 
 
@@ -352,5 +390,6 @@ def test_domains_that_are_none(domain: str) -> None:
 def test_settings_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the media root is no folder"):
         Settings("tiny", media_root=tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="the API key must not be empty"):
-        Settings("tiny", api_key="")
+    for key in ("", "a b", "\u00e9", "a\n", " a"):  # none of these survives the way to here
+        with pytest.raises(ValueError, match="the API key must be printable ASCII"):
+            Settings("tiny", api_key=key)

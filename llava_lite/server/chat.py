@@ -116,7 +116,8 @@ class ChatService:
         if self.draining:
             raise shutting_down()
         # A page of another site can send text, but not JSON, without the browser asking first.
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
             raise ApiError(415, "the content type must be application/json")
         if self.num_waiting >= self.settings.max_queue:
             raise ApiError(429, "the queue is full", code="queue_full", retry_after=RETRY_SECONDS)

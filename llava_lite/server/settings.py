@@ -43,8 +43,9 @@ class Settings:
     reduction: Reduction | None = None
 
     def __post_init__(self) -> None:
-        if self.api_key is not None and not self.api_key:
-            raise ValueError("the API key must not be empty")
+        key = self.api_key
+        if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+            raise ValueError("the API key must be printable ASCII without spaces, and not empty")
         if self.media_root is not None and not self.media_root.is_dir():
             raise ValueError(f"{self.media_root}: the media root is no folder")
         for domain in self.url_domains:
