@@ -14,7 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_lite import __version__, batch, convert, embedded_model, reduction_flags, thresholds
+from llava_lite import (
+    __version__,
+    batch,
+    convert,
+    embedded_model,
+    reduction_flags,
+    serve_cli,
+    thresholds,
+)
 from llava_lite.console import (
     INTERRUPTED,
     behind_first_rank,
@@ -186,6 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_inspect(commands)
     add_eval(commands)
     add_bench(commands)
+    add_serve(commands)
     return parser
 
 
@@ -427,6 +436,14 @@ def add_bench(commands: Any) -> None:
     output.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
     parser.set_defaults(no_pad=False, no_exif=False)
     add_model_arguments(parser, "measure quantized weights, too")
+
+
+def add_serve(commands: Any) -> None:
+    summary = "answer over HTTP as OpenAI's chat completions do"
+    parser = add_command(commands, "serve", run_serve, "[-m MODEL]", summary, serve_cli.HELP)
+    serve_cli.add_arguments(parser)
+    reduction_flags.add_arguments(parser)
+    add_model_arguments(parser)
 
 
 def add_counts(
@@ -963,6 +980,16 @@ def bench_settings(args: argparse.Namespace) -> "Settings":
         args.quiet,
         args.compile,
     )
+
+
+# ---- serve -------------------------------------------------------------------------------------
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """`llava-lite serve`."""
+    serve_cli.require_packages()
+    settings = serve_cli.settings(args, parse_reduction(args))
+    return serve_cli.run(args, settings, lambda: load_model(args))
 
 
 # ---- download, info ----------------------------------------------------------------------------

@@ -34,6 +34,17 @@ class Limits(NamedTuple):
     allow_private: bool
     timeout: float
     max_bytes: int
+    domains: tuple[str, ...] | None = None  # None: any; "*.example.org": all below it
+
+    def allows_host(self, host: str) -> bool:
+        """Whether a host name may be asked, as far as names go."""
+        if self.domains is None:
+            return True
+        host = host.lower().rstrip(".")
+        return any(
+            host.endswith(domain[1:]) if domain.startswith("*.") else host == domain
+            for domain in self.domains
+        )
 
 
 # ---- names for messages -------------------------------------------------------------------------
@@ -101,6 +112,8 @@ def _get(url: str, name: str, limits: Limits, deadline: float) -> bytes | _Redir
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ImageError(f"{name}: leads to {describe(url)}, which is no http(s) URL")
     host = parts.hostname if ":" in parts.hostname else parts.hostname.encode("idna").decode()
+    if not limits.allows_host(host):
+        raise ImageError(f"{name}: leads to {shorten(host)}, a domain that is not allowed here")
     secure = parts.scheme == "https"
     default_port = 443 if secure else 80
     port = parts.port or default_port

@@ -385,53 +385,61 @@ class Model:
         active: list[tuple[int, Row]] = []
         while waiting or active:
             joining = [waiting.popleft() for _ in range(min(size - len(active), len(waiting)))]
-            fresh = self.start([request for _, request in joining], options, size)
+            fresh = self.start([request for _, request in joining], [options] * len(joining), size)
             active += [(index, row) for (index, _), row in zip(joining, fresh, strict=True)]
-            self.step([row for _, row in active], options)
+            self.step([row for _, row in active])
             yield from active
             active = [(index, row) for index, row in active if row.finish_reason is None]
 
     def start(
-        self, requests: Sequence[Request], options: GenerationOptions, batch_size: int
+        self, requests: Sequence[Request], options: Sequence[GenerationOptions], batch_size: int
     ) -> list[Row]:
-        """Look at the images of some requests, and make rows of them."""
+        """Look at the images of some requests, and make rows of them, each with its options."""
         states, seconds = self.with_images(requests, batch_size)
         return [
             Row(
                 request,
                 state,
-                AnswerText(StreamDecoder(self.tokenizer), options.stop_strings),
-                options.make_generator(),
+                wish,
+                AnswerText(StreamDecoder(self.tokenizer), wish.stop_strings),
+                wish.make_generator(),
                 {**seconds, "prefill": 0.0, "decode": 0.0},
             )
-            for request, state in zip(requests, states, strict=True)
+            for request, state, wish in zip(requests, states, options, strict=True)
         ]
 
     @torch.inference_mode()  # here and not around `run`: it would leak out of a suspended generator
-    def step(self, rows: Sequence[Row], options: GenerationOptions) -> None:
-        """One forward and one sampled token for every row."""
+    def step(self, rows: Sequence[Row]) -> None:
+        """One forward and one sampled token for every row. Rows may come and go between steps."""
         start = perf_counter()
         logits, states = self.advance([row.state for row in rows])
-        tokens = self.next_tokens(logits, rows, options)
+        tokens = self.next_tokens(logits, rows)
         seconds = perf_counter() - start
         for row, token, state in zip(rows, tokens, states, strict=True):
-            if options.trace and row.steps == 0:
+            if row.options.trace and row.steps == 0:
                 row.trace = self.trace(row.state, state, row.request.counts)
             row.accept(token, state, self.config.text.eos_id)
             row.seconds["decode" if row.steps > 1 else "prefill"] += seconds
 
-    def next_tokens(
-        self, logits: Tensor, rows: Sequence[Row], options: GenerationOptions
-    ) -> list[int]:
-        """The sampled token of every row, from logits (B, V)."""
-        return sample(
-            logits,
-            options.temperature,
-            options.top_k,
-            options.top_p,
-            [row.generator for row in rows],
-            self.config.text.sampled_vocab_size,
-        ).tolist()  # the step's only wait for the device
+    def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+        """The next token of every row from its logits (B, V), each as its options say."""
+        alike: dict[tuple[float, int, float], list[int]] = {}
+        for index, row in enumerate(rows):
+            wish = row.options
+            alike.setdefault((wish.temperature, wish.top_k, wish.top_p), []).append(index)
+        tokens: dict[int, int] = {}
+        for (temperature, top_k, top_p), indices in alike.items():
+            chosen = sample(
+                logits if len(alike) == 1 else logits[indices],
+                temperature,
+                top_k,
+                top_p,
+                [rows[index].generator for index in indices],
+                self.config.text.sampled_vocab_size,
+            )
+            # Where all are sampled alike, this is the step's only wait for the device.
+            tokens.update(zip(indices, chosen.tolist(), strict=True))
+        return [tokens[index] for index in range(len(rows))]
 
     def trace(self, before: State, after: State, counts: TokenCounts) -> Trace:
         """What became of the image tokens between two states; `counts` are those in front of

@@ -12,6 +12,7 @@ from llava_lite.cache import KVCache
 from llava_lite.fastv import Pruning
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import NO_REDUCTION, Reduction
+from llava_lite.sampling import GenerationOptions
 from llava_lite.trace import Trace
 
 
@@ -78,6 +79,7 @@ class Row:
 
     request: Request
     state: State
+    options: GenerationOptions
     text: AnswerText
     generator: torch.Generator | None
     seconds: dict[str, float]

@@ -224,13 +224,9 @@ class ParallelModel(Model):
         """The pixel values that the first rank reads."""
         return self.ranks.from_first(lambda: super(ParallelModel, self).prepare(image))
 
-    def next_tokens(
-        self, logits: Tensor, rows: Sequence[Row], options: GenerationOptions
-    ) -> list[int]:
+    def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
         """The tokens that the first rank samples."""
-        return self.ranks.from_first(
-            lambda: super(ParallelModel, self).next_tokens(logits, rows, options)
-        )
+        return self.ranks.from_first(lambda: super(ParallelModel, self).next_tokens(logits, rows))
 
 
 def described(request: Request) -> tuple[Any, ...]:

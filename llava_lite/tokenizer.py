@@ -122,6 +122,11 @@ class Tokenizer:
         stream = StreamDecoder(self)
         return "".join([stream.push(token_id) for token_id in ids]) + stream.flush()
 
+    @property
+    def pieces(self) -> list[str]:
+        """What each id of the vocabulary stands for, by id, with spaces as spaces."""
+        return list(self._texts)
+
     def _has_prefix(self, is_first: bool, after: After | None) -> bool:
         return after is None if is_first else self.legacy
 

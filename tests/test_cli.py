@@ -28,7 +28,7 @@ from llava_lite.tokenizer import Tokenizer
 
 COMMANDS = (
     *("generate", "chat", "batch", "convert", "download", "info"),
-    *("thresholds", "inspect", "eval", "bench"),
+    *("thresholds", "inspect", "eval", "bench", "serve"),
 )
 QUESTION = "What color is the star?"
 

@@ -60,7 +60,7 @@ ARROWS = {
     "trace": {"config", "llava", "fastv", "cache", "reduction"},
     "answer": {"tokenizer", "trace"},
     "sequence": {
-        "answer", "trace", "reduction",
+        "answer", "trace", "reduction", "sampling",
         "cache", "fastv", "llava",  # for the types of what a state holds
     },
     "prefix": {"cache", "llava", "prompt", "tokenizer"},

@@ -1,0 +1,242 @@
+"""/v1/chat/completions: from a request to a job, from what the job says to a response.
+
+A handler lives as long as its client does: when the client goes, its job is cancelled.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from llava_lite.answer import Answer
+from llava_lite.generation import Model
+from llava_lite.server.errors import ApiError, ClientGone, as_api_error, internal_error
+from llava_lite.server.limits import Body, disconnected, timed_out, while_connected
+from llava_lite.server.middleware import Record
+from llava_lite.server.prepare import Preparer
+from llava_lite.server.protocol import ChatRequest, Completion, usage_of
+from llava_lite.server.settings import Settings
+from llava_lite.server.worker import Event, Job, Stopped, Worker
+
+RETRY_SECONDS = 1
+CLIENT_GONE = 499  # nobody hears it; it stands in the log
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass
+class Totals:
+    """Of all answers so far."""
+
+    answers: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class ChatService:
+    """The model behind the routes: admits requests, prepares them, answers them."""
+
+    def __init__(self, model: Model, settings: Settings) -> None:
+        self.settings = settings
+        self.preparer = Preparer(model, settings)
+        self.worker = Worker(model, settings.max_batch_size)
+        self.preparing = 0
+        self.draining = False
+        self.totals = Totals()
+
+    def start(self) -> None:
+        """Begin to work."""
+        self.worker.start()
+
+    async def stop_model(self) -> None:
+        """End after the model's current step; who still waits hears status 503."""
+        self.draining = True
+        await asyncio.get_running_loop().run_in_executor(None, self.worker.stop)
+
+    async def stop(self) -> None:
+        """End all threads, when no request is open any more."""
+        await self.stop_model()
+        self.preparer.close()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have begun, but not yet in the model."""
+        return self.preparing + self.worker.num_waiting
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """Status and body of /health."""
+        alive = self.worker.is_alive and not self.draining
+        status = "ok" if alive else "shutting down" if self.draining else "stopped"
+        running = self.worker.num_running
+        counts = {"queue": self.num_waiting, "running": running, "busy": running > 0}
+        return 200 if alive else 503, {
+            "status": status,
+            **counts,
+            "max_queue": self.settings.max_queue,
+            "max_batch_size": self.settings.max_batch_size,
+        }
+
+    async def respond(self, request: Request) -> Response:
+        """Answer one request, whatever happens."""
+        body = Body(request.receive, self.settings.max_body_bytes)
+        try:
+            return await self.answer(request, body)
+        except ClientGone:
+            return Response(status_code=CLIENT_GONE)
+        except Exception as error:
+            await body.drain()
+            return as_api_error(error).response()
+
+    async def answer(self, request: Request, body: Body) -> Response:
+        """The response, or the error that prevents it."""
+        deadline = asyncio.get_running_loop().time() + self.settings.request_timeout
+        chat, job = await self.prepare(request, body, deadline)
+        events = Events(job, request.receive, deadline)
+        try:
+            self.worker.submit(job)
+        except Stopped:
+            events.close()
+            raise shutting_down() from None
+        completion = Completion(self.settings.model_name, chat.include_usage)
+        if chat.stream:
+            return EventStream(self.chunks(events, completion, request.scope), events)
+        try:
+            return JSONResponse(completion.whole(await self.last(events, request.scope)))
+        finally:
+            events.close()
+
+    async def prepare(
+        self, request: Request, body: Body, deadline: float
+    ) -> tuple[ChatRequest, Job]:
+        """Admit a request and read it. Raises ApiError and what makes it a bad one."""
+        if self.draining:
+            raise shutting_down()
+        # A page of another site can send text, but not JSON, without the browser asking first.
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "the content type must be application/json")
+        if self.num_waiting >= self.settings.max_queue:
+            raise ApiError(429, "the queue is full", code="queue_full", retry_after=RETRY_SECONDS)
+        self.preparing += 1
+        try:
+            declared = request.headers.get("content-length")
+            seconds = min(self.settings.body_timeout, self.settings.request_timeout)
+            data = await body.read(declared, seconds)
+            left = deadline - asyncio.get_running_loop().time()
+            return await while_connected(self.preparer.prepare(data), request.receive, left)
+        finally:
+            self.preparing -= 1
+
+    async def last(self, events: "Events", scope: Scope) -> Answer:
+        """The answer. Raises ApiError, ClientGone."""
+        while True:
+            event = await events.next()
+            if isinstance(event, Answer):
+                self.book(event, scope)
+                return event
+            if isinstance(event, BaseException):
+                raise as_failure(event)
+
+    async def chunks(
+        self, events: "Events", completion: Completion, scope: Scope
+    ) -> AsyncIterator[bytes]:
+        """The events of a stream."""
+        yield sse(completion.chunk({"role": "assistant", "content": ""}))
+        while True:
+            event = await events.next()
+            if isinstance(event, Answer):
+                self.book(event, scope)
+                yield sse(completion.chunk({}, event.finish_reason))
+                if completion.include_usage:
+                    yield sse(completion.usage_chunk(event))
+                yield DONE
+                return
+            if isinstance(event, BaseException):
+                error = as_failure(event)
+                if isinstance(error, ApiError):
+                    yield sse(error.body())
+                else:
+                    Record.of(scope).status = CLIENT_GONE
+                return
+            yield sse(completion.chunk({"content": event}))
+
+    def book(self, answer: Answer, scope: Scope) -> None:
+        """Count an answer, and note its tokens for the log."""
+        usage = usage_of(answer)
+        self.totals.answers += 1
+        self.totals.prompt_tokens += usage["prompt_tokens"]
+        self.totals.completion_tokens += usage["completion_tokens"]
+        Record.of(scope).tokens = f"{usage['prompt_tokens']}+{usage['completion_tokens']}"
+
+
+class Events:
+    """What a job says, brought to the event loop, and what ends the wait for it: the client's
+    going, and the deadline."""
+
+    def __init__(self, job: Job, receive: Receive, deadline: float) -> None:
+        self.job, self.loop = job, asyncio.get_running_loop()
+        self.deadline = deadline
+        self.queue: asyncio.Queue[Event] = asyncio.Queue()
+        job.deliver = self.deliver
+        self.timer = self.loop.call_at(deadline, self.queue.put_nowait, timed_out())
+        self.gone = self.loop.create_task(self.watch(receive))
+
+    def deliver(self, event: Event) -> None:
+        """Called on the worker's thread."""
+        self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
+
+    async def watch(self, receive: Receive) -> None:
+        await disconnected(receive)
+        self.job.cancelled = True
+        self.queue.put_nowait(ClientGone())
+
+    async def next(self) -> Event:
+        """The next thing that happens."""
+        return await self.queue.get()
+
+    def close(self) -> None:
+        """Nobody listens any more."""
+        self.job.cancelled = True
+        self.timer.cancel()
+        self.gone.cancel()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. The job ends with the response, however that ends; a client that stops
+    reading is left at the deadline."""
+
+    def __init__(self, chunks: AsyncIterator[bytes], events: Events) -> None:
+        super().__init__(chunks, media_type="text/event-stream")
+        self.headers["Cache-Control"] = "no-cache"
+        self.headers["X-Accel-Buffering"] = "no"  # asks a proxy to pass pieces on at once
+        self.events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        left = self.events.deadline - self.events.loop.time()
+        try:
+            # A little more than the deadline, of which the stream itself tells.
+            await asyncio.wait_for(self.stream_response(send), left + 1)
+        except (asyncio.TimeoutError, OSError):  # noqa: UP041
+            Record.of(scope).status = CLIENT_GONE
+        finally:
+            self.events.close()
+
+
+def sse(content: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return f"data: {json.dumps(content)}\n\n".encode()
+
+
+def as_failure(error: BaseException) -> Exception:
+    """What ended a job, for its client."""
+    if isinstance(error, ApiError | ClientGone):
+        return error
+    return shutting_down() if isinstance(error, Stopped) else internal_error(error)
+
+
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", retry_after=RETRY_SECONDS)

@@ -1,0 +1,83 @@
+"""Image sources become small pictures: data URLs, and where the server allows it, http(s) URLs and
+files.
+
+Runs in threads of its own. What is left of an image is the square that the model looks at, a third
+of a megabyte, whatever was sent. Messages name images by their number and no path of this machine.
+"""
+
+import urllib.parse
+
+from PIL import Image
+
+from llava_lite.config import LlavaConfig
+from llava_lite.errors import ImageError
+from llava_lite.fetch import SCHEME, Limits, describe, fetch
+from llava_lite.image import load_image, to_square
+from llava_lite.server.settings import Settings
+
+NOT_THERE = "no such file below the media root"
+
+
+def is_remote(source: str) -> bool:
+    """Whether it has to be fetched."""
+    scheme = SCHEME.match(source)
+    return scheme is not None and scheme[1].lower() in ("http", "https")
+
+
+def fetch_image(source: str, settings: Settings) -> bytes:
+    """The bytes behind a URL. Its domain must be allowed, on every hop, and its address public.
+
+    Raises ImageError."""
+    name = describe(source)
+    if not settings.url_domains:
+        raise ImageError(f"{name}: image URLs are switched off here, send a data URL")
+    limits = Limits(
+        True, False, settings.url_timeout, settings.max_image_bytes, settings.url_domains
+    )
+    return fetch(source, name, limits)
+
+
+def open_image(
+    source: str | bytes, settings: Settings, config: LlavaConfig, exif: bool
+) -> Image.Image:
+    """The square picture that the model sees of a data URL, a file, or an image's bytes. Raises
+    ImageError."""
+    if isinstance(source, str) and source[:5].lower() != "data:":
+        source = read_file(source, settings)
+    image = load_image(
+        source,
+        exif=exif,
+        max_pixels=settings.max_pixels,
+        allow_urls=False,
+        max_bytes=settings.max_image_bytes,
+    )
+    width, height = image.size
+    if max(image.size) > settings.max_side:
+        raise ImageError(
+            f"the image is {width}x{height}, a side may have {settings.max_side} pixels"
+        )
+    return to_square(image, config.vision.image_size, config.pad)
+
+
+def read_file(source: str, settings: Settings) -> bytes:
+    """The bytes of a file below the media root: an absolute path or one relative to the root, as it
+    is or with `file://` in front. Raises ImageError, the same whether a file is outside or missing.
+    """
+    scheme = SCHEME.match(source)
+    if scheme is not None and scheme[1].lower() != "file":
+        raise ImageError(f"URLs with the scheme {scheme[1][:20]!r} are not supported")
+    if settings.media_root is None:
+        raise ImageError("files are switched off here, send a data URL")
+    name = source if scheme is None else urllib.parse.unquote(source[scheme.end() :])
+    root = settings.media_root.resolve()
+    try:
+        path = (root / name).resolve()
+        if not path.is_relative_to(root) or not path.is_file():  # a pipe would never end
+            raise ImageError(NOT_THERE)
+        with open(path, "rb") as file:
+            data = file.read(settings.max_image_bytes + 1)
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, a null byte, a loop
+        raise ImageError(NOT_THERE) from error
+    if len(data) > settings.max_image_bytes:
+        raise ImageError(f"more than {settings.max_image_bytes} bytes")
+    return data

@@ -1,0 +1,91 @@
+"""Bodies of bounded size, and waiting that ends when the client goes or time is up."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from typing import TypeVar
+
+from starlette.types import Receive
+
+from llava_lite.server.errors import ApiError, ClientGone
+
+DRAIN_SECONDS = 2.0
+T = TypeVar("T")
+
+
+class Body:
+    """The body of one request, never more of it than `limit` bytes in memory."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self.receive, self.limit, self.ended = receive, limit, False
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """What is left of the body. Raises ClientGone."""
+        while not self.ended:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                self.ended = True
+                raise ClientGone
+            self.ended = not message.get("more_body", False)
+            yield message.get("body", b"")
+
+    async def read(self, declared: str | None, seconds: float) -> bytes:
+        """All of it; `declared` is the length that its sender names. Raises ApiError (413 when it
+        is too long, 408 when it takes too long), ClientGone."""
+        if declared is not None and (len(declared) > 18 or int(declared) > self.limit):
+            raise self.too_long()
+        try:
+            return await asyncio.wait_for(self.gather(), seconds)
+        except asyncio.TimeoutError:  # noqa: UP041  its own class in Python 3.10
+            self.ended = True  # no more of it will be awaited
+            raise ApiError(408, f"the body did not arrive within {seconds:g} s") from None
+
+    async def gather(self) -> bytes:
+        body = bytearray()
+        async for chunk in self.chunks():
+            body += chunk
+            if len(body) > self.limit:
+                raise self.too_long()
+        return bytes(body)
+
+    async def drain(self) -> None:
+        """Read on for a moment and keep nothing: a sender that is cut off hears no refusal."""
+        try:
+            await asyncio.wait_for(self.discard(), DRAIN_SECONDS)
+        except (asyncio.TimeoutError, ClientGone):  # noqa: UP041
+            pass
+
+    async def discard(self) -> None:
+        length = 0
+        async for chunk in self.chunks():
+            length += len(chunk)
+            if length > 2 * self.limit:
+                return
+
+    def too_long(self) -> ApiError:
+        return ApiError(413, f"the body exceeds the limit of {self.limit} bytes")
+
+
+async def disconnected(receive: Receive) -> None:
+    """Returns when the client is gone. To be awaited after the body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def while_connected(work: Awaitable[T], receive: Receive, seconds: float) -> T:
+    """The result of `work`, which is cancelled when the client goes (ClientGone) or after `seconds`
+    (ApiError 504)."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(disconnected(receive))
+    both: set[asyncio.Future] = {task, gone}
+    try:
+        await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone if gone.done() else timed_out()
+    finally:
+        for future in both:
+            future.cancel()
+
+
+def timed_out() -> ApiError:
+    return ApiError(504, "the request took too long")

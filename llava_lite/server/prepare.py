@@ -1,0 +1,129 @@
+"""From a request's bytes to a job for the worker: all that needs no model, in threads of its own.
+
+Two pools: one for work of this machine, so that never more than a few images are decoded at once,
+and one for waiting on others, so that a slow host delays no other request.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TypeVar
+
+from PIL import Image
+
+from llava_lite.errors import CheckpointError, ContextError, ImageError
+from llava_lite.generation import Model
+from llava_lite.prompt import IMAGE_MARKER, build_prompt
+from llava_lite.sampling import DEFAULT_MAX_NEW_TOKENS, GenerationOptions
+from llava_lite.sequence import Request, State
+from llava_lite.server.errors import ApiError
+from llava_lite.server.images import fetch_image, is_remote, open_image
+from llava_lite.server.messages import Conversation, read_messages
+from llava_lite.server.protocol import ChatRequest, parse_request
+from llava_lite.server.settings import Settings
+from llava_lite.server.worker import Job
+
+FETCHES = 8  # at once
+T = TypeVar("T")
+
+
+class Preparer:
+    """Makes jobs of requests."""
+
+    def __init__(self, model: Model, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.work = ThreadPoolExecutor(settings.image_workers, "llava-lite-prepare")
+        self.fetching = ThreadPoolExecutor(FETCHES, "llava-lite-fetch")
+        self.tokenizing = threading.Lock()  # the model's table of prefixes is of one thread
+        self.longest_piece = max(map(len, (*model.tokenizer.pieces, IMAGE_MARKER)))
+
+    async def prepare(self, body: bytes) -> tuple[ChatRequest, Job]:
+        """A checked request and its job. Raises ApiError, ImageError, PromptError, ContextError,
+        ValueError."""
+        request, conversation, options = await in_pool(self.work, lambda: self.read(body))
+        images = [
+            await self.image(number, source)
+            for number, source in enumerate(conversation.sources, start=1)
+        ]
+        prompt = await in_pool(self.work, lambda: self.prompt(conversation, images, options))
+        return request, Job(prompt, options, bool(request.stream))
+
+    def read(self, body: bytes) -> tuple[ChatRequest, Conversation, GenerationOptions]:
+        """Everything about a request that can be said before its images are there."""
+        request = parse_request(body)
+        served = self.settings.model_name
+        if request.model not in (None, served):
+            message = f"the model {request.model!r} is not served here, {served!r} is"
+            raise ApiError(404, message[:500], "model", "model_not_found")
+        options = self.options(request)
+        conversation = read_messages(request.messages, self.model.config.template)
+        count, limit = len(conversation.sources), self.settings.max_images
+        if count > limit:
+            raise ApiError(400, f"{count} images, a request may have {limit}", "messages")
+        return request, conversation, options
+
+    def options(self, request: ChatRequest) -> GenerationOptions:
+        """How to answer. Raises ApiError and ValueError."""
+        wanted, limit = request.max_completion_tokens, self.settings.max_new_tokens
+        wanted = request.max_tokens if wanted is None else wanted
+        if wanted is not None and wanted > limit:
+            raise ApiError(400, f"max_tokens {wanted}: at most {limit} are allowed", "max_tokens")
+        if wanted is None and limit < DEFAULT_MAX_NEW_TOKENS:
+            wanted = limit
+        temperature, top_p = request.temperature or 0.0, request.top_p
+        if top_p == 0:  # the smallest set of best tokens: the best
+            temperature, top_p = 0.0, None
+        options = GenerationOptions(
+            wanted,
+            temperature,
+            1.0 if top_p is None else top_p,
+            request.top_k or 0,
+            request.seed,
+            request.stop or None,
+            reduction=request.reduction or self.settings.reduction,
+        )
+        try:
+            self.model.reduction_for([], options.reduction)
+        except CheckpointError:  # its thresholds; the message names a file
+            message = f"reduction {request.reduction!r} is not available for this model"
+            raise ApiError(400, message, "reduction") from None
+        return options
+
+    async def image(self, number: int, source: str) -> Image.Image:
+        """The picture of a source. Raises ImageError naming its number."""
+        try:
+            found: str | bytes = source
+            if is_remote(source):
+                found = await in_pool(self.fetching, lambda: fetch_image(source, self.settings))
+            model = self.model
+            return await in_pool(
+                self.work, lambda: open_image(found, self.settings, model.config, model.exif)
+            )
+        except ImageError as error:
+            raise ImageError(f"image {number}: {error}") from error
+
+    def prompt(
+        self, conversation: Conversation, images: list[Image.Image], options: GenerationOptions
+    ) -> Request:
+        """The conversation in ids. Raises PromptError, and ContextError where it is too long."""
+        template = self.model.config.template
+        text = build_prompt(template, conversation.turns, conversation.system)
+        limit = self.model.config.text.max_positions
+        if len(text) > limit * self.longest_piece:  # before what takes long for a long text
+            raise ContextError(f"a prompt of {len(text)} characters exceeds the context of {limit}")
+        wishes = replace(options, system=conversation.system)
+        with self.tokenizing:
+            ids = tuple(self.model.tokenizer.encode_prompt(text))
+            return self.model.continuation(State(), ids, images, wishes)
+
+    def close(self) -> None:
+        """End the threads; what has not begun is dropped."""
+        for pool in (self.work, self.fetching):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+async def in_pool(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    """The result of `work`, done by one of the pool's threads."""
+    return await asyncio.get_running_loop().run_in_executor(pool, work)

@@ -1,0 +1,183 @@
+"""Requests and responses as OpenAI's clients write and read them.
+
+Unknown fields are accepted, as OpenAI's own servers do for most. Those that ask for something that
+would change the answer, and that is not there, are refused rather than ignored.
+"""
+
+import time
+import uuid
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llava_lite.answer import Answer
+from llava_lite.server.errors import ApiError
+
+MOST_MESSAGES = 1000
+MOST_STOPS, LONGEST_STOP = 16, 1000
+
+
+class ImageUrl(BaseModel):
+    """`detail` is accepted and means nothing here."""
+
+    url: str
+
+
+class Part(BaseModel):
+    """A piece of a message: text, or an image by its URL."""
+
+    type: str
+    text: str | None = None
+    image_url: ImageUrl | str | None = None
+
+
+class Message(BaseModel):
+    """One message of the conversation."""
+
+    role: str
+    content: str | list[Part] | None = None
+    tool_calls: list[Any] | None = None
+
+
+class StreamOptions(BaseModel):
+    """What a stream has beside the text."""
+
+    include_usage: bool | None = None
+
+
+class ChatRequest(BaseModel):
+    """The body of /v1/chat/completions. `top_k` and `reduction` are extensions."""
+
+    model_config = ConfigDict(extra="allow")
+
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    model: str | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    reduction: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+def parse_request(body: bytes) -> ChatRequest:
+    """The request in a body. Raises ApiError (400) naming the field."""
+    try:
+        request = ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = max(error.errors(include_url=False, include_input=False), key=depth)
+        if first["type"] == "json_invalid":
+            raise ApiError(400, f"the body is not valid JSON: {first['msg']}") from None
+        place = ".".join(map(str, first["loc"]))
+        param = str(first["loc"][0]) if first["loc"] else None
+        raise ApiError(400, f"{place or 'body'}: {first['msg']}", param) from None
+    refuse_unsupported(request)
+    return request
+
+
+def depth(error: Any) -> int:
+    """How far inside the body an error is: of a union's errors the deepest says most."""
+    return len(error["loc"])
+
+
+def refuse_unsupported(request: ChatRequest) -> None:
+    """Raise ApiError (400) for what cannot be done here."""
+    if request.n not in (None, 1):
+        raise ApiError(400, f"n {request.n}: only one answer per request is supported", "n")
+    more = request.model_extra or {}
+    for name, says_nothing in SAYS_NOTHING.items():
+        if name in more and more[name] not in says_nothing:
+            raise ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
+    form = more.get("response_format")
+    if form is not None and not (isinstance(form, dict) and form.get("type") == "text"):
+        name = "response_format"
+        raise ApiError(400, f"{name}: only text is supported", name, "unsupported_parameter")
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    if len(stops) > MOST_STOPS or any(len(text) > LONGEST_STOP for text in stops):
+        raise ApiError(
+            400, f"stop: at most {MOST_STOPS} strings of {LONGEST_STOP} characters", "stop"
+        )
+
+
+# Fields that are not supported, and the values with which they ask for nothing.
+SAYS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "functions": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "function_call": (None, "none", "auto"),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "logit_bias": (None, {}),
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "web_search_options": (None,),
+}
+
+
+# ---- responses ---------------------------------------------------------------------------------
+
+
+def usage_of(answer: Answer) -> dict[str, Any]:
+    """Tokens in front of the answer, image tokens included, and those of the answer."""
+    image, new = answer.usage["image_tokens"], answer.usage["completion_tokens"]
+    prompt = answer.usage["prompt_tokens"] + image
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {
+            "cached_tokens": 0,
+            "image_tokens": image,
+            "kept_image_tokens": answer.usage["kept_image_tokens"],
+        },
+    }
+
+
+class Completion:
+    """The frame of one response: its id, its time and its model, the same in every chunk."""
+
+    def __init__(self, model_name: str, include_usage: bool) -> None:
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.model_name, self.include_usage = model_name, include_usage
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        """The response that is not streamed; `timings` in seconds is an extension."""
+        message = {"role": "assistant", "content": str(answer), "refusal": None}
+        choice = {
+            "index": 0,
+            "message": message,
+            "logprobs": None,
+            "finish_reason": answer.finish_reason,
+        }
+        return {
+            **self.head("chat.completion"),
+            "choices": [choice],
+            "usage": usage_of(answer),
+            "timings": answer.timings,
+        }
+
+    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+        """One event of a stream."""
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        usage = {"usage": None} if self.include_usage else {}
+        return {**self.head("chat.completion.chunk"), "choices": [choice], **usage}
+
+    def usage_chunk(self, answer: Answer) -> dict[str, Any]:
+        """The last event of a stream whose client asked for it."""
+        head = self.head("chat.completion.chunk")
+        return {**head, "choices": [], "usage": usage_of(answer)}
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model_name}

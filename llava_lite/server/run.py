@@ -1,0 +1,111 @@
+"""The process: a socket, uvicorn, and a shutdown that finishes what runs."""
+
+import asyncio
+import ipaddress
+import signal
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from fastapi import FastAPI
+
+from llava_lite.errors import LlavaLiteError
+from llava_lite.server.settings import Settings
+
+POLL_SECONDS = 0.05
+CLOSE_SECONDS = 5  # for what is left of responses once the model has stopped
+MOST_CONNECTIONS = 1024
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens there."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises LlavaLiteError."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=MOST_CONNECTIONS)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise LlavaLiteError(f"cannot listen on {host}, port {port}: {reason}") from error
+
+
+def make_server(app: FastAPI) -> uvicorn.Server:
+    """uvicorn with our log in place of its own."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            ws="none",
+            proxy_headers=False,
+            server_header=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_graceful_shutdown=CLOSE_SECONDS,
+        )
+    )
+
+
+def serve(
+    app: FastAPI, settings: Settings, sock: socket.socket, on_ready: Callable[[], None]
+) -> int | None:
+    """Answer until a signal ends it; returns that signal. `on_ready` is called when requests are
+    taken."""
+    return asyncio.run(Process(app, settings).serve(sock, on_ready))
+
+
+class Process:
+    """A server that ends in two steps: on SIGTERM or Ctrl-C it refuses what is new and finishes
+    what runs; on a second signal it just ends."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        self.app, self.settings = app, settings
+        self.server = make_server(app)
+        self.signal: int | None = None
+        self.ending: asyncio.Task[None] | None = None
+
+    async def serve(self, sock: socket.socket, on_ready: Callable[[], None]) -> int | None:
+        """Run until the end."""
+        running = asyncio.create_task(self.server.serve(sockets=[sock]))
+        while not self.server.started and not running.done():
+            await asyncio.sleep(POLL_SECONDS)
+        if not running.done():
+            self.take_signals()  # after uvicorn has taken them
+            on_ready()
+        await running
+        return self.signal
+
+    def take_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                loop.add_signal_handler(number, self.end, number)
+            except NotImplementedError:  # Windows: uvicorn's own way remains
+                return
+
+    def end(self, number: int) -> None:
+        """A signal."""
+        self.signal = number
+        if self.ending is None:
+            self.ending = asyncio.create_task(self.drain())
+        else:
+            self.server.force_exit = self.server.should_exit = True
+
+    async def drain(self) -> None:
+        """Refuse new requests with 503, let those that run finish for a while, then stop."""
+        service = self.app.state.service
+        service.draining = True
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.settings.shutdown_timeout
+        while self.app.state.open_requests and loop.time() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
+        await service.stop_model()
+        self.server.should_exit = True

@@ -1,0 +1,54 @@
+"""What a server allows, and how much of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_lite.image import MAX_PIXELS
+from llava_lite.reduction import Reduction
+
+# JPEG's own limit. A strip of 1 x 1,000,000 pixels is within any limit of pixels, but no picture.
+MAX_SIDE = 65_535
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One server. Bytes, pixels and counts are upper limits, times are seconds.
+
+    max_queue: requests that may wait, those being read and prepared included; with more, status
+    429. max_batch_size: requests that the model runs at once. request_timeout: from the first byte
+    of a request to the last of its answer. shutdown_timeout: for running requests to finish.
+    url_domains: hosts that images may be fetched from ("*.example.org" is all below it); none by
+    default. media_root: folder that images may be read from; none by default. allowed_hosts: names
+    under which browsers may reach the server, None for any. Raises ValueError."""
+
+    model_name: str
+    api_key: str | None = None
+    max_queue: int = 64
+    max_batch_size: int = 8
+    request_timeout: float = 300.0
+    body_timeout: float = 30.0
+    shutdown_timeout: float = 30.0
+    max_body_bytes: int = 32 * 2**20
+    max_image_bytes: int = 20 * 2**20
+    max_pixels: int = MAX_PIXELS
+    max_side: int = MAX_SIDE
+    max_images: int = 8
+    max_new_tokens: int = 2048
+    image_workers: int = 2
+    url_domains: tuple[str, ...] = ()
+    url_timeout: float = 10.0
+    media_root: Path | None = None
+    cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] | None = None
+    reduction: Reduction | None = None
+
+    def __post_init__(self) -> None:
+        key = self.api_key
+        if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+            raise ValueError("the API key must be printable ASCII without spaces, and not empty")
+        if self.media_root is not None and not self.media_root.is_dir():
+            raise ValueError(f"{self.media_root}: the media root is no folder")
+        for domain in self.url_domains:
+            name = domain.removeprefix("*.")
+            if not name or not set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-."):
+                raise ValueError(f"{domain!r} is no domain: give names such as images.example.org")

@@ -1,0 +1,186 @@
+"""The one thread that runs the model.
+
+Continuous batching: between two steps, jobs that are done or whose client is gone leave the batch,
+and those that wait take their places. Nothing that happens to one job reaches another.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from llava_lite.answer import Answer
+from llava_lite.generation import Model
+from llava_lite.sampling import GenerationOptions
+from llava_lite.sequence import Request, Row
+
+LOG = logging.getLogger("llava_lite.server")
+
+# What a job hears: pieces of text, then its answer or the error that ended it.
+Event: TypeAlias = str | Answer | BaseException
+
+
+class Stopped(Exception):
+    """The worker ended before the job did."""
+
+
+def nobody(event: Event) -> None:
+    """Hears nothing."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One request for the worker. `deliver` is called on its thread; pieces only if wanted, an
+    `Answer` or an exception at the end. Setting `cancelled` from any thread ends it within a step.
+    """
+
+    request: Request
+    options: GenerationOptions
+    wants_pieces: bool = False
+    deliver: Callable[[Event], None] = nobody
+    cancelled: bool = False
+
+
+@dataclass(eq=False)
+class Member:
+    """A job in the batch, and its row."""
+
+    job: Job
+    row: Row
+
+
+class Worker:
+    """Runs jobs in batches of at most `max_batch_size`, first come, first served."""
+
+    def __init__(self, model: Model, max_batch_size: int) -> None:
+        self.model, self.max_batch_size = model, max_batch_size
+        self.condition = threading.Condition()
+        self.waiting: deque[Job] = deque()
+        self.num_running = 0
+        self.stopping = False
+        self.thread = threading.Thread(target=self.run, name="llava-lite-model", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self.thread.start()
+
+    def stop(self) -> None:
+        """End after the current step; jobs that are not done hear `Stopped`."""
+        with self.condition:
+            self.stopping = True
+            self.condition.notify()
+        if self.thread.ident is not None:
+            self.thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        return self.thread.is_alive()
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that have not begun."""
+        return len(self.waiting)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. Raises Stopped."""
+        with self.condition:
+            if self.stopping:
+                raise Stopped
+            self.waiting.append(job)
+            self.condition.notify()
+
+    # ---- on the thread ----
+
+    def run(self) -> None:
+        """The loop, until `stop`."""
+        batch: list[Member] = []
+        while not self.stopping:
+            joining = self.next_jobs(self.max_batch_size - len(batch), wait=not batch)
+            self.num_running = len(batch) + len(joining)
+            batch += self.begin(joining)
+            batch = self.advance(batch)
+            self.num_running = len(batch)
+        with self.condition:
+            left = [member.job for member in batch] + list(self.waiting)
+            self.waiting.clear()
+        for job in left:
+            tell(job, Stopped())
+        self.num_running = 0
+
+    def next_jobs(self, count: int, wait: bool) -> list[Job]:
+        """Up to `count` jobs that wait; with `wait` not before there is one, or an end."""
+        with self.condition:
+            while wait and not self.waiting and not self.stopping:
+                self.condition.wait()
+            taken: list[Job] = []
+            while self.waiting and len(taken) < count:
+                job = self.waiting.popleft()
+                if not job.cancelled:
+                    taken.append(job)
+            return taken
+
+    def begin(self, jobs: Sequence[Job]) -> list[Member]:
+        """Look at the images of jobs together, or one by one if that fails."""
+        if not jobs:
+            return []
+        try:
+            rows = self.model.start(
+                [job.request for job in jobs], [job.options for job in jobs], len(jobs)
+            )
+            return [Member(job, row) for job, row in zip(jobs, rows, strict=True)]
+        except Exception as error:
+            if len(jobs) == 1:
+                tell(jobs[0], error)
+                return []
+        return [member for job in jobs for member in self.begin([job])]
+
+    def advance(self, batch: Sequence[Member]) -> list[Member]:
+        """One token for each member whose client is there; returns those that go on."""
+        present = [member for member in batch if not member.job.cancelled]
+        return [
+            member
+            for member in self.step(present)
+            if self.report(member) and not member.job.cancelled
+        ]
+
+    def step(self, members: Sequence[Member]) -> list[Member]:
+        """Step members together, or one by one if that fails; returns those that made it."""
+        if not members:
+            return []
+        steps = [member.row.steps for member in members]
+        try:
+            self.model.step([member.row for member in members])
+            return list(members)
+        except Exception as error:
+            if len(members) == 1:
+                tell(members[0].job, error)
+                return []
+        made: list[Member] = []
+        for member, before in zip(members, steps, strict=True):
+            # Rows keep their state until a step has succeeded, so a failed one can be repeated.
+            made += [member] if member.row.steps > before else self.step([member])
+        return made
+
+    def report(self, member: Member) -> bool:
+        """Tell a job what its step gave; whether it goes on."""
+        job, row = member.job, member.row
+        try:
+            if job.wants_pieces and row.piece:
+                tell(job, row.piece)
+            if row.finish_reason is None:
+                return True
+            tell(job, row.answer())
+        except Exception as error:
+            tell(job, error)
+        return False
+
+
+def tell(job: Job, event: Event) -> None:
+    """Deliver an event; who cannot be reached any more is left alone."""
+    try:
+        job.deliver(event)
+    except Exception as error:
+        job.cancelled = True
+        LOG.debug("an event could not be delivered: %s", error)

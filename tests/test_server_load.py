@@ -1,0 +1,101 @@
+"""Two hundred requests at once: right answers, clear refusals, nobody lost."""
+
+import asyncio
+import gc
+import importlib.util
+import os
+import sys
+from types import ModuleType
+
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("fastapi")
+pytest.importorskip("httpx")
+
+from serving import serving
+
+import llava_lite
+from llava_lite.generation import Model
+from llava_lite.sequence import Request, Row
+from llava_lite.server.chat import Events
+from llava_lite.server.protocol import ChatRequest
+from llava_lite.server.worker import Job
+
+
+@pytest.fixture(scope="module")
+def load_server() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("load_server", ROOT / "tools" / "load_server.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["load_server"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return llava_lite.load(llava_lite.embedded_model(), device="cpu", dtype="float32")
+
+
+def test_two_hundred_at_once(load_server: ModuleType, model: Model) -> None:
+    cases = load_server.mixture(model, llava_lite.embedded_model() / "examples", 200)
+    with serving(model, max_queue=256) as running:
+        outcome = asyncio.run(load_server.run(f"{running.url}/v1", cases, 200))
+        running.until_idle()
+        statuses, service = running.app.state.statuses, running.service
+        assert not running.app.state.open_requests
+    assert outcome.wrong == [] and outcome.lost == []
+    kinds = outcome.kinds
+    assert sum(kinds.values()) == 200
+    assert kinds["200"] == 100 and kinds["left"] == 25
+    # The server saw each of them: those who left are 499, unless they left after the end.
+    assert sum(statuses.values()) == 200
+    assert statuses[400] == kinds["400"] and statuses[499] + statuses[200] == 125
+    assert statuses[500] == 0 and statuses[499] > 10
+    assert service.totals.answers == statuses[200]
+
+
+def test_more_than_the_queue_holds(load_server: ModuleType, model: Model) -> None:
+    """Who is refused hears so, and who is not gets the right answer."""
+    good = load_server.good_cases(model, llava_lite.embedded_model() / "examples")
+    text = [case for case in good if case.name == "text only"] * 40
+    with serving(model, max_queue=4, max_batch_size=2) as running:
+        outcome = asyncio.run(load_server.run(f"{running.url}/v1", text, 40))
+    refused = [line for line in outcome.wrong if "status 429, not 200" in line]
+    assert outcome.wrong == refused and refused and outcome.lost == []
+    assert outcome.kinds["200"] >= 4 and sum(outcome.kinds.values()) == 40
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads memory from /proc")
+def test_memory_is_flat(load_server: ModuleType, model: Model) -> None:
+    """A first round fills pools and caches; after that nothing may grow with the requests."""
+    cases = load_server.mixture(model, llava_lite.embedded_model() / "examples", 200)
+    cheap = [case for case in cases if case.status != 200 or case.name == "text only"]
+    # How its 147 MB are found depends on what else was just freed, and hides what leaks.
+    cheap = [case for case in cheap if case.name != "image: claims 49 megapixels"] * 8
+    with serving(model, max_queue=256) as running:
+        url = f"{running.url}/v1"
+        sizes = []
+        for _ in range(3):
+            outcome = asyncio.run(load_server.run(url, cheap, 16))
+            assert outcome.wrong == [] and outcome.lost == []
+            running.until_idle()
+            sizes.append(load_server.memory_of(os.getpid()))
+    assert len(cheap) * 3 > 1800
+    assert sizes[2] - sizes[1] < 20 * 1024  # KiB
+
+
+def test_nothing_of_a_request_is_kept(load_server: ModuleType, model: Model) -> None:
+    good = load_server.good_cases(model, llava_lite.embedded_model() / "examples")
+    text = [case for case in good if case.name == "text only"] * 30
+    bad = load_server.malformed_cases()
+    with serving(model, max_batch_size=2) as running:
+        outcome = asyncio.run(load_server.run(f"{running.url}/v1", [*text, *bad], 8))
+        running.until_idle()
+        assert outcome.wrong == [] and outcome.lost == []
+        gc.collect()
+        kinds = [type(thing) for thing in gc.get_objects()]
+    for kind in (Job, Row, Request, Events, ChatRequest):
+        assert kinds.count(kind) <= 2, kind  # what the idle worker last saw

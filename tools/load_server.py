@@ -1,0 +1,350 @@
+#!/usr/bin/env python3
+"""Load on `llava-lite serve`: right answers, clear refusals, nobody lost, memory flat.
+
+    python tools/load_server.py                             # 200 at once, a server of its own
+    python tools/load_server.py --requests 2000 --concurrency 16
+
+Starts a server of the embedded model in float32 on 127.0.0.1, and asks it a fixed mixture: whole
+and streamed answers, greedy and sampled, with and without token reduction, clients that leave
+early, malformed requests, hostile image sources. Each answer is compared with that of
+`Model.generate`. It asks nobody but that server. Exit code 1 where an answer is wrong, a request is
+lost, or a refusal is not the one expected.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import random
+import re
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from PIL import Image
+
+import llava_lite
+from llava_lite.generation import Model
+
+EXAMPLES = ("scene.png", "scene2.png")
+QUESTIONS = (
+    "How many objects are there?",
+    "What shape is the red object?",
+    "Is there a blue square?",
+    "How many circles are there?",
+)
+REDUCTIONS = (None, "hybrid-72-36", "tome-72-logical", "hybrid-72-36")
+MOST_TOKENS = 8
+QUEUE = 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request, and what must come of it: an answer, or a status. Whose client leaves early has
+    neither."""
+
+    name: str
+    body: bytes
+    answer: str | None = None
+    status: int = 200
+    stream: bool = False
+    leaves: bool = False
+    content_type: str = "application/json"
+
+
+@dataclass
+class Outcome:
+    """What came of all of them. `wrong`: answers, statuses or error objects that are not those
+    expected; `lost`: requests without a response."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)  # KiB of the server, once per 100 requests
+
+
+# ---- images ------------------------------------------------------------------------------------
+
+
+def data_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+
+
+# ---- cases -------------------------------------------------------------------------------------
+
+
+def body_of(text: str, image: str | None = None, **fields: Any) -> bytes:
+    """A request about one image, or none."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    if image is not None:
+        content.append({"type": "image_url", "image_url": {"url": image}})
+    messages = [{"role": "user", "content": content}]
+    return json.dumps({"messages": messages, "max_tokens": MOST_TOKENS, **fields}).encode()
+
+
+def good_cases(model: Model, folder: Path) -> list[Case]:
+    """Requests with an answer: every question on every example, in all ways of asking."""
+    cases = []
+    for example in EXAMPLES:
+        data = (folder / example).read_bytes()
+        for number, question in enumerate(QUESTIONS):
+            reduction = REDUCTIONS[number]
+            options: dict[str, Any] = {"reduction": reduction} if reduction else {}
+            if number == 3:
+                options |= {"temperature": 1.5, "top_p": 0.9, "seed": 7}
+            answer = model.generate(data, question, max_new_tokens=MOST_TOKENS, **options)
+            name, image = f"{example}: {question}", data_url(data)
+            body = body_of(question, image, **options)
+            cases.append(Case(name, body, str(answer)))
+            body = body_of(question, image, stream=True, **options)
+            cases.append(Case(name, body, str(answer), stream=True))
+    answer = model.generate(None, QUESTIONS[0], max_new_tokens=MOST_TOKENS)
+    cases.append(Case("text only", body_of(QUESTIONS[0]), str(answer)))
+    return cases
+
+
+def leaving_cases(folder: Path) -> list[Case]:
+    """Clients that go away before they have what they asked for."""
+    image = data_url((folder / EXAMPLES[0]).read_bytes())
+    return [
+        Case(
+            "leaves",
+            body_of("Describe the image.", image, max_tokens=200, stream=stream),
+            stream=stream,
+            leaves=True,
+        )
+        for stream in (False, True)
+    ]
+
+
+def malformed_cases() -> list[Case]:
+    """Requests that are none."""
+    nested = b'{"messages":' + b"[" * 100_000
+    fields: tuple[tuple[str, Any, int], ...] = (
+        ("n", 2, 400),
+        ("tools", [{"type": "function"}], 400),
+        ("logprobs", True, 400),
+        ("response_format", {"type": "json_schema"}, 400),
+        ("temperature", -1, 400),
+        ("max_tokens", 10**9, 400),
+        ("reduction", "much", 400),
+        ("model", "gpt-4o", 404),
+        ("messages", [], 400),
+        ("messages", [{"role": "tool", "content": "x"}], 400),
+    )
+    cases = [Case(name, body_of("x", **{name: value}), status=s) for name, value, s in fields]
+    cases.append(Case("no JSON", b"{nothing", status=400))
+    cases.append(Case("deep JSON", nested, status=400))
+    cases.append(Case("text", body_of("x"), status=415, content_type="text/plain"))
+    cases.append(Case("long prompt", body_of("star " * 5000), status=400))
+    cases.append(Case("very long prompt", body_of("star" * 250_000), status=400))
+    cases.append(Case("markers", body_of("<image> <image>"), status=400))
+    return cases
+
+
+def hostile_cases() -> list[Case]:
+    """Images that must not be looked at."""
+    strip = png(Image.new("L", (1, 1_000_000)))
+    bomb = png(Image.new("1", (9000, 9000)))  # 81 megapixels in 10 kB
+    sources = {
+        "metadata": "http://169.254.169.254/latest/meta-data/",
+        "loopback": "http://127.0.0.1:1/",
+        "mapped": "http://[::ffff:127.0.0.1]/a.png",
+        "file": "file:///etc/passwd",
+        "path": "/etc/passwd",
+        "dots": "../../../../etc/passwd",
+        "ftp": "ftp://127.0.0.1/a.png",
+        "no image": "data:image/png;base64,AAAA",
+        "no base64": "data:image/png;base64,%%%",
+        "strip": data_url(strip),
+        "bomb": data_url(bomb),
+        "claims 3.6 gigapixels": data_url(png_of_size(60_000, 60_000)),
+        "claims 49 megapixels": data_url(png_of_size(7000, 7000)),  # which may be looked for
+        "no pixels": data_url(png_of_size(0, 10)),
+        "cut off": data_url(png(Image.new("RGB", (50, 50)))[:60]),
+    }
+    return [
+        Case(f"image: {name}", body_of("What is it?", url), status=400)
+        for name, url in sources.items()
+    ]
+
+
+def mixture(model: Model, folder: Path, count: int, seed: int = 0) -> list[Case]:
+    """`count` requests: half good, an eighth leaving, the rest malformed or hostile."""
+    good, leaving = good_cases(model, folder), leaving_cases(folder)
+    malformed, hostile = malformed_cases(), hostile_cases()
+    pattern = (good, malformed, good, hostile, good, leaving, good, [*malformed, *hostile])
+    cases = [
+        pattern[number % 8][(number // 8 * 4 + number % 8) % len(pattern[number % 8])]
+        for number in range(count)
+    ]
+    random.Random(seed).shuffle(cases)
+    return cases
+
+
+# ---- asking ------------------------------------------------------------------------------------
+
+
+async def ask(client: httpx.AsyncClient, case: Case, outcome: Outcome) -> None:
+    """One request, and a look at what came of it."""
+    try:
+        if case.leaves:
+            await leave(client, case)
+            outcome.kinds["left"] += 1
+            return
+        status, content_type, text = await post(client, case)
+    except httpx.HTTPError as error:
+        outcome.lost.append(f"{case.name}: {type(error).__name__}: {error}")
+        return
+    outcome.kinds[str(status)] += 1
+    if status != case.status:
+        outcome.wrong.append(f"{case.name}: status {status}, not {case.status}: {text[:200]}")
+    elif status != 200:
+        error = json.loads(text)["error"]
+        if set(error) != {"message", "type", "param", "code"} or not error["message"]:
+            outcome.wrong.append(f"{case.name}: {text[:200]}")
+    else:
+        answer = streamed(text) if case.stream else whole(text)
+        if answer != case.answer:
+            outcome.wrong.append(f"{case.name}: {answer!r}, not {case.answer!r}")
+
+
+async def post(client: httpx.AsyncClient, case: Case) -> tuple[int, str, str]:
+    headers = {"Content-Type": case.content_type}
+    response = await client.post("/chat/completions", content=case.body, headers=headers)
+    return response.status_code, response.headers.get("content-type", ""), response.text
+
+
+async def leave(client: httpx.AsyncClient, case: Case) -> None:
+    """Go after the first piece of a stream, or after a moment."""
+    headers = {"Content-Type": case.content_type}
+    url = "/chat/completions"
+    if case.stream:
+        async with client.stream("POST", url, content=case.body, headers=headers) as response:
+            async for _ in response.aiter_bytes():
+                return
+    try:
+        posting = client.post(url, content=case.body, headers=headers)
+        await asyncio.wait_for(posting, 0.05)
+    except (asyncio.TimeoutError, httpx.TimeoutException):
+        pass
+
+
+def whole(text: str) -> str:
+    return json.loads(text)["choices"][0]["message"]["content"]
+
+
+def streamed(text: str) -> str:
+    """The text of a stream; of one that does not end as it should, what is wrong."""
+    events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    if events[-1] != "[DONE]":
+        return f"no end: {events[-1]}"
+    chunks = [json.loads(event) for event in events[:-1]]
+    if any("error" in chunk for chunk in chunks):
+        return f"error: {chunks[-1]}"
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+
+
+async def run(
+    url: str, cases: Sequence[Case], concurrency: int, process: int | None = None
+) -> Outcome:
+    """Ask all of them, so many at once; `process` is whose memory is watched."""
+    outcome, queue = Outcome(), iter(enumerate(cases))
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=300) as client:
+
+        async def one_after_the_other() -> None:
+            for number, case in queue:
+                await ask(client, case, outcome)
+                if process is not None and number % 100 == 99:
+                    outcome.memory.append(memory_of(process))
+
+        await asyncio.gather(*(one_after_the_other() for _ in range(concurrency)))
+    return outcome
+
+
+def memory_of(process: int) -> int:
+    """Resident KiB of a process."""
+    status = Path(f"/proc/{process}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    return int(found[1]) if found else 0
+
+
+# ---- the program -------------------------------------------------------------------------------
+
+
+@contextmanager
+def own_server(threads: int) -> Iterator[tuple[str, int]]:
+    """A server on a free port of this machine: its URL and its process."""
+    command = [sys.executable, "-m", "llava_lite", "serve", "--port", "0", "--dtype", "float32"]
+    command += ["--device", "cpu", "--threads", str(threads), "--max-queue", str(QUEUE)]
+    command += ["-m", str(llava_lite.embedded_model())]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                if found := re.search(r"at (http://127\.0\.0\.1:\d+/v1)", line):
+                    break
+            else:
+                raise SystemExit("the server did not start")
+            log = threading.Thread(target=process.stderr.read, daemon=True)
+            log.start()  # a full pipe would stop the server
+            yield found[1], process.pid
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--requests", type=int, default=200, metavar="N")
+    parser.add_argument("--concurrency", type=int, default=200, metavar="N", help="at once")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads")
+    args = parser.parse_args(argv)
+    folder = llava_lite.embedded_model()
+    model = llava_lite.load(folder, device="cpu", dtype="float32")
+    cases = mixture(model, folder / "examples", args.requests)
+    concurrency = min(args.concurrency, QUEUE)
+    with own_server(args.threads) as (url, process):
+        outcome = asyncio.run(run(url, cases, concurrency, process))
+        health = httpx.get(url.removesuffix("/v1") + "/health").json()
+    print(f"{len(cases)} requests, {concurrency} at once: {dict(sorted(outcome.kinds.items()))}")
+    print(f"wrong {len(outcome.wrong)}, lost {len(outcome.lost)}; afterwards {health}")
+    print("server's memory, MiB:", *(kib // 1024 for kib in outcome.memory))
+    for line in (outcome.wrong + outcome.lost)[:20]:
+        print(line)
+    return 1 if outcome.wrong or outcome.lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
