@@ -27,3 +27,7 @@ class ContextError(LlavaLiteError):
 
 class CheckpointError(LlavaLiteError):
     """A checkpoint is incomplete, damaged, misshapen or unsafe. Names the file and the tensor."""
+
+
+class EvaluationError(LlavaLiteError):
+    """A data set for evaluation cannot be used. Names the file and the line or the item."""
