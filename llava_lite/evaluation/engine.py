@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from llava_lite.answer import Answer
-from llava_lite.batch import DEFAULT_BATCH_SIZE, ROW_ERRORS
+from llava_lite.batch import ROW_ERRORS
 from llava_lite.evaluation.shared_prefix import after_shared_prefixes
 from llava_lite.evaluation.suite import Sample
 from llava_lite.generation import Model, checked_batch_size
@@ -345,9 +345,7 @@ def with_images(
     images = tuple(islice(encoded, len(images_of(jobs))))
     own = {phase: time * len(images) / len(jobs) for phase, time in seconds.items()}
     own["preprocess"] += jobs[0].seconds["preprocess"]
-    return [
-        replace(job, request=replace(job.request, images=images), seconds=own) for job in jobs
-    ]
+    return [replace(job, request=replace(job.request, images=images), seconds=own) for job in jobs]
 
 
 def noted(jobs: Iterable[Job], in_flight: dict[int, Job]) -> Iterator[Request]:

@@ -70,14 +70,23 @@ class Evaluation:
         """The lines of the samples, in their order, without those that have none."""
         return [self.records[s.id] for s in self.samples if s.id in self.records]
 
-    def scores(self) -> Scores:
-        """Of all samples, or of a part as a suite of its own."""
-        answers = {
+    @property
+    def answers(self) -> dict[str, str]:
+        """Answers by sample id."""
+        return {
             record["id"]: record["answer"] for record in self.asked_records if "answer" in record
         }
-        whole = len(self.samples) == len(self.suite.samples())
-        suite = self.suite if whole else self.suite.select({s.id for s in self.samples})
-        return suite.score(answers)
+
+    @property
+    def part(self) -> Suite:
+        """The suite of the samples that were to be asked."""
+        if len(self.samples) == len(self.suite.samples()):
+            return self.suite
+        return self.suite.select({sample.id for sample in self.samples})
+
+    def scores(self) -> Scores:
+        """Of all samples, or of a part as a suite of its own."""
+        return self.part.score(self.answers)
 
 
 def refuse_other_files(suite: Suite, settings: Mapping[str, Any]) -> None:
@@ -147,7 +156,8 @@ def failures(evaluation: Evaluation) -> list[dict[str, Any]]:
             ids.setdefault(record["error"], []).append(sample.id)
     ordered = sorted(ids.items(), key=lambda item: -len(item[1]))
     return [
-        {"reason": reason, "count": len(found), "ids": found[:EXAMPLES]} for reason, found in ordered
+        {"reason": reason, "count": len(found), "ids": found[:EXAMPLES]}
+        for reason, found in ordered
     ]
 
 

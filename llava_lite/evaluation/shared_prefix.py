@@ -68,9 +68,7 @@ def continued(
 
 
 @torch.inference_mode()
-def after_shared_prefixes(
-    model: Model, groups: Sequence[Sequence[Request]]
-) -> list[list[Request]]:
+def after_shared_prefixes(model: Model, groups: Sequence[Sequence[Request]]) -> list[list[Request]]:
     """Run the beginnings of all groups in one forward. Returns for each group requests for the rest
     of each of its prompts, or the same requests where there is nothing to share.
 

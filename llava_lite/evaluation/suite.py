@@ -19,8 +19,9 @@ class Sample:
 
     `id` is unique in the suite. `prompt` is the text that the model gets, `<image>` included only
     where its place matters (otherwise images go first). `images` are whatever `Model.generate`
-    takes, or functions that return it, called when it is needed. Samples with the same `image_key` show the same
-    images, which then are encoded once. `error` says why a row cannot be asked at all."""
+    takes, or functions that return it, called when it is needed. Samples with the same `image_key`
+    show the same images, which then are encoded once. `error` says why a row cannot be asked at
+    all."""
 
     id: str
     prompt: str
