@@ -1,0 +1,83 @@
+"""Multiple choice: how options are asked, and which one an answer means.
+
+multiple_choice_prompt("Which fruit?", ["apple", "pear"])   # ... A. apple / B. pear / Answer ...
+chosen_letter("The answer is B.", ["apple", "pear"])        # "B"
+"""
+
+import re
+from collections.abc import Sequence
+from string import ascii_uppercase
+
+# The official last lines of LLaVA-1.5's evaluation, by language of the questions.
+LETTER_INSTRUCTIONS = {
+    "en": "Answer with the option's letter from the given choices directly.",
+    "cn": "请直接回答选项字母。",
+}
+LAST_WORDS = 5
+
+# A run of letters of other scripts is one word, so that a letter among Chinese stands alone.
+WORD = re.compile(r"[A-Za-z0-9_'’\-]+|[^\W_A-Za-z0-9]+")
+
+
+MOST_OPTIONS = len(ascii_uppercase)
+
+
+def letters(count: int) -> str:
+    """The letters of so many options, A first."""
+    return ascii_uppercase[:count]
+
+
+def multiple_choice_prompt(
+    question: str, options: Sequence[str], hint: str = "", language: str = "en"
+) -> str:
+    """Hint, question, one line for each option, and the official instruction."""
+    lines = [
+        f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)
+    ]
+    return "\n".join([*([hint] if hint else []), question, *lines, LETTER_INSTRUCTIONS[language]])
+
+
+def chosen_letter(answer: str, options: Sequence[str]) -> str | None:
+    """The option that an answer means by rules, None if that is not clear.
+
+    The one capital letter of an option among the last five words, or else the one option whose text
+    is the answer or stands in it. "A" among over three words is taken for the article unless it is
+    the last. The official kits ask a judge model about what rules cannot tell; here it is wrong."""
+    words = WORD.findall(answer)
+    named = {word for word in words if len(word) == 1 and word in letters(len(options))}
+    if named == {"A"} and len(words) > 3 and words[-1] != "A":
+        named = set()
+    if len(named) == 1:
+        [letter] = named
+        return letter if letter in words[-LAST_WORDS:] else chosen_by_text(answer, options)
+    return None if named else chosen_by_text(answer, options)
+
+
+def chosen_by_text(answer: str, options: Sequence[str]) -> str | None:
+    """The letter of the one option whose words are the answer's, else of the one that they hold."""
+    said = folded(answer)
+    texts = [folded(option) for option in options]
+    for fits in (
+        [text == said for text in texts],
+        [holds(said, text) for text in texts],
+    ):
+        chosen = [
+            letter
+            for letter, text, fit in zip(ascii_uppercase, texts, fits, strict=False)
+            if fit and text
+        ]
+        if len(chosen) == 1:
+            return chosen[0]
+    return None
+
+
+def holds(said: str, text: str) -> bool:
+    """Whether the text stands in what was said, not as a part of a longer word.
+
+    Words of a script without spaces, such as Chinese, may begin and end anywhere."""
+    return bool(re.search(rf"(?<![a-z0-9]){re.escape(text)}(?![a-z0-9])", said))
+
+
+def folded(text: str) -> str:
+    """Words in lower case with single spaces between them, punctuation left out."""
+    return " ".join(WORD.findall(text.casefold()))
