@@ -404,15 +404,15 @@ def add_image_sources(parser: argparse.ArgumentParser, text: str) -> None:
     )
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """How answers are generated, and what stands around the prompt."""
+def add_sampling_arguments(parser: argparse.ArgumentParser, longest: str = "512") -> None:
+    """How answers are generated (`longest` by default), and what stands around the prompt."""
     group = parser.add_argument_group("generation")
     group.add_argument(
         "-n",
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="longest answer in tokens (default: 512)",
+        help=f"longest answer in tokens (default: {longest})",
     )
     group.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 = greedy, the default"

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from llava_lite import reduction_flags
 from llava_lite.console import say
+from llava_lite.errors import EvaluationError
+from llava_lite.evaluation.suite import Suite
+from llava_lite.evaluation.suites import SUITES, Exporting, SuiteKind, open_suite, split_paths
 
 if TYPE_CHECKING:
     from llava_lite.evaluation.predictions import Record
     from llava_lite.evaluation.report import Evaluation
-    from llava_lite.evaluation.suite import Suite
     from llava_lite.generation import Model
     from llava_lite.reduction import Reduction
 
@@ -36,6 +38,7 @@ examples:
   llava-lite eval scenes --n 500 --reduction hybrid-72-36 --families where digit --mistakes 5"""
 
 EVAL_HELP = """\
+examples:
   llava-lite eval mmbench MMBench_DEV_EN.tsv -o runs/mmbench -m weights/llava-1.5-7b
   llava-lite eval coco val2014/ captions_val2014.json -o runs/coco --limit 500
   llava-lite eval jsonl questions.jsonl -o runs/own --reduction hybrid-72-36
@@ -68,7 +71,7 @@ class Program:
     """What the commands of the program share."""
 
     add_command: Callable[..., argparse.ArgumentParser]
-    add_sampling_arguments: Callable[[argparse.ArgumentParser], None]
+    add_sampling_arguments: Callable[[argparse.ArgumentParser, str], None]
     add_model_arguments: Callable[[argparse.ArgumentParser], None]
     generation_options: Callable[[argparse.Namespace], dict[str, Any]]
     parse_reduction: Callable[[argparse.Namespace], "Reduction | None"]
@@ -79,66 +82,9 @@ class Program:
     shard: Callable[[str], tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """A data set on the command line: (name, help) of its files, and of flags for `open_suite`.
-
-    A file named "FILE..." takes one or more. A flag is given by its keywords for argparse."""
-
-    summary: str
-    files: tuple[tuple[str, str], ...]
-    flags: Mapping[str, Mapping[str, Any]]
-
-    @property
-    def usage(self) -> str:
-        return " ".join(name for name, _ in self.files)
-
-
-IMAGES = ("IMAGES", "folder of the images")
-IMAGES_FLAG = {"metavar": "DIR", "help": "where the images are (default: beside FILE)"}
-DATA_SETS = {
-    "mmbench": DataSet(
-        "multiple choice from an MMBench file, vanilla and circular accuracy",
-        (("FILE", "TSV file with the images in it, such as MMBench_DEV_EN.tsv"),),
-        {
-            "--language": {"choices": ["en", "cn"], "help": "of the instruction (default: en)"},
-            "--circular": {"action": "store_true", "help": "make rotations where FILE has none"},
-        },
-    ),
-    "coco": DataSet(
-        "captions against those of COCO: CIDEr-D, BLEU, ROUGE-L",
-        (IMAGES, ("ANNOTATIONS", "JSON file of COCO or of Karpathy")),
-        {"--split": {"metavar": "NAME", "help": "of a file of Karpathy (default: test)"}},
-    ),
-    "pope": DataSet(
-        "is this object there? accuracy, precision, recall, F1",
-        (IMAGES, ("FILE...", "JSON lines, such as coco_pope_adversarial.json")),
-        {},
-    ),
-    "vqa": DataSet(
-        "short answers against those of ten people",
-        (IMAGES, ("FILE...", "questions, and annotations where there are any")),
-        {"--ocr": {"action": "store_true", "help": "put the OCR tokens into the prompt"}},
-    ),
-    "scienceqa": DataSet(
-        "multiple choice from ScienceQA, with and without images",
-        (IMAGES, ("FILE...", "questions in LLaVA's format, and problems.json")),
-        {},
-    ),
-    "jsonl": DataSet(
-        "your own questions: image, question, answers",
-        (("FILE", "JSON lines"),),
-        {
-            "--images": IMAGES_FLAG,
-            "--short-answer": {"action": "store_true", "help": "ask for a word or phrase"},
-        },
-    ),
-    "data-file": DataSet(
-        "a JSON list of images with captions or questions (also as --data-file FILE)",
-        (("FILE", "such as coco_val_500.json"),),
-        {"--images": IMAGES_FLAG},
-    ),
-}
+# How the options of data sets look as flags; all others take a text.
+SWITCHES = ("circular", "ocr", "short_answer")
+CHOICES = {"language": ("en", "cn")}
 
 
 def with_command(argv: Sequence[str]) -> list[str]:
@@ -161,8 +107,8 @@ def add_commands(parser: argparse.ArgumentParser, program: Program) -> None:
     """The commands of `llava-lite eval`."""
     commands = parser.add_subparsers(prog="llava-lite eval", metavar="WHAT [...]", required=True)
     add_scenes(commands, program)
-    for name, data_set in DATA_SETS.items():
-        add_data_set(commands, program, name, data_set)
+    for name, kind in SUITES.items():
+        add_data_set(commands, program, name, kind)
     add_report(commands, program)
 
 
@@ -200,27 +146,33 @@ def add_scenes(commands: Any, program: Program) -> None:
     program.add_model_arguments(parser)
 
 
-def add_data_set(commands: Any, program: Program, name: str, data_set: DataSet) -> None:
+def add_data_set(commands: Any, program: Program, name: str, kind: SuiteKind) -> None:
     parser = program.add_command(
         commands,
         name,
         lambda args: run_data_set(args, program),
-        f"{data_set.usage} -o DIR",
-        data_set.summary,
+        f"{kind.usage} -o DIR",
+        kind.summary,
         SUITE_HELP,
         within="eval ",
     )
     parser.set_defaults(suite=name)
-    for file, words in data_set.files:
-        several = file.endswith("...")
-        name = file.removesuffix("...")
-        parser.add_argument(name.lower(), metavar=name, nargs="+" if several else None, help=words)
-    for flag, keywords in data_set.flags.items():
-        parser.add_argument(flag, **keywords)
+    parser.add_argument("paths", metavar="PATH", nargs="+", help=f"in any order: {kind.usage}")
+    for option, words in kind.options.items():
+        add_option(parser, option, words)
     add_run_arguments(parser, program)
-    program.add_sampling_arguments(parser)
+    program.add_sampling_arguments(parser, "what the data set asks for")
     add_output_arguments(parser)
     program.add_model_arguments(parser)
+
+
+def add_option(parser: argparse.ArgumentParser, option: str, words: str) -> None:
+    """One option of a data set as a flag."""
+    flag = f"--{option.replace('_', '-')}"
+    if option in SWITCHES:
+        parser.add_argument(flag, action="store_true", default=None, help=words)
+    else:
+        parser.add_argument(flag, choices=CHOICES.get(option), metavar="NAME", help=words)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, program: Program) -> None:
@@ -297,7 +249,7 @@ def run_data_set(args: argparse.Namespace, program: Program) -> int:
     folder = output_folder(args)
     options = program.generation_options(args)
     reopen = suite_arguments(args)
-    suite = open_suite(reopen)
+    suite = suite_of(reopen)
     check_export(args, suite)
     options["max_new_tokens"] = options["max_new_tokens"] or suite.max_new_tokens
     model = program.load_model(args)
@@ -325,42 +277,34 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 
 def suite_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Name, paths and options of the suite as plain types, to open it now and for a report."""
-    data_set = DATA_SETS[args.suite]
-    paths: list[str] = []
-    for file, _ in data_set.files:
-        given = getattr(args, file.removesuffix("...").lower())
-        paths += given if isinstance(given, list) else [given]
-    flags = {flag.removeprefix("--").replace("-", "_") for flag in data_set.flags}
-    options = {flag: getattr(args, flag) for flag in sorted(flags) if getattr(args, flag)}
-    if "images" in options:
-        options["images"] = str(Path(options["images"]).absolute())
-    return {
-        "name": args.suite,
-        "paths": [str(Path(path).absolute()) for path in paths],
-        "options": options,
-    }
+    """Name, paths and options of the suite as plain types, to open it now and for a report. Too
+    many paths or too few are wrong usage."""
+    paths = [Path(path).absolute() for path in args.paths]
+    if all(path.exists() for path in paths):
+        try:
+            split_paths(args.suite, paths)
+        except EvaluationError as error:
+            args.parser.error(str(error))
+    options = {name: getattr(args, name) for name in SUITES[args.suite].options}
+    return {"name": args.suite, "paths": list(map(str, paths)), "options": options}
 
 
-def open_suite(arguments: Mapping[str, Any]) -> "Suite":
+def suite_of(arguments: Mapping[str, Any]) -> Suite:
     """The suite of `suite_arguments`."""
-    from llava_lite.evaluation import suites
-
     paths = [Path(path) for path in arguments["paths"]]
-    suite: Suite = suites.open_suite(arguments["name"], paths, **arguments["options"])
-    return suite
+    return open_suite(arguments["name"], paths, **arguments["options"])
 
 
-def check_export(args: argparse.Namespace, suite: "Suite") -> None:
+def check_export(args: argparse.Namespace, suite: Suite) -> None:
     """Wrong usage where the data set has no format for answers."""
-    if args.export and not hasattr(suite, "export"):
+    if args.export and not isinstance(suite, Exporting):
         args.parser.error(f"--export: {suite.name} has no format for answers")
 
 
 def answer(
     args: argparse.Namespace,
     program: Program,
-    suite: "Suite",
+    suite: Suite,
     model: "Model",
     options: Mapping[str, Any],
     folder: Path,
@@ -450,7 +394,7 @@ def run_report(args: argparse.Namespace) -> int:
     arguments = dict(runs[-1]["suite"])
     if args.files:
         arguments["paths"] = args.files
-    suite = open_suite(arguments)
+    suite = suite_of(arguments)
     check_export(args, suite)
     output = Path(args.output) if args.output else folders[0] if len(folders) == 1 else None
     return deliver(args, report.Evaluation.of(suite, parts), output)
@@ -469,8 +413,9 @@ def deliver(args: argparse.Namespace, evaluation: "Evaluation", folder: Path | N
         replace_file(page_path, page.page(content).encode())
     if args.report_file:
         replace_json(Path(args.report_file), content)
-    if args.export:
-        evaluation.part.export(evaluation.answers, Path(args.export))  # type: ignore[attr-defined]
+    part = evaluation.part
+    if args.export and isinstance(part, Exporting):
+        part.export(evaluation.answers, Path(args.export))
     print(json.dumps(content) if args.json else "\n".join(report.table(content)))
     return FAILED if content["samples"]["failed"] else OK
 
