@@ -54,7 +54,7 @@ greedy unless told otherwise. A sample that fails (bad image, prompt too long) c
 the exit code is then 1.
 
 After a crash or Ctrl-C the same command with --reuse goes on where it stopped. It refuses answers
-that were given with other settings. Shards on N machines get a DIR each, and `llava-lite eval report
+that were given with other settings. Shards on N machines get a DIR each; `llava-lite eval report
 DIR... -o DIR` makes one report of them."""
 
 REPORT_HELP = """\

@@ -31,8 +31,14 @@ td, th { padding: .22rem .6rem .22rem 0; text-align: left; vertical-align: middl
 th { color: var(--soft); font-weight: 500; font-size: .83rem; }
 td { border-top: 1px solid var(--line); overflow-wrap: anywhere; }
 td.number, th.number { text-align: right; white-space: nowrap; }
-td.bar { width: 45%; padding-left: .8rem; }
-td.name { width: 22%; }
+td.bar { width: 40%; padding-left: .8rem; }
+td.name { width: 27%; }
+dl { columns: 2; column-gap: 2.5rem; margin: 0; }
+dl div { display: flex; justify-content: space-between; gap: 1.2rem; break-inside: avoid;
+  border-top: 1px solid var(--line); padding: .18rem 0; }
+dt { color: var(--soft); white-space: nowrap; }
+dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { dl { columns: 1; } }
 svg { display: block; width: 100%; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin-top: .5rem; font-size: .87rem; }
 .legend i { display: inline-block; width: .75rem; height: .75rem; border-radius: .15rem;
@@ -113,9 +119,10 @@ def warning(content: Mapping[str, Any]) -> str:
         for failure in content["failures"]
     ]
     if lines:
-        lines.insert(0, f"{content['samples']['failed']:,} samples have no answer:")
+        lines.insert(0, f"No answer for {content['samples']['failed']:,}:")
     if content["samples"]["cut_off"]:
-        lines.append(f"{content['samples']['cut_off']:,} answers reached the limit of new tokens.")
+        cut_off = content["samples"]["cut_off"]
+        lines.append(f"Cut off at the limit of new tokens: {cut_off:,} of the answers.")
     if not lines:
         return ""
     return f'<div class="warn">{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>'
@@ -218,14 +225,14 @@ def settings_section(settings: Mapping[str, Any]) -> str:
     rows = [(name, value) for name, value in settings.items() if name not in NESTED]
     rows += [(f"file {entry['name']}", entry["sha256"]) for entry in settings.get("files", [])]
     rows += list(settings.get("suite_settings", {}).items())
-    return f"<h2>Settings</h2><table>{''.join(setting_row(*row) for row in rows)}</table>"
+    return f"<h2>Settings</h2><dl>{''.join(setting_row(*row) for row in rows)}</dl>"
 
 
 def setting_row(name: str, value: object) -> str:
     words = "yes" if value is True else "no" if value is False else str(value)
     if value is None or value == []:
         words = "-"
-    return f'<tr><td class="name">{escape(spaced(name))}</td><td>{escape(words)}</td></tr>'
+    return f"<div><dt>{escape(spaced(name))}</dt><dd>{escape(words)}</dd></div>"
 
 
 def runs_section(runs: Iterable[Mapping[str, Any]]) -> str:
