@@ -109,6 +109,25 @@ def test_sharing_a_beginning_changes_no_answer_and_no_count(
         assert answer.finish_reason == alone.finish_reason
 
 
+@pytest.mark.parametrize(("least", "cached"), [(0.0, True), (1.0, False)])
+def test_a_short_cached_beginning_is_run_again(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch, least: float, cached: bool
+) -> None:
+    samples = many_samples()
+    expected = one_by_one(tiny_model, samples, max_new_tokens=5)
+    monkeypatch.setattr(engine_module, "LEAST_PREFIX", least)
+    used: list[int] = []
+    cache = tiny_model.prefix.cache
+
+    def spy(ids: tuple[int, ...]) -> Any:
+        used.append(len(ids))
+        return cache(ids)
+
+    monkeypatch.setattr(tiny_model.prefix, "cache", spy)
+    assert texts(outcomes(tiny_model, samples)) == expected
+    assert bool(used) == cached
+
+
 def test_bytes_paths_and_functions_are_images(tiny_model: Model, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     picture(3).save(path)

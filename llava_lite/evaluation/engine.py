@@ -34,6 +34,9 @@ from llava_lite.sequence import Request, Row
 
 DEFAULT_WORKERS = 2
 LOOK_AHEAD = 2  # batches of images that are opened before they are needed
+# A cached beginning costs its prompt the fast kernel of causal attention, which knows no cache. So
+# one that is less than this share of the prompt is run again with it: a sixth less prefill.
+LEAST_PREFIX = 0.125
 PHASES = ("preprocess", "vision", "prefill", "decode")
 
 Image = Any  # whatever `load_image` takes, or an EncodedImage
@@ -318,7 +321,7 @@ class Feed:
     def begin(self, groups: Sequence[Sequence[Job]]) -> None:
         """Run what the prompts of each group share; all jobs are ready then."""
         start = perf_counter()
-        requests = [[job.request for job in jobs] for jobs in groups]
+        requests = [[without_short_prefix(job.request) for job in jobs] for jobs in groups]
         if self.engine.reuse_prefix:
             try:
                 requests = after_shared_prefixes(self.model, requests)
@@ -346,6 +349,13 @@ def with_images(
     own = {phase: time * len(images) / len(jobs) for phase, time in seconds.items()}
     own["preprocess"] += jobs[0].seconds["preprocess"]
     return [replace(job, request=replace(job.request, images=images), seconds=own) for job in jobs]
+
+
+def without_short_prefix(request: Request) -> Request:
+    """The request, its images encoded, with a cached beginning only where that is worth it."""
+    image_rows = sum(len(image.image_embeds) for image in request.images)
+    rows = len(request.state.pending_ids) - len(request.images) + image_rows
+    return request if len(request.prefix) >= LEAST_PREFIX * rows else replace(request, prefix=())
 
 
 def noted(jobs: Iterable[Job], in_flight: dict[int, Job]) -> Iterator[Request]:
