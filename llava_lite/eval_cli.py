@@ -460,7 +460,7 @@ def run_scenes(args: argparse.Namespace, program: Program) -> int:
     }
     if args.json:
         print(json.dumps(evaluate.report(tallies, settings, args.mistakes)))
-        return OK
-    print(", ".join(f"{name} {value}" for name, value in settings.items()))
-    print("\n".join(evaluate.table(tallies, args.mistakes)))
+    else:
+        print(", ".join(f"{name} {value}" for name, value in settings.items()))
+        print("\n".join(evaluate.table(tallies, args.mistakes)))
     return OK
