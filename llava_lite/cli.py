@@ -19,6 +19,7 @@ from llava_lite import (
     batch,
     convert,
     embedded_model,
+    eval_cli,
     reduction_flags,
     serve_cli,
     thresholds,
@@ -75,17 +76,6 @@ examples:
   llava-lite batch photos/ -o captions.jsonl -p "Describe the image." --batch-size 16"""
 
 
-EVAL_HELP = """\
-An answer is right when it is exactly the expected text. The table has the 95 % interval (Wilson) of
-each family's accuracy, that of all questions together, and the mean of the families.
-
-families: count, count_color, count_shape, color, shape, exists, where, relation, digit, describe
-
-examples:
-  llava-lite eval scenes
-  llava-lite eval scenes --n 500 --reduction hybrid-72-36 --families where digit --mistakes 5"""
-
-
 BENCH_HELP = """\
 Everything takes turns within every round: what is timed, transformers on the same weights, and the
 machine's own limits. Figures are medians. Each that has a bound (of a 7B model in bfloat16 on a
@@ -132,7 +122,7 @@ def speak(argv: Sequence[str]) -> int:
 def run(argv: Sequence[str]) -> int:
     """Parse the arguments and run the chosen subcommand."""
     try:
-        args, unknown = build_parser().parse_known_args(argv)
+        args, unknown = build_parser().parse_known_args(eval_cli.with_command(argv))
         if unknown:
             args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         with warnings.catch_warnings():
@@ -205,11 +195,12 @@ def add_command(
     usage: str,
     summary: str,
     details: str = "",
+    within: str = "",
 ) -> argparse.ArgumentParser:
-    """One subcommand; `details` stand below its arguments in the help."""
+    """One subcommand, `within` another one; `details` stand below its arguments in the help."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
-        usage=f"llava-lite {name} {usage} [options]",
+        usage=" ".join(f"llava-lite {within}{name} {usage} [options]".split()),
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"{details}\n\n{EXIT_CODES}".strip(),
@@ -370,40 +361,16 @@ examples:
 
 
 def add_eval(commands: Any) -> None:
-    summary = "measure how often answers about fresh drawn scenes are right"
-    parser = add_command(commands, "eval", run_eval, "scenes", summary, EVAL_HELP)
-    parser.add_argument(
-        "what",
-        metavar="scenes",
-        choices=["scenes"],
-        help="the scenes of the "
-        "embedded model's world, made anew, with one question of every family",
+    summary = "measure how often answers are right: MMBench, COCO, POPE, VQA, your own data"
+    usage = "WHAT FILES -o DIR"
+    parser = add_command(
+        commands, "eval", lambda _: WRONG_USAGE, usage, summary, eval_cli.EVAL_HELP
     )
-    parser.add_argument(
-        "--n", type=positive, default=2000, metavar="N", help="scenes (default: 2000)"
+    shared = (add_sampling_arguments, add_model_arguments, generation_options, parse_reduction)
+    program = eval_cli.Program(
+        add_command, *shared, load_model, default_source, positive, natural, shard
     )
-    parser.add_argument(
-        "--seed", type=natural, default=20_000, metavar="S", help="which scenes (default: 20000)"
-    )
-    parser.add_argument("--families", nargs="+", metavar="NAME", help="only these questions")
-    parser.add_argument(
-        "--renderer",
-        choices=["plain", "smooth"],
-        default="plain",
-        help="who draws: plain, as in training (the default), or smooth, by other code",
-    )
-    parser.add_argument(
-        "--batch-size", type=positive, default=16, metavar="N", help="at once (default: 16)"
-    )
-    parser.set_defaults(no_pad=False, no_exif=False)
-    reduction_flags.add_arguments(parser)
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="print one object")
-    output.add_argument(
-        "--mistakes", type=natural, default=0, metavar="N", help="wrong answers to show per family"
-    )
-    output.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
-    add_model_arguments(parser)
+    eval_cli.add_commands(parser, program)
 
 
 def add_bench(commands: Any) -> None:
@@ -467,15 +434,15 @@ def add_image_sources(parser: argparse.ArgumentParser, text: str) -> None:
     )
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """How answers are generated, and what stands around the prompt."""
+def add_sampling_arguments(parser: argparse.ArgumentParser, longest: str = "512") -> None:
+    """How answers are generated (`longest` by default), and what stands around the prompt."""
     group = parser.add_argument_group("generation")
     group.add_argument(
         "-n",
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="longest answer in tokens (default: 512)",
+        help=f"longest answer in tokens (default: {longest})",
     )
     group.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 = greedy, the default"
@@ -870,50 +837,6 @@ def run_inspect(args: argparse.Namespace) -> int:
         say(format_stats(seen.answer))
     if not args.quiet:
         say(f"{args.output}: written")
-    return OK
-
-
-# ---- eval --------------------------------------------------------------------------------------
-
-
-def run_eval(args: argparse.Namespace) -> int:
-    """`llava-lite eval`."""
-    from llava_lite.reduction import Reduction
-    from llava_lite.scenes import PARAPHRASES
-
-    unknown = [name for name in args.families or () if name not in PARAPHRASES]
-    if unknown:
-        args.parser.error(f"no family {unknown[0]!r}; there are {', '.join(PARAPHRASES)}")
-    reduction = Reduction.of(parse_reduction(args))
-    model = load_model(args)
-    from tqdm import tqdm
-
-    from llava_lite import evaluate
-
-    hidden = args.quiet or not sys.stderr.isatty()
-    scenes = evaluate.fresh_scenes(args.n, args.seed, args.families)
-    with tqdm(scenes, unit="scene", total=args.n, file=sys.stderr, disable=hidden) as bar:
-        tallies = evaluate.evaluate_scenes(
-            model,
-            bar,
-            reduction=reduction,
-            batch_size=args.batch_size,
-            draw=evaluate.RENDERERS[args.renderer],
-            reuse_prefix=True,
-        )
-    settings = {
-        "model": model.config.name,
-        "dtype": str(model.llava.dtype).removeprefix("torch."),
-        "reduction": str(reduction),
-        "renderer": args.renderer,
-        "scenes": args.n,
-        "seed": args.seed,
-    }
-    if args.json:
-        print(json.dumps(evaluate.report(tallies, settings, args.mistakes)))
-        return OK
-    print(", ".join(f"{name} {value}" for name, value in settings.items()))
-    print("\n".join(evaluate.table(tallies, args.mistakes)))
     return OK
 
 

@@ -9,22 +9,24 @@ families the true interval is a little wider.
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from statistics import mean
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from llava_lite.evaluation.suite import wilson_interval
-from llava_lite.generation import DEFAULT_BATCH_SIZE, Model
-from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage
+from llava_lite.evaluation.engine import Engine
+from llava_lite.evaluation.shared_prefix import after_shared_prefixes
+from llava_lite.evaluation.suite import Sample, wilson_interval
+from llava_lite.generation import DEFAULT_BATCH_SIZE, Model, checked_batch_size
+from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
 from llava_lite.sampling import GenerationOptions
 from llava_lite.scenes import PARAPHRASES, Question, Scene, draw_scene, questions, sample_scene
-from llava_lite.sequence import Request, State
+from llava_lite.sequence import Request
 from llava_lite.smooth_scenes import draw_smooth_scene
 
 Asked = tuple[Scene, list[Question]]
@@ -33,7 +35,6 @@ Draw = Callable[[Scene], Image.Image]
 FRESH_SEED = 20_000
 FAMILIES = tuple(PARAPHRASES)
 RENDERERS: dict[str, Draw] = {"plain": draw_scene, "smooth": draw_smooth_scene}
-SCENES_AT_ONCE = 16
 MAX_NEW_TOKENS = 128  # the longest description takes fewer
 
 
@@ -121,23 +122,42 @@ def evaluate_scenes(
     batch_size: int | None = None,
     draw: Draw = draw_scene,
     reuse_prefix: bool = False,
+    on_answer: Callable[[], object] | None = None,
 ) -> dict[str, Tally]:
     """Ask every question of every scene; an answer is right when it is exactly the expected text.
     Returns a tally per family. Raises as `Model.generate`.
 
-    Every image is encoded once, `batch_size` questions are answered at once; `reuse_prefix` as in
-    `answer_questions`."""
+    Every image is drawn ahead of time and encoded once, `batch_size` questions are answered at
+    once; `reuse_prefix` as in `answer_questions`. `on_answer` is called after each."""
+    asked = dict(enumerate_questions(scenes))
+    options = GenerationOptions(max_new_tokens=max_new_tokens, reduction=reduction)
+    engine = Engine(model, options, batch_size, reuse_prefix=reuse_prefix)
+    answers: dict[str, str] = {}
+    for outcome in engine.answer(scene_samples(asked, draw)):
+        if isinstance(outcome.error, Exception):
+            raise outcome.error
+        answers[outcome.sample.id] = str(outcome.answer)
+        if on_answer:
+            on_answer()
     tallies: dict[str, Tally] = {}
-    remaining = iter(scenes)
-    while chunk := list(islice(remaining, SCENES_AT_ONCE)):
-        images = encode(model, [draw(scene) for scene, _ in chunk], reduction, batch_size)
-        asked = [questions for _, questions in chunk]
-        answers = answer_questions(
-            model, images, asked, max_new_tokens, reduction, batch_size, reuse_prefix
-        )
-        for question, answer in answers:
-            tallies.setdefault(question.family, Tally()).add(question, answer)
+    for name, (_, question) in asked.items():
+        tallies.setdefault(question.family, Tally()).add(question, answers[name])
     return tallies
+
+
+def enumerate_questions(scenes: Iterable[Asked]) -> Iterator[tuple[str, tuple[Scene, Question]]]:
+    """Every question with its scene, under a name "scene/question" of their numbers."""
+    for number, (scene, own) in enumerate(scenes):
+        for index, question in enumerate(own):
+            yield f"{number}/{index}", (scene, question)
+
+
+def scene_samples(asked: Mapping[str, tuple[Scene, Question]], draw: Draw) -> list[Sample]:
+    """Samples of named questions; a scene is drawn when its image is needed."""
+    return [
+        Sample(name, question.text, (partial(draw, scene),), name.partition("/")[0])
+        for name, (scene, question) in asked.items()
+    ]
 
 
 def encode(
@@ -168,47 +188,27 @@ def answer_questions(
     run once for all questions about it and stay in the KV cache, as in a chat: the answers are the
     same up to rounding, several times sooner. What prunes cannot do that, since FastV chooses by
     the end of the prompt: there, the whole prompt runs for every question all the same."""
-    flat = [(image, one) for image, own in zip(images, asked, strict=True) for one in own]
-    wish = Reduction.of(reduction)
+    wish, size = Reduction.of(reduction), checked_batch_size(batch_size)
     options = GenerationOptions(max_new_tokens=max_new_tokens, reduction=wish)
-    requests = [model.request([image], question.text, options) for image, question in flat]
-    if reuse_prefix and wish.fastv is None:
-        requests = [
-            request
-            for group in split_like(requests, asked)
-            for request in after_shared_prefix(model, group)
-        ]
+    groups = [
+        [model.request([image], question.text, options) for question in own]
+        for image, own in zip(images, asked, strict=True)
+    ]
+    requests = chain.from_iterable(begun(model, groups, size) if reuse_prefix else groups)
     answers = {
         index: str(row.answer())
-        for index, row in model.run(requests, options, batch_size)
+        for index, row in model.run(requests, options, size)
         if row.finish_reason is not None
     }
-    return [(question, answers[index]) for index, (_, question) in enumerate(flat)]
+    return [(question, answers[index]) for index, question in enumerate(chain(*asked))]
 
 
-def split_like(requests: Sequence[Request], asked: Sequence[Sequence[Any]]) -> list[list[Request]]:
-    """The flat requests as groups of the same sizes."""
-    remaining = iter(requests)
-    return [list(islice(remaining, len(group))) for group in asked]
-
-
-@torch.inference_mode()
-def after_shared_prefix(model: Model, requests: Sequence[Request]) -> list[Request]:
-    """Run what the prompts about one image have in common, up to the image, once: requests for the
-    rest of each, with the same cache behind them."""
-    if not requests:
-        return []
-    first, begun = requests[0], [model.after_prefix(request) for request in requests]
-    end = begun[0].pending_ids.index(IMAGE_TOKEN_ID) + 1
-    prefix = begun[0].pending_ids[:end]
-    _, [shared] = model.advance([replace(begun[0], pending_ids=prefix, images=first.images)])
-    continued = []
-    for request, before in zip(requests, begun, strict=True):
-        ids = before.pending_ids
-        assert ids[:end] == prefix and request.images[0] is first.images[0]
-        state: State = replace(shared, pending_ids=ids[end:])
-        continued.append(replace(request, state=state, images=()))
-    return continued
+def begun(
+    model: Model, groups: Sequence[Sequence[Request]], size: int
+) -> Iterator[Sequence[Request]]:
+    """The groups after what each shares, `size` groups at once, each when it is needed."""
+    for start in range(0, len(groups), size):
+        yield from after_shared_prefixes(model, groups[start : start + size])
 
 
 # ---- llava-lite eval -----------------------------------------------------------------------------

@@ -8,9 +8,9 @@ yields, `stream` passes it on, `Chat` keeps the state it leaves behind.
 Shapes: B items, V vocabulary, T prompt ids, S image side.
 """
 
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from time import perf_counter
 from typing import Any, overload
 
@@ -373,18 +373,18 @@ class Model:
 
     def run(
         self,
-        requests: Sequence[Request],
+        requests: Iterable[Request],
         options: GenerationOptions,
         batch_size: int | None = None,
     ) -> Iterator[tuple[int, Row]]:
         """The loop: yields (index of the request, its row) for every token of every request.
 
-        At most `batch_size` run at once; each that finishes makes room for the next."""
+        At most `batch_size` run at once; each that finishes makes room for the next, which is taken
+        from `requests` only then."""
         size = checked_batch_size(batch_size)
-        waiting = deque(enumerate(requests))
+        waiting = enumerate(requests)
         active: list[tuple[int, Row]] = []
-        while waiting or active:
-            joining = [waiting.popleft() for _ in range(min(size - len(active), len(waiting)))]
+        while (joining := list(islice(waiting, size - len(active)))) or active:
             fresh = self.start([request for _, request in joining], [options] * len(joining), size)
             active += [(index, row) for (index, _), row in zip(joining, fresh, strict=True)]
             self.step([row for _, row in active])
@@ -412,14 +412,17 @@ class Model:
     def step(self, rows: Sequence[Row]) -> None:
         """One forward and one sampled token for every row. Rows may come and go between steps."""
         start = perf_counter()
+        pending = [row.state.num_pending_rows for row in rows]
         logits, states = self.advance([row.state for row in rows])
         tokens = self.next_tokens(logits, rows)
         seconds = perf_counter() - start
-        for row, token, state in zip(rows, tokens, states, strict=True):
+        for row, token, state, own in zip(rows, tokens, states, pending, strict=True):
             if row.options.trace and row.steps == 0:
                 row.trace = self.trace(row.state, state, row.request.counts)
             row.accept(token, state, self.config.text.eos_id)
-            row.seconds["decode" if row.steps > 1 else "prefill"] += seconds
+            phase = "decode" if row.steps > 1 else "prefill"
+            row.seconds[phase] += seconds
+            row.shares[phase] += seconds * own / sum(pending)
 
     def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
         """The next token of every row from its logits (B, V), each as its options say."""

@@ -2,7 +2,7 @@
 and the row that gathers its answer.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,12 @@ class State:
     reduction: Reduction = NO_REDUCTION
     answer_ids: tuple[int, ...] = ()
     pruning: Pruning | None = None  # what the last forward dropped
+
+    @property
+    def num_pending_rows(self) -> int:
+        """Decoder rows that have yet to run."""
+        image_rows = sum(len(image.image_embeds) for image in self.images)
+        return len(self.pending_ids) - len(self.images) + image_rows
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ class Request:
 @dataclass
 class Row:
     """One item while it is being answered. `piece` is the text its last token made certain;
-    `counts` and `trace` come with the first."""
+    `counts` and `trace` come with the first. `seconds` are what passed while it was there, `shares`
+    its own part of them by decoder rows: these add up to the whole over the items of a batch."""
 
     request: Request
     state: State
@@ -88,6 +95,7 @@ class Row:
     finish_reason: str | None = None
     steps: int = 0
     piece: str = ""
+    shares: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0})
 
     def accept(self, token: int, state: State, eos_id: int) -> None:
         """Take the sampled token and the state it leads to."""

@@ -24,7 +24,7 @@ image tokens by the attention of all heads, so the scores are averaged over rank
 sampled tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -195,11 +195,12 @@ class ParallelModel(Model):
 
     def run(
         self,
-        requests: Sequence[Request],
+        requests: Iterable[Request],
         options: GenerationOptions,
         batch_size: int | None = None,
     ) -> Iterator[tuple[int, Row]]:
         """As `Model.run`, once all ranks agree on what to run."""
+        requests = list(requests)
         asked = [described(request) for request in requests]
         self.ranks.require_same("the prompts or options", (asked, options, batch_size))
         yield from super().run(requests, options, batch_size)

@@ -509,7 +509,7 @@ def test_a_reduction_that_the_model_cannot_do_is_one_line(
 
 
 def test_help_names_families_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["eval", "--help"]) == 0
+    assert cli.main(["eval", "scenes", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert f"families: {', '.join(FAMILIES)} examples" in text
     assert f"(default: {FRESH_SEED})" in text

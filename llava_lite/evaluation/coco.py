@@ -6,8 +6,8 @@ Karpathy: {"images": [{"filepath", "filename", "cocoid" | "imgid", "split",
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -66,6 +66,11 @@ class CaptionSuite:
     def samples(self) -> Sequence[Sample]:
         """One question for each image."""
         return [self.folder.sample(image.id, image.prompt, *image.names) for image in self.images]
+
+    def select(self, ids: Collection[str]) -> "CaptionSuite":
+        """The suite of these images only."""
+        chosen = [image for image in self.images if image.id in ids]
+        return replace(self, images=chosen)
 
     def score(self, answers: Mapping[str, str]) -> Scores:
         """CIDEr-D (0..10), BLEU-1..4 and ROUGE-L (0..1) as the COCO scorers print them; no metrics

@@ -10,7 +10,7 @@ unrotated rows.
 import base64
 import binascii
 import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -109,6 +109,11 @@ class MMBenchSuite:
     def samples(self) -> Sequence[Sample]:
         """All rows in the order of the file, made rotations behind the row that they rotate."""
         return [row.sample(self.language) for row in self.rows]
+
+    def select(self, ids: Collection[str]) -> "MMBenchSuite":
+        """The suite of these rows only."""
+        chosen = [row for row in self.rows if row.id in ids]
+        return replace(self, rows=chosen)
 
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Circular and vanilla accuracy, by category as well; no metrics without known answers."""

@@ -10,8 +10,8 @@ after normalising. The right choice is given as its letter, its text or its inde
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -114,6 +114,11 @@ class OwnDataSuite:
             sources.append(source)
         key = "\n".join(map(str, sources)) or None
         return Sample(question.id, prompt, tuple(sources), image_key=key)
+
+    def select(self, ids: Collection[str]) -> "OwnDataSuite":
+        """The suite of these questions only."""
+        chosen = [question for question in self.questions if question.id in ids]
+        return replace(self, questions=chosen)
 
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Accuracy, by category and by way of scoring as well; no metrics without right answers."""

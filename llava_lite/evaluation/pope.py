@@ -6,8 +6,8 @@ A question file has lines {"question_id", "image", "text", "label": "yes" | "no"
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -92,6 +92,11 @@ class PopeSuite:
             self.folder.sample(question.id, short_answer_prompt(question.text), question.image)
             for question in self.questions
         ]
+
+    def select(self, ids: Collection[str]) -> "PopeSuite":
+        """The suite of these questions only."""
+        chosen = [question for question in self.questions if question.id in ids]
+        return replace(self, questions=chosen)
 
     def score(self, answers: Mapping[str, str]) -> Scores:
         """The mean of the categories' F1, then accuracy, precision, recall and the share of yes

@@ -5,8 +5,8 @@ Problems:  {id: {"choices", "answer": index, "subject", "grade", "hint", "image"
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -79,6 +79,11 @@ class ScienceQaSuite:
         if question.image is None:
             return Sample(question.id, question.prompt)
         return self.folder.sample(question.id, question.prompt, question.image)
+
+    def select(self, ids: Collection[str]) -> "ScienceQaSuite":
+        """The suite of these questions only."""
+        chosen = [question for question in self.questions if question.id in ids]
+        return replace(self, questions=chosen)
 
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Accuracy over all and over questions with an image, then by subject, context and grades

@@ -6,7 +6,7 @@ A suite knows a file format, the official prompts and the official scoring, and 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -19,8 +19,9 @@ class Sample:
 
     `id` is unique in the suite. `prompt` is the text that the model gets, `<image>` included only
     where its place matters (otherwise images go first). `images` are whatever `Model.generate`
-    takes; a bytes object is an encoded file. Samples with the same `image_key` show the same
-    images, which then are encoded once. `error` says why a row cannot be asked at all."""
+    takes, or functions that return it, called when it is needed. Samples with the same `image_key`
+    show the same images, which then are encoded once. `error` says why a row cannot be asked at
+    all."""
 
     id: str
     prompt: str
@@ -69,6 +70,10 @@ class Suite(Protocol):
 
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Scores from the answers by sample id. A missing id failed: it counts as wrong."""
+        ...
+
+    def select(self, ids: Collection[str]) -> "Suite":
+        """The suite of these samples only, for the score of a part."""
         ...
 
 

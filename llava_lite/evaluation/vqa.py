@@ -13,8 +13,8 @@ COCO_val2014_000000000042.jpg, 000000000042.jpg, 42.jpg or 42.png, or what `imag
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,11 @@ class VqaSuite:
             self.folder.sample(question.id, question.prompt(self.ocr), *question.image_names)
             for question in self.questions
         ]
+
+    def select(self, ids: Collection[str]) -> "VqaSuite":
+        """The suite of these questions only."""
+        chosen = [question for question in self.questions if question.id in ids]
+        return replace(self, questions=chosen)
 
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Accuracy, and by whatever types the file gives its questions; no metrics without

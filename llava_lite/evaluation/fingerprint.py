@@ -1,0 +1,79 @@
+"""Which files an answer depends on, by content: the same on every machine, whatever their dates.
+
+A converted model's manifest holds the sha256 of all its tensors, so the manifest stands for them.
+Any other checkpoint is known by its small files, and of each large one by its size and 64 blocks of
+64 KiB spread over it: training moves every tensor, and reading all of a 7B model would take as long
+as loading it.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from llava_lite.errors import EvaluationError
+from llava_lite.files import CHECKPOINT_FILES
+
+SMALL_BYTES = 1 << 24
+BLOCKS, BLOCK_BYTES = 64, 1 << 16
+CONVERTED_FILES = ("manifest.json", "config.json", "tokenizer.json", "thresholds.json")
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's content; of a folder, of the names and sizes in it. Raises
+    EvaluationError."""
+    try:
+        digest = hashlib.sha256()
+        if path.is_dir():
+            for file in files_below(path):
+                size = file.stat().st_size
+                digest.update(f"{file.relative_to(path).as_posix()}\0{size}\0".encode())
+        else:
+            with open(path, "rb") as opened:
+                while block := opened.read(1 << 20):
+                    digest.update(block)
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def model_hash(sources: Iterable[Path]) -> str:
+    """sha256 over what makes a model: its folder or file, and those that it is completed with."""
+    digest = hashlib.sha256()
+    try:
+        for source in sources:
+            for file in model_files(source):
+                digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+                digest.update(sampled_hash(file))
+    except OSError as error:
+        raise EvaluationError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def model_files(source: Path) -> list[Path]:
+    """The files that decide what a checkpoint is."""
+    if not source.is_dir():
+        return [source]
+    if (source / "manifest.json").is_file():
+        return [source / name for name in CONVERTED_FILES if (source / name).is_file()]
+    found = {file for pattern in CHECKPOINT_FILES for file in source.glob(pattern)}
+    return sorted(file for file in found if file.is_file())
+
+
+def sampled_hash(path: Path) -> bytes:
+    """sha256 of a small file, or of blocks spread evenly over a large one, both ends included."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        if size <= SMALL_BYTES:
+            digest.update(file.read())
+        else:
+            for block in range(BLOCKS):
+                file.seek(block * (size - BLOCK_BYTES) // (BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.digest()
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files of a folder and its subfolders, in the same order everywhere."""
+    found = (file for file in folder.rglob("*") if file.is_file())
+    yield from sorted(found, key=lambda file: file.relative_to(folder).as_posix())

@@ -1,0 +1,249 @@
+"""What a model answered, one JSON line per sample, in a file that only grows.
+
+    {"predictions": 1, "settings": {...}}      everything that changes an answer
+    {"run": {...}}                             one per process: when, where, which samples
+    {"id": ..., "answer" | "error": ..., "finish_reason", "usage", "seconds", "elapsed", ...}
+
+Of several lines with one id the last counts. Every line is written whole as soon as its sample is
+done, so a process that is killed loses nothing it has written; it leaves at most one line without
+an end, which the next run cuts off. Lines are forced to the disk (fsync) every five seconds and at
+the end: if the power goes, the samples of the last seconds are asked again.
+
+A run holds a lock on the file, which the system releases however the process ends.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any, BinaryIO
+
+from llava_lite.errors import LlavaLiteError
+
+FILE_NAME = "predictions.jsonl"
+FORMAT = 1
+HEADER_START = b'{"predictions": '
+SYNC_SECONDS = 5.0
+
+Record = dict[str, Any]
+
+
+class PredictionsError(LlavaLiteError):
+    """A predictions file cannot be used. Names the file, and the line or the settings."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a file holds: its settings, its runs, and the last line of each sample. `size`: bytes of
+    its whole lines."""
+
+    settings: Record
+    runs: list[Record] = field(default_factory=list)
+    records: dict[str, Record] = field(default_factory=dict)
+    size: int = 0
+
+    @property
+    def answers(self) -> dict[str, str]:
+        """Answers by sample id, without the samples that failed."""
+        return {
+            name: record["answer"] for name, record in self.records.items() if "answer" in record
+        }
+
+    def done(self, retry_errors: bool = False) -> set[str]:
+        """Ids that need not be asked again."""
+        return set(self.answers if retry_errors else self.records)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read_predictions(path: Path) -> Predictions:
+    """All whole lines of a file. Raises PredictionsError naming the line of anything else."""
+    try:
+        with open(path, "rb") as file:
+            found = parse(file, path)
+    except OSError as error:
+        raise PredictionsError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if found is None:
+        raise PredictionsError(f"{path}: holds no predictions")
+    return found
+
+
+def parse(file: BinaryIO, path: Path) -> Predictions | None:
+    """The file's content; None where not even its first line is whole. Raises PredictionsError."""
+    found: Predictions | None = None
+    size = 0
+    for number, line in enumerate(file, start=1):
+        if not line.endswith(b"\n"):
+            refuse_foreign_end(line, number, path)
+            break
+        record = parse_line(line, number, path)
+        size += len(line)
+        if found is None:
+            found = Predictions(checked_header(record, path))
+        elif isinstance(record.get("run"), dict):
+            found.runs.append({**record["run"], "samples": 0})
+        else:
+            add_sample(found, record, number, path)
+    if found is None:
+        return None
+    return Predictions(found.settings, found.runs, found.records, size)
+
+
+def parse_line(line: bytes, number: int, path: Path) -> Record:
+    """One JSON object. Raises PredictionsError."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise PredictionsError(f"{path}, line {number}: not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise PredictionsError(f"{path}, line {number}: is no line of a predictions file")
+    return record
+
+
+def checked_header(record: Record, path: Path) -> Record:
+    """The settings of a header. Raises PredictionsError for what is none, or of a later version."""
+    settings = record.get("settings")
+    if "predictions" not in record or not isinstance(settings, dict):
+        raise PredictionsError(f"{path}, line 1: is not the header of a predictions file")
+    if record["predictions"] != FORMAT:
+        raise PredictionsError(
+            f"{path}: is written in format {record['predictions']!r}, this version reads {FORMAT}"
+        )
+    return settings
+
+
+def add_sample(found: Predictions, record: Record, number: int, path: Path) -> None:
+    """Enter a sample's line, and the time it came at into its run. Raises PredictionsError."""
+    is_sample = isinstance(record.get("id"), str) and ("answer" in record) != ("error" in record)
+    if not is_sample:
+        raise PredictionsError(f"{path}, line {number}: is no line of a predictions file")
+    found.records[record["id"]] = record
+    if found.runs:
+        run = found.runs[-1]
+        run["samples"] += 1
+        run["seconds"] = record.get("elapsed", 0.0)
+        run["peak_bytes"] = record.get("peak_bytes")
+
+
+def refuse_foreign_end(line: bytes, number: int, path: Path) -> None:
+    """Raise PredictionsError where the line without an end is not one that a killed run leaves: it
+    would be lost."""
+    starts = (HEADER_START,) if number == 1 else (b'{"id": ', b'{"run": ')
+    if not any(line[: len(start)] == start[: len(line)] for start in starts):
+        if line.strip(b"\0"):  # a disk without power may leave zeros where a line should be
+            raise PredictionsError(f"{path}, line {number}: is no line of a predictions file")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that differ, in words."""
+    names = dict.fromkeys((*before, *now))
+    return [
+        f"{name} {shown(before.get(name))}, now {shown(now.get(name))}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
+def shown(value: Any) -> str:
+    """A setting in an error message."""
+    if value is None:
+        return "none"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+class PredictionsWriter:
+    """A predictions file that one run appends to.
+
+    `reuse` goes on with a file of the same settings, `force` replaces one; without either, a file
+    that holds anything is refused. `before` is what it held. Raises PredictionsError, also where
+    another process writes to it, and OSError."""
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        run: Mapping[str, Any],
+        reuse: bool = False,
+        force: bool = False,
+    ) -> None:
+        self.path, self.synced = path, monotonic()
+        plain = json.loads(json.dumps(settings))  # as a file gives it back
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a+b")
+        try:
+            lock(self.file, path)
+            self.before = self.prepare(plain, reuse, force)
+            if not self.before.size:
+                self.write({"predictions": FORMAT, "settings": plain}, {"run": dict(run)})
+            else:
+                self.write({"run": dict(run)})
+        except BaseException:
+            self.file.close()
+            raise
+
+    def prepare(self, settings: Record, reuse: bool, force: bool) -> Predictions:
+        """Cut off what is not whole, or all that is to be replaced. Returns what stays."""
+        self.file.seek(0)
+        if force:
+            self.file.truncate(0)
+            return Predictions(settings)
+        if not reuse and self.file.read(1):
+            raise PredictionsError(
+                f"{self.path}: is there already; go on with it (--reuse), replace it (--force), or "
+                "name another folder"
+            )
+        self.file.seek(0)
+        before = parse(self.file, self.path) or Predictions(settings)
+        different = differences(before.settings, settings)
+        if different:
+            raise PredictionsError(
+                f"{self.path}: was answered with other settings: {'; '.join(different)}"
+            )
+        self.file.truncate(before.size)
+        return before
+
+    def append(self, record: Record) -> None:
+        """Write one sample's line. Raises OSError."""
+        self.write(record)
+        if monotonic() - self.synced > SYNC_SECONDS:
+            self.sync()
+
+    def write(self, *records: Record) -> None:
+        """Whole lines in one piece, in the system's hands when this returns."""
+        # Escaped to ASCII: no reader splits a line at a Unicode line separator in an answer.
+        self.file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        self.file.flush()
+
+    def sync(self) -> None:
+        """Force to the disk what was written."""
+        os.fsync(self.file.fileno())
+        self.synced = monotonic()
+
+    def __enter__(self) -> "PredictionsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.sync()
+        finally:
+            self.file.close()
+
+
+def lock(file: BinaryIO, path: Path) -> None:
+    """Take the file for this process, where the system has locks. Raises PredictionsError where
+    another one has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise PredictionsError(f"{path}: another run is writing to it") from error

@@ -1,0 +1,262 @@
+"""What an evaluation found: scores, the settings behind them, speed, tokens, memory, failures.
+
+`report` makes plain types, ready for json, from a suite and predictions; `table` says the same in
+lines, page.py as a page. Only "measured" and "runs" differ between two runs of the same settings.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_lite.errors import EvaluationError
+from llava_lite.evaluation.engine import PHASES, image_groups
+from llava_lite.evaluation.fingerprint import file_hash
+from llava_lite.evaluation.predictions import Predictions, Record, differences
+from llava_lite.evaluation.runner import Selection
+from llava_lite.evaluation.suite import Metric, Sample, Scores, Suite
+
+JSON_NAME, PAGE_NAME = "report.json", "report.html"
+USAGE = {
+    "prompt_tokens": "text tokens of the prompt",
+    "image_patches": "image patches",
+    "image_tokens": "image tokens after merging",
+    "kept_image_tokens": "image tokens after pruning",
+    "completion_tokens": "tokens of the answer",
+}
+EXAMPLES = 5  # ids named for each reason of a failure
+NOT_ASKED = "not asked yet"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions of one suite, from one file or the files of several shards, and the samples that
+    their runs were to ask."""
+
+    suite: Suite
+    samples: Sequence[Sample]
+    settings: Mapping[str, Any]
+    runs: Sequence[Record]
+    records: Mapping[str, Record]
+
+    @classmethod
+    def of(cls, suite: Suite, parts: Sequence[tuple[str, Predictions]]) -> "Evaluation":
+        """From named predictions. Raises EvaluationError where their settings differ, or where the
+        suite's files are not those that were asked about."""
+        first_name, first = parts[0]
+        for name, part in parts[1:]:
+            different = differences(first.settings, part.settings)
+            if different:
+                raise EvaluationError(
+                    f"{name}: was answered with other settings than {first_name}: "
+                    f"{'; '.join(different)}"
+                )
+        refuse_other_files(suite, first.settings)
+        samples = suite.samples()
+        selections = [Selection.read(part.runs[-1]) for _, part in parts if part.runs]
+        asked = {sample.id for one in selections for sample in one.of(samples)}
+        return cls(
+            suite,
+            [sample for sample in samples if sample.id in asked],
+            first.settings,
+            [run for _, part in parts for run in part.runs],
+            merged([part.records for _, part in parts]),
+        )
+
+    @property
+    def asked_records(self) -> list[Record]:
+        """The lines of the samples, in their order, without those that have none."""
+        return [self.records[s.id] for s in self.samples if s.id in self.records]
+
+    @property
+    def answers(self) -> dict[str, str]:
+        """Answers by sample id."""
+        return {
+            record["id"]: record["answer"] for record in self.asked_records if "answer" in record
+        }
+
+    @property
+    def part(self) -> Suite:
+        """The suite of the samples that were to be asked."""
+        if len(self.samples) == len(self.suite.samples()):
+            return self.suite
+        return self.suite.select({sample.id for sample in self.samples})
+
+    def scores(self) -> Scores:
+        """Of all samples, or of a part as a suite of its own."""
+        return self.part.score(self.answers)
+
+
+def refuse_other_files(suite: Suite, settings: Mapping[str, Any]) -> None:
+    """Raise EvaluationError where a file has another content than the predictions say."""
+    known = [entry["sha256"] for entry in settings.get("files", [])]
+    if suite.name != settings.get("suite") or len(known) != len(suite.files):
+        raise EvaluationError(f"the predictions are of {settings.get('suite')}, not {suite.name}")
+    for path, before in zip(suite.files, known, strict=True):
+        if file_hash(path) != before:
+            raise EvaluationError(f"{path}: is not the file that the questions were asked from")
+
+
+def merged(parts: Sequence[Mapping[str, Record]]) -> dict[str, Record]:
+    """All lines by sample id; where several parts have one, an answer before an error."""
+    records: dict[str, Record] = {}
+    for part in parts:
+        for name, record in part.items():
+            if "answer" in record or name not in records:
+                records[name] = record
+    return records
+
+
+# ---- report --------------------------------------------------------------------------------------
+
+
+def report(evaluation: Evaluation) -> dict[str, Any]:
+    """Everything as plain types, ready for json."""
+    scores, records = evaluation.scores(), evaluation.asked_records
+    answered = sum("answer" in record for record in records)
+    return {
+        "suite": evaluation.suite.name,
+        "scores": {name: metric_dict(metric) for name, metric in scores.metrics.items()},
+        "groups": {
+            kind: {group: metric_dict(metric) for group, metric in groups.items()}
+            for kind, groups in scores.groups.items()
+        },
+        "samples": {
+            "asked": len(evaluation.samples),
+            "answered": answered,
+            "failed": len(evaluation.samples) - answered,
+            "cut_off": sum(record["finish_reason"] == "length" for record in records),
+        },
+        "failures": failures(evaluation),
+        "settings": dict(evaluation.settings),
+        "tokens": tokens(records),
+        "measured": measured(evaluation),
+        "runs": [dict(run) for run in evaluation.runs],
+    }
+
+
+def metric_dict(metric: Metric) -> dict[str, Any]:
+    """A metric as plain types; NaN, which JSON lacks, is null."""
+    interval = metric.interval
+    return {
+        "value": None if math.isnan(metric.value) else metric.value,
+        "count": metric.count,
+        "interval": None if interval is None or math.isnan(interval[0]) else list(interval),
+    }
+
+
+def failures(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Reasons why samples have no answer, the most frequent first, with a few ids of each."""
+    ids: dict[str, list[str]] = {}
+    for sample in evaluation.samples:
+        record = evaluation.records.get(sample.id, {"error": NOT_ASKED})
+        if "error" in record:
+            ids.setdefault(record["error"], []).append(sample.id)
+    ordered = sorted(ids.items(), key=lambda item: -len(item[1]))
+    return [
+        {"reason": reason, "count": len(found), "ids": found[:EXAMPLES]}
+        for reason, found in ordered
+    ]
+
+
+def tokens(records: Sequence[Record]) -> dict[str, float]:
+    """Mean tokens of an answered question by stage."""
+    usages = [record["usage"] for record in records if "answer" in record]
+    total: Counter[str] = Counter()
+    for usage in usages:
+        total.update({name: usage.get(name, 0) for name in USAGE})
+    return {name: total[name] / len(usages) for name in USAGE} if usages else {}
+
+
+def measured(evaluation: Evaluation) -> dict[str, Any]:
+    """Seconds, rates and memory, of all runs together. A run ends with its last line; shards that
+    ran side by side count one after the other."""
+    records = evaluation.asked_records
+    wall = sum(run.get("seconds", 0.0) for run in evaluation.runs)
+    done = {record["id"] for record in records}
+    groups = image_groups(sample for sample in evaluation.samples if sample.id in done)
+    images = sum(len(group.images) for group in groups)
+    peaks = [run["peak_bytes"] for run in evaluation.runs if run.get("peak_bytes")]
+    phases = {
+        phase: sum(record["seconds"].get(phase, 0.0) for record in records) for phase in PHASES
+    }
+    return {
+        "wall_seconds": wall,
+        "images": images,
+        "images_per_second": images / wall if wall else None,
+        "questions_per_second": len(records) / wall if wall else None,
+        "seconds_per_image": {
+            phase: seconds / images if images else None for phase, seconds in phases.items()
+        },
+        "peak_memory_bytes": max(peaks, default=None),
+    }
+
+
+# ---- table ---------------------------------------------------------------------------------------
+
+
+def table(content: Mapping[str, Any]) -> Iterator[str]:
+    """Lines for people: scores, groups, then what they cost."""
+    samples = content["samples"]
+    yield headline(content)
+    yield ""
+    yield f"{'score':<32}{'value':>9}{'95 % interval':>20}{'of':>8}"
+    for name, metric in content["scores"].items():
+        yield metric_line(name, metric)
+    for kind, groups in content["groups"].items():
+        yield ""
+        yield kind
+        for group, metric in groups.items():
+            yield metric_line(f"  {group}", metric)
+    yield ""
+    yield f"{samples['answered']} answered, {samples['failed']} failed"
+    for failure in content["failures"][:3]:
+        yield f"  {failure['count']} x {failure['reason']} (first: {failure['ids'][0]})"
+    yield from speed_lines(content)
+
+
+def headline(content: Mapping[str, Any]) -> str:
+    """The settings that people compare first."""
+    settings = content["settings"]
+    shown = ("model", "dtype", "reduction", "template", "max_new_tokens")
+    words = [f"{name} {settings.get(name)}" for name in shown]
+    return ", ".join([f"{content['suite']}: {words[0]}", *words[1:]])
+
+
+def metric_line(name: str, metric: Mapping[str, Any]) -> str:
+    """One metric in columns."""
+    low_high = "" if metric["interval"] is None else "{:.1%} to {:.1%}".format(*metric["interval"])
+    return f"{name:<32}{value_text(metric):>9}{low_high:>20}{metric['count']:>8}"
+
+
+def value_text(metric: Mapping[str, Any]) -> str:
+    """A share in per cent, where it has an interval; any other number as it is."""
+    if metric["value"] is None:
+        return "-"
+    return f"{metric['value']:.3f}" if metric["interval"] is None else f"{metric['value']:.1%}"
+
+
+def speed_lines(content: Mapping[str, Any]) -> Iterator[str]:
+    """Rates, seconds of an image by phase, tokens by stage, memory."""
+    measured, used = content["measured"], content["tokens"]
+    if measured["questions_per_second"] is not None:
+        yield (
+            f"{measured['questions_per_second']:.2f} questions/s, "
+            f"{measured['images_per_second']:.2f} images/s over {measured['wall_seconds']:.0f} s"
+        )
+    if measured["images"]:
+        times = measured["seconds_per_image"].items()
+        yield "seconds an image: " + ", ".join(f"{phase} {time:.3f}" for phase, time in times)
+    if used:
+        yield "tokens a question: " + ", ".join(
+            f"{used[name]:.0f} {words}" for name, words in USAGE.items()
+        )
+    if measured["peak_memory_bytes"]:
+        yield f"peak memory {measured['peak_memory_bytes'] / 1e9:.2f} GB"
+
+
+def paths(folder: Path) -> tuple[Path, Path]:
+    """Where the JSON and the page of a folder of predictions are."""
+    return folder / JSON_NAME, folder / PAGE_NAME
