@@ -146,8 +146,7 @@ def map_blocks(
 
     Blocks, `work` and what it returns travel between processes: they are pickled, lambdas and
     functions included. An actor that dies is replaced and its blocks run again. Raises RayError
-    where Ray is missing, too small, or a model does not load, and what `work` raises as RayError,
-    too."""
+    where Ray is missing or too small, where a model does not load, and for what `work` raises."""
     if not blocks:
         return
     import_ray()
@@ -169,11 +168,14 @@ def map_blocks(
         )
         with ray_errors():
             for row in answered.iter_rows():
+                if row["failure"]:
+                    raise RayError(row["failure"])
                 yield cloudpickle.loads(row["result"])
 
 
 class Actor:
-    """One model, and the work it does."""
+    """One model, and the work it does. What fails here comes back as a result: an error raised in
+    an actor is a page of Ray's own frames, and for one in its constructor Ray tries again."""
 
     def __init__(self, work_and_source: bytes, threads: int) -> None:
         import torch
@@ -185,14 +187,29 @@ class Actor:
         keep_freed_memory()
         torch.set_num_threads(threads)
         self.work, source = cloudpickle.loads(work_and_source)
-        self.model = llava_lite.load(source.name, **source.options)
+        self.error = ""
+        try:
+            self.model = llava_lite.load(source.name, **source.options)
+        except Exception as error:
+            self.error = f"no model in a Ray actor: {described(error)}"
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         from ray import cloudpickle
 
         for block in batch["block"]:
-            result = self.work(self.model, cloudpickle.loads(block))
-            yield {"result": [cloudpickle.dumps(result)]}
+            result = None
+            if not self.error:
+                try:
+                    result = self.work(self.model, cloudpickle.loads(block))
+                except Exception as error:
+                    self.error = f"a Ray actor failed: {described(error)}"
+            yield {"result": [cloudpickle.dumps(result)], "failure": [self.error]}
+
+
+def described(error: Exception) -> str:
+    """What an error says; of one that is no user's also what it is."""
+    is_users = isinstance(error, LlavaLiteError | ValueError | OSError)
+    return reason_of(error) if is_users else f"{type(error).__name__}: {reason_of(error)}"
 
 
 def import_ray() -> Any:
@@ -256,21 +273,14 @@ def pool(cluster: Cluster) -> tuple[int, int, int]:
 
 @contextmanager
 def ray_errors() -> Iterator[None]:
-    """What failed in an actor, as one line."""
+    """What went wrong in Ray itself, as one line: the last of its report says it."""
     import ray.exceptions
 
     try:
         yield
     except ray.exceptions.RayError as error:
-        raise RayError(f"a Ray actor failed: {cause_of(error)}") from error
-
-
-def cause_of(error: BaseException) -> str:
-    """What an actor's own error said, without Ray's report around it."""
-    inner: BaseException = error
-    while getattr(inner, "cause", None) is not None:
-        inner = inner.cause  # type: ignore[attr-defined]
-    return reason_of(inner)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise RayError(f"Ray failed: {lines[-1]}") from error
 
 
 # ---- batches and samples -------------------------------------------------------------------------
