@@ -82,14 +82,13 @@ def message_text(message: Message, template: str, markers_in_text: bool) -> str:
     text, after_image = "", get_template(template).image_end
     ends_with_image = False
     for part in message.parts:
-        is_image = isinstance(part, Picture)
-        if is_image:
+        if isinstance(part, Picture):
             piece = "" if markers_in_text else IMAGE_MARKER
         else:
             piece = part if markers_in_text else without_markers(part)
         if piece:
             between = (after_image if ends_with_image else "\n") if text else ""
-            text, ends_with_image = text + between + piece, is_image
+            text, ends_with_image = text + between + piece, isinstance(part, Picture)
     return text
 
 

@@ -1,7 +1,7 @@
 """The model as lmms-eval wants it, found through its entry points, without a fork.
 
-    lmms-eval --model llava_lite --model_args pretrained=weights/llava-1.5-7b,reduction=hybrid-72-36 \\
-        --tasks pope,mmbench_en_dev --batch_size 8
+    lmms-eval --model llava_lite --tasks pope,mmbench_en_dev --batch_size 8 \\
+        --model_args pretrained=weights/llava-1.5-7b,reduction=hybrid-72-36
 
 Tasks with messages run through `LlavaLiteChat`, all others, and those that compare likelihoods,
 through `LlavaLite` (lmms-eval's --force_simple). Written for lmms-eval 0.7.3.
@@ -38,7 +38,7 @@ BATCHES_AT_ONCE = 4  # whose images are in memory
 NEUTRAL = {"image_aspect_ratio", "use_cache", "num_beams", "do_sample", "num_return_sequences"}
 
 
-class LlavaLite(lmms):  # type: ignore[misc]
+class LlavaLite(lmms):
     """llava_lite behind lmms-eval's interface for tasks of a text and its images.
 
     pretrained: what `llava_lite.load` takes, None for the default model. reduction: a preset's
@@ -69,7 +69,7 @@ class LlavaLite(lmms):  # type: ignore[misc]
         self.rows = int(DEFAULT_BATCH_SIZE if batch_size == "auto" else batch_size)
         if self.rows < 1:
             raise LlavaLiteError(f"batch_size {batch_size} must be at least 1")
-        self.prompting = {
+        self.prompting: dict[str, Any] = {
             "system": system_prompt,
             "template": template,
             "seed": seed,
@@ -88,7 +88,7 @@ class LlavaLite(lmms):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """The answer to each request, with its token counts, in the order of the requests.
 
-        What cannot be answered (a bad image, a prompt too long) is an empty answer and a warning."""
+        What cannot be answered (bad image, prompt too long) is an empty answer and a warning."""
         results: list[GenerationResult] = []
         for chunk in chunks(requests, self.rows * BATCHES_AT_ONCE):
             jobs = [Job(self, request) for request in chunk]
@@ -202,7 +202,9 @@ class LlavaLite(lmms):  # type: ignore[misc]
             reduction=self.prompting["reduction"],
             batch_size=self.rows,
         )
-        found = {index: (s.log_likelihood, s.is_greedy) for index, s in zip(full, scored, strict=True)}
+        found = {
+            index: (s.log_likelihood, s.is_greedy) for index, s in zip(full, scored, strict=True)
+        }
         return [found.get(index, (0.0, True)) for index in range(len(jobs))]
 
 

@@ -3,8 +3,8 @@
     llava-lite batch questions.jsonl -o answers.jsonl --ray --ray-actors 4
     ray.data.read_json("questions.jsonl").map_batches(Predictor, ...)     a pipeline of your own
 
-`map_blocks` is the core: blocks of anything picklable go to a pool of actors, and what each makes of
-them comes back in order. `run_batch` is `batch.run_batch` over it, with the same files and rules.
+`map_blocks` is the core: blocks of anything picklable go to a pool of actors, and what each makes
+of them comes back in order. `run_batch` is `batch.run_batch` over it: same files, same rules.
 Actors open images themselves: paths must mean the same on every machine.
 """
 
@@ -358,13 +358,17 @@ def sample_records(
     """The records of some samples, in order."""
     askable = [sample for sample in samples if sample.error is None]
     images = [[i() if callable(i) else i for i in sample.images] for sample in askable]
-    found = dict(
-        zip(
-            (sample.id for sample in askable),
-            answer_each(model, images, [sample.prompt for sample in askable], options),
-            strict=True,
+    found = (
+        dict(
+            zip(
+                (sample.id for sample in askable),
+                answer_each(model, images, [sample.prompt for sample in askable], options),
+                strict=True,
+            )
         )
-    ) if askable else {}
+        if askable
+        else {}
+    )
     records = []
     for sample in samples:
         answer = found.get(sample.id)

@@ -5,8 +5,8 @@
     from llava_lite.integrations.vlmevalkit import LLaVALite
     supported_VLM["llava_lite"] = partial(LLaVALite, model_path="weights/llava-1.5-7b")
 
-in a file that then runs the kit's `run.py` with `--model llava_lite`. The kit is on no package index;
-without it `LLaVALite` stands on a small base with the helpers that the kit documents.
+before the kit's `run.py` looks for `--model llava_lite`. The kit is on no package index; without it
+`LLaVALite` stands on a small base with the helpers that the kit documents.
 """
 
 import re
@@ -172,7 +172,7 @@ def message_of(message: Mapping[str, Any]) -> Message:
 
 
 def kind_of(dataset: str | None) -> str | None:
-    """ "choice", "yes or no", "short" or "caption"; None for a data set with another kind of answer.
+    """ "choice", "yes or no", "short" or "caption"; None for data sets with other kinds of answers.
 
     The kit calls all free answers VQA, so which of them are short is told by name."""
     if not dataset or dataset.startswith(OTHER_NAMES):
