@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, TINY_CONFIG, random_llava
 from PIL import Image
 
@@ -153,6 +154,61 @@ def test_shards_are_those_of_a_plain_batch(
     assert [record["id"] for record in read(output)] == ["row 1", "row 6", 7]
 
 
+def test_samples_of_an_evaluation(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tiny_model: Model
+) -> None:
+    """Images as bytes and as functions, and a sample that cannot be asked."""
+    monkeypatch.setattr(ray_batch, "map_blocks", LocalRay(tiny_model))
+    red = (folder / "red.png").read_bytes()
+    samples = [
+        Sample("a", "star?", (red,), "red"),
+        Sample("b", "ring", error="no image"),
+        Sample("c", "ring", (lambda: red,)),
+        Sample("d", "star?", (b"broken",)),
+        Sample("e", "star?"),
+        Sample("f", "star?", (lambda: (folder / "gone.png").read_bytes(),)),
+    ]
+    source = ModelSource()
+    first, second, third, broken, last, gone = answer_samples(
+        samples, source, TWO, batch_size=3, **OPTIONS
+    )
+    answer = tiny_model.generate(red, "star?", **OPTIONS)
+    assert first == {
+        "id": "a",
+        "answer": str(answer),
+        "finish_reason": answer.finish_reason,
+        "usage": answer.usage,
+    }
+    assert second == {"id": "b", "error": "no image", "finish_reason": "error", "usage": {}}
+    assert third["answer"] == tiny_model.generate(red, "ring", **OPTIONS)
+    assert (broken["id"], broken["finish_reason"], broken["usage"]) == ("d", "error", {})
+    assert "answer" not in broken and broken["error"]
+    assert gone["id"] == "f" and "gone.png" in gone["error"]
+    assert last["answer"] == tiny_model.generate(None, "star?", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "failure"),
+    [
+        ("", 2, ""),
+        ("/nowhere", 2, "no model in a Ray actor: /nowhere: no such file"),
+        ("", "x", "a Ray actor failed: TypeError: can"),
+    ],
+)
+def test_what_fails_in_an_actor_is_one_line(
+    source: ModelSource, name: str, block: Any, failure: str
+) -> None:
+    cloudpickle = pytest.importorskip("ray.cloudpickle")
+    used = replace(source, name=name or source.name)
+    actor = ray_batch.Actor(
+        cloudpickle.dumps((lambda model, block: block + 1, used)), torch.get_num_threads()
+    )
+    [row] = actor({"block": [cloudpickle.dumps(block)]})
+    assert row["failure"][0].startswith(failure) and "\n" not in row["failure"][0]
+    assert bool(row["failure"][0]) == bool(failure)
+    assert cloudpickle.loads(row["result"][0]) == (None if failure else 3)
+
+
 def test_a_predictor_by_itself(source: ModelSource, folder: Path, tiny_model: Model) -> None:
     predictor = Predictor(source.name, source.options, **OPTIONS)
     columns = {
@@ -260,7 +316,6 @@ def test_importing_it_imports_no_ray() -> None:
 def test_two_actors_write_what_one_process_writes(
     ray_here: Any, folder: Path, tmp_path: Path, source: ModelSource, plain: list[Record]
 ) -> None:
-    """In the same order; and samples of an evaluation by the same two actors' kind."""
     output, heard = tmp_path / "out.jsonl", list[Record]()
     rows = batch.read_rows(folder / "rows.jsonl")
     summary = run_batch(rows, output, source, TWO, batch_size=2, on_record=heard.append, **OPTIONS)
@@ -271,48 +326,16 @@ def test_two_actors_write_what_one_process_writes(
 
 
 @pytest.mark.slow
-def test_samples_and_actors_of_their_own(
-    ray_here: Any, folder: Path, source: ModelSource, tiny_model: Model
-) -> None:
-    """Images as bytes and as functions, a sample that cannot be asked; and which process it was."""
-    red = (folder / "red.png").read_bytes()
-    samples = [
-        Sample("a", "star?", (red,), "red"),
-        Sample("b", "ring", error="no image"),
-        Sample("c", "ring", (lambda: red,)),
-        Sample("d", "star?", (b"broken",)),
-        Sample("e", "star?"),
-    ]
-    first, _, third, broken, last = answer_samples(samples, source, TWO, batch_size=3, **OPTIONS)
-    answer = tiny_model.generate(red, "star?", **OPTIONS)
-    assert first == {
-        "id": "a",
-        "answer": str(answer),
-        "finish_reason": answer.finish_reason,
-        "usage": answer.usage,
-    }
-    assert third["answer"] == tiny_model.generate(red, "ring", **OPTIONS)
-    assert (broken["id"], broken["finish_reason"], broken["usage"]) == ("d", "error", {})
-    assert "answer" not in broken and broken["error"]
-    assert last["answer"] == tiny_model.generate(None, "star?", **OPTIONS)
-
-
-@pytest.mark.slow
-def test_both_actors_work_and_errors_are_one_line(
-    ray_here: Any, source: ModelSource, tmp_path: Path
-) -> None:
+def test_both_actors_work_and_a_failure_ends_it(ray_here: Any, source: ModelSource) -> None:
     def work(model: Model, block: float) -> int:
         time.sleep(block)
         return os.getpid()
 
-    processes = list(map_blocks([0.3] * 8, work, source, TWO))
+    processes: list[int] = []
+    with pytest.raises(RayError, match="^a Ray actor failed: TypeError: [^\n]*$"):
+        for process in map_blocks([0.3] * 8 + ["text"], work, source, TWO):
+            processes.append(process)
     assert len(processes) == 8 and len(set(processes)) == 2 and os.getpid() not in processes
-    missing = ModelSource(str(tmp_path / "nowhere"))
-    with pytest.raises(RayError, match="no model in a Ray actor: .*nowhere") as error:
-        list(map_blocks([1], work, missing, TWO))
-    assert "\n" not in str(error.value)
-    with pytest.raises(RayError, match="a Ray actor failed: TypeError: "):
-        list(map_blocks(["text"], work, source, replace(TWO, actors=1)))
 
 
 @pytest.mark.slow
@@ -361,6 +384,7 @@ def test_kill_9_and_resume(
     process.wait()
     before = output.read_bytes()
     assert 0 < before.count(b"\n") < len(asked)
+    command[command.index("--ray-actors") + 1] = "1"  # nothing depends on how many there are
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.returncode == 1  # some rows failed, as they should
     assert output.read_bytes().startswith(before[: before.rindex(b"\n") + 1])

@@ -122,12 +122,15 @@ def images_of(cell: Any) -> list[Any]:
 
 
 def answer_each(
-    model: "Model", images: Sequence[list[Any]], prompts: Sequence[str], options: Mapping[str, Any]
+    model: "Model", images: Sequence[Any], prompts: Sequence[str], options: Mapping[str, Any]
 ) -> "list[Answer | BaseException]":
     """Each prompt's answer, asked as one batch, or one by one if that fails; its error if it has
-    none."""
+    none. An image that is a function is called for it."""
+    if not prompts:
+        return []
     try:
-        return [*model.generate(list(images), list(prompts), batch_size=len(prompts), **options)]
+        opened = [[image() if callable(image) else image for image in own] for own in images]
+        return [*model.generate(opened, list(prompts), batch_size=len(prompts), **options)]
     except ROW_ERRORS as error:
         if len(prompts) == 1:
             return [error]
@@ -356,24 +359,12 @@ def sample_records(
     model: "Model", samples: "Sequence[Sample]", options: Mapping[str, Any]
 ) -> list[Record]:
     """The records of some samples, in order."""
-    askable = [sample for sample in samples if sample.error is None]
-    images = [[i() if callable(i) else i for i in sample.images] for sample in askable]
-    found = (
-        dict(
-            zip(
-                (sample.id for sample in askable),
-                answer_each(model, images, [sample.prompt for sample in askable], options),
-                strict=True,
-            )
-        )
-        if askable
-        else {}
-    )
-    records = []
-    for sample in samples:
-        answer = found.get(sample.id)
-        records.append(sample_record(sample, answer))
-    return records
+    asked = [sample for sample in samples if sample.error is None]
+    prompts = [sample.prompt for sample in asked]
+    answers = iter(answer_each(model, [sample.images for sample in asked], prompts, options))
+    return [
+        sample_record(sample, next(answers) if sample.error is None else None) for sample in samples
+    ]
 
 
 def sample_record(sample: "Sample", answer: "Answer | BaseException | None") -> Record:
