@@ -605,6 +605,9 @@ def test_targets_that_cannot_be_scored(make: Any) -> None:
 # ---- real tasks ----------------------------------------------------------------------------------
 
 
+DECLARED: list[torch.library.Library] = []  # operators live as long as their library
+
+
 @pytest.fixture
 def tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """lmms-eval's module of tasks, and a data set on this disk."""
@@ -613,12 +616,12 @@ def tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("LMMS_EVAL_HOME", str(tmp_path))
-    operators = [torch.library.Library("torchvision", "FRAGMENT")]  # a CPU torch lacks these
-    for name in ("nms", "qnms"):
-        try:
-            operators[0].define(f"{name}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-        except RuntimeError:  # is there
-            continue
+    for name in ("nms", "qnms"):  # a CPU torch lacks these, and torchvision then cannot be imported
+        if not hasattr(torch.ops.torchvision, name):
+            DECLARED.append(torch.library.Library("torchvision", "FRAGMENT"))
+            DECLARED[-1].define(
+                f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
     try:
         module = importlib.import_module("lmms_eval.api.task")
     except ImportError as error:
