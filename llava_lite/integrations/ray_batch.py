@@ -160,6 +160,7 @@ def map_blocks(
 
         size, cpus, gpus = pool(cluster)
         ray_blocks = min(len(blocks), MOST_RAY_BLOCKS)
+        size = min(size, ray_blocks)  # more would load a model for nothing
         items = [{"block": cloudpickle.dumps(block)} for block in blocks]
         answered = ray.data.from_items(items, override_num_blocks=ray_blocks).map_batches(
             Actor,
