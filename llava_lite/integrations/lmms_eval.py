@@ -43,7 +43,7 @@ class LlavaLite(lmms):
 
     pretrained: what `llava_lite.load` takes, None for the default model. reduction: a preset's
     name. template, system_prompt: of the prompt. seed: for tasks that sample. Images are not turned
-    as the camera noted (`exif`), since no other model of the kit does that. `load_options` are the
+    as the camera noted (`exif`): LLaVA's own scripts do not do it. `load_options` are the
     other arguments of `llava_lite.load`: dtype, quantize, revision, ..."""
 
     is_simple = True

@@ -97,7 +97,7 @@ class LLaVALite(base_class()):  # type: ignore[misc]
     """llava_lite behind VLMEvalKit's interface. `message` is [{"type": "image" | "text", "value"}].
 
     model_path, load_options: of `llava_lite.load`; images are not turned as the camera noted
-    (`exif`), as in the kit's other models. The rest are options of `Model.generate`."""
+    (`exif`): LLaVA's own scripts do not do it. The rest are options of `Model.generate`."""
 
     INSTALL_REQ = False
     INTERLEAVE = True
