@@ -71,8 +71,12 @@ class Row:
 
     def failed(self, error: BaseException) -> Record:
         """Its output line when there is no answer."""
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        return {**self.asked(), "error": reason, "finish_reason": "error", "usage": {}}
+        return {**self.asked(), "error": reason_of(error), "finish_reason": "error", "usage": {}}
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 # ---- input -------------------------------------------------------------------------------------
@@ -365,11 +369,22 @@ def run_batch(
         retry_errors=retry_errors,
         reduction=options.get("reduction"),
     )
+    starts = range(0, len(work.todo), size)
+    batches = (answer_rows(model, work.todo[s : s + size], open_image, options) for s in starts)
+    return append_records(output, work, batches, on_record)
+
+
+def append_records(
+    output: Path,
+    work: Plan,
+    batches: Iterable[Sequence[Record]],
+    on_record: Callable[[Record], None] | None = None,
+) -> Summary:
+    """Write the records of a plan's rows, each batch as soon as it comes."""
     repair(output, work)
     summary = Summary(failed=work.failed, present=work.answered)
     with open(output, "ab") as file:
-        for start in range(0, len(work.todo), size):
-            records = answer_rows(model, work.todo[start : start + size], open_image, options)
+        for records in batches:
             # Escaped to ASCII: no reader splits a line at a Unicode line separator in an answer.
             file.write("".join(json.dumps(record) + "\n" for record in records).encode())
             file.flush()

@@ -33,6 +33,7 @@ from llava_lite.console import (
     say,
 )
 from llava_lite.errors import LlavaLiteError
+from llava_lite.integrations import ray_batch
 from llava_lite.prompt import ALIASES, TEMPLATES
 from llava_lite.repl import CHAT_HELP, Repl
 
@@ -284,6 +285,7 @@ def add_batch(commands: Any) -> None:
         metavar="N",
         help=f"rows that run at once (default: {batch.DEFAULT_BATCH_SIZE})",
     )
+    ray_batch.add_arguments(parser, positive)
     add_sampling_arguments(parser)
     add_notice_arguments(parser.add_argument_group("output"), stats=False)
     add_model_arguments(parser)
@@ -589,21 +591,16 @@ def load_model(args: argparse.Namespace) -> "Model":
     if args.download:
         choose_download_bars(args.quiet)
     # With --quiet the source is named, and then `load` has no reason to say which it took.
-    return llava_lite.load(
-        default_source(args.model) if args.quiet else args.model,
-        device=args.device,
-        dtype=args.dtype,
-        download=args.download,
-        revision=args.revision,
-        offline=args.offline,
-        base=args.base,
-        vision_tower=args.vision_tower,
-        pad=False if args.no_pad else None,
-        exif=not args.no_exif,
-        quantize=args.quantize,
-        compile=args.compile,
-        tensor_parallel=args.tensor_parallel,
-    )
+    source = default_source(args.model) if args.quiet else args.model
+    return llava_lite.load(source, **load_options(args))
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments say to `llava_lite.load`, beside the source."""
+    names = "device dtype download revision offline base vision_tower quantize compile"
+    names += " tensor_parallel"
+    options = {name: getattr(args, name) for name in names.split()}
+    return options | {"pad": False if args.no_pad else None, "exif": not args.no_exif}
 
 
 def joined_ranks(args: argparse.Namespace) -> "Ranks | None":
@@ -736,13 +733,14 @@ def run_batch(args: argparse.Namespace) -> int:
     """`llava-lite batch`."""
     if args.retry_errors and not args.resume:
         args.parser.error("--retry-errors needs --resume")
+    cluster = ray_batch.parse_cluster(args)
     options = generation_options(args)
     rows = batch.select_shard(batch.read_rows(args.input, args.prompt), args.shard)
     resume = {"resume": args.resume, "retry_errors": args.retry_errors}
     reduction = options["reduction"]
     plan = batch.plan(rows, args.output, **resume, reduction=reduction)  # problems show at once
     if plan.todo:
-        summary = run_rows(args, rows, len(plan.todo), {**resume, **options})
+        summary = run_rows(args, rows, len(plan.todo), cluster, {**resume, **options})
     else:
         summary = batch.Summary(failed=plan.failed, present=plan.answered)
     if not args.quiet:
@@ -751,20 +749,24 @@ def run_batch(args: argparse.Namespace) -> int:
 
 
 def run_rows(
-    args: argparse.Namespace, rows: "list[Row]", total: int, options: dict[str, Any]
+    args: argparse.Namespace,
+    rows: "list[Row]",
+    total: int,
+    cluster: "ray_batch.Cluster | None",
+    options: dict[str, Any],
 ) -> "Summary":
     """Answer the rows, `total` of which are left to do, with a bar of progress."""
-    model, open_image = load_model(args), image_opener(args)
+    options = {**options, "batch_size": args.batch_size}
+    model = None if cluster else load_model(args)
     try:
         with Progress(total, args.quiet) as progress:
+            options["on_record"] = progress
+            if cluster:
+                source = ray_batch.ModelSource(default_source(args.model), load_options(args))
+                return ray_batch.run_batch(rows, args.output, source, cluster, **options)
+            assert model is not None
             return batch.run_batch(
-                model,
-                rows,
-                args.output,
-                batch_size=args.batch_size,
-                open_image=open_image,
-                on_record=progress,
-                **options,
+                model, rows, args.output, open_image=image_opener(args), **options
             )
     except KeyboardInterrupt:
         if not args.quiet:

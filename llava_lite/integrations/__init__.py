@@ -1,0 +1,19 @@
+"""Where others drive: the evaluation kits lmms-eval and VLMEvalKit, and Ray Data pipelines.
+
+Each module needs the package it is for only when it is used.
+"""
+
+from typing import Any
+
+
+def lmms_eval_manifest() -> Any:
+    """What lmms-eval finds at our entry point in its group `lmms_eval.models`."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    module = "llava_lite.integrations.lmms_eval"
+    return ModelManifest(
+        model_id="llava_lite",
+        simple_class_path=f"{module}.LlavaLite",
+        chat_class_path=f"{module}.LlavaLiteChat",
+        aliases=("llava-lite",),
+    )

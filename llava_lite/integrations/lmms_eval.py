@@ -1,0 +1,326 @@
+"""The model as lmms-eval wants it, found through its entry points, without a fork.
+
+    lmms-eval --model llava_lite --tasks pope,mmbench_en_dev --batch_size 8 \\
+        --model_args pretrained=weights/llava-1.5-7b,reduction=hybrid-72-36
+
+Tasks with messages run through `LlavaLiteChat`, all others, and those that compare likelihoods,
+through `LlavaLite` (lmms-eval's --force_simple). Written for lmms-eval 0.7.3.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+
+from llava_lite.answer import Answer
+from llava_lite.batch import ROW_ERRORS
+from llava_lite.errors import LlavaLiteError
+from llava_lite.generation import DEFAULT_BATCH_SIZE, Model
+from llava_lite.integrations.conversation import (
+    Conversation,
+    Message,
+    Picture,
+    answer_conversations,
+    conversation,
+    question,
+)
+from llava_lite.llava import EncodedImage
+from llava_lite.reduction import Reduction
+from llava_lite.sampling import GenerationOptions
+from llava_lite.sequence import as_list
+
+MAX_NEW_TOKENS = 1024  # of LLaVA's scripts for long answers, where a task says nothing
+BATCHES_AT_ONCE = 4  # whose images are in memory
+# What tasks say for other models, and what means nothing where answers are greedy and single.
+NEUTRAL = {"image_aspect_ratio", "use_cache", "num_beams", "do_sample", "num_return_sequences"}
+
+
+class LlavaLite(lmms):
+    """llava_lite behind lmms-eval's interface for tasks of a text and its images.
+
+    pretrained: what `llava_lite.load` takes, None for the default model. reduction: a preset's
+    name. template, system_prompt: of the prompt. seed: for tasks that sample. Images are not turned
+    as the camera noted (`exif`): LLaVA's own scripts do not do it. `load_options` are the
+    other arguments of `llava_lite.load`: dtype, quantize, revision, ..."""
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        device: str | None = None,
+        batch_size: int | str = DEFAULT_BATCH_SIZE,
+        max_batch_size: int | None = None,
+        reduction: str | None = None,
+        template: str | None = None,
+        system_prompt: str | None = None,
+        seed: int | None = None,
+        exif: bool = False,
+        **load_options: Any,
+    ) -> None:
+        super().__init__()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise LlavaLiteError("llava_lite runs lmms-eval in one process, not in several")
+        import llava_lite
+
+        self.rows = int(DEFAULT_BATCH_SIZE if batch_size == "auto" else batch_size)
+        if self.rows < 1:
+            raise LlavaLiteError(f"batch_size {batch_size} must be at least 1")
+        self.prompting: dict[str, Any] = {
+            "system": system_prompt,
+            "template": template,
+            "seed": seed,
+            "reduction": Reduction.of(reduction),
+        }
+        GenerationOptions(**self.prompting)  # a wrong one is said before the model is loaded
+        device = "auto" if device is None else str(device)
+        self.model: Model = llava_lite.load(pretrained, device=device, exif=exif, **load_options)
+
+    @property
+    def template(self) -> str:
+        return self.prompting["template"] or self.model.config.template
+
+    # ---- generation ----
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """The answer to each request, with its token counts, in the order of the requests.
+
+        What cannot be answered (bad image, prompt too long) is an empty answer and a warning."""
+        results: list[GenerationResult] = []
+        for chunk in chunks(requests, self.rows * BATCHES_AT_ONCE):
+            jobs = [Job(self, request) for request in chunk]
+            for job, answer in zip(jobs, self.answers(jobs), strict=True):
+                results.append(generation_result(answer))
+                if answer is not None:
+                    job.remember("generate_until", str(answer))
+        return results
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[list[str]]:
+        """What the task makes of the answers of all rounds of each request, as a list, in order.
+
+        After every round the task sees the answers so far and asks on, or ends."""
+        results: list[list[str]] = []
+        for chunk in chunks(requests, self.rows):
+            jobs = [Job(self, request) for request in chunk]
+            talking = jobs
+            while talking:
+                for job, answer in zip(talking, self.answers(talking), strict=True):
+                    job.outputs.append("" if answer is None else str(answer))
+                talking = [job for job in talking if job.next_round()]
+            for job in jobs:
+                job.remember("generate_until_multi_round", job.outputs)
+                results.append(job.outputs)
+        return results
+
+    def answers(self, jobs: Sequence["Job"]) -> list[Answer | None]:
+        """The answers of one round, all at once, or one by one if that fails; None with a warning
+        for a question that has none."""
+        try:
+            asked = [job.conversation() for job in jobs]
+            options = [job.options for job in jobs]
+            return [*answer_conversations(self.model, asked, options, self.rows)]
+        except ROW_ERRORS as error:
+            if len(jobs) == 1:
+                warnings.warn(f"lmms-eval: {jobs[0].name}: no answer: {error}", stacklevel=2)
+                return [None]
+        return [answer for job in jobs for answer in self.answers([job])]
+
+    def options(self, wishes: dict[str, Any]) -> GenerationOptions:
+        """A task's generation_kwargs as our options. Raises LlavaLiteError for beam search."""
+        wishes = {name: value for name, value in wishes.items() if value is not None}
+        if wishes.get("num_beams", 1) > 1:
+            raise LlavaLiteError(f"num_beams {wishes['num_beams']}: there is no beam search here")
+        greedy = not wishes.get("do_sample", wishes.get("temperature", 0) > 0)
+        known = {"max_new_tokens", "max_gen_toks", "until", "temperature", "top_p", "top_k"}
+        unknown = sorted(wishes.keys() - known - NEUTRAL)
+        if unknown:
+            warnings.warn(f"lmms-eval: {', '.join(unknown)} of the task are ignored", stacklevel=2)
+        length = wishes.get("max_new_tokens", wishes.get("max_gen_toks", MAX_NEW_TOKENS))
+        return GenerationOptions(
+            max_new_tokens=int(length),
+            temperature=0.0 if greedy else float(wishes.get("temperature", 1.0)),
+            top_p=float(wishes.get("top_p", 1.0)) or 1.0,  # tasks write 0 for "not set"
+            top_k=int(wishes.get("top_k", 0)),
+            stop=[stop for stop in as_list(wishes.get("until")) if stop],
+            **self.prompting,
+        )
+
+    # ---- likelihood ----
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """(log-likelihood, is it what greedy decoding would write) of each continuation.
+
+        The continuations of one document follow each other, and its images are encoded once. Of a
+        multiple-choice task, which brings its choices as texts, the kit takes the choice with the
+        smallest number, as for a loss: there it is the negative log-likelihood. What cannot be
+        scored is the least likely, with a warning."""
+        results: list[tuple[float, bool]] = []
+        for chunk in chunks(requests, self.rows * BATCHES_AT_ONCE):
+            jobs = [Job(self, request) for request in chunk]
+            images: dict[Any, list[EncodedImage]] = {}
+            for job, (likelihood, is_greedy) in zip(jobs, self.scores(jobs, images), strict=True):
+                is_choice = isinstance(job.request.args[1], str)
+                results.append((-likelihood if is_choice else likelihood, is_greedy))
+        return results
+
+    def scores(
+        self, jobs: Sequence["Job"], images: dict[Any, list[EncodedImage]]
+    ) -> list[tuple[float, bool]]:
+        """The scores of some continuations, at once or, if that fails, one by one."""
+        try:
+            return self.scores_at_once(jobs, images)
+        except ROW_ERRORS as error:
+            if len(jobs) == 1:
+                warnings.warn(f"lmms-eval: {jobs[0].name}: no score: {error}", stacklevel=2)
+                return [(-float("inf"), False)]
+        return [score for job in jobs for score in self.scores([job], images)]
+
+    def scores_at_once(
+        self, jobs: Sequence["Job"], images: dict[Any, list[EncodedImage]]
+    ) -> list[tuple[float, bool]]:
+        """`Model.score` of some continuations; an empty one is certain. `images` keeps what was
+        encoded, by document."""
+        prompts, shown = [], []
+        for job in jobs:
+            if job.document not in images:
+                reduction = self.prompting["reduction"]
+                images[job.document] = [self.model.encode(i, reduction) for i in job.visuals()]
+            one = question(job.request.args[0], images[job.document], self.template)
+            prompts.append(one.turns[0][0])
+            shown.append(list(one.images))
+        texts = [job.continuation() for job in jobs]
+        full = [index for index, text in enumerate(texts) if text.removeprefix(" ")]
+        scored = self.model.score(
+            [shown[index] for index in full],
+            [prompts[index] for index in full],
+            [texts[index] for index in full],
+            system=self.prompting["system"],
+            template=self.template,
+            reduction=self.prompting["reduction"],
+            batch_size=self.rows,
+        )
+        found = {
+            index: (s.log_likelihood, s.is_greedy) for index, s in zip(full, scored, strict=True)
+        }
+        return [found.get(index, (0.0, True)) for index in range(len(jobs))]
+
+
+class LlavaLiteChat(LlavaLite):
+    """The same for tasks that bring messages of roles, texts and images."""
+
+    is_simple = False
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """lmms-eval makes no such requests with messages; those of a simple task work."""
+        return super().loglikelihood(requests)
+
+
+class Job:
+    """One request of lmms-eval on its way through its rounds."""
+
+    def __init__(self, owner: LlavaLite, request: Instance) -> None:
+        self.owner, self.request = owner, request
+        *self.own, doc_id, task, split = request.args
+        self.document = (task, split, doc_id)
+        self.name = f"{task}, {split}, document {doc_id}"
+        self.outputs: list[str] = []
+        self.context: str = request.args[0]
+        self.info: Any = None  # what the task wants to know again in the next round
+        self.round = 0
+        self.asked: Any = None  # visuals or messages of a later round
+
+    @property
+    def doc(self) -> Any:
+        task, split, doc_id = self.document
+        return self.owner.task_dict[task][split][doc_id]
+
+    @property
+    def wishes(self) -> dict[str, Any]:
+        """The task's generation_kwargs."""
+        return self.own[1] if self.owner.is_simple else self.own[2]
+
+    @property
+    def options(self) -> GenerationOptions:
+        return self.owner.options(self.wishes)
+
+    def conversation(self) -> Conversation:
+        """What is asked in this round."""
+        if self.owner.is_simple:
+            images = self.visuals() if self.asked is None else as_visuals(self.asked)
+            return question(self.context, images, self.owner.template)
+        messages = self.own[1](self.doc) if self.asked is None else self.asked
+        return conversation([message_of(one) for one in messages], self.owner.template)
+
+    def visuals(self) -> list[Any]:
+        """The images of the document."""
+        doc_to_visual: Callable[[Any], Any] = self.own[2]
+        return as_visuals(doc_to_visual(self.doc))
+
+    def continuation(self) -> str:
+        """The text to score. Raises LlavaLiteError for a target that is no text."""
+        target = self.own[1]
+        target = target if isinstance(target, str) else target(self.doc)
+        if not isinstance(target, str):
+            raise LlavaLiteError(f"{self.name}: the target {target!r} is not a text")
+        return target
+
+    def next_round(self) -> bool:
+        """Ask the task how to go on; False when it is done. Its last word replaces the outputs."""
+        self.round += 1
+        known = {
+            "previous_output": self.outputs,
+            "round_idx": self.round,
+            "previous_round_info": self.info,
+        }
+        if self.owner.is_simple:
+            ask = self.own[3]
+            self.asked, context, done, outputs, self.info = ask(self.doc, **known)
+            self.context = context or ""
+        else:
+            step = self.own[1](self.doc, **known)
+            if isinstance(step, list):  # messages that know of no rounds: one was all
+                return False
+            self.asked, done, outputs, self.info = step
+        self.outputs = list(outputs)
+        return not done
+
+    def remember(self, kind: str, result: Any) -> None:
+        """Tell lmms-eval's cache."""
+        self.owner.cache_hook.add_partial(kind, (self.request.args[0], self.wishes), result)
+
+
+def chunks(requests: Sequence[Instance], size: int) -> Iterator[Sequence[Instance]]:
+    for start in range(0, len(requests), size):
+        yield requests[start : start + size]
+
+
+def as_visuals(visuals: Any) -> list[Any]:
+    """None, one image or several, some of them None -> the images."""
+    return [image for image in as_list(visuals) if image is not None]
+
+
+def generation_result(answer: Answer | None) -> GenerationResult:
+    """The text with lmms-eval's token counts; an empty text for no answer."""
+    if answer is None:
+        return GenerationResult("")
+    usage = answer.usage
+    tokens = usage["prompt_tokens"] + usage["image_tokens"]
+    counts = TokenCounts(input_tokens=tokens, output_tokens=usage["completion_tokens"])
+    return GenerationResult(str(answer), counts)
+
+
+def message_of(message: Any) -> Message:
+    """A message of lmms-eval. Raises LlavaLiteError for videos and sounds."""
+    content = message["content"]
+    parts: list[str | Picture] = []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        if part["type"] == "text":
+            parts.append(part["text"])
+        elif part["type"] == "image":
+            parts.append(Picture(part["url"]))
+        else:
+            raise LlavaLiteError(f"LLaVA knows texts and images, not {part['type']!r}")
+    return Message(message["role"], tuple(parts))

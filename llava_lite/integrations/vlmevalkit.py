@@ -1,0 +1,222 @@
+"""The model as VLMEvalKit wants it, without a fork:
+
+    from functools import partial
+    from vlmeval.config import supported_VLM
+    from llava_lite.integrations.vlmevalkit import LLaVALite
+    supported_VLM["llava_lite"] = partial(LLaVALite, model_path="weights/llava-1.5-7b")
+
+before the kit's `run.py` looks for `--model llava_lite`. The kit is on no package index; without it
+`LLaVALite` stands on a small base with the helpers that the kit documents.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
+from string import ascii_uppercase
+from typing import Any
+
+from llava_lite.errors import LlavaLiteError
+from llava_lite.evaluation.coco import CAPTION_PROMPT
+from llava_lite.evaluation.multiple_choice import multiple_choice_prompt
+from llava_lite.evaluation.short_answers import short_answer_prompt
+from llava_lite.generation import Model
+from llava_lite.integrations.conversation import (
+    Conversation,
+    Message,
+    Picture,
+    answer_conversations,
+    conversation,
+)
+from llava_lite.sampling import GenerationOptions
+
+MAX_NEW_TOKENS = 1024  # of LLaVA's scripts for multiple choice and long answers
+
+# Data sets by the beginnings of their names, for when the kit is not there to say what they are.
+YES_OR_NO = ("MME", "POPE", "HallusionBench", "AMBER")
+CAPTIONS = ("COCO",)
+SHORT_ANSWERS = ("TextVQA", "DocVQA", "InfoVQA", "ChartQA", "OCRVQA", "GQA", "VQAv2", "VizWiz")
+CHOICES = (
+    *("MMBench", "CCBench", "SEEDBench", "ScienceQA", "AI2D", "MMMU", "MMStar", "RealWorldQA"),
+    *("BLINK", "A-OKVQA", "MMT-Bench", "TaskMeAnything", "Q-Bench"),
+)
+OTHER_NAMES = ("MMBench-Video", "MMMU_Pro_V", "MME-RealWorld")  # that begin like others
+
+
+class StandInBase:
+    """What VLMEvalKit's guide for developers says of `vlmeval.vlm.base.BaseModel`."""
+
+    INTERLEAVE = False
+
+    def __init__(self) -> None:
+        self.dump_image_func: Callable[[Any], Any] | None = None
+
+    def set_dump_image(self, dump_image_func: Callable[[Any], Any]) -> None:
+        self.dump_image_func = dump_image_func
+
+    def dump_image(self, line: Any, dataset: str | None) -> Any:
+        """The images of a line as files: a path or several. Raises LlavaLiteError unset."""
+        if self.dump_image_func is None:
+            raise LlavaLiteError("the data set's dump_image is needed: call set_dump_image first")
+        return self.dump_image_func(line)
+
+    def message_to_promptimg(
+        self, message: Sequence[Mapping[str, str]], dataset: str | None = None
+    ) -> tuple[str, str | None]:
+        """All texts on lines, and the first image."""
+        texts = [part["value"] for part in message if part["type"] == "text"]
+        images = [part["value"] for part in message if part["type"] == "image"]
+        return "\n".join(texts), images[0] if images else None
+
+    def generate(self, message: Any, dataset: str | None = None) -> str:
+        """An answer to a text, or to texts and images in order."""
+        parts = [message] if isinstance(message, str | Mapping) else message
+        whole = [as_part(part) for part in parts]
+        answer: str = self.generate_inner(whole, dataset)  # type: ignore[attr-defined]
+        return answer
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
+        """An answer to a conversation that ends with the user's message."""
+        answer: str = self.chat_inner(messages, dataset)  # type: ignore[attr-defined]
+        return answer
+
+
+def as_part(part: Any) -> Mapping[str, str]:
+    return {"type": "text", "value": part} if isinstance(part, str) else part
+
+
+def base_class() -> type:
+    """VLMEvalKit's own base where it is installed."""
+    try:
+        from vlmeval.vlm.base import BaseModel
+    except ImportError:
+        return StandInBase
+    return BaseModel
+
+
+class LLaVALite(base_class()):  # type: ignore[misc]
+    """llava_lite behind VLMEvalKit's interface. `message` is [{"type": "image" | "text", "value"}].
+
+    model_path, load_options: of `llava_lite.load`; images are not turned as the camera noted
+    (`exif`): LLaVA's own scripts do not do it. The rest are options of `Model.generate`."""
+
+    INSTALL_REQ = False
+    INTERLEAVE = True
+
+    def __init__(
+        self,
+        model_path: str | None = None,
+        load_options: Mapping[str, Any] | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        import llava_lite
+
+        self.options = GenerationOptions(max_new_tokens, **options)
+        loading = {"exif": False, **(load_options or {})}
+        self.model: Model = llava_lite.load(model_path, **loading)
+
+    # ---- prompts ----
+
+    def use_custom_prompt(self, dataset: str | None) -> bool:
+        """True where LLaVA has an official prompt for that kind of data set."""
+        return kind_of(dataset) is not None
+
+    def build_prompt(self, line: Any, dataset: str | None = None) -> list[dict[str, str]]:
+        """The line's images and LLaVA's official prompt. Raises LlavaLiteError where
+        `use_custom_prompt` is False."""
+        kind = kind_of(dataset)
+        if kind is None:
+            raise LlavaLiteError(f"LLaVA has no official prompt for the data set {dataset!r}")
+        paths = self.dump_image(line, dataset)
+        paths = [paths] if isinstance(paths, str) else paths
+        images = [{"type": "image", "value": str(path)} for path in paths or []]
+        return [*images, {"type": "text", "value": official_prompt(kind, line, dataset or "")}]
+
+    # ---- answers ----
+
+    def generate_inner(self, message: Any, dataset: str | None = None) -> str:
+        """The answer to texts and images, in their order."""
+        return self.answer([{"role": "user", "content": message}])
+
+    def chat_inner(self, message: Any, dataset: str | None = None) -> str:
+        """The answer to a conversation: [{"role", "content": text or parts}]."""
+        return self.answer(message)
+
+    def answer(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Raises as `Model.generate`."""
+        [answer] = answer_conversations(self.model, [self.read(messages)], [self.options])
+        return str(answer)
+
+    def read(self, messages: Sequence[Mapping[str, Any]]) -> Conversation:
+        template = self.options.template or self.model.config.template
+        return conversation([message_of(one) for one in messages], template)
+
+
+def message_of(message: Mapping[str, Any]) -> Message:
+    """A message of VLMEvalKit. Raises LlavaLiteError for videos."""
+    content = message["content"]
+    parts: list[str | Picture] = []
+    for part in [content] if isinstance(content, str | Mapping) else content:
+        part = as_part(part)
+        if part["type"] == "image":
+            parts.append(Picture(part["value"]))
+        elif part["type"] == "text":
+            parts.append(part["value"])
+        else:
+            raise LlavaLiteError(f"LLaVA knows texts and images, not {part['type']!r}")
+    return Message(message["role"], tuple(parts))
+
+
+# ---- official prompts ----------------------------------------------------------------------------
+
+
+def kind_of(dataset: str | None) -> str | None:
+    """ "choice", "yes or no", "short" or "caption"; None for data sets with other kinds of answers.
+
+    The kit calls all free answers VQA, so which of them are short is told by name."""
+    if not dataset or dataset.startswith(OTHER_NAMES):
+        return None
+    if dataset.startswith(SHORT_ANSWERS):
+        return "short"
+    by_kit = {"MCQ": "choice", "Y/N": "yes or no", "Caption": "caption"}
+    try:
+        from vlmeval.dataset import DATASET_TYPE
+    except ImportError:
+        pass
+    else:
+        return by_kit.get(DATASET_TYPE(dataset))
+    names = (("choice", CHOICES), ("yes or no", YES_OR_NO), ("caption", CAPTIONS))
+    return next((kind for kind, starts in names if dataset.startswith(starts)), None)
+
+
+def official_prompt(kind: str, line: Any, dataset: str) -> str:
+    """What LLaVA's scripts ask about one line of a data set."""
+    if kind == "caption":
+        return CAPTION_PROMPT
+    question = str(line["question"])
+    if kind == "choice":
+        return choice_prompt(question, line, dataset)
+    # The kit's MME asks for yes or no in its questions, LLaVA's own does not.
+    return short_answer_prompt(question.removesuffix("Please answer yes or no.").rstrip())
+
+
+def choice_prompt(question: str, line: Any, dataset: str) -> str:
+    """[hint,] question, options up to the first that is missing, and the instruction."""
+    hint = cell(line, "hint") or ""
+    cells = (cell(line, letter) for letter in ascii_uppercase)
+    options = [option for option in takewhile(bool, cells) if option]
+    if not options:  # some data sets mix in open questions
+        return short_answer_prompt(f"{hint}\n{question}" if hint else question)
+    text = "\n".join([hint, question, *options])
+    is_chinese = "_CN" in dataset.upper() or re.search(r"[\u4e00-\u9fff]", text) is not None
+    return multiple_choice_prompt(question, options, hint, "cn" if is_chinese else "en")
+
+
+def cell(line: Any, name: str) -> str | None:
+    """A field of a line (a dict or a pandas Series); None where it is missing or empty."""
+    value = line.get(name)
+    if value is None or value != value:  # NaN is what pandas makes of an empty cell
+        return None
+    text = str(value)
+    return None if text.strip().lower() in ("", "nan", "none") else text
