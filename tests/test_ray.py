@@ -268,7 +268,7 @@ def test_without_ray_the_extra_is_named(
     for command in commands(folder / "rows.jsonl", tmp_path / "out"):
         assert cli.main([*command, "--ray"]) == 1
         assert "pip install 'llava-lite[ray]'" in capsys.readouterr().err
-        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out").is_dir()
     assert list(map_blocks([], lambda *_: None, ModelSource(), TWO)) == []  # nothing to do
 
 

@@ -46,12 +46,14 @@ def asking_actors(
     Images travel as they are: bytes, functions that can be pickled, or paths, which must mean the
     same on every machine. `source` names its model. `run` then raises as `map_blocks`."""
     import_ray()  # that it is missing shows before any file is touched
-    source, most = source.everywhere(), BATCHES * checked_batch_size(batch_size)
+    source = source.everywhere()
+    most = BATCHES * checked_batch_size(batch_size)
 
     def work(model: Model, samples: Sequence[Sample]) -> Any:
         engine = Engine(model, options, batch_size, workers)
         if samples:
             return list(records_of(engine, samples))
+        # The empty block: who is answering?
         origin = Origin.of(str(source.name), source.options)
         return model_settings(model, origin, options), about(engine)
 
@@ -59,8 +61,9 @@ def asking_actors(
     def ask(samples: Sequence[Sample]) -> Iterator[Asked]:
         with connected(cluster):
             actors, *_ = pool(cluster)
-            share = -(-len(samples) // actors)
-            blocks = [[], *in_whole_groups(list(map(absolute, samples)), max(1, min(most, share)))]
+            share = -(-len(samples) // actors)  # so that none is without work
+            asked = in_whole_groups(list(map(absolute, samples)), max(1, min(most, share)))
+            blocks: list[list[Sample]] = [[], *asked]
             with closing(map_blocks(blocks, work, source, cluster)) as results:
                 settings, about_first = next(results)
                 about_all = {**about_first, "actors": min(actors, len(blocks))}
