@@ -281,7 +281,7 @@ def test_flags_need_ray(folder: Path, capsys: Any, flags: list[str]) -> None:
 
 
 def test_importing_it_imports_no_ray() -> None:
-    code = "import sys, llava_lite.integrations.ray_eval; print('ray' in sys.modules)"
+    code = "import sys, llava_lite.integrations.ray_batch; print('ray' in sys.modules)"
     run = [sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run(run, capture_output=True, text=True, env=environment).stdout == "False\n"
@@ -463,7 +463,7 @@ def test_an_evaluation_is_the_same_here_and_on_two_actors(
 def test_kill_9_and_resume(
     ray_here: Any, folder: Path, tmp_path: Path, source: ModelSource, plain: list[Record]
 ) -> None:
-    """The program itself, on a cluster that is there, killed as soon as it has written something."""
+    """The program itself, on a cluster that is there, killed once it has written something."""
     many, output = tmp_path / "many.jsonl", tmp_path / "out.jsonl"
     rows = [row | {"image": absolute(folder, row["image"])} for row in read(folder / "rows.jsonl")]
     asked = [row | {"id": f"{round} {row['id']}"} for round in range(20) for row in rows]

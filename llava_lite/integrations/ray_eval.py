@@ -1,4 +1,4 @@
-"""An evaluation on Ray: samples go to the actors in blocks, their answers into one predictions file.
+"""An evaluation on Ray: blocks of samples go to actors, all answers into one predictions file.
 
     llava-lite eval mmbench MMBench_DEV_EN.tsv -o runs/mmbench --ray --ray-actors 4
 
