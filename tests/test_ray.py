@@ -72,13 +72,10 @@ def ray_here() -> Iterator[Any]:
     """Ray on this machine with two CPUs, once for all tests: it takes its time to start."""
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # of 15 a busy machine leaves workers no time
+        ray.init(address="local", num_cpus=2, **options)
     yield ray
     ray.shutdown()
 
