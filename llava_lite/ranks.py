@@ -12,6 +12,7 @@ up in another order. Whatever could differ goes through here.
     sum(x), mean(x)         over ranks; the mean is the same on each, to the last bit
     concatenated(x, ...)    what each rank has some columns of
     require_same(...)       an error on all ranks where they do not agree
+    together()              an error on all ranks where one fails in a block
 
 Objects travel through gloo, on the CPU; tensors, and the decoder's own sums, through gloo or nccl,
 where they are.
@@ -138,13 +139,24 @@ class Ranks:
 
     def require_same(self, what: str, value: Any) -> None:
         """Raise RankError on all ranks unless `value` equals the first rank's on each."""
-        values = self.gather(lambda: value)
-        others = [str(rank) for rank, other in enumerate(values) if other != values[0]]
-        if others:
-            raise RankError(
-                f"all ranks have to make the same calls, but {what} of rank "
-                f"{', '.join(others)} differ from those of rank 0"
-            )
+        check_same(self.gather(lambda: (what, value)))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise on all ranks what the first of those raised that failed in the block, which makes
+        no exchange of its own; and RankError where they are not all in such a block."""
+        raised: list[Exception] = []
+        try:
+            yield
+        except Exception as error:
+            raised.append(error)
+
+        def outcome() -> tuple[str, None]:
+            if raised:
+                raise raised[0]
+            return "the calls", None
+
+        check_same(self.gather(outcome))
 
     def own_device(
         self, device: str | torch.device, pick: Callable[[str], torch.device]
@@ -164,6 +176,18 @@ class Ranks:
         if own.type == "cuda":
             torch.cuda.set_device(own)
         return own
+
+
+def check_same(values: list[tuple[str, Any]]) -> None:
+    """Raise RankError unless all ranks' (what it is, its value) are those of the first."""
+    others = [str(rank) for rank, value in enumerate(values) if value != values[0]]
+    if others:
+        names = {name for name, _ in values}
+        what = names.pop() if len(names) == 1 else "the calls"
+        raise RankError(
+            f"all ranks have to make the same calls, but {what} of rank "
+            f"{', '.join(others)} differ from those of rank 0"
+        )
 
 
 def attempt(compute: Callable[[], Any]) -> tuple[Any, Exception | None]:

@@ -174,6 +174,7 @@ def errors(model: ParallelModel, rank: int, folder: Path) -> dict[str, str]:
         "continuations": lambda: model.score(None, "star?", "red ring" if rank else "red"),
         "encoded": lambda: model.encode(encoded if rank else picture(1)),
         "context": lambda: model.generate(None, "star? " * 600),
+        **errors_of_one(model, rank),
         "bad weights on one": lambda: load_parallel(folder / "nan"),
         "three heads": lambda: load_parallel(folder / "three-heads"),
         "cuda:1": lambda: load_parallel(folder / "tiny", device="cuda:1"),
@@ -187,6 +188,28 @@ def errors(model: ParallelModel, rank: int, folder: Path) -> dict[str, str]:
         except Exception as error:
             raised[name] = f"{type(error).__name__}: {error}"
     return raised
+
+
+def errors_of_one(model: ParallelModel, rank: int) -> dict[str, Callable[[], Any]]:
+    """Calls of which only the second rank's is wrong."""
+    long = "star? " * (600 if rank else 1)
+    bad: dict[str, Any] = {"top_p": 9.0} if rank else {}
+    return {
+        "generate, too long": lambda: model.generate(None, long),
+        "generate, options": lambda: model.generate(None, "star?", **bad),
+        "stream, too long": lambda: model.stream(None, long),
+        "chat, options": lambda: model.chat(None, **bad),
+        "chat, too long": lambda: model.chat(None).send(long),
+        "encode, reduction": lambda: model.encode(picture(1), "all" if rank else "none"),
+        "score, empty": lambda: model.score(None, "star?", "" if rank else "red"),
+        "score, chunks": lambda: model.score(
+            None, ["star?"] * (1 + rank), ["red"] * (1 + rank), batch_size=1
+        ),
+        "prefill, ids": lambda: model.prefill(torch.tensor([[1, 5, 6 + rank]]), None),
+        "chat or generate": lambda: (
+            model.generate(None, "star?") if rank else model.chat(None).send("star?")
+        ),
+    }
 
 
 def load_parallel(folder: Path, **options: Any) -> Model:
@@ -411,12 +434,21 @@ RAISED = {
     "'decoder.layers.1.mlp.gate_proj.weight' has NaN or infinite values",
     "three heads": "ValueError: 2 ranks cannot share the decoder evenly: heads 3 must be a "
     "multiple of their number",
+    "generate, options": "ValueError: top_p 9.0 must be",
+    "encode, reduction": "ValueError: unknown reduction 'all'",
+    "score, empty": "ValueError: a continuation to score must not be empty",
+    "chat or generate": "RankError: all ranks have to make the same calls, but the calls of rank 1 "
+    "differ",
     "cuda:1": "ValueError: device 'cuda:1' does not go with tensor parallel: cuda, cpu or auto",
     "one rank": "IndexError: list index out of range",
     "strange": "RankError: Strange: very strange",
 }
-RAISED["stop strings"] = RAISED["counts"] = RAISED["prompts"]
+RAISED["stop strings"] = RAISED["counts"] = RAISED["prefill, ids"] = RAISED["prompts"]
 RAISED["continuations"] = RAISED["prompts"].replace("options", "continuations")
+RAISED["score, chunks"] = RAISED["continuations"]
+RAISED["chat, options"] = RAISED["generate, options"]
+for kind in ("generate", "stream", "chat"):
+    RAISED[f"{kind}, too long"] = RAISED["context"]
 RAISED["encoded"] = RAISED["prompts"].replace("prompts or options", "images or their reductions")
 
 
