@@ -9,12 +9,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, TINY_CONFIG, random_llava
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,7 +35,7 @@ from llava_lite.generation import Model
 from llava_lite.layout import Layout
 from llava_lite.llama import LlamaDecoder
 from llava_lite.quantized_checkpoint import open_source
-from llava_lite.ranks import RankError, Ranks, attempt
+from llava_lite.ranks import RankError, Ranks, attempt, join
 from llava_lite.reduction import DToMe, FastV, Reduction, ToMe
 from llava_lite.sources import Source
 from llava_lite.tensor_parallel import ParallelModel, check_divides, decoder_plan, load_share
@@ -134,6 +137,8 @@ def work(rank: int, port: int, folder: Path) -> None:
     found["only first has it"] = model.generate(
         picture(1) if rank == 0 else object(), "star?", max_new_tokens=6
     ).token_ids
+    found["joined once"] = join() is model.ranks
+    found["timeouts"] = timeouts(model.ranks)
     found["errors"] = errors(model, rank, folder)
     found["after errors"] = model.generate(picture(1), "star?", max_new_tokens=6).token_ids
     found["own heads"] = kept_by_own_heads(model)
@@ -178,6 +183,7 @@ def errors(model: ParallelModel, rank: int, folder: Path) -> dict[str, str]:
         "bad weights on one": lambda: load_parallel(folder / "nan"),
         "three heads": lambda: load_parallel(folder / "three-heads"),
         "cuda:1": lambda: load_parallel(folder / "tiny", device="cuda:1"),
+        "auto": lambda: one_gpu(model.ranks),
         "one rank": lambda: model.ranks.gather(lambda: [0][rank]),
         "strange": lambda: model.ranks.from_first(raise_strange),
     }
@@ -188,6 +194,19 @@ def errors(model: ParallelModel, rank: int, folder: Path) -> dict[str, str]:
         except Exception as error:
             raised[name] = f"{type(error).__name__}: {error}"
     return raised
+
+
+def one_gpu(ranks: Ranks) -> torch.device:
+    """What "auto" is where the first rank alone sees a GPU."""
+    with patch.object(torch.cuda, "is_available", lambda: ranks.index == 0):
+        return ranks.own_device("auto", torch.device)
+
+
+def timeouts(ranks: Ranks) -> list[timedelta]:
+    """How long the decoder's own sums, and objects, wait for another rank."""
+    assert dist.group.WORLD is not None
+    groups = [dist.group.WORLD, ranks.objects]
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
 
 
 def errors_of_one(model: ParallelModel, rank: int) -> dict[str, Callable[[], Any]]:
@@ -440,6 +459,8 @@ RAISED = {
     "chat or generate": "RankError: all ranks have to make the same calls, but the calls of rank 1 "
     "differ",
     "cuda:1": "ValueError: device 'cuda:1' does not go with tensor parallel: cuda, cpu or auto",
+    "auto": "ValueError: all ranks need the same kind of device, but there is cuda on rank 0, cpu "
+    "on rank 1",
     "one rank": "IndexError: list index out of range",
     "strange": "RankError: Strange: very strange",
 }
@@ -464,6 +485,12 @@ def test_the_end_of_one_rank_is_an_error_on_the_others(found: Found) -> None:
     assert len(raised) == 5
     for words in raised:
         assert words.startswith("another rank has ended, or cannot be reached: ")
+
+
+def test_a_rank_waits_as_long_as_a_user_may_take(found: Found) -> None:
+    for rank in found.ranks:
+        assert rank["joined once"]
+        assert rank["timeouts"] == [timedelta(days=30)] * 2
 
 
 def test_after_an_error_the_ranks_go_on(found: Found) -> None:
