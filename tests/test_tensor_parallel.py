@@ -179,7 +179,7 @@ def errors(model: ParallelModel, rank: int, folder: Path) -> dict[str, str]:
         "continuations": lambda: model.score(None, "star?", "red ring" if rank else "red"),
         "encoded": lambda: model.encode(encoded if rank else picture(1)),
         "context": lambda: model.generate(None, "star? " * 600),
-        **errors_of_one(model, rank),
+        **errors_of_one(model, rank, folder / "tiny"),
         "bad weights on one": lambda: load_parallel(folder / "nan"),
         "three heads": lambda: load_parallel(folder / "three-heads"),
         "cuda:1": lambda: load_parallel(folder / "tiny", device="cuda:1"),
@@ -209,7 +209,7 @@ def timeouts(ranks: Ranks) -> list[timedelta]:
     return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
 
 
-def errors_of_one(model: ParallelModel, rank: int) -> dict[str, Callable[[], Any]]:
+def errors_of_one(model: ParallelModel, rank: int, tiny: Path) -> dict[str, Callable[[], Any]]:
     """Calls of which only the second rank's is wrong."""
     long = "star? " * (600 if rank else 1)
     bad: dict[str, Any] = {"top_p": 9.0} if rank else {}
@@ -225,6 +225,8 @@ def errors_of_one(model: ParallelModel, rank: int) -> dict[str, Callable[[], Any
             None, ["star?"] * (1 + rank), ["red"] * (1 + rank), batch_size=1
         ),
         "prefill, ids": lambda: model.prefill(torch.tensor([[1, 5, 6 + rank]]), None),
+        "no such dtype": lambda: load_parallel(tiny, dtype="float8" if rank else "float32"),
+        "dtypes": lambda: load_parallel(tiny, dtype="bfloat16" if rank else "float32"),
         "chat or generate": lambda: (
             model.generate(None, "star?") if rank else model.chat(None).send("star?")
         ),
@@ -456,6 +458,8 @@ RAISED = {
     "generate, options": "ValueError: top_p 9.0 must be",
     "encode, reduction": "ValueError: unknown reduction 'all'",
     "score, empty": "ValueError: a continuation to score must not be empty",
+    "no such dtype": "ValueError: dtype 'float8' is not one of",
+    "dtypes": "RankError: all ranks have to make the same calls, but the dtypes of rank 1 differ",
     "chat or generate": "RankError: all ranks have to make the same calls, but the calls of rank 1 "
     "differ",
     "cuda:1": "ValueError: device 'cuda:1' does not go with tensor parallel: cuda, cpu or auto",
