@@ -9,11 +9,12 @@ else heavy; that happens at the first use.
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from llava_lite.errors import (
     CheckpointError,
@@ -29,10 +30,13 @@ if TYPE_CHECKING:
 
     from llava_lite.answer import Answer, Score
     from llava_lite.chat import Chat
+    from llava_lite.config import LlavaConfig
     from llava_lite.generation import EncodedImage, Model
     from llava_lite.inspection import Inspection
     from llava_lite.reduction import REDUCTIONS, DToMe, FastV, Reduction, ToMe
+    from llava_lite.sources import Source
     from llava_lite.thresholds import read_thresholds
+    from llava_lite.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
@@ -164,24 +168,13 @@ def load(
     Raises CheckpointError, LlavaLiteError where nothing can be compiled or torchrun is missing, and
     ValueError for a device, dtype or quantisation that does not exist here, and for what does not
     go together."""
-    from llava_lite.checkpoint import load_tokenizer, parse_dtype
     from llava_lite.download import resolve
-    from llava_lite.generation import Model
-    from llava_lite.kernels import choose_kernels
     from llava_lite.quantize import method_named
-    from llava_lite.quantized_checkpoint import load_source, open_source
-    from llava_lite.static_decode import CompiledModel, checked_way
-    from llava_lite.thresholds import own_thresholds_or_error
 
     if quantize is not None:
         method_named(quantize)  # a wrong name is said before anything is fetched
     if tensor_parallel and (quantize is not None or compile):
         raise ValueError("tensor_parallel goes neither with quantize nor with compile")
-    ranks = None
-    if tensor_parallel:
-        from llava_lite.ranks import join
-
-        ranks = join()
 
     def find() -> Path:
         return resolve(
@@ -192,25 +185,90 @@ def load(
             vision_tower=vision_tower,
         )
 
-    path = find() if ranks is None else ranks.from_first(find)
-    device = _pick_device(device) if ranks is None else ranks.own_device(device, _pick_device)
-    if compile:
-        checked_way(None, device)  # before anything slow
-    wanted = None if dtype == "auto" else parse_dtype(dtype)
-    checkpoint = open_source(path, base, vision_tower)
-    wanted = wanted or _pick_dtype(checkpoint.dtype, device)
-    tokenizer = load_tokenizer(checkpoint.tokenizer_file or path, checkpoint.config)
-    thresholds = own_thresholds_or_error(checkpoint)
-    config = checkpoint.config if pad is None else replace(checkpoint.config, pad=pad)
-    if ranks is not None:
-        from llava_lite.tensor_parallel import ParallelModel, load_share
+    def read(path: Path, device: "torch.device") -> _Checkpoint:
+        return _open_checkpoint(path, device, dtype, base, vision_tower, pad)
 
-        share = load_share(checkpoint, ranks, device, wanted)
-        return ParallelModel(share, tokenizer, config, exif, thresholds)
-    llava = load_source(checkpoint, device, wanted, quantize)
+    if tensor_parallel:
+        return _load_share(find, read, device, exif)
+    return _load_whole(find, read, device, exif, quantize, compile)
+
+
+class _Checkpoint(NamedTuple):
+    """A checkpoint whose weights have yet to be read: all that a model takes beside them."""
+
+    source: "Source"
+    dtype: "torch.dtype"
+    tokenizer: "Tokenizer"
+    config: "LlavaConfig"
+    thresholds: "tuple[float, ...] | CheckpointError | None"
+
+
+def _open_checkpoint(
+    path: Path,
+    device: "torch.device",
+    dtype: "str | torch.dtype",
+    base: str | Path | None,
+    vision_tower: "str | Path | nn.Module | None",
+    pad: bool | None,
+) -> _Checkpoint:
+    from llava_lite.checkpoint import load_tokenizer, parse_dtype
+    from llava_lite.quantized_checkpoint import open_source
+    from llava_lite.thresholds import own_thresholds_or_error
+
+    wanted = None if dtype == "auto" else parse_dtype(dtype)
+    source = open_source(path, base, vision_tower)
+    return _Checkpoint(
+        source,
+        wanted or _pick_dtype(source.dtype, device),
+        load_tokenizer(source.tokenizer_file or path, source.config),
+        source.config if pad is None else replace(source.config, pad=pad),
+        own_thresholds_or_error(source),
+    )
+
+
+def _load_whole(
+    find: Callable[[], Path],
+    read: "Callable[[Path, torch.device], _Checkpoint]",
+    device: "str | torch.device",
+    exif: bool,
+    quantize: str | None,
+    compile: bool,
+) -> "Model":
+    """What the only process does."""
+    from llava_lite.generation import Model
+    from llava_lite.kernels import choose_kernels
+    from llava_lite.quantized_checkpoint import load_source
+    from llava_lite.static_decode import CompiledModel, checked_way
+
+    path, own = find(), _pick_device(device)
+    if compile:
+        checked_way(None, own)  # before anything slow
+    source, dtype, tokenizer, config, thresholds = read(path, own)
+    llava = load_source(source, own, dtype, quantize)
     choose_kernels(llava.decoder)
     model = Model(llava, tokenizer, config, exif, thresholds)
     return CompiledModel(model) if compile else model
+
+
+def _load_share(
+    find: Callable[[], Path],
+    read: "Callable[[Path, torch.device], _Checkpoint]",
+    device: "str | torch.device",
+    exif: bool,
+) -> "Model":
+    """What each of several processes does."""
+    from llava_lite.ranks import join
+
+    ranks = join()
+    path = ranks.from_first(find)
+    own = ranks.own_device(device, _pick_device)
+    with ranks.together():
+        source, dtype, tokenizer, config, thresholds = read(path, own)
+    ranks.require_same("the dtypes", dtype)
+    from llava_lite.tensor_parallel import ParallelModel, load_share
+
+    share = load_share(source, ranks, own, dtype)
+    return ParallelModel(share, tokenizer, config, exif, thresholds)
 
 
 def embedded_model() -> Path:

@@ -61,21 +61,28 @@ class Chat:
         """`send`, piece by piece. What was written until the stream is closed or interrupted stays
         in the history as the answer. A new message closes a stream that is still open."""
         self.close_stream()
-        images = as_list(image) if self.log.turns else self.images + as_list(image)
-        template = self.options.template or self.model.config.template
-        message = place_images(text, len(images), template)
-        if self.log.turns:
-            turn = next_turn_text(template, message)
-            input_ids = self.model.tokenizer.encode_prompt(turn, after="text")
-        else:
-            prompt = build_prompt(template, [(message, None)], self.options.system)
-            input_ids = self.model.tokenizer.encode_prompt(prompt)
-        request = self.model.continuation(
-            self.log.state, tuple(input_ids), images, self.options, self.log.counts
-        )
-        pieces = self.answer(text, tuple(input_ids), request)
+        with self.model.checking():
+            images = as_list(image) if self.log.turns else self.images + as_list(image)
+            input_ids = self.new_ids(text, len(images))
+            request = self.model.continuation(
+                self.log.state, input_ids, images, self.options, self.log.counts
+            )
+        pieces = self.answer(text, input_ids, request)
         self.open_stream = weakref.ref(pieces)
         return pieces
+
+    def new_ids(self, text: str, num_images: int) -> tuple[int, ...]:
+        """The ids that a message with so many images adds to the conversation."""
+        template, tokenizer = (
+            self.options.template or self.model.config.template,
+            self.model.tokenizer,
+        )
+        message = place_images(text, num_images, template)
+        if self.log.turns:
+            turn = next_turn_text(template, message)
+            return tuple(tokenizer.encode_prompt(turn, after="text"))
+        prompt = build_prompt(template, [(message, None)], self.options.system)
+        return tuple(tokenizer.encode_prompt(prompt))
 
     def close_stream(self) -> None:
         """Close a stream that somebody left open."""

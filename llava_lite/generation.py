@@ -9,6 +9,7 @@ Shapes: B items, V vocabulary, T prompt ids, S image side.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from time import perf_counter
@@ -127,20 +128,21 @@ class Model:
         Options: see `GenerationOptions`; `batch_size` items run at once (8), and a new one starts
         as soon as one is done. Raises ImageError, and before any computation PromptError,
         ContextError and ValueError."""
-        options = GenerationOptions(
-            max_new_tokens,
-            temperature,
-            top_p,
-            top_k,
-            seed,
-            stop,
-            system,
-            template,
-            reduction,
-            trace,
-        )
-        items = pair(image, prompt)
-        requests = [self.request(images, text, options) for images, text in items]
+        with self.checking():
+            options = GenerationOptions(
+                max_new_tokens,
+                temperature,
+                top_p,
+                top_k,
+                seed,
+                stop,
+                system,
+                template,
+                reduction,
+                trace,
+            )
+            items = pair(image, prompt)
+            requests = [self.request(images, text, options) for images, text in items]
         answers = {
             index: row.answer()
             for index, row in self.run(requests, options, batch_size)
@@ -155,11 +157,14 @@ class Model:
 
         Bad arguments raise here, not at the first piece. The generator's return value is the
         `Answer`; closing it early ends the computation."""
-        wishes = GenerationOptions(**options)
-        if not isinstance(prompt, str):
-            raise PromptError(f"a stream answers one prompt, a str, not a {type(prompt).__name__}")
-        [(images, text)] = pair(image, prompt)
-        return self.pieces(self.request(images, text, wishes), wishes)
+        with self.checking():
+            wishes = GenerationOptions(**options)
+            if not isinstance(prompt, str):
+                kind = type(prompt).__name__
+                raise PromptError(f"a stream answers one prompt, a str, not a {kind}")
+            [(images, text)] = pair(image, prompt)
+            request = self.request(images, text, wishes)
+        return self.pieces(request, wishes)
 
     def pieces(self, request: Request, options: GenerationOptions) -> Generator[str, None, Answer]:
         """Run one request, yield its text, return its answer."""
@@ -172,7 +177,8 @@ class Model:
         """Start a conversation, about an image (or a list of them) if given; options as of
         `generate`. A later image is reduced as the one before it. Raises ValueError for options
         that the model does not allow."""
-        return Chat(self, image, GenerationOptions(**options))
+        with self.checking():
+            return Chat(self, image, GenerationOptions(**options))
 
     def encode(self, image: Any, reduction: Reduction | str | None = None) -> EncodedImage:
         """Look at one image now, to ask about it many times later.
@@ -180,7 +186,8 @@ class Model:
         Merging happens here. The rest of the reduction holds for calls that name none; of an image
         that is encoded already only this rest can still change. Raises ImageError and ValueError.
         """
-        checked = self.reduction_for([image], reduction)
+        with self.checking():
+            checked = self.reduction_for([image], reduction)
         [encoded], _ = self.encode_images([(image, checked)], DEFAULT_BATCH_SIZE)
         return replace(encoded, reduction=checked)
 
@@ -246,24 +253,33 @@ class Model:
 
         The space in front of an answer is implied, the end token is not scored. Raises as
         `generate`, and ValueError for an empty continuation."""
-        items = pair(image, prompt)
-        texts = paired_continuations(prompt, continuation, len(items))
-        targets = [
-            tuple(self.tokenizer.encode(text.removeprefix(" "), bos=False)) for text in texts
-        ]
-        if not all(targets):
-            raise ValueError("a continuation to score must not be empty")
-        requests = []
-        for (images, text), target in zip(items, targets, strict=True):
-            options = GenerationOptions(
-                len(target), system=system, template=template, reduction=reduction
-            )
-            requests.append(self.request(images, text, options))
-        size, scores = checked_batch_size(batch_size), []
-        for start in range(0, len(requests), size):
-            chunk = slice(start, start + size)
-            scores += self.score_chunk(requests[chunk], targets[chunk], size)
+        with self.checking():
+            items = pair(image, prompt)
+            texts = paired_continuations(prompt, continuation, len(items))
+            targets = [
+                tuple(self.tokenizer.encode(text.removeprefix(" "), bos=False)) for text in texts
+            ]
+            if not all(targets):
+                raise ValueError("a continuation to score must not be empty")
+            requests = []
+            for (images, text), target in zip(items, targets, strict=True):
+                options = GenerationOptions(
+                    len(target), system=system, template=template, reduction=reduction
+                )
+                requests.append(self.request(images, text, options))
+            size = checked_batch_size(batch_size)
+        scores = self.score_requests(requests, targets, size)
         return scores[0] if isinstance(prompt, str) else scores
+
+    def score_requests(
+        self, requests: Sequence[Request], targets: Sequence[tuple[int, ...]], batch_size: int
+    ) -> list[Score]:
+        """The scores of checked requests, `batch_size` at a time."""
+        scores = []
+        for start in range(0, len(requests), batch_size):
+            chunk = slice(start, start + batch_size)
+            scores += self.score_chunk(requests[chunk], targets[chunk], batch_size)
+        return scores
 
     @torch.inference_mode()
     def score_chunk(
@@ -286,6 +302,11 @@ class Model:
             score_tokens(torch.stack(rows)[:, :text_ids], target)
             for rows, target in zip(packed, targets, strict=True)
         ]
+
+    def checking(self) -> AbstractContextManager[None]:
+        """Around what checks the arguments of a call: here nothing, but where several processes
+        share a model, all have to hear what one of them finds (tensor_parallel.py)."""
+        return nullcontext()
 
     def request(self, images: Sequence[Any], prompt: str, options: GenerationOptions) -> Request:
         """Build the prompt's ids, check them against the context and the reduction against the

@@ -25,6 +25,7 @@ sampled tokens.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -42,6 +43,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 from llava_lite.answer import Score
+from llava_lite.cache import KVCache
 from llava_lite.config import LlavaConfig, TextConfig
 from llava_lite.errors import CheckpointError
 from llava_lite.generation import Model
@@ -183,15 +185,33 @@ class ParallelModel(Model):
     """The same model on several ranks, which all make the same calls and get the same answers.
 
     Images are read, and tokens sampled, on the first rank; what the others are given as an image
-    may be anything but an encoded one. An image that cannot be read raises on all ranks, as does
-    a call whose prompts or options differ from rank to rank (RankError). A rank that fails alone,
-    in the middle of the decoder, has to end: the others then raise RankError."""
+    may be anything but an encoded one. What one rank finds wrong with its call, or with an image,
+    raises on all ranks, as does a call whose prompts or options differ from rank to rank
+    (RankError); `decode` alone, a single step, compares nothing. A rank that fails alone, in the
+    middle of the decoder, has to end: the others then raise RankError."""
 
     llava: ParallelLlava
 
     @property
     def ranks(self) -> Ranks:
         return self.llava.ranks
+
+    def checking(self) -> AbstractContextManager[None]:
+        """An error on all ranks where one fails."""
+        return self.ranks.together()
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        reduction: Reduction | str | None = None,
+        all_logits: bool = False,
+    ) -> tuple[Tensor, KVCache, int]:
+        """As `Model.prefill`, once all ranks agree on what to run."""
+        images = None if pixel_values is None else tuple(pixel_values.shape)
+        asked = input_ids.tolist(), images, reduction, all_logits
+        self.ranks.require_same("the prompts or options", asked)
+        return super().prefill(input_ids, pixel_values, reduction, all_logits)
 
     def run(
         self,
@@ -200,18 +220,19 @@ class ParallelModel(Model):
         batch_size: int | None = None,
     ) -> Iterator[tuple[int, Row]]:
         """As `Model.run`, once all ranks agree on what to run."""
-        requests = list(requests)
+        with self.checking():
+            requests = list(requests)
         asked = [described(request) for request in requests]
         self.ranks.require_same("the prompts or options", (asked, options, batch_size))
         yield from super().run(requests, options, batch_size)
 
-    def score_chunk(
+    def score_requests(
         self, requests: Sequence[Request], targets: Sequence[tuple[int, ...]], batch_size: int
     ) -> list[Score]:
-        """As `Model.score_chunk`, once all ranks agree on what to score."""
+        """As `Model.score_requests`, once all ranks agree on what to score."""
         asked = [described(request) for request in requests]
         self.ranks.require_same("the prompts or continuations", (asked, targets, batch_size))
-        return super().score_chunk(requests, targets, batch_size)
+        return super().score_requests(requests, targets, batch_size)
 
     def encode_images(
         self, wanted: Sequence[tuple[Any, Reduction]], batch_size: int

@@ -76,6 +76,7 @@ ARROWS = {
     "__init__": {
         "errors", "checkpoint", "sources", "generation",
         "answer", "chat",  # for the types of what it hands on
+        "config", "tokenizer",  # for the types of what it reads before the weights
         "download",  # turns a hub id into a folder
         "reduction", "thresholds", "inspection",  # whose names it hands on
         "quantize", "quantized_checkpoint",  # through which it loads

@@ -3,18 +3,23 @@
 Two processes over gloo run `cases` once, and so does this one; most tests compare what they found.
 """
 
+import io
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, TINY_CONFIG, random_llava
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,7 +37,7 @@ from llava_lite.generation import Model
 from llava_lite.layout import Layout
 from llava_lite.llama import LlamaDecoder
 from llava_lite.quantized_checkpoint import open_source
-from llava_lite.ranks import RankError, Ranks, attempt
+from llava_lite.ranks import RankError, Ranks, attempt, join
 from llava_lite.reduction import DToMe, FastV, Reduction, ToMe
 from llava_lite.sources import Source
 from llava_lite.tensor_parallel import ParallelModel, check_divides, decoder_plan, load_share
@@ -62,6 +67,11 @@ WIDE = replace(
     ),
 )
 WIDE_WEIGHTS = 4 * (4 * 512 * 512 + 3 * 512 * 1536)  # of the decoder's layers
+
+
+SCENE = str(ROOT / "weights" / "tiny" / "examples" / "scene.png")
+PROGRAM = ["generate", "-i", SCENE, "--reduction", "hybrid-72-36", "--quiet"]
+QUESTION = "What shape is the red object?"
 
 
 def picture(seed: int) -> Tensor:
@@ -134,8 +144,11 @@ def work(rank: int, port: int, folder: Path) -> None:
     found["only first has it"] = model.generate(
         picture(1) if rank == 0 else object(), "star?", max_new_tokens=6
     ).token_ids
+    found["joined once"] = join() is model.ranks
+    found["timeouts"] = timeouts(model.ranks)
     found["errors"] = errors(model, rank, folder)
     found["after errors"] = model.generate(picture(1), "star?", max_new_tokens=6).token_ids
+    found["program"] = said_by_program([*PROGRAM, "--tensor-parallel", "--device", "cpu"], rank)
     found["own heads"] = kept_by_own_heads(model)
     found["memory"] = memory_of_loading(folder)
     if rank == 0:
@@ -174,9 +187,11 @@ def errors(model: ParallelModel, rank: int, folder: Path) -> dict[str, str]:
         "continuations": lambda: model.score(None, "star?", "red ring" if rank else "red"),
         "encoded": lambda: model.encode(encoded if rank else picture(1)),
         "context": lambda: model.generate(None, "star? " * 600),
+        **errors_of_one(model, rank, folder / "tiny"),
         "bad weights on one": lambda: load_parallel(folder / "nan"),
         "three heads": lambda: load_parallel(folder / "three-heads"),
         "cuda:1": lambda: load_parallel(folder / "tiny", device="cuda:1"),
+        "auto": lambda: one_gpu(model.ranks),
         "one rank": lambda: model.ranks.gather(lambda: [0][rank]),
         "strange": lambda: model.ranks.from_first(raise_strange),
     }
@@ -187,6 +202,52 @@ def errors(model: ParallelModel, rank: int, folder: Path) -> dict[str, str]:
         except Exception as error:
             raised[name] = f"{type(error).__name__}: {error}"
     return raised
+
+
+def said_by_program(arguments: list[str], rank: int) -> tuple[int, str, str]:
+    """The program's exit status and what it writes; the first rank alone has the question."""
+    said, complaint = io.StringIO(), io.StringIO()
+    question = io.StringIO("" if rank else QUESTION)
+    with patch.object(sys, "stdin", question), redirect_stdout(said), redirect_stderr(complaint):
+        code = cli.main(arguments)
+    return code, said.getvalue(), complaint.getvalue()
+
+
+def one_gpu(ranks: Ranks) -> torch.device:
+    """What "auto" is where the first rank alone sees a GPU."""
+    with patch.object(torch.cuda, "is_available", lambda: ranks.index == 0):
+        return ranks.own_device("auto", torch.device)
+
+
+def timeouts(ranks: Ranks) -> list[timedelta]:
+    """How long the decoder's own sums, and objects, wait for another rank."""
+    assert dist.group.WORLD is not None
+    groups = [dist.group.WORLD, ranks.objects]
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+
+
+def errors_of_one(model: ParallelModel, rank: int, tiny: Path) -> dict[str, Callable[[], Any]]:
+    """Calls of which only the second rank's is wrong."""
+    long = "star? " * (600 if rank else 1)
+    bad: dict[str, Any] = {"top_p": 9.0} if rank else {}
+    return {
+        "generate, too long": lambda: model.generate(None, long),
+        "generate, options": lambda: model.generate(None, "star?", **bad),
+        "stream, too long": lambda: model.stream(None, long),
+        "chat, options": lambda: model.chat(None, **bad),
+        "chat, too long": lambda: model.chat(None).send(long),
+        "encode, reduction": lambda: model.encode(picture(1), "all" if rank else "none"),
+        "score, empty": lambda: model.score(None, "star?", "" if rank else "red"),
+        "score, chunks": lambda: model.score(
+            None, ["star?"] * (1 + rank), ["red"] * (1 + rank), batch_size=1
+        ),
+        "prefill, ids": lambda: model.prefill(torch.tensor([[1, 5, 6 + rank]]), None),
+        "no such dtype": lambda: load_parallel(tiny, dtype="float8" if rank else "float32"),
+        "dtypes": lambda: load_parallel(tiny, dtype="bfloat16" if rank else "float32"),
+        "chat or generate": lambda: (
+            model.generate(None, "star?") if rank else model.chat(None).send("star?")
+        ),
+    }
 
 
 def load_parallel(folder: Path, **options: Any) -> Model:
@@ -411,12 +472,25 @@ RAISED = {
     "'decoder.layers.1.mlp.gate_proj.weight' has NaN or infinite values",
     "three heads": "ValueError: 2 ranks cannot share the decoder evenly: heads 3 must be a "
     "multiple of their number",
+    "generate, options": "ValueError: top_p 9.0 must be",
+    "encode, reduction": "ValueError: unknown reduction 'all'",
+    "score, empty": "ValueError: a continuation to score must not be empty",
+    "no such dtype": "ValueError: dtype 'float8' is not one of",
+    "dtypes": "RankError: all ranks have to make the same calls, but the dtypes of rank 1 differ",
+    "chat or generate": "RankError: all ranks have to make the same calls, but the calls of rank 1 "
+    "differ",
     "cuda:1": "ValueError: device 'cuda:1' does not go with tensor parallel: cuda, cpu or auto",
+    "auto": "ValueError: all ranks need the same kind of device, but there is cuda on rank 0, cpu "
+    "on rank 1",
     "one rank": "IndexError: list index out of range",
     "strange": "RankError: Strange: very strange",
 }
-RAISED["stop strings"] = RAISED["counts"] = RAISED["prompts"]
+RAISED["stop strings"] = RAISED["counts"] = RAISED["prefill, ids"] = RAISED["prompts"]
 RAISED["continuations"] = RAISED["prompts"].replace("options", "continuations")
+RAISED["score, chunks"] = RAISED["continuations"]
+RAISED["chat, options"] = RAISED["generate, options"]
+for kind in ("generate", "stream", "chat"):
+    RAISED[f"{kind}, too long"] = RAISED["context"]
 RAISED["encoded"] = RAISED["prompts"].replace("prompts or options", "images or their reductions")
 
 
@@ -432,6 +506,12 @@ def test_the_end_of_one_rank_is_an_error_on_the_others(found: Found) -> None:
     assert len(raised) == 5
     for words in raised:
         assert words.startswith("another rank has ended, or cannot be reached: ")
+
+
+def test_a_rank_waits_as_long_as_a_user_may_take(found: Found) -> None:
+    for rank in found.ranks:
+        assert rank["joined once"]
+        assert rank["timeouts"] == [timedelta(days=30)] * 2
 
 
 def test_after_an_error_the_ranks_go_on(found: Found) -> None:
@@ -530,20 +610,18 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*command, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        input="What shape is the red object?",
+        input=QUESTION,
         capture_output=True,
         text=True,
         timeout=100,
     )
 
 
-def test_the_program_answers_once(capsys: pytest.CaptureFixture[str]) -> None:
-    picture = str(ROOT / "weights" / "tiny" / "examples" / "scene.png")
-    options = ["generate", "-i", picture, "--reduction", "hybrid-72-36", "--quiet"]
-    assert cli.main([*options, "-p", "What shape is the red object?"]) == 0
+def test_the_program_answers_once(found: Found, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*PROGRAM, "-p", QUESTION]) == 0
     alone = capsys.readouterr().out
-    ran = torchrun(*options, "--tensor-parallel", "--device", "cpu")
-    assert (ran.returncode, ran.stdout) == (0, alone) and "error" not in ran.stderr.lower()
+    assert len(alone.split()) > 0
+    assert [rank["program"] for rank in found.ranks] == [(0, alone, ""), (0, "", "")]
 
 
 def test_an_error_is_said_once_and_ends_all() -> None:
