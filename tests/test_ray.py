@@ -192,6 +192,8 @@ def test_a_predictor_by_itself(source: ModelSource, folder: Path, tiny_model: Mo
     assert given["error"][:2] == ["", ""] and "missing.png" in given["error"][2]
     text_only = predictor({"prompt": ["star?"]})
     assert text_only["answer"] == [given["answer"][1]]
+    nulls = {"prompt": ["star?"], "image": torch.full((1,), torch.nan).numpy()}
+    assert predictor(nulls)["answer"] == [given["answer"][1]]
 
 
 def test_images_of_a_cell() -> None:
@@ -199,6 +201,7 @@ def test_images_of_a_cell() -> None:
 
     pixels = np.zeros((4, 5, 3), np.uint8)
     assert images_of(None) == []
+    assert images_of(float("nan")) == images_of(np.float32("nan")) == []
     assert images_of("a.png") == ["a.png"]
     assert images_of(b"bytes") == [b"bytes"]
     assert images_of(["a.png", "b.png"]) == ["a.png", "b.png"]
@@ -217,39 +220,89 @@ def test_actors_find_what_stands_here(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert ModelSource("owner/name").everywhere().name == "owner/name"
 
 
+def nodes_of(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float]) -> None:
+    """A cluster of such nodes, and a large one that is no longer there."""
+    nodes = [{"Alive": True, "Resources": {**has, "memory": 1e9}} for has in resources]
+    nodes.append({"Alive": False, "Resources": {"CPU": 512.0, "GPU": 64.0}})
+    fake = type("Ray", (), {"nodes": staticmethod(lambda: nodes)})
+    monkeypatch.setattr(ray_batch, "import_ray", lambda: fake)
+
+
+def on_device(device: Any) -> ModelSource:
+    return ModelSource("x", {"device": device})
+
+
+ANY, EIGHT, GPUS = on_device("auto"), {"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}
+
+
 @pytest.mark.parametrize(
-    ("cluster", "resources", "expected"),
+    ("cluster", "source", "nodes", "expected"),
     [
-        (Cluster(), {"CPU": 8.0}, (1, 8, 0)),
-        (Cluster(actors=3), {"CPU": 8.0}, (3, 2, 0)),
-        (Cluster(), {"CPU": 16.0, "GPU": 4.0}, (4, 1, 1)),
-        (Cluster(actors=2, cpus=3), {"CPU": 16.0, "GPU": 4.0}, (2, 3, 1)),
-        (Cluster("auto", actors=64), {"CPU": 16.0, "GPU": 4.0}, (64, 1, 1)),  # it may grow
+        (Cluster(), ANY, [EIGHT], (1, 8, 0)),
+        (Cluster(actors=3), ANY, [EIGHT], (3, 2, 0)),
+        (Cluster(), ModelSource(), [GPUS], (4, 1, 1)),
+        (Cluster(actors=2, cpus=3), ANY, [GPUS], (2, 3, 1)),
+        (Cluster("auto", actors=64), ANY, [GPUS], (64, 1, 1)),  # it may grow
+        # An actor is on one node, whatever all of them have together.
+        (Cluster("auto"), ANY, [{"CPU": 1.0}, {"CPU": 1.0}], (1, 1, 0)),
+        (Cluster("auto"), ANY, [{"CPU": 2.0}, EIGHT], (1, 8, 0)),
+        (Cluster("auto", actors=2), ANY, [{"CPU": 2.0}, EIGHT], (2, 4, 0)),
+        (Cluster("auto", actors=3), ANY, [{"CPU": 3.0}, EIGHT], (3, 3, 0)),
+        (Cluster("auto"), ANY, [{}, EIGHT], (1, 8, 0)),  # a head that takes no work
+        # A GPU without a CPU beside it takes no actor.
+        (Cluster(), ANY, [{"CPU": 2.0, "GPU": 4.0}], (2, 1, 1)),
+        (Cluster("auto"), ANY, [EIGHT, GPUS, GPUS], (8, 1, 1)),
+        # Only what runs on a GPU reserves one.
+        (Cluster(actors=2), on_device("cpu"), [GPUS], (2, 8, 0)),
+        (Cluster(), on_device(torch.device("cpu")), [GPUS], (1, 16, 0)),
+        (Cluster(), on_device("cuda"), [EIGHT, GPUS], (4, 1, 1)),
+        (Cluster(), on_device("cuda:0"), [GPUS], (4, 1, 1)),
     ],
 )
 def test_how_many_actors_there_are(
-    monkeypatch: pytest.MonkeyPatch, cluster: Cluster, resources: Any, expected: Any
+    monkeypatch: pytest.MonkeyPatch,
+    cluster: Cluster,
+    source: ModelSource,
+    nodes: list[dict[str, float]],
+    expected: Any,
 ) -> None:
-    fake = type("Ray", (), {"cluster_resources": staticmethod(lambda: resources)})
-    monkeypatch.setattr(ray_batch, "import_ray", lambda: fake)
-    assert ray_batch.pool(cluster) == expected
+    nodes_of(monkeypatch, *nodes)
+    assert ray_batch.pool(cluster, source) == expected
 
 
 @pytest.mark.parametrize(
-    ("cluster", "resources", "text"),
+    ("cluster", "source", "nodes", "text"),
     [
-        (Cluster(actors=9), {"CPU": 8.0}, "9 actors need 9 CPUs and 0 GPUs, but there are 8 and 0"),
-        (Cluster(actors=2, cpus=5), {"CPU": 8.0}, "2 actors need 10 CPUs"),
-        (Cluster(actors=3), {"CPU": 8.0, "GPU": 2.0}, "3 CPUs and 3 GPUs, but there are 8 and 2"),
+        (Cluster(actors=9), ANY, [EIGHT], "9 actors need 9 CPUs and 0 GPUs, but there are 8 and 0"),
+        (Cluster(actors=2, cpus=5), ANY, [EIGHT], "2 actors need 10 CPUs"),
+        (
+            Cluster(actors=3),
+            ANY,
+            [{"CPU": 8.0, "GPU": 2.0}],
+            "3 CPUs and 3 GPUs, but there are 8 and 2",
+        ),
+        (
+            Cluster("auto", cpus=9),
+            ANY,
+            [EIGHT, EIGHT],
+            "^no node has room for an actor of 9 CPUs and 0 GPUs; nodes have 8 CPUs and 0 GPUs$",
+        ),
+        (Cluster("auto", cpus=2), ANY, [EIGHT, {"CPU": 1.0, "GPU": 1.0}], "2 CPUs and 1 GPUs"),
+        (Cluster("auto"), ANY, [], "no node has room for .*; nodes have nothing"),
+        (Cluster("auto"), on_device("cuda"), [EIGHT], "device cuda: no node .* has a GPU"),
+        (Cluster(), on_device("cuda:1"), [GPUS], "device cuda:1: Ray gives every actor a GPU"),
     ],
 )
-def test_more_actors_than_fit(
-    monkeypatch: pytest.MonkeyPatch, cluster: Cluster, resources: Any, text: str
+def test_actors_that_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+    cluster: Cluster,
+    source: ModelSource,
+    nodes: list[dict[str, float]],
+    text: str,
 ) -> None:
-    fake = type("Ray", (), {"cluster_resources": staticmethod(lambda: resources)})
-    monkeypatch.setattr(ray_batch, "import_ray", lambda: fake)
+    nodes_of(monkeypatch, *nodes)
     with pytest.raises(RayError, match=text):
-        ray_batch.pool(cluster)
+        ray_batch.pool(cluster, source)
 
 
 def commands(rows: Path, output: Path) -> list[list[str]]:
@@ -329,7 +382,7 @@ def test_samples_travel_whatever_their_images_are(
 
     monkeypatch.setattr(ray_eval, "map_blocks", Travelling(tiny_model))
     monkeypatch.setattr(ray_eval, "connected", nullcontext)
-    monkeypatch.setattr(ray_eval, "pool", lambda _: (8, 1, 0))
+    monkeypatch.setattr(ray_eval, "pool", lambda *_: (8, 1, 0))
     red = (folder / "red.png").read_bytes()
     samples = [
         Sample("bytes", "star?", (red,), "red"),

@@ -10,10 +10,12 @@ Actors open images themselves: paths must mean the same on every machine.
 """
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +51,7 @@ class Cluster:
     """Where actors run. address: of a Ray cluster ("auto" finds the one of this machine); None: one
     that is started here and ends with the run. actors: how many, each with a model of its own
     (None: one per GPU, or a single one on CPUs). cpus: of each actor, and its torch threads (None:
-    one beside a GPU, otherwise an equal share of all)."""
+    one beside a GPU, otherwise as many as all actors can have alike; each is on one node)."""
 
     address: str | None = None
     actors: int | None = None
@@ -85,9 +87,9 @@ class Predictor:
                        compute=ray.data.ActorPoolStrategy(size=2), num_gpus=1, batch_size=16)
 
     Columns: `prompt`, and if there are images `image` (path, URL, encoded bytes, array, or a list
-    of paths; None for text only). It adds `answer`, `finish_reason` and `error`: a row that fails
-    has an empty answer, "error" and the reason, and costs no other row. `model` and `load_options`
-    are those of `llava_lite.load`, `options` those of `Model.generate`."""
+    of paths; None or NaN for text only). It adds `answer`, `finish_reason` and `error`: a row that
+    fails has an empty answer, "error" and the reason, and costs no other row. `model` and
+    `load_options` are those of `llava_lite.load`, `options` those of `Model.generate`."""
 
     def __init__(
         self,
@@ -114,8 +116,8 @@ class Predictor:
 
 def images_of(cell: Any) -> list[Any]:
     """The images in one cell of a column; Ray gives lists back as arrays of strings."""
-    if cell is None:
-        return []
+    if cell is None or (isinstance(cell, Real) and math.isnan(cell)):
+        return []  # a block of nothing but nulls comes as numbers
     is_list = getattr(getattr(cell, "dtype", None), "kind", "") in ("O", "U", "S")
     return list(cell) if is_list or isinstance(cell, list | tuple) else [cell]
 
@@ -157,7 +159,7 @@ def map_blocks(
     with connected(cluster):
         import ray.data
 
-        size, cpus, gpus = pool(cluster)
+        size, cpus, gpus = pool(cluster, source)
         ray_blocks = min(len(blocks), MOST_RAY_BLOCKS)
         size = min(size, ray_blocks)  # more would load a model for nothing
         items = [{"block": cloudpickle.dumps(block)} for block in blocks]
@@ -258,20 +260,75 @@ def connected(cluster: Cluster) -> Iterator[None]:
             ray.shutdown()
 
 
-def pool(cluster: Cluster) -> tuple[int, int, int]:
-    """(actors, CPUs of each, GPUs of each) in the cluster this is connected to. Raises RayError
-    where a cluster of this machine alone has no room for them."""
-    have = import_ray().cluster_resources()
-    all_cpus, all_gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
-    gpus = 1 if all_gpus else 0
-    actors = cluster.actors or all_gpus or 1
-    cpus = cluster.cpus or (1 if gpus else max(1, all_cpus // actors))
-    if cluster.address is None and (actors * cpus > all_cpus or actors * gpus > all_gpus):
+def pool(cluster: Cluster, source: ModelSource) -> tuple[int, int, int]:
+    """(actors, CPUs of each, GPUs of each) in the cluster this is connected to; an actor has to fit
+    on one node. Raises RayError for `source`'s device where actors cannot have it, where no node
+    has room for an actor, and where a cluster of this machine alone has none for all of them."""
+    nodes = rooms()
+    gpus = gpus_of_actor(source, nodes)
+    actors = cluster.actors or (None if gpus else 1)  # None: one per GPU
+    cpus = cluster.cpus or (1 if gpus else equal_share(nodes, actors or 1))
+    room = sum(node.holds(cpus, gpus) for node in nodes)
+    if not room:
+        have = ", ".join(sorted({str(node) for node in nodes})) or "nothing"
+        raise RayError(
+            f"no node has room for an actor of {cpus} CPUs and {gpus} GPUs; nodes have {have}"
+        )
+    actors = actors or room
+    if cluster.address is None and actors > room:  # any other may grow, or start with fewer
+        all_cpus, all_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
         raise RayError(
             f"{actors} actors need {actors * cpus} CPUs and {actors * gpus} GPUs, but there are "
             f"{all_cpus} and {all_gpus}"
         )
     return actors, cpus, gpus
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one node of a cluster has in all."""
+
+    cpus: int
+    gpus: int
+
+    def holds(self, cpus: int, gpus: int) -> int:
+        """How many actors of this size fit."""
+        by_cpus = self.cpus // cpus
+        return min(by_cpus, self.gpus // gpus) if gpus else by_cpus
+
+    def __str__(self) -> str:
+        return f"{self.cpus} CPUs and {self.gpus} GPUs"
+
+
+def rooms() -> list[Room]:
+    """Of every node that is alive."""
+    resources = [node["Resources"] for node in import_ray().nodes() if node["Alive"]]
+    return [Room(int(have.get("CPU", 0)), int(have.get("GPU", 0))) for have in resources]
+
+
+def gpus_of_actor(source: ModelSource, nodes: Sequence[Room]) -> int:
+    """How many GPUs an actor reserves for the source's device. Raises RayError as `pool`."""
+    device = checked_device(source)
+    some = any(node.gpus for node in nodes)
+    if device.startswith("cuda") and not some:
+        raise RayError(f"device {device}: no node of the Ray cluster has a GPU")
+    return int(some and (device == "auto" or device.startswith("cuda")))
+
+
+def checked_device(source: ModelSource) -> str:
+    """The device to load on. Raises RayError for the number of a GPU: an actor sees only its own,
+    as the first."""
+    device = str(source.options.get("device", "auto"))
+    if device.startswith("cuda:") and device != "cuda:0":
+        raise RayError(f"device {device}: Ray gives every actor a GPU of its own, name only cuda")
+    return device
+
+
+def equal_share(nodes: Sequence[Room], actors: int) -> int:
+    """The most CPUs that each of so many actors can have on these nodes; at least one."""
+    largest = max((node.cpus for node in nodes), default=0)
+    fitting = (c for c in range(largest, 0, -1) if sum(n.holds(c, 0) for n in nodes) >= actors)
+    return next(fitting, 1)
 
 
 @contextmanager

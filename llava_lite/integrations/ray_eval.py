@@ -21,6 +21,7 @@ from llava_lite.generation import Model, checked_batch_size
 from llava_lite.integrations.ray_batch import (
     Cluster,
     ModelSource,
+    checked_device,
     connected,
     import_ray,
     map_blocks,
@@ -45,7 +46,8 @@ def asking_actors(
 
     Images travel as they are: bytes, functions that can be pickled, or paths, which must mean the
     same on every machine. `source` names its model. `run` then raises as `map_blocks`."""
-    import_ray()  # that it is missing shows before any file is touched
+    import_ray()  # what is missing or wrong shows before any file is touched
+    checked_device(source)
     source = source.everywhere()
     most = BATCHES * checked_batch_size(batch_size)
 
@@ -60,7 +62,7 @@ def asking_actors(
     @contextmanager
     def ask(samples: Sequence[Sample]) -> Iterator[Asked]:
         with connected(cluster):
-            actors, *_ = pool(cluster)
+            actors, *_ = pool(cluster, source)
             share = -(-len(samples) // actors)  # so that none is without work
             asked = in_whole_groups(list(map(absolute, samples)), max(1, min(most, share)))
             blocks: list[list[Sample]] = [[], *asked]
