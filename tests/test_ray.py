@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from llava_lite.generation import Model
 from llava_lite.integrations import ray_batch, ray_eval
 from llava_lite.integrations.ray_batch import (
     Cluster,
+    LostBlock,
     ModelSource,
     Predictor,
     RayError,
@@ -105,15 +106,27 @@ def plain(folder: Path, tiny_model: Model) -> list[Record]:
 
 
 class LocalRay:
-    """`map_blocks` in this process, for what does not depend on Ray."""
+    """`map_blocks` in this process, for what does not depend on Ray. `deadly(item)` says which
+    items would kill an actor, and with it the block that waits there."""
 
-    def __init__(self, model: Model, stop_after: int | None = None) -> None:
-        self.model, self.stop_after, self.asked = model, stop_after, 0
+    def __init__(
+        self,
+        model: Model,
+        stop_after: int | None = None,
+        deadly: Callable[[Any], bool] = lambda _: False,
+    ) -> None:
+        self.model, self.stop_after, self.asked, self.deadly = model, stop_after, 0, deadly
 
-    def __call__(self, blocks: Sequence[Any], work: Any, *_: object) -> Iterator[Any]:
+    def __call__(
+        self, blocks: Sequence[Any], work: Any, source: Any, cluster: Any, in_flight: int = 2
+    ) -> Iterator[Any]:
+        lost = [any(map(self.deadly, block)) for block in blocks]
         for number, block in enumerate(blocks):
             if number == self.stop_after:
                 raise KeyboardInterrupt
+            if any(lost[max(0, number - in_flight + 1) : number + 1]):
+                yield LostBlock()
+                continue
             self.asked += len(block)
             yield work(self.model, block)
 
@@ -155,6 +168,99 @@ def test_shards_are_those_of_a_plain_batch(
     assert [record["id"] for record in read(output)] == ["row 1", "row 6", 7]
 
 
+DIED = "the Ray actor that worked on it died, twice"
+
+
+def test_a_row_that_kills_its_actor_costs_no_other_row(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    tmp_path: Path,
+    tiny_model: Model,
+    plain: list[Record],
+) -> None:
+    rows, output = batch.read_rows(folder / "rows.jsonl"), tmp_path / "out.jsonl"
+    local = LocalRay(tiny_model, deadly=lambda row: row.id == "row 2")
+    monkeypatch.setattr(ray_batch, "map_blocks", local)
+    summary = run_batch(rows, output, ModelSource(), TWO, batch_size=2, **OPTIONS)
+    # The rows of the lost blocks, 2 and 3 and those that waited, come last.
+    expected = [*plain[:2], *plain[6:], *plain[2:6]]
+    expected[8] = rows[2].failed(BatchError(DIED))
+    assert [comparable(one) for one in read(output)] == expected
+    assert (summary.answered, summary.failed) == (7, 5)
+    local.deadly = lambda _: False
+    again = run_batch(rows, output, ModelSource(), TWO, resume=True, retry_errors=True, **OPTIONS)
+    assert (again.present, again.answered, again.failed) == (7, 1, 4)
+
+
+def test_samples_that_kill_their_actor_cost_no_other(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Model, source: ModelSource
+) -> None:
+    local = LocalRay(tiny_model, deadly=lambda sample: sample.id == "deadly")
+    monkeypatch.setattr(ray_batch, "map_blocks", local)
+    monkeypatch.setattr(ray_eval, "connected", nullcontext)
+    monkeypatch.setattr(ray_eval, "pool", lambda *_: (1, 1, 0))
+    samples = [Sample("a", "star?"), Sample("deadly", "ring"), Sample("b", "circle square")]
+    ask = asking_actors(source, TWO, GenerationOptions(**OPTIONS), batch_size=1)
+    with ask(samples) as asked:
+        found = {record["id"]: record for record in asked.records}
+    assert {name: record.get("answer") for name, record in found.items()} == {
+        "a": tiny_model.generate(None, "star?", **OPTIONS),
+        "deadly": None,
+        "b": tiny_model.generate(None, "circle square", **OPTIONS),
+    }
+    assert (found["deadly"]["error"], found["deadly"]["finish_reason"]) == (DIED, "error")
+
+
+def test_an_actor_that_dies_with_an_empty_block_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_batch, "map_blocks", lambda *_: (LostBlock() for _ in range(1)))
+    with pytest.raises(RayError, match=DIED):
+        list(ray_batch.answer_blocks([[]], lambda *_: None, ModelSource(), TWO, lambda *_: None))
+
+
+def rows_given(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """Ray that loses all blocks but these; the result of a block is its number."""
+    cloudpickle = pytest.importorskip("ray.cloudpickle")
+    rows = [{"number": n, "result": cloudpickle.dumps(n), "failure": ""} for n in numbers]
+    monkeypatch.setattr(ray_batch, "connected", nullcontext)
+    monkeypatch.setattr(ray_batch, "answered_rows", lambda *_: (row for row in rows))
+
+
+@pytest.mark.parametrize("given", [(0, 1, 2, 3), (1, 3), (0, 2), (2,), (), (0, 3)])
+def test_lost_blocks_are_told_from_those_that_are_there(
+    monkeypatch: pytest.MonkeyPatch, given: tuple[int, ...]
+) -> None:
+    rows_given(monkeypatch, *given)
+    results = map_blocks("abcd", lambda *_: None, ModelSource(), TWO)
+    found = ["lost" if isinstance(one, LostBlock) else one for one in results]
+    assert found == [n if n in given else "lost" for n in range(4)]
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_what_cannot_start_touches_no_file(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, tiny_model: Model, retry: bool
+) -> None:
+    """Neither an empty output nor one without the error lines that were to be asked again."""
+    rows, output = batch.read_rows(folder / "rows.jsonl"), tmp_path / "out.jsonl"
+    if retry:
+        monkeypatch.setattr(ray_batch, "map_blocks", LocalRay(tiny_model))
+        assert run_batch(rows, output, ModelSource(), TWO, **OPTIONS).failed == 4
+        monkeypatch.undo()
+    before = output.read_bytes() if retry else None
+
+    def fails(text: str, source: ModelSource) -> None:
+        with pytest.raises(RayError, match=text):
+            run_batch(rows, output, source, TWO, resume=retry, retry_errors=retry)
+        assert (output.read_bytes() if output.exists() else None) == before
+
+    fails("device cuda:3", on_device("cuda:3"))
+    rows_given(monkeypatch)
+    failed = {"number": 0, "result": b"", "failure": "no model in a Ray actor: x"}
+    monkeypatch.setattr(ray_batch, "answered_rows", lambda *_: (row for row in [failed]))
+    fails("no model in a Ray actor", ModelSource("x"))
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    fails("Ray is not installed", ModelSource())
+
+
 @pytest.mark.parametrize(
     ("name", "block", "failure"),
     [
@@ -171,7 +277,8 @@ def test_what_fails_in_an_actor_is_one_line(
     actor = ray_batch.Actor(
         cloudpickle.dumps((lambda model, block: block + 1, used)), torch.get_num_threads()
     )
-    [row] = actor({"block": [cloudpickle.dumps(block)]})
+    [row] = actor({"number": [5], "block": [cloudpickle.dumps(block)]})
+    assert row["number"] == [5]
     assert row["failure"][0].startswith(failure) and "\n" not in row["failure"][0]
     assert bool(row["failure"][0]) == bool(failure)
     assert cloudpickle.loads(row["result"][0]) == (None if failure else 3)
@@ -318,7 +425,7 @@ def test_without_ray_the_extra_is_named(
     for command in commands(folder / "rows.jsonl", tmp_path / "out"):
         assert cli.main([*command, "--ray"]) == 1
         assert "pip install 'llava-lite[ray]'" in capsys.readouterr().err
-        assert not (tmp_path / "out").is_dir()
+        assert not (tmp_path / "out").exists()
     assert list(map_blocks([], lambda *_: None, ModelSource(), TWO)) == []  # nothing to do
 
 
@@ -376,11 +483,12 @@ def test_samples_travel_whatever_their_images_are(
     cloudpickle = pytest.importorskip("ray.cloudpickle")
 
     class Travelling(LocalRay):
-        def __call__(self, blocks: Sequence[Any], work: Any, *_: object) -> Iterator[Any]:
-            for result in super().__call__(*cloudpickle.loads(cloudpickle.dumps((blocks, work)))):
+        def __call__(self, blocks: Sequence[Any], work: Any, *rest: Any) -> Iterator[Any]:
+            sent = cloudpickle.loads(cloudpickle.dumps((blocks, work)))
+            for result in super().__call__(*sent, *rest):
                 yield cloudpickle.loads(cloudpickle.dumps(result))
 
-    monkeypatch.setattr(ray_eval, "map_blocks", Travelling(tiny_model))
+    monkeypatch.setattr(ray_batch, "map_blocks", Travelling(tiny_model))
     monkeypatch.setattr(ray_eval, "connected", nullcontext)
     monkeypatch.setattr(ray_eval, "pool", lambda *_: (8, 1, 0))
     red = (folder / "red.png").read_bytes()
@@ -426,6 +534,18 @@ def test_both_actors_work_and_a_failure_ends_it(ray_here: Any, source: ModelSour
         for process in map_blocks([0.3] * 8 + ["text"], work, source, TWO):
             processes.append(process)
     assert len(processes) == 8 and len(set(processes)) == 2 and os.getpid() not in processes
+
+
+@pytest.mark.slow
+def test_a_block_that_kills_its_actor_is_lost_alone(ray_here: Any, source: ModelSource) -> None:
+    def work(model: Model, block: int) -> int:
+        if block == 3:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return block
+
+    results = map_blocks(range(8), work, source, TWO, in_flight=1)
+    found = ["lost" if isinstance(one, LostBlock) else one for one in results]
+    assert found == [0, 1, 2, "lost", 4, 5, 6, 7]
 
 
 @pytest.mark.slow

@@ -12,9 +12,11 @@ Actors open images themselves: paths must mean the same on every machine.
 import argparse
 import math
 import os
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,12 +40,26 @@ if TYPE_CHECKING:
 
 Work = Callable[["Model", Any], Any]  # what an actor does with its model and one block
 
+# A block may kill its actor: it then runs once more, and after that the run goes on without it. So
+# many blocks of Ray's may be lost before something is wrong with more than them.
+MOST_LOST = 8
+# Twice for each of them, even if all were one actor's, and some for what others may do to it: an
+# actor that may not start again leaves Ray waiting. A model that kills it while loading ends it, too.
+MOST_RESTARTS = 2 * MOST_LOST + 8
+
 # Ray Data keeps some state per block: with more than this, several of ours share one of its.
 MOST_RAY_BLOCKS = 4096
 
 
 class RayError(LlavaLiteError):
     """Ray is not there, has no room for the actors, or an actor failed."""
+
+
+class LostBlock(RayError):
+    """What stands for a block's result when its actors died with it."""
+
+    def __init__(self) -> None:
+        super().__init__("the Ray actor that worked on it died, twice")
 
 
 @dataclass(frozen=True)
@@ -143,39 +159,96 @@ def answer_each(
 
 
 def map_blocks(
-    blocks: Sequence[Any], work: Work, source: ModelSource, cluster: Cluster
+    blocks: Sequence[Any],
+    work: Work,
+    source: ModelSource,
+    cluster: Cluster,
+    in_flight: int = 2,
 ) -> Generator[Any, None, None]:
     """`work(model, block)` of every block, each in some actor of the cluster, in the order of the
-    blocks, as soon as they come.
+    blocks, as soon as they come. An actor has `in_flight` blocks: one that it works on, others that
+    wait there already, and may be lost with it.
 
     Blocks, `work` and what it returns travel between processes: they are pickled, lambdas and
-    functions included. An actor that dies is replaced and its blocks run again. Raises RayError
-    where Ray is missing or too small, where a model does not load, and for what `work` raises."""
+    functions included. An actor that dies is replaced and its blocks run again, once: then a
+    LostBlock stands for their results. Raises RayError where Ray is missing or too small, where a
+    model does not load, for what `work` raises, and when actors die of more than MOST_LOST."""
     if not blocks:
         return
     import_ray()
+    checked_device(source)
+    with connected(cluster):
+        expected = 0
+        with closing(answered_rows(blocks, work, source, cluster, in_flight)) as rows:
+            for row in rows:
+                if row["failure"]:
+                    raise RayError(row["failure"])
+                yield from (LostBlock() for _ in range(expected, row["number"]))
+                yield unpickled(row["result"])
+                expected = row["number"] + 1
+        yield from (LostBlock() for _ in range(expected, len(blocks)))
+
+
+def answered_rows(
+    blocks: Sequence[Any], work: Work, source: ModelSource, cluster: Cluster, in_flight: int
+) -> Generator[dict[str, Any], None, None]:
+    """What `Actor` gives for every block that is not lost, in order. To be called in a cluster."""
+    import ray.data
     from ray import cloudpickle
 
-    with connected(cluster):
-        import ray.data
-
-        size, cpus, gpus = pool(cluster, source)
-        ray_blocks = min(len(blocks), MOST_RAY_BLOCKS)
-        size = min(size, ray_blocks)  # more would load a model for nothing
-        items = [{"block": cloudpickle.dumps(block)} for block in blocks]
+    size, cpus, gpus = pool(cluster, source)
+    ray_blocks = min(len(blocks), MOST_RAY_BLOCKS)
+    size = min(size, ray_blocks)  # more would load a model for nothing
+    items = [
+        {"number": number, "block": cloudpickle.dumps(block)} for number, block in enumerate(blocks)
+    ]
+    with ray_errors(), warnings.catch_warnings():
+        # Ray has no other way yet to say how often an actor and its tasks start again.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args")
         answered = ray.data.from_items(items, override_num_blocks=ray_blocks).map_batches(
             Actor,
             fn_constructor_args=(cloudpickle.dumps((work, source.everywhere())), cpus),
-            compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
+            compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=in_flight),
             batch_size=None,  # a whole Ray block, nothing is bundled
             num_cpus=cpus,
             num_gpus=gpus,
+            max_restarts=MOST_RESTARTS,
+            max_task_retries=1,
         )
-        with ray_errors():
-            for row in answered.iter_rows():
-                if row["failure"]:
-                    raise RayError(row["failure"])
-                yield cloudpickle.loads(row["result"])
+    with ray_errors():
+        yield from answered.iter_rows()
+
+
+def unpickled(content: bytes) -> Any:
+    """What was pickled in an actor."""
+    from ray import cloudpickle
+
+    return cloudpickle.loads(content)
+
+
+def answer_blocks(
+    blocks: Sequence[Sequence[Any]],
+    work: Work,
+    source: ModelSource,
+    cluster: Cluster,
+    failed: Callable[[Any, LostBlock], Any],
+) -> Generator[Any, None, None]:
+    """`map_blocks` for work that gives a list with a result for each item of a block. The items of
+    lost blocks are asked again at the end, each alone: what kills its actor even then gets
+    `failed(item, error)`, and costs no other item."""
+    lost: list[Any] = []
+    with closing(map_blocks(blocks, work, source, cluster)) as results:
+        for block, result in zip(blocks, results, strict=True):
+            if not isinstance(result, LostBlock):
+                yield result
+            elif not block:
+                raise result
+            else:
+                lost.extend(block)
+    alone = [[item] for item in lost]
+    with closing(map_blocks(alone, work, source, cluster, 1)) as results:
+        for item, result in zip(lost, results, strict=True):
+            yield [failed(item, result)] if isinstance(result, LostBlock) else result
 
 
 class Actor:
@@ -201,14 +274,18 @@ class Actor:
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         from ray import cloudpickle
 
-        for block in batch["block"]:
+        for number, block in zip(batch["number"], batch["block"], strict=True):
             result = None
             if not self.error:
                 try:
                     result = self.work(self.model, cloudpickle.loads(block))
                 except Exception as error:
                     self.error = f"a Ray actor failed: {described(error)}"
-            yield {"result": [cloudpickle.dumps(result)], "failure": [self.error]}
+            yield {
+                "number": [int(number)],
+                "result": [cloudpickle.dumps(result)],
+                "failure": [self.error],
+            }
 
 
 def described(error: Exception) -> str:
@@ -246,16 +323,19 @@ def connected(cluster: Cluster) -> Iterator[None]:
             where = cluster.address or "here"
             raise RayError(f"no Ray cluster at {where}: {reason_of(error)}") from error
     context = ray.data.DataContext.get_current()
-    before = context.enable_progress_bars, context.execution_options.preserve_order
-    context.enable_progress_bars, context.execution_options.preserve_order = False, True
+    options_then = context.execution_options
+    before = context.enable_progress_bars, options_then.preserve_order, context.max_errored_blocks
+    context.enable_progress_bars, options_then.preserve_order = False, True
+    context.max_errored_blocks = MOST_LOST
     logger = logging.getLogger("ray.data")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)  # errors come as ours, or stand in the output
     try:
         yield
     finally:
         logger.setLevel(level)
-        context.enable_progress_bars, context.execution_options.preserve_order = before
+        context.enable_progress_bars, options_then.preserve_order = before[:2]
+        context.max_errored_blocks = before[2]
         if not there:
             ray.shutdown()
 
@@ -338,6 +418,11 @@ def ray_errors() -> Iterator[None]:
 
     try:
         yield
+    except ray.exceptions.RayActorError as error:
+        raise RayError(
+            f"Ray actors died again and again, in more than {MOST_LOST} blocks of work or while "
+            "loading the model (out of memory?)"
+        ) from error
     except ray.exceptions.RayError as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise RayError(f"Ray failed: {lines[-1]}") from error
@@ -362,8 +447,9 @@ def run_batch(
     """`batch.run_batch` on a cluster: the same lines in the same order, resumable in the same way.
 
     Batches that are done wait for those before them, so what is lost when this process is killed
-    are at most the batches that were on their way; --resume runs them again. Raises as
-    `batch.run_batch`, and RayError."""
+    are at most the batches that were on their way; --resume runs them again. The rows of a batch
+    that killed its actors come last, asked one by one. Raises as `batch.run_batch`, and RayError:
+    where Ray, its cluster or the model are not there before the output is touched."""
     from llava_lite.generation import checked_batch_size
 
     size, output = checked_batch_size(batch_size), Path(output)
@@ -379,7 +465,10 @@ def run_batch(
     def work(model: "Model", block: list[Row]) -> list[Record]:
         return answer_rows(model, block, None, options)
 
-    return append_records(output, todo_of, map_blocks(blocks, work, source, cluster), on_record)
+    with closing(answer_blocks(blocks, work, source, cluster, Row.failed)) as records:
+        # No file is touched before a model has answered.
+        first = [one for one in [next(records, None)] if one is not None]
+        return append_records(output, todo_of, chain(first, records), on_record)
 
 
 def absolute(row: Row) -> Row:
