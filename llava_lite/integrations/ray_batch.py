@@ -44,7 +44,7 @@ Work = Callable[["Model", Any], Any]  # what an actor does with its model and on
 # many blocks of Ray's may be lost before something is wrong with more than them.
 MOST_LOST = 8
 # Twice for each of them, even if all were one actor's, and some for what others may do to it: an
-# actor that may not start again leaves Ray waiting. A model that kills it while loading ends it, too.
+# actor that may not start again leaves Ray waiting. A model that kills it in loading ends the run.
 MOST_RESTARTS = 2 * MOST_LOST + 8
 
 # Ray Data keeps some state per block: with more than this, several of ours share one of its.
@@ -60,6 +60,16 @@ class LostBlock(RayError):
 
     def __init__(self) -> None:
         super().__init__("the Ray actor that worked on it died, twice")
+
+
+class DyingActors(RayError):
+    """Actors die whatever they do."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"Ray actors died again and again, in more than {MOST_LOST} blocks of work or while "
+            "loading the model (out of memory?)"
+        )
 
 
 @dataclass(frozen=True)
@@ -172,7 +182,7 @@ def map_blocks(
     Blocks, `work` and what it returns travel between processes: they are pickled, lambdas and
     functions included. An actor that dies is replaced and its blocks run again, once: then a
     LostBlock stands for their results. Raises RayError where Ray is missing or too small, where a
-    model does not load, for what `work` raises, and when actors die of more than MOST_LOST."""
+    model does not load and for what `work` raises; DyingActors for more than MOST_LOST."""
     if not blocks:
         return
     import_ray()
@@ -237,18 +247,24 @@ def answer_blocks(
     lost blocks are asked again at the end, each alone: what kills its actor even then gets
     `failed(item, error)`, and costs no other item."""
     lost: list[Any] = []
-    with closing(map_blocks(blocks, work, source, cluster)) as results:
-        for block, result in zip(blocks, results, strict=True):
-            if not isinstance(result, LostBlock):
-                yield result
-            elif not block:
-                raise result
-            else:
-                lost.extend(block)
+    end: DyingActors | None = None
+    try:
+        with closing(map_blocks(blocks, work, source, cluster)) as results:
+            for block, result in zip(blocks, results, strict=True):
+                if not isinstance(result, LostBlock):
+                    yield result
+                elif not block:
+                    raise result
+                else:
+                    lost.extend(block)
+    except DyingActors as error:
+        end = error  # once the lost are booked: else they would end every further run here, too
     alone = [[item] for item in lost]
     with closing(map_blocks(alone, work, source, cluster, 1)) as results:
         for item, result in zip(lost, results, strict=True):
             yield [failed(item, result)] if isinstance(result, LostBlock) else result
+    if end is not None:
+        raise end
 
 
 class Actor:
@@ -419,10 +435,7 @@ def ray_errors() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayActorError as error:
-        raise RayError(
-            f"Ray actors died again and again, in more than {MOST_LOST} blocks of work or while "
-            "loading the model (out of memory?)"
-        ) from error
+        raise DyingActors() from error
     except ray.exceptions.RayError as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise RayError(f"Ray failed: {lines[-1]}") from error
