@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,8 @@ from llava_lite.generation import Model
 from llava_lite.integrations import ray_batch, ray_eval
 from llava_lite.integrations.ray_batch import (
     Cluster,
+    DyingActors,
+    LostBlock,
     ModelSource,
     Predictor,
     RayError,
@@ -105,15 +107,28 @@ def plain(folder: Path, tiny_model: Model) -> list[Record]:
 
 
 class LocalRay:
-    """`map_blocks` in this process, for what does not depend on Ray."""
+    """`map_blocks` in this process, for what does not depend on Ray. `deadly(item)` says which
+    items would kill an actor, and with it the block that waits there."""
 
-    def __init__(self, model: Model, stop_after: int | None = None) -> None:
-        self.model, self.stop_after, self.asked = model, stop_after, 0
+    def __init__(
+        self,
+        model: Model,
+        stop_after: int | None = None,
+        deadly: Callable[[Any], bool] = lambda _: False,
+    ) -> None:
+        self.model, self.stop_after, self.asked, self.deadly = model, stop_after, 0, deadly
+        self.stop: type[BaseException] = KeyboardInterrupt
 
-    def __call__(self, blocks: Sequence[Any], work: Any, *_: object) -> Iterator[Any]:
+    def __call__(
+        self, blocks: Sequence[Any], work: Any, source: Any, cluster: Any, in_flight: int = 2
+    ) -> Iterator[Any]:
+        lost = [any(map(self.deadly, block)) for block in blocks]
         for number, block in enumerate(blocks):
             if number == self.stop_after:
-                raise KeyboardInterrupt
+                raise self.stop
+            if any(lost[max(0, number - in_flight + 1) : number + 1]):
+                yield LostBlock()
+                continue
             self.asked += len(block)
             yield work(self.model, block)
 
@@ -155,6 +170,117 @@ def test_shards_are_those_of_a_plain_batch(
     assert [record["id"] for record in read(output)] == ["row 1", "row 6", 7]
 
 
+DIED = "the Ray actor that worked on it died, twice"
+
+
+def test_a_row_that_kills_its_actor_costs_no_other_row(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    tmp_path: Path,
+    tiny_model: Model,
+    plain: list[Record],
+) -> None:
+    rows, output = batch.read_rows(folder / "rows.jsonl"), tmp_path / "out.jsonl"
+    local = LocalRay(tiny_model, deadly=lambda row: row.id == "row 2")
+    monkeypatch.setattr(ray_batch, "map_blocks", local)
+    summary = run_batch(rows, output, ModelSource(), TWO, batch_size=2, **OPTIONS)
+    # The rows of the lost blocks, 2 and 3 and those that waited, come last.
+    expected = [*plain[:2], *plain[6:], *plain[2:6]]
+    expected[8] = rows[2].failed(BatchError(DIED))
+    assert [comparable(one) for one in read(output)] == expected
+    assert (summary.answered, summary.failed) == (7, 5)
+    local.deadly = lambda _: False
+    again = run_batch(rows, output, ModelSource(), TWO, resume=True, retry_errors=True, **OPTIONS)
+    assert (again.present, again.answered, again.failed) == (7, 1, 4)
+
+
+def test_where_actors_keep_dying_what_was_lost_so_far_is_booked(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, tiny_model: Model
+) -> None:
+    """Otherwise a resumed run would end at the same place."""
+    rows, output = batch.read_rows(folder / "rows.jsonl"), tmp_path / "out.jsonl"
+    local = LocalRay(tiny_model, stop_after=4, deadly=lambda row: row.id == "row 1")
+    local.stop = DyingActors
+    monkeypatch.setattr(ray_batch, "map_blocks", local)
+    with pytest.raises(DyingActors, match="died again and again, in more than 8 blocks"):
+        run_batch(rows, output, ModelSource(), TWO, batch_size=1, **OPTIONS)
+    assert [record["id"] for record in read(output)] == ["row 0", "row 3", "row 1", "row 2"]
+    assert [record.get("error") for record in read(output)[1:]] == [
+        read(output)[1]["error"],  # its image is missing
+        DIED,
+        None,
+    ]
+
+
+def test_samples_that_kill_their_actor_cost_no_other(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Model, source: ModelSource
+) -> None:
+    local = LocalRay(tiny_model, deadly=lambda sample: sample.id == "deadly")
+    monkeypatch.setattr(ray_batch, "map_blocks", local)
+    monkeypatch.setattr(ray_eval, "connected", nullcontext)
+    monkeypatch.setattr(ray_eval, "pool", lambda *_: (1, 1, 0))
+    samples = [Sample("a", "star?"), Sample("deadly", "ring"), Sample("b", "circle square")]
+    ask = asking_actors(source, TWO, GenerationOptions(**OPTIONS), batch_size=1)
+    with ask(samples) as asked:
+        found = {record["id"]: record for record in asked.records}
+    assert {name: record.get("answer") for name, record in found.items()} == {
+        "a": tiny_model.generate(None, "star?", **OPTIONS),
+        "deadly": None,
+        "b": tiny_model.generate(None, "circle square", **OPTIONS),
+    }
+    assert (found["deadly"]["error"], found["deadly"]["finish_reason"]) == (DIED, "error")
+
+
+def test_an_actor_that_dies_with_an_empty_block_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_batch, "map_blocks", lambda *_: (LostBlock() for _ in range(1)))
+    with pytest.raises(RayError, match=DIED):
+        list(ray_batch.answer_blocks([[]], lambda *_: None, ModelSource(), TWO, lambda *_: None))
+
+
+def rows_given(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """Ray that loses all blocks but these; the result of a block is its number."""
+    cloudpickle = pytest.importorskip("ray.cloudpickle")
+    rows = [{"number": n, "result": cloudpickle.dumps(n), "failure": ""} for n in numbers]
+    monkeypatch.setattr(ray_batch, "connected", nullcontext)
+    monkeypatch.setattr(ray_batch, "answered_rows", lambda *_: (row for row in rows))
+
+
+@pytest.mark.parametrize("given", [(0, 1, 2, 3), (1, 3), (0, 2), (2,), (), (0, 3)])
+def test_lost_blocks_are_told_from_those_that_are_there(
+    monkeypatch: pytest.MonkeyPatch, given: tuple[int, ...]
+) -> None:
+    rows_given(monkeypatch, *given)
+    results = map_blocks("abcd", lambda *_: None, ModelSource(), TWO)
+    found = ["lost" if isinstance(one, LostBlock) else one for one in results]
+    assert found == [n if n in given else "lost" for n in range(4)]
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_what_cannot_start_touches_no_file(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, tiny_model: Model, retry: bool
+) -> None:
+    """Neither an empty output nor one without the error lines that were to be asked again."""
+    rows, output = batch.read_rows(folder / "rows.jsonl"), tmp_path / "out.jsonl"
+    if retry:
+        monkeypatch.setattr(ray_batch, "map_blocks", LocalRay(tiny_model))
+        assert run_batch(rows, output, ModelSource(), TWO, **OPTIONS).failed == 4
+        monkeypatch.undo()
+    before = output.read_bytes() if retry else None
+
+    def fails(text: str, source: ModelSource) -> None:
+        with pytest.raises(RayError, match=text):
+            run_batch(rows, output, source, TWO, resume=retry, retry_errors=retry)
+        assert (output.read_bytes() if output.exists() else None) == before
+
+    fails("device cuda:3", on_device("cuda:3"))
+    rows_given(monkeypatch)
+    failed = {"number": 0, "result": b"", "failure": "no model in a Ray actor: x"}
+    monkeypatch.setattr(ray_batch, "answered_rows", lambda *_: (row for row in [failed]))
+    fails("no model in a Ray actor", ModelSource("x"))
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    fails("Ray is not installed", ModelSource())
+
+
 @pytest.mark.parametrize(
     ("name", "block", "failure"),
     [
@@ -171,7 +297,8 @@ def test_what_fails_in_an_actor_is_one_line(
     actor = ray_batch.Actor(
         cloudpickle.dumps((lambda model, block: block + 1, used)), torch.get_num_threads()
     )
-    [row] = actor({"block": [cloudpickle.dumps(block)]})
+    [row] = actor({"number": [5], "block": [cloudpickle.dumps(block)]})
+    assert row["number"] == [5]
     assert row["failure"][0].startswith(failure) and "\n" not in row["failure"][0]
     assert bool(row["failure"][0]) == bool(failure)
     assert cloudpickle.loads(row["result"][0]) == (None if failure else 3)
@@ -192,6 +319,8 @@ def test_a_predictor_by_itself(source: ModelSource, folder: Path, tiny_model: Mo
     assert given["error"][:2] == ["", ""] and "missing.png" in given["error"][2]
     text_only = predictor({"prompt": ["star?"]})
     assert text_only["answer"] == [given["answer"][1]]
+    nulls = {"prompt": ["star?"], "image": torch.full((1,), torch.nan).numpy()}
+    assert predictor(nulls)["answer"] == [given["answer"][1]]
 
 
 def test_images_of_a_cell() -> None:
@@ -199,6 +328,7 @@ def test_images_of_a_cell() -> None:
 
     pixels = np.zeros((4, 5, 3), np.uint8)
     assert images_of(None) == []
+    assert images_of(float("nan")) == images_of(np.float32("nan")) == []
     assert images_of("a.png") == ["a.png"]
     assert images_of(b"bytes") == [b"bytes"]
     assert images_of(["a.png", "b.png"]) == ["a.png", "b.png"]
@@ -217,39 +347,89 @@ def test_actors_find_what_stands_here(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert ModelSource("owner/name").everywhere().name == "owner/name"
 
 
+def nodes_of(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float]) -> None:
+    """A cluster of such nodes, and a large one that is no longer there."""
+    nodes = [{"Alive": True, "Resources": {**has, "memory": 1e9}} for has in resources]
+    nodes.append({"Alive": False, "Resources": {"CPU": 512.0, "GPU": 64.0}})
+    fake = type("Ray", (), {"nodes": staticmethod(lambda: nodes)})
+    monkeypatch.setattr(ray_batch, "import_ray", lambda: fake)
+
+
+def on_device(device: Any) -> ModelSource:
+    return ModelSource("x", {"device": device})
+
+
+ANY, EIGHT, GPUS = on_device("auto"), {"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}
+
+
 @pytest.mark.parametrize(
-    ("cluster", "resources", "expected"),
+    ("cluster", "source", "nodes", "expected"),
     [
-        (Cluster(), {"CPU": 8.0}, (1, 8, 0)),
-        (Cluster(actors=3), {"CPU": 8.0}, (3, 2, 0)),
-        (Cluster(), {"CPU": 16.0, "GPU": 4.0}, (4, 1, 1)),
-        (Cluster(actors=2, cpus=3), {"CPU": 16.0, "GPU": 4.0}, (2, 3, 1)),
-        (Cluster("auto", actors=64), {"CPU": 16.0, "GPU": 4.0}, (64, 1, 1)),  # it may grow
+        (Cluster(), ANY, [EIGHT], (1, 8, 0)),
+        (Cluster(actors=3), ANY, [EIGHT], (3, 2, 0)),
+        (Cluster(), ModelSource(), [GPUS], (4, 1, 1)),
+        (Cluster(actors=2, cpus=3), ANY, [GPUS], (2, 3, 1)),
+        (Cluster("auto", actors=64), ANY, [GPUS], (64, 1, 1)),  # it may grow
+        # An actor is on one node, whatever all of them have together.
+        (Cluster("auto"), ANY, [{"CPU": 1.0}, {"CPU": 1.0}], (1, 1, 0)),
+        (Cluster("auto"), ANY, [{"CPU": 2.0}, EIGHT], (1, 8, 0)),
+        (Cluster("auto", actors=2), ANY, [{"CPU": 2.0}, EIGHT], (2, 4, 0)),
+        (Cluster("auto", actors=3), ANY, [{"CPU": 3.0}, EIGHT], (3, 3, 0)),
+        (Cluster("auto"), ANY, [{}, EIGHT], (1, 8, 0)),  # a head that takes no work
+        # A GPU without a CPU beside it takes no actor.
+        (Cluster(), ANY, [{"CPU": 2.0, "GPU": 4.0}], (2, 1, 1)),
+        (Cluster("auto"), ANY, [EIGHT, GPUS, GPUS], (8, 1, 1)),
+        # Only what runs on a GPU reserves one.
+        (Cluster(actors=2), on_device("cpu"), [GPUS], (2, 8, 0)),
+        (Cluster(), on_device(torch.device("cpu")), [GPUS], (1, 16, 0)),
+        (Cluster(), on_device("cuda"), [EIGHT, GPUS], (4, 1, 1)),
+        (Cluster(), on_device("cuda:0"), [GPUS], (4, 1, 1)),
     ],
 )
 def test_how_many_actors_there_are(
-    monkeypatch: pytest.MonkeyPatch, cluster: Cluster, resources: Any, expected: Any
+    monkeypatch: pytest.MonkeyPatch,
+    cluster: Cluster,
+    source: ModelSource,
+    nodes: list[dict[str, float]],
+    expected: Any,
 ) -> None:
-    fake = type("Ray", (), {"cluster_resources": staticmethod(lambda: resources)})
-    monkeypatch.setattr(ray_batch, "import_ray", lambda: fake)
-    assert ray_batch.pool(cluster) == expected
+    nodes_of(monkeypatch, *nodes)
+    assert ray_batch.pool(cluster, source) == expected
 
 
 @pytest.mark.parametrize(
-    ("cluster", "resources", "text"),
+    ("cluster", "source", "nodes", "text"),
     [
-        (Cluster(actors=9), {"CPU": 8.0}, "9 actors need 9 CPUs and 0 GPUs, but there are 8 and 0"),
-        (Cluster(actors=2, cpus=5), {"CPU": 8.0}, "2 actors need 10 CPUs"),
-        (Cluster(actors=3), {"CPU": 8.0, "GPU": 2.0}, "3 CPUs and 3 GPUs, but there are 8 and 2"),
+        (Cluster(actors=9), ANY, [EIGHT], "9 actors need 9 CPUs and 0 GPUs, but there are 8 and 0"),
+        (Cluster(actors=2, cpus=5), ANY, [EIGHT], "2 actors need 10 CPUs"),
+        (
+            Cluster(actors=3),
+            ANY,
+            [{"CPU": 8.0, "GPU": 2.0}],
+            "3 CPUs and 3 GPUs, but there are 8 and 2",
+        ),
+        (
+            Cluster("auto", cpus=9),
+            ANY,
+            [EIGHT, EIGHT],
+            "^no node has room for an actor of 9 CPUs and 0 GPUs; nodes have 8 CPUs and 0 GPUs$",
+        ),
+        (Cluster("auto", cpus=2), ANY, [EIGHT, {"CPU": 1.0, "GPU": 1.0}], "2 CPUs and 1 GPUs"),
+        (Cluster("auto"), ANY, [], "no node has room for .*; nodes have nothing"),
+        (Cluster("auto"), on_device("cuda"), [EIGHT], "device cuda: no node .* has a GPU"),
+        (Cluster(), on_device("cuda:1"), [GPUS], "device cuda:1: Ray gives every actor a GPU"),
     ],
 )
-def test_more_actors_than_fit(
-    monkeypatch: pytest.MonkeyPatch, cluster: Cluster, resources: Any, text: str
+def test_actors_that_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+    cluster: Cluster,
+    source: ModelSource,
+    nodes: list[dict[str, float]],
+    text: str,
 ) -> None:
-    fake = type("Ray", (), {"cluster_resources": staticmethod(lambda: resources)})
-    monkeypatch.setattr(ray_batch, "import_ray", lambda: fake)
+    nodes_of(monkeypatch, *nodes)
     with pytest.raises(RayError, match=text):
-        ray_batch.pool(cluster)
+        ray_batch.pool(cluster, source)
 
 
 def commands(rows: Path, output: Path) -> list[list[str]]:
@@ -265,7 +445,7 @@ def test_without_ray_the_extra_is_named(
     for command in commands(folder / "rows.jsonl", tmp_path / "out"):
         assert cli.main([*command, "--ray"]) == 1
         assert "pip install 'llava-lite[ray]'" in capsys.readouterr().err
-        assert not (tmp_path / "out").is_dir()
+        assert not (tmp_path / "out").exists()
     assert list(map_blocks([], lambda *_: None, ModelSource(), TWO)) == []  # nothing to do
 
 
@@ -323,13 +503,14 @@ def test_samples_travel_whatever_their_images_are(
     cloudpickle = pytest.importorskip("ray.cloudpickle")
 
     class Travelling(LocalRay):
-        def __call__(self, blocks: Sequence[Any], work: Any, *_: object) -> Iterator[Any]:
-            for result in super().__call__(*cloudpickle.loads(cloudpickle.dumps((blocks, work)))):
+        def __call__(self, blocks: Sequence[Any], work: Any, *rest: Any) -> Iterator[Any]:
+            sent = cloudpickle.loads(cloudpickle.dumps((blocks, work)))
+            for result in super().__call__(*sent, *rest):
                 yield cloudpickle.loads(cloudpickle.dumps(result))
 
-    monkeypatch.setattr(ray_eval, "map_blocks", Travelling(tiny_model))
+    monkeypatch.setattr(ray_batch, "map_blocks", Travelling(tiny_model))
     monkeypatch.setattr(ray_eval, "connected", nullcontext)
-    monkeypatch.setattr(ray_eval, "pool", lambda _: (8, 1, 0))
+    monkeypatch.setattr(ray_eval, "pool", lambda *_: (8, 1, 0))
     red = (folder / "red.png").read_bytes()
     samples = [
         Sample("bytes", "star?", (red,), "red"),
@@ -373,6 +554,19 @@ def test_both_actors_work_and_a_failure_ends_it(ray_here: Any, source: ModelSour
         for process in map_blocks([0.3] * 8 + ["text"], work, source, TWO):
             processes.append(process)
     assert len(processes) == 8 and len(set(processes)) == 2 and os.getpid() not in processes
+
+
+@pytest.mark.slow
+def test_a_block_that_kills_its_actor_is_lost_alone(ray_here: Any, source: ModelSource) -> None:
+    def work(model: Model, block: int) -> int:
+        if block == 3:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return block
+
+    one_actor = Cluster(actors=1, cpus=1)  # each start takes its time
+    results = map_blocks(range(6), work, source, one_actor, in_flight=1)
+    found = ["lost" if isinstance(one, LostBlock) else one for one in results]
+    assert found == [0, 1, 2, "lost", 4, 5]
 
 
 @pytest.mark.slow

@@ -10,10 +10,14 @@ Actors open images themselves: paths must mean the same on every machine.
 """
 
 import argparse
+import math
 import os
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +40,13 @@ if TYPE_CHECKING:
 
 Work = Callable[["Model", Any], Any]  # what an actor does with its model and one block
 
+# A block may kill its actor: it then runs once more, and after that the run goes on without it. So
+# many blocks of Ray's may be lost before something is wrong with more than them.
+MOST_LOST = 8
+# Twice for each of them, even if all were one actor's, and some for what others may do to it: an
+# actor that may not start again leaves Ray waiting. A model that kills it in loading ends the run.
+MOST_RESTARTS = 2 * MOST_LOST + 8
+
 # Ray Data keeps some state per block: with more than this, several of ours share one of its.
 MOST_RAY_BLOCKS = 4096
 
@@ -44,12 +55,29 @@ class RayError(LlavaLiteError):
     """Ray is not there, has no room for the actors, or an actor failed."""
 
 
+class LostBlock(RayError):
+    """What stands for a block's result when its actors died with it."""
+
+    def __init__(self) -> None:
+        super().__init__("the Ray actor that worked on it died, twice")
+
+
+class DyingActors(RayError):
+    """Actors die whatever they do."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"Ray actors died again and again, in more than {MOST_LOST} blocks of work or while "
+            "loading the model (out of memory?)"
+        )
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Where actors run. address: of a Ray cluster ("auto" finds the one of this machine); None: one
     that is started here and ends with the run. actors: how many, each with a model of its own
     (None: one per GPU, or a single one on CPUs). cpus: of each actor, and its torch threads (None:
-    one beside a GPU, otherwise an equal share of all)."""
+    one beside a GPU, otherwise as many as all actors can have alike; each is on one node)."""
 
     address: str | None = None
     actors: int | None = None
@@ -85,9 +113,9 @@ class Predictor:
                        compute=ray.data.ActorPoolStrategy(size=2), num_gpus=1, batch_size=16)
 
     Columns: `prompt`, and if there are images `image` (path, URL, encoded bytes, array, or a list
-    of paths; None for text only). It adds `answer`, `finish_reason` and `error`: a row that fails
-    has an empty answer, "error" and the reason, and costs no other row. `model` and `load_options`
-    are those of `llava_lite.load`, `options` those of `Model.generate`."""
+    of paths; None or NaN for text only). It adds `answer`, `finish_reason` and `error`: a row that
+    fails has an empty answer, "error" and the reason, and costs no other row. `model` and
+    `load_options` are those of `llava_lite.load`, `options` those of `Model.generate`."""
 
     def __init__(
         self,
@@ -114,8 +142,8 @@ class Predictor:
 
 def images_of(cell: Any) -> list[Any]:
     """The images in one cell of a column; Ray gives lists back as arrays of strings."""
-    if cell is None:
-        return []
+    if cell is None or (isinstance(cell, Real) and math.isnan(cell)):
+        return []  # a block of nothing but nulls comes as numbers
     is_list = getattr(getattr(cell, "dtype", None), "kind", "") in ("O", "U", "S")
     return list(cell) if is_list or isinstance(cell, list | tuple) else [cell]
 
@@ -141,39 +169,102 @@ def answer_each(
 
 
 def map_blocks(
-    blocks: Sequence[Any], work: Work, source: ModelSource, cluster: Cluster
+    blocks: Sequence[Any],
+    work: Work,
+    source: ModelSource,
+    cluster: Cluster,
+    in_flight: int = 2,
 ) -> Generator[Any, None, None]:
     """`work(model, block)` of every block, each in some actor of the cluster, in the order of the
-    blocks, as soon as they come.
+    blocks, as soon as they come. An actor has `in_flight` blocks: one that it works on, others that
+    wait there already, and may be lost with it.
 
     Blocks, `work` and what it returns travel between processes: they are pickled, lambdas and
-    functions included. An actor that dies is replaced and its blocks run again. Raises RayError
-    where Ray is missing or too small, where a model does not load, and for what `work` raises."""
+    functions included. An actor that dies is replaced and its blocks run again, once: then a
+    LostBlock stands for their results. Raises RayError where Ray is missing or too small, where a
+    model does not load and for what `work` raises; DyingActors for more than MOST_LOST."""
     if not blocks:
         return
     import_ray()
+    checked_device(source)
+    with connected(cluster):
+        expected = 0
+        with closing(answered_rows(blocks, work, source, cluster, in_flight)) as rows:
+            for row in rows:
+                if row["failure"]:
+                    raise RayError(row["failure"])
+                yield from (LostBlock() for _ in range(expected, row["number"]))
+                yield unpickled(row["result"])
+                expected = row["number"] + 1
+        yield from (LostBlock() for _ in range(expected, len(blocks)))
+
+
+def answered_rows(
+    blocks: Sequence[Any], work: Work, source: ModelSource, cluster: Cluster, in_flight: int
+) -> Generator[dict[str, Any], None, None]:
+    """What `Actor` gives for every block that is not lost, in order. To be called in a cluster."""
+    import ray.data
     from ray import cloudpickle
 
-    with connected(cluster):
-        import ray.data
-
-        size, cpus, gpus = pool(cluster)
-        ray_blocks = min(len(blocks), MOST_RAY_BLOCKS)
-        size = min(size, ray_blocks)  # more would load a model for nothing
-        items = [{"block": cloudpickle.dumps(block)} for block in blocks]
+    size, cpus, gpus = pool(cluster, source)
+    ray_blocks = min(len(blocks), MOST_RAY_BLOCKS)
+    size = min(size, ray_blocks)  # more would load a model for nothing
+    items = [
+        {"number": number, "block": cloudpickle.dumps(block)} for number, block in enumerate(blocks)
+    ]
+    with ray_errors(), warnings.catch_warnings():
+        # Ray has no other way yet to say how often an actor and its tasks start again.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args")
         answered = ray.data.from_items(items, override_num_blocks=ray_blocks).map_batches(
             Actor,
             fn_constructor_args=(cloudpickle.dumps((work, source.everywhere())), cpus),
-            compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
+            compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=in_flight),
             batch_size=None,  # a whole Ray block, nothing is bundled
             num_cpus=cpus,
             num_gpus=gpus,
+            max_restarts=MOST_RESTARTS,
+            max_task_retries=1,
         )
-        with ray_errors():
-            for row in answered.iter_rows():
-                if row["failure"]:
-                    raise RayError(row["failure"])
-                yield cloudpickle.loads(row["result"])
+    with ray_errors():
+        yield from answered.iter_rows()
+
+
+def unpickled(content: bytes) -> Any:
+    """What was pickled in an actor."""
+    from ray import cloudpickle
+
+    return cloudpickle.loads(content)
+
+
+def answer_blocks(
+    blocks: Sequence[Sequence[Any]],
+    work: Work,
+    source: ModelSource,
+    cluster: Cluster,
+    failed: Callable[[Any, LostBlock], Any],
+) -> Generator[Any, None, None]:
+    """`map_blocks` for work that gives a list with a result for each item of a block. The items of
+    lost blocks are asked again at the end, each alone: what kills its actor even then gets
+    `failed(item, error)`, and costs no other item."""
+    lost: list[Any] = []
+    end: DyingActors | None = None
+    try:
+        with closing(map_blocks(blocks, work, source, cluster)) as results:
+            for block, result in zip(blocks, results, strict=True):
+                if not isinstance(result, LostBlock):
+                    yield result
+                elif not block:
+                    raise result
+                else:
+                    lost.extend(block)
+    except DyingActors as error:
+        end = error  # once the lost are booked: else they would end every further run here, too
+    alone = [[item] for item in lost]
+    with closing(map_blocks(alone, work, source, cluster, 1)) as results:
+        for item, result in zip(lost, results, strict=True):
+            yield [failed(item, result)] if isinstance(result, LostBlock) else result
+    if end is not None:
+        raise end
 
 
 class Actor:
@@ -199,14 +290,18 @@ class Actor:
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         from ray import cloudpickle
 
-        for block in batch["block"]:
+        for number, block in zip(batch["number"], batch["block"], strict=True):
             result = None
             if not self.error:
                 try:
                     result = self.work(self.model, cloudpickle.loads(block))
                 except Exception as error:
                     self.error = f"a Ray actor failed: {described(error)}"
-            yield {"result": [cloudpickle.dumps(result)], "failure": [self.error]}
+            yield {
+                "number": [int(number)],
+                "result": [cloudpickle.dumps(result)],
+                "failure": [self.error],
+            }
 
 
 def described(error: Exception) -> str:
@@ -244,34 +339,92 @@ def connected(cluster: Cluster) -> Iterator[None]:
             where = cluster.address or "here"
             raise RayError(f"no Ray cluster at {where}: {reason_of(error)}") from error
     context = ray.data.DataContext.get_current()
-    before = context.enable_progress_bars, context.execution_options.preserve_order
-    context.enable_progress_bars, context.execution_options.preserve_order = False, True
+    options_then = context.execution_options
+    before = context.enable_progress_bars, options_then.preserve_order, context.max_errored_blocks
+    context.enable_progress_bars, options_then.preserve_order = False, True
+    context.max_errored_blocks = MOST_LOST
     logger = logging.getLogger("ray.data")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)  # errors come as ours, or stand in the output
     try:
         yield
     finally:
         logger.setLevel(level)
-        context.enable_progress_bars, context.execution_options.preserve_order = before
+        context.enable_progress_bars, options_then.preserve_order = before[:2]
+        context.max_errored_blocks = before[2]
         if not there:
             ray.shutdown()
 
 
-def pool(cluster: Cluster) -> tuple[int, int, int]:
-    """(actors, CPUs of each, GPUs of each) in the cluster this is connected to. Raises RayError
-    where a cluster of this machine alone has no room for them."""
-    have = import_ray().cluster_resources()
-    all_cpus, all_gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
-    gpus = 1 if all_gpus else 0
-    actors = cluster.actors or all_gpus or 1
-    cpus = cluster.cpus or (1 if gpus else max(1, all_cpus // actors))
-    if cluster.address is None and (actors * cpus > all_cpus or actors * gpus > all_gpus):
+def pool(cluster: Cluster, source: ModelSource) -> tuple[int, int, int]:
+    """(actors, CPUs of each, GPUs of each) in the cluster this is connected to; an actor has to fit
+    on one node. Raises RayError for `source`'s device where actors cannot have it, where no node
+    has room for an actor, and where a cluster of this machine alone has none for all of them."""
+    nodes = rooms()
+    gpus = gpus_of_actor(source, nodes)
+    actors = cluster.actors or (None if gpus else 1)  # None: one per GPU
+    cpus = cluster.cpus or (1 if gpus else equal_share(nodes, actors or 1))
+    room = sum(node.holds(cpus, gpus) for node in nodes)
+    if not room:
+        have = ", ".join(sorted({str(node) for node in nodes})) or "nothing"
+        raise RayError(
+            f"no node has room for an actor of {cpus} CPUs and {gpus} GPUs; nodes have {have}"
+        )
+    actors = actors or room
+    if cluster.address is None and actors > room:  # any other may grow, or start with fewer
+        all_cpus, all_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
         raise RayError(
             f"{actors} actors need {actors * cpus} CPUs and {actors * gpus} GPUs, but there are "
             f"{all_cpus} and {all_gpus}"
         )
     return actors, cpus, gpus
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one node of a cluster has in all."""
+
+    cpus: int
+    gpus: int
+
+    def holds(self, cpus: int, gpus: int) -> int:
+        """How many actors of this size fit."""
+        by_cpus = self.cpus // cpus
+        return min(by_cpus, self.gpus // gpus) if gpus else by_cpus
+
+    def __str__(self) -> str:
+        return f"{self.cpus} CPUs and {self.gpus} GPUs"
+
+
+def rooms() -> list[Room]:
+    """Of every node that is alive."""
+    resources = [node["Resources"] for node in import_ray().nodes() if node["Alive"]]
+    return [Room(int(have.get("CPU", 0)), int(have.get("GPU", 0))) for have in resources]
+
+
+def gpus_of_actor(source: ModelSource, nodes: Sequence[Room]) -> int:
+    """How many GPUs an actor reserves for the source's device. Raises RayError as `pool`."""
+    device = checked_device(source)
+    some = any(node.gpus for node in nodes)
+    if device.startswith("cuda") and not some:
+        raise RayError(f"device {device}: no node of the Ray cluster has a GPU")
+    return int(some and (device == "auto" or device.startswith("cuda")))
+
+
+def checked_device(source: ModelSource) -> str:
+    """The device to load on. Raises RayError for the number of a GPU: an actor sees only its own,
+    as the first."""
+    device = str(source.options.get("device", "auto"))
+    if device.startswith("cuda:") and device != "cuda:0":
+        raise RayError(f"device {device}: Ray gives every actor a GPU of its own, name only cuda")
+    return device
+
+
+def equal_share(nodes: Sequence[Room], actors: int) -> int:
+    """The most CPUs that each of so many actors can have on these nodes; at least one."""
+    largest = max((node.cpus for node in nodes), default=0)
+    fitting = (c for c in range(largest, 0, -1) if sum(n.holds(c, 0) for n in nodes) >= actors)
+    return next(fitting, 1)
 
 
 @contextmanager
@@ -281,6 +434,8 @@ def ray_errors() -> Iterator[None]:
 
     try:
         yield
+    except ray.exceptions.RayActorError as error:
+        raise DyingActors() from error
     except ray.exceptions.RayError as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise RayError(f"Ray failed: {lines[-1]}") from error
@@ -305,8 +460,9 @@ def run_batch(
     """`batch.run_batch` on a cluster: the same lines in the same order, resumable in the same way.
 
     Batches that are done wait for those before them, so what is lost when this process is killed
-    are at most the batches that were on their way; --resume runs them again. Raises as
-    `batch.run_batch`, and RayError."""
+    are at most the batches that were on their way; --resume runs them again. The rows of a batch
+    that killed its actors come last, asked one by one. Raises as `batch.run_batch`, and RayError:
+    where Ray, its cluster or the model are not there before the output is touched."""
     from llava_lite.generation import checked_batch_size
 
     size, output = checked_batch_size(batch_size), Path(output)
@@ -322,7 +478,10 @@ def run_batch(
     def work(model: "Model", block: list[Row]) -> list[Record]:
         return answer_rows(model, block, None, options)
 
-    return append_records(output, todo_of, map_blocks(blocks, work, source, cluster), on_record)
+    with closing(answer_blocks(blocks, work, source, cluster, Row.failed)) as records:
+        # No file is touched before a model has answered.
+        first = [one for one in [next(records, None)] if one is not None]
+        return append_records(output, todo_of, chain(first, records), on_record)
 
 
 def absolute(row: Row) -> Row:

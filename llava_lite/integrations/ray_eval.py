@@ -13,17 +13,20 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from llava_lite.evaluation.engine import DEFAULT_WORKERS, Engine, longest_first
-from llava_lite.evaluation.runner import Ask, Asked, about, records_of
+from llava_lite.evaluation.engine import DEFAULT_WORKERS, Engine, Outcome, longest_first
+from llava_lite.evaluation.predictions import Record
+from llava_lite.evaluation.runner import Ask, Asked, about, record_of, records_of
 from llava_lite.evaluation.settings import Origin, model_settings
 from llava_lite.evaluation.suite import Sample
 from llava_lite.generation import Model, checked_batch_size
 from llava_lite.integrations.ray_batch import (
     Cluster,
+    LostBlock,
     ModelSource,
+    answer_blocks,
+    checked_device,
     connected,
     import_ray,
-    map_blocks,
     path_of,
     pool,
 )
@@ -45,7 +48,8 @@ def asking_actors(
 
     Images travel as they are: bytes, functions that can be pickled, or paths, which must mean the
     same on every machine. `source` names its model. `run` then raises as `map_blocks`."""
-    import_ray()  # that it is missing shows before any file is touched
+    import_ray()  # what is missing or wrong shows before any file is touched
+    checked_device(source)
     source = source.everywhere()
     most = BATCHES * checked_batch_size(batch_size)
 
@@ -60,16 +64,21 @@ def asking_actors(
     @contextmanager
     def ask(samples: Sequence[Sample]) -> Iterator[Asked]:
         with connected(cluster):
-            actors, *_ = pool(cluster)
+            actors, *_ = pool(cluster, source)
             share = -(-len(samples) // actors)  # so that none is without work
             asked = in_whole_groups(list(map(absolute, samples)), max(1, min(most, share)))
             blocks: list[list[Sample]] = [[], *asked]
-            with closing(map_blocks(blocks, work, source, cluster)) as results:
+            with closing(answer_blocks(blocks, work, source, cluster, died)) as results:
                 settings, about_first = next(results)
                 about_all = {**about_first, "actors": min(actors, len(blocks))}
                 yield Asked(settings, about_all, chain.from_iterable(results))
 
     return ask
+
+
+def died(sample: Sample, error: LostBlock) -> Record:
+    """The line of a sample that kills its actors."""
+    return record_of(Outcome(sample, error=error), None)
 
 
 def in_whole_groups(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
