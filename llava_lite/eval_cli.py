@@ -410,7 +410,7 @@ def deliver(args: argparse.Namespace, evaluation: "Evaluation", folder: Path | N
         folder.mkdir(parents=True, exist_ok=True)
         json_path, page_path = report.paths(folder)
         replace_json(json_path, content)
-        replace_file(page_path, page.page(content).encode())
+        replace_file(page_path, page.page(content).encode(errors="replace"))
     if args.report_file:
         replace_json(Path(args.report_file), content)
     part = evaluation.part

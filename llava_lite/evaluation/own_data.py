@@ -26,7 +26,7 @@ from llava_lite.evaluation.multiple_choice import (
 )
 from llava_lite.evaluation.records import Record, read_json_lines, refuse_repeated_ids
 from llava_lite.evaluation.short_answers import exact_match, short_answer_prompt, vqa_accuracy
-from llava_lite.evaluation.suite import Sample, Scores
+from llava_lite.evaluation.suite import Sample, Scores, settings_of
 from llava_lite.evaluation.tally import accuracy, accuracy_by_group
 
 MAX_NEW_TOKENS = 128
@@ -92,11 +92,8 @@ class OwnDataSuite:
     def __post_init__(self) -> None:
         refuse_repeated_ids((question.id, question.where) for question in self.questions)
         unknown = sum(not question.references for question in self.questions)
-        self.settings = {
-            "short_answer": self.short_answer,
-            **({"without_reference": unknown} if unknown else {}),
-            **self.settings,
-        }
+        given = {"short_answer": self.short_answer, **self.settings}
+        self.settings = settings_of(given, {"without_reference": unknown})
 
     def samples(self) -> Sequence[Sample]:
         """All questions in the order of the file."""
@@ -106,14 +103,15 @@ class OwnDataSuite:
         """One question, with an error if one of its images is no file."""
         prompt = question.prompt(self.short_answer)
         sources: list[str | Path] = []
+        error = None
         for name in question.images:
             source = name if URL.match(name) else self.folder.find(name)
+            missing = self.folder.folder / name
             if source is None:
-                missing = self.folder.folder / name
-                return Sample(question.id, prompt, error=f"{missing}: no such image file")
-            sources.append(source)
-        key = "\n".join(map(str, sources)) or None
-        return Sample(question.id, prompt, tuple(sources), image_key=key)
+                error = error or f"{missing}: no such image file"
+            sources.append(source or missing)
+        key = "\n".join(question.images) or None
+        return Sample(question.id, prompt, tuple(sources), key, error)
 
     def select(self, ids: Collection[str]) -> "OwnDataSuite":
         """The suite of these questions only."""

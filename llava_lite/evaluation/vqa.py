@@ -34,7 +34,7 @@ from llava_lite.evaluation.short_answers import (
     short_answer_prompt,
     vqa_accuracy,
 )
-from llava_lite.evaluation.suite import Sample, Scores
+from llava_lite.evaluation.suite import Sample, Scores, settings_of
 from llava_lite.evaluation.tally import accuracy, accuracy_by_group
 
 MAX_NEW_TOKENS = 128
@@ -87,12 +87,8 @@ class VqaSuite:
     def __post_init__(self) -> None:
         refuse_repeated_ids((question.id, question.where) for question in self.questions)
         unknown = sum(not question.references for question in self.questions)
-        self.settings = {
-            "scoring": scoring_of(self.questions),
-            "ocr": self.ocr,
-            **({"without_reference": unknown} if unknown else {}),
-            **self.settings,
-        }
+        computed = {"scoring": scoring_of(self.questions), "without_reference": unknown}
+        self.settings = settings_of({"ocr": self.ocr, **self.settings}, computed)
 
     def samples(self) -> Sequence[Sample]:
         """All questions, with the official instruction to answer shortly."""
