@@ -365,8 +365,9 @@ def run_batch(
     `resume` goes on with an output, skipping rows it holds; `retry_errors` runs those again that
     failed, at its end. `open_image` opens a path or URL (None: the model does). `on_record` hears
     of each line written. `options` are those of `Model.generate`. A row that fails is recorded with
-    its error and costs no other row; an accelerator that fails ends the run. An interrupt leaves complete lines. Raises as `plan` and
-    `select_shard`, ValueError for bad options, OSError when the output cannot be written."""
+    its error and costs no other row; an accelerator that fails ends the run. An interrupt leaves
+    complete lines. Raises as `plan` and `select_shard`, ValueError for bad options, OSError when
+    the output cannot be written."""
     from llava_lite.generation import checked_batch_size  # imports torch, as the model has by now
 
     size = checked_batch_size(batch_size)

@@ -334,3 +334,12 @@ def test_a_part_says_how_many_images_its_idf_is_from(tmp_path: Path) -> None:
     suite = open_coco([write(tmp_path / "captions.json", coco_content(4))], tmp_path)
     part = suite.select({sample.id for sample in suite.samples()[:3]})
     assert "these 4 images" in suite.settings["idf"] and "these 3 images" in part.settings["idf"]
+
+
+def test_questions_about_one_image_have_ids_of_their_own(tmp_path: Path) -> None:
+    rows = [
+        {"question_id": n, "image_id": 7, "image": "7.jpg", "question": "?", "answer": "x"}
+        for n in (1, 2)
+    ]
+    suite = open_data_file([write(tmp_path / "list.json", rows)])
+    assert [sample.id for sample in suite.samples()] == ["1", "2"]

@@ -264,3 +264,11 @@ def test_half_a_character_costs_no_run(tmp_path: Path) -> None:
     first, other = open_jsonl([path]).samples()
     assert (first.id, first.prompt.split("\n")[:2]) == ("x\ufffd", ["bad \ufffd", "A. \ufffd"])
     assert other.prompt == "good \U0001f600"
+
+
+def test_a_number_that_is_a_choice_is_meant(tmp_path: Path) -> None:
+    numbers = {"question": "How many?", "choices": [1, 2, 3]}
+    rows = [{**numbers, "answer": answer} for answer in (1, 3, 0, "2")]
+    rows.append({"question": "Which?", "choices": ["a cat", "a dog"], "answer": 1})
+    suite = open_jsonl([write(tmp_path / "own.jsonl", *rows)])
+    assert [one.references for one in suite.questions] == [("A",), ("C",), ("A",), ("B",), ("B",)]

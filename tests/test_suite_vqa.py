@@ -321,3 +321,19 @@ def test_a_part_has_settings_of_its_own(tmp_path: Path) -> None:
     assert suite.settings["without_reference"] == 1 and suite.settings["ocr"] is False
     assert "without_reference" not in suite.select({"1"}).settings
     assert suite.select({"2"}).settings["scoring"] == "none"
+
+
+def test_lines_that_share_an_id_are_told_apart(tmp_path: Path) -> None:
+    """As in LLaVA's file of TextVQA, whose question ids are those of images."""
+    rows = [{"question_id": name, "image": "a.jpg", "text": "?"} for name in ("a", "b", "a", "a")]
+    file = tmp_path / "q.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = open_vqa([file], tmp_path)
+    assert [sample.id for sample in suite.samples()] == ["a", "b", "a/2", "a/3"]
+    suite.export({"a/2": "Two"}, tmp_path / "out.json")
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [result["question_id"] for result in results] == ["a", "b", "a", "a"]
+    assert results[2]["answer"] == "2"
+    annotations = {"annotations": [{"question_id": "a", "answers": [{"answer": "x"}]}]}
+    with pytest.raises(EvaluationError, match="line 3: repeats the id 'a'"):
+        open_vqa([file, write(tmp_path / "a.json", annotations)], tmp_path)

@@ -69,7 +69,9 @@ class Group:
     @property
     def size(self) -> tuple[int, int]:
         """By this, groups of prompts of about the same length stand together."""
-        return len(self.images), max(len(sample.prompt.encode(errors="replace")) for sample in self.samples)
+        return len(self.images), max(
+            len(sample.prompt.encode(errors="replace")) for sample in self.samples
+        )
 
 
 @dataclass(frozen=True)

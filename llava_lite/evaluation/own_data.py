@@ -5,7 +5,7 @@
 An image is a path, relative to the file unless a folder is given, a URL or a data URL. The text is
 asked as it is; with choices, their lines and LLaVA's instruction to answer with a letter follow.
 Choices are scored by the letter, ten answers by VQA accuracy, others by equality with one of them
-after normalising. The right choice is given as its letter, its text or its index from 0.
+after normalising. The right choice is given as its text, its letter or its index from 0.
 `category`, where it is given, groups.
 """
 
@@ -208,13 +208,15 @@ def texts_of(record: Record, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def letter_of(answer: Any, choices: Sequence[str], record: Record) -> str:
-    """The letter of a right choice, given as letter, text or index from 0.
+    """The letter of a right choice, given as text, letter or index from 0: a number that is one of
+    the choices is meant as such.
 
     Raises EvaluationError for anything that is no choice."""
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+    is_known = isinstance(answer, str | int | float) and not isinstance(answer, bool)
+    if is_known and str(answer) in choices:
+        return ascii_uppercase[choices.index(str(answer))]
+    if is_known and isinstance(answer, int) and 0 <= answer < len(choices):
         return ascii_uppercase[answer]
-    if isinstance(answer, str) and answer in choices:
-        return ascii_uppercase[choices.index(answer)]
     if isinstance(answer, str) and len(answer) == 1 and answer in letters(len(choices)):
         return answer
     raise EvaluationError(f"{record.where}: the answer {answer!r} is none of the choices")
