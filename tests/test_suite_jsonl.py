@@ -244,11 +244,11 @@ def test_suites_need_neither_torch_nor_pillow() -> None:
 
 def test_shards_do_not_depend_on_which_images_are_there(folder: Path) -> None:
     """A report is made on a machine that need not have the images."""
-    names = [["a.png", "none.png"], ["none.png"], ["b.png"], ["none.png"], ["a.png", "none.png"]]
+    names = [["none.png"], ["none.png"], ["b.png"], ["a.png", "none.png"]]
     rows = [{"image": name, "question": f"{n}?"} for n, name in enumerate(names)]
     suite = open_jsonl([write(folder / "more.jsonl", *rows)])
     here = [[s.id for s in select_shard(suite.samples(), (part, 2))] for part in (1, 2)]
-    assert here == [["1", "3", "5"], ["2", "4"]]
+    assert here == [["1", "2", "4"], ["3"]]
     assert [sample.error is None for sample in suite.samples()].count(True) == 1
     elsewhere = open_jsonl([folder / "more.jsonl"], folder / "nowhere")
     there = [[s.id for s in select_shard(elsewhere.samples(), (part, 2))] for part in (1, 2)]

@@ -304,12 +304,12 @@ def test_a_bad_file_is_refused(tmp_path: Path, contents: list[Any], message: str
 
 
 def test_questions_about_a_missing_image_stay_together(tmp_path: Path) -> None:
-    rows = [{"question_id": n, "image_id": n % 2, "question": "?"} for n in range(4)]
+    rows = [{"question_id": n, "image_id": n // 2, "question": "?"} for n in range(4)]
     file = write(tmp_path / "q.json", {"questions": rows})
     first, other = (open_vqa([file], tmp_path).samples() for _ in range(2))
     assert [sample.error is None for sample in first] == [False] * 4
     assert [[s.id for s in select_shard(first, (part, 2))] for part in (1, 2)] == [
-        *(["0", "2"], ["1", "3"])
+        *(["0", "1"], ["2", "3"])
     ]
     assert first == other
 
