@@ -74,6 +74,15 @@ class Row:
         return {**self.asked(), "error": reason_of(error), "finish_reason": "error", "usage": {}}
 
 
+def is_accelerator_failure(error: BaseException) -> bool:
+    """Whether an error leaves the accelerator unusable, so that all that follows would fail, too.
+    Out of memory does not. Older versions of torch have no class of its own for it."""
+    if not isinstance(error, RuntimeError) or "out of memory" in str(error).lower():
+        return False
+    named = any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__)
+    return named or "CUDA error" in str(error)
+
+
 def reason_of(error: BaseException) -> str:
     """What an error says, in one line."""
     return str(error).strip().split("\n")[0] or type(error).__name__
@@ -356,8 +365,9 @@ def run_batch(
     `resume` goes on with an output, skipping rows it holds; `retry_errors` runs those again that
     failed, at its end. `open_image` opens a path or URL (None: the model does). `on_record` hears
     of each line written. `options` are those of `Model.generate`. A row that fails is recorded with
-    its error and costs no other row. An interrupt leaves complete lines. Raises as `plan` and
-    `select_shard`, ValueError for bad options, OSError when the output cannot be written."""
+    its error and costs no other row; an accelerator that fails ends the run. An interrupt leaves
+    complete lines. Raises as `plan` and `select_shard`, ValueError for bad options, OSError when
+    the output cannot be written."""
     from llava_lite.generation import checked_batch_size  # imports torch, as the model has by now
 
     size = checked_batch_size(batch_size)
@@ -419,6 +429,8 @@ def answer_rows(
         answers = model.generate(images, prompts, batch_size=len(rows), **options)
         return [row.answered(answer) for row, answer in zip(rows, answers, strict=True)]
     except ROW_ERRORS as error:
+        if is_accelerator_failure(error):
+            raise
         if len(rows) == 1:
             return [rows[0].failed(error)]
     return [record for row in rows for record in answer_rows(model, [row], open_image, options)]

@@ -7,6 +7,7 @@ What is slow to import is imported where it is used.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,10 @@ DIR gets predictions.jsonl (every setting, and a line for every answer as soon a
 report.json, and report.html, a page that needs no network. Prompts are the official ones, answers
 greedy unless told otherwise. A sample that fails (bad image, prompt too long) costs no other one;
 the exit code is then 1.
+
+Photos are turned as their camera noted (EXIF) unless --no-exif is given; LLaVA does not turn them.
+VizWiz's line about questions that cannot be answered is not added to the prompt. What LLaVA
+publishes of TextVQA needs --ocr.
 
 After a crash or Ctrl-C the same command with --reuse goes on where it stopped. It refuses answers
 that were given with other settings. Shards on N machines get a DIR each; `llava-lite eval report
@@ -258,6 +263,7 @@ def run_data_set(args: argparse.Namespace, program: Program) -> int:
     reopen = suite_arguments(args)
     suite = suite_of(reopen)
     check_export(args, suite)
+    check_outputs(args, folder)
     options["max_new_tokens"] = options["max_new_tokens"] or suite.max_new_tokens
     from llava_lite.evaluation import predictions, report
     from llava_lite.sampling import GenerationOptions
@@ -308,6 +314,27 @@ def check_export(args: argparse.Namespace, suite: Suite) -> None:
     """Wrong usage where the data set has no format for answers."""
     if args.export and not isinstance(suite, Exporting):
         args.parser.error(f"--export: {suite.name} has no format for answers")
+
+
+def check_outputs(args: argparse.Namespace, folder: Path | None) -> None:
+    """Raise EvaluationError where a result could not be written, before anything is asked."""
+    if folder is not None:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise EvaluationError(f"{folder}: {there} is not a folder")
+        if not os.access(there, os.W_OK):
+            raise EvaluationError(f"{folder}: {there} cannot be written to")
+    for name in (args.report_file, args.export):
+        if name is None:
+            continue
+        path = Path(name)
+        if path.is_dir():
+            raise EvaluationError(f"{path}: is a folder, must be a file")
+        is_made = folder is not None and path.absolute().parent == folder.absolute()
+        if not is_made and not path.parent.is_dir():
+            raise EvaluationError(f"{path}: the folder {path.parent} does not exist")
+        if path.parent.exists() and not os.access(path.parent, os.W_OK):
+            raise EvaluationError(f"{path}: the folder {path.parent} cannot be written to")
 
 
 def asking(
@@ -411,6 +438,7 @@ def run_report(args: argparse.Namespace) -> int:
     suite = suite_of(arguments)
     check_export(args, suite)
     output = Path(args.output) if args.output else folders[0] if len(folders) == 1 else None
+    check_outputs(args, output)
     return deliver(args, report.Evaluation.of(suite, parts), output)
 
 
@@ -424,7 +452,7 @@ def deliver(args: argparse.Namespace, evaluation: "Evaluation", folder: Path | N
         folder.mkdir(parents=True, exist_ok=True)
         json_path, page_path = report.paths(folder)
         replace_json(json_path, content)
-        replace_file(page_path, page.page(content).encode())
+        replace_file(page_path, page.page(content).encode(errors="replace"))
     if args.report_file:
         replace_json(Path(args.report_file), content)
     part = evaluation.part

@@ -597,3 +597,18 @@ def test_module_is_light() -> None:
     """Usage errors and `--shard` must not wait for torch."""
     script = f"import sys; import {batch.__name__}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_an_accelerator_that_fails_ends_the_run(
+    tmp_path: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(type(tiny_model), "generate", failing)
+    rows = [batch.Row(n, "star?", None, tmp_path, n) for n in range(3)]
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        batch.run_batch(tiny_model, rows, tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+    oom = RuntimeError("CUDA error: out of memory")
+    assert not batch.is_accelerator_failure(oom)

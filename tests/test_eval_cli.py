@@ -91,7 +91,8 @@ def test_a_data_set_in_one_command(
     assert err == ""
     content = report_of(tmp_path / "run")
     assert content["scores"]["accuracy"]["value"] == pytest.approx(6 / 9)
-    assert content["samples"] == {"asked": 9, "answered": 6, "failed": 3, "cut_off": 6}
+    counts = {"total": 9, "asked": 9, "answered": 6, "failed": 3, "cut_off": 6}
+    assert content["samples"] == counts
     [failure] = content["failures"]
     assert failure["count"] == 3 and "2.png: not an image" in failure["reason"]
     assert content["measured"]["images"] == 3
@@ -418,3 +419,40 @@ def test_help_lists_the_data_sets(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_selection_takes_the_first_then_its_share() -> None:
     assert Selection.read({}) == Selection()
     assert Selection.read({"limit": 3, "shard": [2, 4]}) == Selection(3, (2, 4))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("-o", "file/run"), "file/run: "),
+        (("-o", "file"), "file: "),
+        (("-o", "run", "--report-file", "none/r.json"), "r.json: the folder "),
+        (("-o", "run", "--report-file", "."), "is a folder, must be a file"),
+    ],
+)
+def test_what_cannot_be_written_shows_before_the_model_is_loaded(
+    words: tuple[str, ...],
+    message: str,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert run_eval("jsonl", questions, *words, model=tmp_path / "no model") == cli.FAILED
+    err = capsys.readouterr().err
+    assert message in err and "no model" not in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_images_are_other_settings(
+    questions: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_eval("jsonl", questions, "-o", tmp_path / "run", "--limit", 1, model=model_folder)
+    assert report_of(tmp_path / "run")["settings"]["images"] == "."
+    (tmp_path / "others").mkdir()
+    words = ("jsonl", questions, tmp_path / "others", "-o", tmp_path / "run", "--reuse")
+    capsys.readouterr()
+    assert run_eval(*words, model=model_folder) == cli.FAILED
+    assert "other settings: images ., now others" in capsys.readouterr().err

@@ -54,3 +54,13 @@ def test_different_answers_fail(
     assert tool.main([*words, *more, "--dtype", "float32"]) == 1
     assert "2 of 2 answers differ" in capsys.readouterr().out
     assert tool.main([*words, *more]) == 0  # rounding of random weights in 16 bit
+
+
+@pytest.mark.parametrize("count", ["0", "11"])
+def test_more_questions_than_families_are_refused(
+    tool: ModuleType, count: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        tool.parse(["--questions", "1", count])
+    assert end.value.code == 2
+    assert "--questions: must be 1 to 10" in capsys.readouterr().err

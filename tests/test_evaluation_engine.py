@@ -423,3 +423,82 @@ def test_requests_are_made_when_there_is_room_for_them(tiny_model: Model) -> Non
     next(running)
     assert taken == [0, 1]
     assert {index for index, _ in running} == set(range(6))
+
+
+# ---- failures ------------------------------------------------------------------------------------
+
+
+def test_failures_are_passed_on_before_more_images_are_opened(tiny_model: Model) -> None:
+    opened: list[int] = []
+
+    def broken() -> Image.Image:
+        opened.append(1)
+        raise ImageError("broken")
+
+    samples = [Sample("good", "What color is the star?", (picture(1),))]
+    samples += [Sample(f"bad {n}", "red?", (broken,)) for n in range(40)]
+    engine = Engine(tiny_model, GenerationOptions(max_new_tokens=3), 4, workers=0)
+    seen: list[tuple[str, int]] = []
+    for outcome in engine.answer(samples):
+        seen.append((outcome.sample.id, len(opened)))
+    assert len(seen) == 41
+    for position, (_, count) in enumerate(seen):
+        assert count <= position + 4  # a batch of the tower at most waits
+    errors = [outcome.error for outcome in engine.answer(samples[1:])]
+    assert all(isinstance(error, ImageError) and error.__traceback__ is None for error in errors)
+
+
+def test_errors_keep_no_images(tiny_model: Model, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"nothing")
+    found = outcomes(tiny_model, [Sample("0", "red?", (broken,)), Sample("1", "star " * 500)])
+    for outcome in found.values():
+        assert isinstance(outcome.error, ImageError | ContextError)
+        kept = (outcome.error.__traceback__, outcome.error.__cause__, outcome.error.__context__)
+        assert kept == (None, None, None)
+
+
+class AcceleratorError(RuntimeError):
+    """As torch has it since 2.8."""
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: an illegal memory access"), AcceleratorError("gone")]
+)
+@pytest.mark.parametrize("where", ["forward", "encode_image"])
+def test_an_accelerator_that_fails_ends_the_run(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch, error: Exception, where: str
+) -> None:
+    method, calls = getattr(type(tiny_model.llava), where), []
+
+    def failing(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise error
+        return method(*args, **options)
+
+    monkeypatch.setattr(type(tiny_model.llava), where, failing)
+    samples = [Sample(str(n), "red?", (picture(n),)) for n in range(8)]
+    options = GenerationOptions(max_new_tokens=1)
+    found = []
+    with pytest.raises(RuntimeError) as raised:
+        for outcome in Engine(tiny_model, options, 2).answer(samples):
+            found.append(outcome.error)
+    assert raised.value is error
+    assert found == [None] * 2
+
+
+def test_half_a_character_in_a_prompt_costs_no_run(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [Sample("half", "bad \ud83d"), Sample("good", "red?")]
+    assert outcomes(tiny_model, samples)["good"].error is None
+    request = type(tiny_model).request
+
+    def strict(self: Model, images: Any, prompt: str, *rest: Any) -> Any:
+        prompt.encode()
+        return request(self, images, prompt, *rest)
+
+    monkeypatch.setattr(type(tiny_model), "request", strict)
+    found = outcomes(tiny_model, samples)
+    assert found["good"].error is None and isinstance(found["half"].error, UnicodeError)

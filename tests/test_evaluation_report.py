@@ -23,6 +23,7 @@ from llava_lite.errors import EvaluationError, ImageError
 from llava_lite.evaluation import fingerprint, predictions
 from llava_lite.evaluation.engine import Engine, Outcome
 from llava_lite.evaluation.fingerprint import file_hash, model_hash
+from llava_lite.evaluation.images import ImageFolder
 from llava_lite.evaluation.page import page
 from llava_lite.evaluation.predictions import (
     PredictionsError,
@@ -255,15 +256,10 @@ def test_another_checkpoint_is_known_by_content_not_by_date(
     assert len(seen) == 8
 
 
-def test_files_are_hashed_whole_and_folders_by_what_is_in_them(tmp_path: Path) -> None:
+def test_files_are_hashed_whole(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(b"abc")
     assert file_hash(file) == ("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
-    before = file_hash(tmp_path)
-    (tmp_path / "sub").mkdir()
-    assert file_hash(tmp_path) == before
-    (tmp_path / "sub" / "b.txt").write_bytes(b"")
-    assert file_hash(tmp_path) != before
     with pytest.raises(EvaluationError, match="none.txt: cannot be read: No such file"):
         file_hash(tmp_path / "none.txt")
     with pytest.raises(EvaluationError, match="none.txt: cannot be read: No such file"):
@@ -320,6 +316,11 @@ def test_settings_hold_all_that_changes_an_answer(tiny_model: Model, suite: Fake
         config = replace(tiny_model.config, **changes)
         return Model(tiny_model.llava, tiny_model.tokenizer, config, exif)
 
+    def in_folder(folder: Path) -> FakeSuite:
+        found = replace(suite)
+        found.folder = ImageFolder(folder)  # type: ignore[attr-defined]  # not all suites have one
+        return found
+
     plain = settings()
     changed = [
         settings(other_model(pad=False)),
@@ -340,12 +341,15 @@ def test_settings_hold_all_that_changes_an_answer(tiny_model: Model, suite: Fake
         settings(suite=replace(suite, settings={"language": "cn"})),
         settings(suite=replace(suite, name="other")),
         settings(suite=replace(suite, files=[])),
+        settings(suite=in_folder(Path("val2014"))),
     ]
     names = [difference.split()[0] for one in changed for difference in differences(plain, one)]
     assert len(names) == len(changed)
     assert set(plain) - set(names) == {"dtype", "device", "llava_lite"}
     assert (plain["dtype"], plain["device"]) == ("float32", "cpu")
     assert json.loads(json.dumps(plain)) == plain
+    beside = settings(suite=in_folder(suite.files[0].parent))
+    assert (plain["images"], beside["images"], changed[-1]["images"]) == (None, ".", "val2014")
     assert settings(template="v1") == settings(template="vicuna_v1") == plain
 
 
@@ -382,7 +386,7 @@ def test_scores_counts_and_costs(suite: FakeSuite, tmp_path: Path) -> None:
         "a": 0.5,
         "b": 0.5,
     }
-    assert content["samples"] == {"asked": 4, "answered": 3, "failed": 1, "cut_off": 1}
+    assert content["samples"] == {"total": 4, "asked": 4, "answered": 3, "failed": 1, "cut_off": 1}
     assert content["failures"] == [{"reason": "broken image", "count": 1, "ids": ["a2"]}]
     assert content["tokens"] == {
         "prompt_tokens": 40.0,
@@ -450,7 +454,7 @@ def test_shards_make_one_report(suite: FakeSuite, tmp_path: Path) -> None:
     runs = [{"shard": [1, 2]}, {"shard": [2, 2]}]
     one, two = [line("a1"), line("b1", "no")], [line("a2"), line("b2", None)]
     content = report(evaluation(suite, tmp_path, one, two, runs=runs))
-    assert content["samples"] == {"asked": 4, "answered": 3, "failed": 1, "cut_off": 0}
+    assert content["samples"] == {"total": 4, "asked": 4, "answered": 3, "failed": 1, "cut_off": 0}
     (tmp_path / "half").mkdir()
     half = report(evaluation(suite, tmp_path / "half", one, runs=runs[:1]))
     assert half["samples"]["asked"] == 2 and half["scores"]["accuracy"]["value"] == 1.0
@@ -709,3 +713,57 @@ def test_killed_twenty_times_the_report_is_that_of_a_clean_run(
     assert '"failed": 1' in reports[0]
     answers = [read_predictions(f / predictions.FILE_NAME).answers for f in (clean, killed)]
     assert answers[0] == answers[1] and len(set(answers[0].values())) > 10
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+def test_a_part_does_not_look_whole(suite: FakeSuite, tmp_path: Path) -> None:
+    words = "only 2 of 4 samples of the data set"
+    part = report(evaluation(suite, tmp_path, [line("a1"), line("a2")], runs=[{"limit": 2}]))
+    assert (part["samples"]["total"], part["samples"]["asked"]) == (4, 2)
+    assert words in list(table(part))[1] and words in page(part)
+    (tmp_path / "all").mkdir()
+    whole = report(evaluation(suite, tmp_path / "all", [line(name) for name in suite.right]))
+    assert "no score of the whole" not in "\n".join(table(whole)) + page(whole)
+
+
+def test_every_run_of_a_file_says_what_is_asked(suite: FakeSuite, tmp_path: Path) -> None:
+    """A last run of less must not hide answers whose seconds count."""
+    path = tmp_path / "0.jsonl"
+    settings = evaluation(suite, tmp_path, []).settings
+    for limit, names in ((3, ("a1", "a2", "b1")), (1, ())):
+        with PredictionsWriter(path, settings, {**RUN, "limit": limit}, reuse=True) as writer:
+            for name in names:
+                writer.append(line(name, "yes", 3.0))
+    found = read_predictions(path)
+    runs = [run for run in found.runs if run["limit"]]
+    content = report(Evaluation.of(suite, [("0", replace(found, runs=runs))]))
+    assert content["samples"]["asked"] == content["samples"]["answered"] == 3
+    assert content["measured"]["questions_per_second"] == 1.0
+
+
+class Counted(FakeSuite):
+    """A suite whose settings depend on its samples."""
+
+    def select(self, ids: Collection[str]) -> "FakeSuite":
+        return replace(super().select(ids), settings={"of": len(ids)})
+
+
+def test_the_settings_of_a_part_are_its_own(suite: FakeSuite, tmp_path: Path) -> None:
+    counted = Counted(suite.right, suite.files, settings={"of": 4})
+    content = report(evaluation(counted, tmp_path, [line("a1")], runs=[{"limit": 1}]))
+    assert content["settings"]["suite_settings"] == {"of": 1}
+
+
+def test_many_reasons_are_a_few(suite: FakeSuite, tmp_path: Path) -> None:
+    many = replace(suite, right={str(n): "yes" for n in range(30)})
+    lines = [{**line(str(n), None), "error": f"{max(n, 3)}.png: no file"} for n in range(30)]
+    failures = report(evaluation(many, tmp_path, lines))["failures"]
+    assert len(failures) == 10
+    assert failures[0] == {"reason": "3.png: no file", "count": 4, "ids": ["0", "1", "2", "3"]}
+    assert failures[-1] == {
+        "reason": "other reasons",
+        "count": 18,
+        "ids": ["12", "13", "14", "15", "16"],
+    }

@@ -66,7 +66,7 @@ def test_samples_ask_for_a_caption_of_each_image(tmp_path: Path, content: dict[s
     assert [sample.id for sample in samples] == [str(one["id"]) for one in content["images"]]
     assert {sample.prompt for sample in samples} == {PROMPT}
     first = tmp_path / "val2014" / "COCO_val2014_000000001000.jpg"
-    assert samples[0].images == (first,) and samples[0].image_key == str(first)
+    assert samples[0].images == (first,) and samples[0].image_key == first.name
     assert [sample.id for sample in samples if sample.error] == ["657"]
     assert samples[-1].error == (
         f"{tmp_path / 'val2014' / 'COCO_val2014_000000000657.jpg'}: no such image file"
@@ -328,3 +328,18 @@ def test_a_coco_file_is_a_data_file(tmp_path: Path, content: dict[str, Any]) -> 
 def test_a_bad_data_file_is_refused(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
         open_data_file([write(tmp_path / "a.json", content)])
+
+
+def test_a_part_says_how_many_images_its_idf_is_from(tmp_path: Path) -> None:
+    suite = open_coco([write(tmp_path / "captions.json", coco_content(4))], tmp_path)
+    part = suite.select({sample.id for sample in suite.samples()[:3]})
+    assert "these 4 images" in suite.settings["idf"] and "these 3 images" in part.settings["idf"]
+
+
+def test_questions_about_one_image_have_ids_of_their_own(tmp_path: Path) -> None:
+    rows = [
+        {"question_id": n, "image_id": 7, "image": "7.jpg", "question": "?", "answer": "x"}
+        for n in (1, 2)
+    ]
+    suite = open_data_file([write(tmp_path / "list.json", rows)])
+    assert [sample.id for sample in suite.samples()] == ["1", "2"]

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from llava_lite.errors import EvaluationError, LlavaLiteError
+from llava_lite.evaluation.engine import select_shard
 from llava_lite.evaluation.own_data import open_jsonl
 from llava_lite.evaluation.suite import Metric, Suite
 from llava_lite.evaluation.suites import SUITES, Exporting, open_suite
@@ -49,10 +50,10 @@ def test_samples(file: Path, folder: Path) -> None:
     assert [sample.id for sample in samples] == ["1", "pick", "7", "4", "5", "6"]
     assert samples[0].prompt == "How many?"
     assert samples[0].images == (folder / "a.png",)
-    assert samples[0].image_key == str(folder / "a.png")
+    assert samples[0].image_key == "a.png"
     assert samples[1].prompt == f"Which?\nA. cat\nB. dog\nC. cow\n{LETTER}"
     assert samples[1].images == (folder / "a.png", folder / "b.png")
-    assert samples[1].image_key == f"{folder / 'a.png'}\n{folder / 'b.png'}"
+    assert samples[1].image_key == "a.png\nb.png"
     assert (samples[2].images, samples[2].image_key) == ((), None)
     assert samples[3].images == ("http://example.org/x.jpg",)
     assert samples[4].images == (PIXEL,)
@@ -239,3 +240,35 @@ def test_suites_need_neither_torch_nor_pillow() -> None:
     modules = {name.split(".")[0] for name in run_python(code).stdout.split()}
     assert "llava_lite" in modules
     assert not modules & {"torch", "PIL", "numpy", "pandas", "pycocoevalcap"}
+
+
+def test_shards_do_not_depend_on_which_images_are_there(folder: Path) -> None:
+    """A report is made on a machine that need not have the images."""
+    names = [["none.png"], ["none.png"], ["b.png"], ["a.png", "none.png"]]
+    rows = [{"image": name, "question": f"{n}?"} for n, name in enumerate(names)]
+    suite = open_jsonl([write(folder / "more.jsonl", *rows)])
+    here = [[s.id for s in select_shard(suite.samples(), (part, 2))] for part in (1, 2)]
+    assert here == [["1", "2", "4"], ["3"]]
+    assert [sample.error is None for sample in suite.samples()].count(True) == 1
+    elsewhere = open_jsonl([folder / "more.jsonl"], folder / "nowhere")
+    there = [[s.id for s in select_shard(elsewhere.samples(), (part, 2))] for part in (1, 2)]
+    assert there == here
+
+
+def test_half_a_character_costs_no_run(tmp_path: Path) -> None:
+    path = tmp_path / "half.jsonl"
+    path.write_text(
+        '{"id": "x\\ud83d", "question": "bad \\ud83d", "choices": ["\\uDE00", "b"]}\n'
+        '{"question": "good \\ud83d\\ude00"}\n'
+    )
+    first, other = open_jsonl([path]).samples()
+    assert (first.id, first.prompt.split("\n")[:2]) == ("x\ufffd", ["bad \ufffd", "A. \ufffd"])
+    assert other.prompt == "good \U0001f600"
+
+
+def test_a_number_that_is_a_choice_is_meant(tmp_path: Path) -> None:
+    numbers = {"question": "How many?", "choices": [1, 2, 3]}
+    rows = [{**numbers, "answer": answer} for answer in (1, 3, 0, "2")]
+    rows.append({"question": "Which?", "choices": ["a cat", "a dog"], "answer": 1})
+    suite = open_jsonl([write(tmp_path / "own.jsonl", *rows)])
+    assert [one.references for one in suite.questions] == [("A",), ("C",), ("A",), ("B",), ("B",)]

@@ -412,3 +412,69 @@ def test_prompt_of_options() -> None:
     assert multiple_choice_prompt("Q?", ["a", "b"], language="cn") == (
         "Q?\nA. a\nB. b\n请直接回答选项字母。"
     )
+
+
+@pytest.mark.parametrize(
+    "answer", ["B. A cat", "(B) A cat", "The answer is B. A cat", "A cat (B)", "B. A black one"]
+)
+def test_an_article_is_no_second_letter(answer: str) -> None:
+    assert chosen_letter(answer, ["A dog", "A cat"]) == "B"
+
+
+@pytest.mark.parametrize("answer", ["A or B", "A. or B.", "A dog or a cat, B", "B. A mix or C"])
+def test_several_letters_without_one_text_are_unclear(answer: str) -> None:
+    assert chosen_letter(answer, ["A dog", "A cat", "A cow"]) is None
+
+
+def write_table(path: Path, rows: list[dict[str, object]]) -> Path:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, delimiter="\t", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_a_question_without_all_of_its_rotations_is_not_circular(tmp_path: Path) -> None:
+    rows = [*rotated(row(1), 4), *rotated(row(2), 4)]
+    suite = open_mmbench([write_table(tmp_path / "m.tsv", rows)])
+    part = suite.select({"1", "1000001", "2000001", "3000001", "2"})
+    answers = {"1": "A", "1000001": "D", "2000001": "C", "3000001": "A", "2": "A"}
+    scores = part.score(answers)
+    assert scores.metrics["circular"].count == 1 and scores.metrics["circular"].value == 0
+    assert scores.metrics["vanilla"].count == 2 and scores.metrics["vanilla"].value == 1
+    assert part.settings["questions_left_out_of_circular"] == 1
+    assert "questions_left_out_of_circular" not in suite.settings
+    again = part.select({"1", "2"})
+    assert again.score(answers).metrics["circular"].count == 0
+    assert again.settings["questions_left_out_of_circular"] == 2
+    assert again.settings["rotations"].startswith("none")
+
+
+def test_a_part_without_rows_exports_a_header(tmp_path: Path) -> None:
+    suite = open_mmbench([write_table(tmp_path / "m.tsv", [row(1)])])
+    suite.select(set()).export({}, tmp_path / "out.tsv")
+    assert (tmp_path / "out.tsv").read_text() == "index\tquestion\tprediction\n"
+
+
+def test_the_same_bytes_are_kept_once(tmp_path: Path) -> None:
+    rows = [row(1), row(2), row(3, image=encoded("blue"))]
+    samples = open_mmbench([write_table(tmp_path / "m.tsv", rows)]).samples()
+    assert samples[0].images[0] is samples[1].images[0]
+    assert samples[2].images[0] == png("blue")
+
+
+@pytest.mark.parametrize("end", ["", 'x"y\n', 'x" \n2\tb\tc\td\te\n'])
+def test_a_quote_that_is_not_closed_swallows_no_rows(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "m.tsv"
+    image = encoded("red")
+    head = f"index\timage\tquestion\tA\tB\n0\t{image}\tWhich?\ta\tb\n"
+    path.write_text(head + f'1\t{image}\t"Which?\ta\tb\n2\t{image}\tWhich?\ta\tb\n' + end)
+    with pytest.raises(EvaluationError, match=r"m\.tsv, line 3: not a tab-separated row"):
+        open_mmbench([path])
+
+
+def test_quotes_as_tables_are_written_are_read(tmp_path: Path) -> None:
+    question = 'Who says "hi",\nand\t"where"?'
+    path = write_table(tmp_path / "m.tsv", [row(1, question=question, hint='5" wide')])
+    [sample] = open_mmbench([path]).samples()
+    assert sample.prompt.startswith(f'5" wide\n{question}\nA. apple')

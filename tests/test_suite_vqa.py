@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_lite.errors import EvaluationError
+from llava_lite.evaluation.engine import select_shard
 from llava_lite.evaluation.short_answers import exact_match, normalize_answer, vqa_accuracy
 from llava_lite.evaluation.suite import Metric
 from llava_lite.evaluation.vqa import VqaSuite, open_vqa
@@ -300,3 +301,39 @@ def test_a_bad_file_is_refused(tmp_path: Path, contents: list[Any], message: str
     files = [write(tmp_path / f"{n}.json", content) for n, content in enumerate(contents)]
     with pytest.raises(EvaluationError, match=message):
         open_vqa(files, tmp_path)
+
+
+def test_questions_about_a_missing_image_stay_together(tmp_path: Path) -> None:
+    rows = [{"question_id": n, "image_id": n // 2, "question": "?"} for n in range(4)]
+    file = write(tmp_path / "q.json", {"questions": rows})
+    first, other = (open_vqa([file], tmp_path).samples() for _ in range(2))
+    assert [sample.error is None for sample in first] == [False] * 4
+    assert [[s.id for s in select_shard(first, (part, 2))] for part in (1, 2)] == [
+        *(["0", "1"], ["2", "3"])
+    ]
+    assert first == other
+
+
+def test_a_part_has_settings_of_its_own(tmp_path: Path) -> None:
+    rows = [{"question_id": 1, "image_id": 1, "question": "?", "answers": ["x"]}]
+    rows.append({"question_id": 2, "image_id": 1, "question": "?", "answers": []})
+    suite = open_vqa([write(tmp_path / "q.json", {"data": rows})], tmp_path)
+    assert suite.settings["without_reference"] == 1 and suite.settings["ocr"] is False
+    assert "without_reference" not in suite.select({"1"}).settings
+    assert suite.select({"2"}).settings["scoring"] == "none"
+
+
+def test_lines_that_share_an_id_are_told_apart(tmp_path: Path) -> None:
+    """As in LLaVA's file of TextVQA, whose question ids are those of images."""
+    rows = [{"question_id": name, "image": "a.jpg", "text": "?"} for name in ("a", "b", "a", "a")]
+    file = tmp_path / "q.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = open_vqa([file], tmp_path)
+    assert [sample.id for sample in suite.samples()] == ["a", "b", "a/2", "a/3"]
+    suite.export({"a/2": "Two"}, tmp_path / "out.json")
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [result["question_id"] for result in results] == ["a", "b", "a", "a"]
+    assert results[2]["answer"] == "2"
+    annotations = {"annotations": [{"question_id": "a", "answers": [{"answer": "x"}]}]}
+    with pytest.raises(EvaluationError, match="line 3: repeats the id 'a'"):
+        open_vqa([file, write(tmp_path / "a.json", annotations)], tmp_path)

@@ -39,7 +39,7 @@ from llava_lite.files import replace_json
 from llava_lite.generation import Model
 from llava_lite.hardware import machine, time_in_turns
 from llava_lite.sampling import GenerationOptions
-from llava_lite.scenes import draw_scene
+from llava_lite.scenes import PARAPHRASES, draw_scene
 
 BOUNDS = {1: 1.5, 4: 2.5}  # questions per image: times as many questions a second
 ONE_BY_ONE, BATCHED = "one by one", "batched"
@@ -192,7 +192,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, help="CPU threads")
     add("--json", metavar="FILE", help="write all figures there")
     add("--strict", action="store_true", help="exit code 1 where a bound is missed")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not all(1 <= count <= len(PARAPHRASES) for count in args.questions):
+        parser.error(f"--questions: must be 1 to {len(PARAPHRASES)}, the families of questions")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from llava_lite.errors import EvaluationError
 from llava_lite.evaluation import captions
 from llava_lite.evaluation.images import ImageFolder
 from llava_lite.evaluation.records import Record, read_json, records_of, refuse_repeated_ids
-from llava_lite.evaluation.suite import Metric, Sample, Scores
+from llava_lite.evaluation.suite import Metric, Sample, Scores, settings_of
 
 # LLaVA-1.5 has no official captioning run. This is the prompt of its training data.
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
@@ -56,12 +56,12 @@ class CaptionSuite:
     def __post_init__(self) -> None:
         refuse_repeated_ids((image.id, image.where) for image in self.images)
         scored = sum(bool(image.references) for image in self.images)
-        self.settings = {
+        computed = {
             "tokenizer": captions.TOKENIZER,
             "idf": f"from the references of these {scored} images: CIDEr-D compares only with runs "
             "on the same images",
-            **self.settings,
         }
+        self.settings = settings_of(self.settings, computed)
 
     def samples(self) -> Sequence[Sample]:
         """One question for each image."""

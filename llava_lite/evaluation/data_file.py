@@ -28,7 +28,7 @@ from llava_lite.evaluation.records import Record, read_json, records_of
 
 NAME = "data-file"
 LIST_KEYS = ("data", "samples", "items", "images", "questions")
-ID_NAMES = ("id", "image_id", "question_id", "cocoid", "index")
+ID_NAMES = ("id", "question_id", "image_id", "cocoid", "index")
 IMAGE_NAMES = (
     *("image", "images", "image_path", "img_path", "image_file", "file_name", "filename"),
     *("file", "path", "img"),

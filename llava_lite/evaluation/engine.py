@@ -8,7 +8,8 @@
 Answers are those of `Model.generate` for every sample by itself. Samples with the same images come
 one after the other, so none is encoded twice and none is kept longer than needed. Long prompts come
 first: if memory is short that shows at once, and the last batch is no straggler. A sample that
-cannot be asked or answered costs no other one; where a batch fails, its halves are tried.
+cannot be asked or answered costs no other one; where a batch fails, its halves are tried. An
+accelerator that fails ends the run: every sample after it would fail, too.
 """
 
 from collections import deque
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from llava_lite.answer import Answer
-from llava_lite.batch import ROW_ERRORS
+from llava_lite.batch import ROW_ERRORS, is_accelerator_failure
 from llava_lite.evaluation.shared_prefix import after_shared_prefixes
 from llava_lite.evaluation.suite import Sample
 from llava_lite.generation import Model, checked_batch_size
@@ -68,7 +69,9 @@ class Group:
     @property
     def size(self) -> tuple[int, int]:
         """By this, groups of prompts of about the same length stand together."""
-        return len(self.images), max(len(sample.prompt.encode()) for sample in self.samples)
+        return len(self.images), max(
+            len(sample.prompt.encode(errors="replace")) for sample in self.samples
+        )
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def prepare(model: Model, group: Group) -> Prepared:
     try:
         images = tuple(square(model, image, size) for image in group.images)
     except ROW_ERRORS as error:
-        return Prepared(group, error=error, seconds=perf_counter() - start)
+        return Prepared(group, error=bare(error), seconds=perf_counter() - start)
     return Prepared(group, images, seconds=perf_counter() - start)
 
 
@@ -208,12 +211,13 @@ class Engine:
     def run(self, feed: "Feed") -> Iterator[Outcome]:
         """Outcomes of all that the feed has. Out of memory, batches become half as large."""
         size = self.batch_size
-        while True:
+        while not feed.ended:
             in_flight: dict[int, Job] = {}
             requests = noted(feed, in_flight)
             error = yield from self.attempt(requests, in_flight, size, feed.failed)
+            yield from passed_on(feed.failed)
             if error is None:
-                return
+                continue
             if is_out_of_memory(error):
                 size = max(1, size // 2)
             yield from self.in_halves(list(in_flight.values()), error)
@@ -231,14 +235,11 @@ class Engine:
             for index, row in self.model.run(requests, self.options, size):
                 if row.finish_reason is not None:
                     yield finished(in_flight.pop(index), row)
-                while failed:
-                    yield failed.popleft()
+                yield from passed_on(failed)
         except ROW_ERRORS as error:
-            if not in_flight:
+            if not in_flight or is_accelerator_failure(error):
                 raise
-            return error.with_traceback(None)  # which would keep all tensors of the batch
-        while failed:
-            yield failed.popleft()
+            return bare(error)
         return None
 
     def in_halves(self, jobs: Sequence[Job], error: Exception) -> Iterator[Outcome]:
@@ -256,20 +257,27 @@ class Engine:
 
 
 class Feed:
-    """Jobs, made when they are asked for; what cannot become one is in `failed`."""
+    """Jobs, made when they are asked for; what cannot become one is in `failed`.
+
+    It makes a pause as if at its end while there are failures to pass on, so that none waits for
+    images that are slow to open. `ended`: there is nothing left."""
 
     def __init__(self, engine: Engine, opened: Iterator[Prepared]) -> None:
         self.engine, self.model, self.opened = engine, engine.model, opened
         self.ready: deque[Job] = deque()
         self.failed: deque[Outcome] = deque()
+        self.ended = False
 
     def __iter__(self) -> "Feed":
         return self
 
     def __next__(self) -> Job:
         while not self.ready:
+            if self.failed:
+                raise StopIteration
             taken = self.take()
             if not taken:
+                self.ended = True
                 raise StopIteration
             checked = [self.checked(prepared) for prepared in taken]
             self.encode([jobs for jobs in checked if jobs])
@@ -294,13 +302,14 @@ class Feed:
         samples = prepared.group.samples
         seconds = {"preprocess": prepared.seconds / len(samples)}
         for sample in samples:
+            if prepared.error is not None:
+                self.failed.append(Outcome(sample, error=prepared.error, seconds=seconds))
+                continue
             try:
-                if prepared.error is not None:
-                    raise prepared.error
                 request = self.model.request(prepared.images, sample.prompt, self.engine.options)
                 jobs.append(Job(sample, request, seconds))
-            except ROW_ERRORS as error:
-                self.failed.append(Outcome(sample, error=error, seconds=seconds))
+            except (*ROW_ERRORS, UnicodeError) as error:  # half a character cannot be a token
+                self.failed.append(Outcome(sample, error=bare(error), seconds=seconds))
         return jobs
 
     def encode(self, groups: Sequence[Sequence[Job]]) -> None:
@@ -309,7 +318,9 @@ class Feed:
         try:
             encoded, seconds = self.model.encode_images(wanted, self.engine.batch_size)
         except ROW_ERRORS as error:
-            failure = error.with_traceback(None)
+            if is_accelerator_failure(error):
+                raise
+            failure = bare(error)
         else:
             rest = iter(encoded)
             shares = {phase: time / max(1, len(wanted)) for phase, time in seconds.items()}
@@ -329,8 +340,10 @@ class Feed:
         if self.engine.reuse_prefix:
             try:
                 requests = after_shared_prefixes(self.model, requests)
-            except ROW_ERRORS:  # without it every prompt runs as a whole, which takes less memory
-                pass
+            except ROW_ERRORS as error:
+                if is_accelerator_failure(error):
+                    raise
+                # Without it every prompt runs as a whole, which takes less memory.
         sharing = sum(len(jobs) for jobs in groups if len(jobs) > 1)
         share = (perf_counter() - start) / sharing if sharing else 0.0
         for jobs, begun in zip(groups, requests, strict=True):
@@ -373,6 +386,18 @@ def finished(job: Job, row: Row) -> Outcome:
     """The outcome of a job whose row is done."""
     seconds = {phase: job.seconds.get(phase, 0.0) + row.shares.get(phase, 0.0) for phase in PHASES}
     return Outcome(job.sample, row.answer(), seconds=seconds)
+
+
+def passed_on(failed: deque[Outcome]) -> Iterator[Outcome]:
+    """What failed so far, taken out."""
+    while failed:
+        yield failed.popleft()
+
+
+def bare(error: Exception) -> Exception:
+    """The error without the frames that raised it, which keep images, and tensors of a batch."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def is_out_of_memory(error: Exception) -> bool:

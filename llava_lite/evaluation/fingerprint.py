@@ -7,7 +7,7 @@ as loading it.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from llava_lite.errors import EvaluationError
@@ -19,18 +19,12 @@ CONVERTED_FILES = ("manifest.json", "config.json", "tokenizer.json", "thresholds
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's content; of a folder, of the names and sizes in it. Raises
-    EvaluationError."""
+    """sha256 of a file's content. Raises EvaluationError."""
     try:
         digest = hashlib.sha256()
-        if path.is_dir():
-            for file in files_below(path):
-                size = file.stat().st_size
-                digest.update(f"{file.relative_to(path).as_posix()}\0{size}\0".encode())
-        else:
-            with open(path, "rb") as opened:
-                while block := opened.read(1 << 20):
-                    digest.update(block)
+        with open(path, "rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
     except OSError as error:
         raise EvaluationError(f"{path}: cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()
@@ -71,9 +65,3 @@ def sampled_hash(path: Path) -> bytes:
                 file.seek(block * (size - BLOCK_BYTES) // (BLOCKS - 1))
                 digest.update(file.read(BLOCK_BYTES))
     return digest.digest()
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """All files of a folder and its subfolders, in the same order everywhere."""
-    found = (file for file in folder.rglob("*") if file.is_file())
-    yield from sorted(found, key=lambda file: file.relative_to(folder).as_posix())

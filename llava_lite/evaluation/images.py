@@ -22,11 +22,14 @@ class ImageFolder:
 
     def sample(self, sample_id: str, prompt: str, *names: str) -> Sample:
         """A question about the image of the first name that is there, or with the error that none
-        is."""
+        is.
+
+        What is asked about the same names shows the same image, there or not: shards and reports
+        must not depend on the files of a machine."""
         path = self.find(*names)
-        if path is None:
-            return Sample(sample_id, prompt, error=f"{self.folder / names[0]}: no such image file")
-        return Sample(sample_id, prompt, (path,), image_key=str(path))
+        missing = self.folder / names[0]
+        error = f"{missing}: no such image file" if path is None else None
+        return Sample(sample_id, prompt, (path or missing,), "\n".join(names), error)
 
 
 def is_file(path: Path) -> bool:

@@ -10,6 +10,7 @@ unrotated rows.
 import base64
 import binascii
 import csv
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -25,7 +26,7 @@ from llava_lite.evaluation.multiple_choice import (
     multiple_choice_prompt,
 )
 from llava_lite.evaluation.records import Record, read_tab_separated, refuse_repeated_ids
-from llava_lite.evaluation.suite import Sample, Scores
+from llava_lite.evaluation.suite import Sample, Scores, settings_of
 from llava_lite.evaluation.tally import accuracy, accuracy_by_group
 
 MAX_NEW_TOKENS = 1024
@@ -88,7 +89,10 @@ class Row:
 
 @dataclass
 class MMBenchSuite:
-    """MMBench, English or Chinese. A failed row, and one without a clear letter, is wrong."""
+    """MMBench, English or Chinese. A failed row, and one without a clear letter, is wrong.
+
+    `incomplete` are questions of which a part of the suite lacks rotations: circular accuracy would
+    flatter them, and leaves them out."""
 
     rows: Sequence[Row]
     files: Sequence[Path]
@@ -96,15 +100,17 @@ class MMBenchSuite:
     settings: Mapping[str, Any] = field(default_factory=dict)
     name: str = "mmbench"
     max_new_tokens: int = MAX_NEW_TOKENS
+    incomplete: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         refuse_repeated_ids((row.id, row.where) for row in self.rows)
-        self.settings = {
+        computed = {
             "language": self.language,
             "letter_extraction": EXTRACTION,
             "rotations": describe_rotations(self.rows),
-            **self.settings,
+            "questions_left_out_of_circular": len(self.incomplete),
         }
+        self.settings = settings_of(self.settings, computed)
 
     def samples(self) -> Sequence[Sample]:
         """All rows in the order of the file, made rotations behind the row that they rotate."""
@@ -113,7 +119,11 @@ class MMBenchSuite:
     def select(self, ids: Collection[str]) -> "MMBenchSuite":
         """The suite of these rows only."""
         chosen = [row for row in self.rows if row.id in ids]
-        return replace(self, rows=chosen)
+        whole = Counter(row.group for row in self.rows)
+        part = Counter(row.group for row in chosen)
+        incomplete = {group for group, count in part.items() if count < whole[group]}
+        incomplete |= self.incomplete & set(part)
+        return replace(self, rows=chosen, incomplete=frozenset(incomplete))
 
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Circular and vanilla accuracy, by category as well; no metrics without known answers."""
@@ -127,7 +137,11 @@ class MMBenchSuite:
             first.setdefault(row.group, row)
             circular[row.group] = circular.get(row.group, True) and right[row.id]
         by_kind = {
-            "circular": [(first[group], outcome) for group, outcome in circular.items()],
+            "circular": [
+                (first[group], outcome)
+                for group, outcome in circular.items()
+                if group not in self.incomplete
+            ],
             "vanilla": [(row, right[row.id]) for row in scored if not row.is_rotation],
         }
         metrics = {
@@ -148,7 +162,7 @@ class MMBenchSuite:
 
         The server takes the same table as .xlsx, which any spreadsheet program makes of this."""
         rows = [row for row in self.rows if not row.made]
-        columns = letters(max(len(row.options) for row in rows))
+        columns = letters(max((len(row.options) for row in rows), default=0))
         with open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter="\t", lineterminator="\n")
             writer.writerow(["index", "question", *columns, "prediction"])
@@ -234,11 +248,15 @@ def read_rows(path: Path) -> list[Row]:
     """All rows of a file with their images."""
     needed = ("index", "image", "question", "A", "B")
     images: dict[str, Image | str] = {}  # by index; a text is the index of another row
+    known: dict[str, Image] = {}  # by key: rows with the same bytes share them
     rows = []
     for record in read_tab_separated(path, needed):
         row = row_of(record)
         rows.append(row)
-        images[row.id] = image_or_reference(cell(record, "image"))
+        image = image_or_reference(cell(record, "image"))
+        if isinstance(image, Image) and image.key:
+            image = known.setdefault(image.key, image)
+        images[row.id] = image
     if not rows:
         raise EvaluationError(f"{path}: holds no rows")
     return [replace(row, image=follow(row.id, images)) for row in rows]

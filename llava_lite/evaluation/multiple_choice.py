@@ -16,6 +16,8 @@ LETTER_INSTRUCTIONS = {
 LAST_WORDS = 5
 MOST_WORDS_WITH_A = 3
 
+# "B. A cat": a label, then a text that begins with the article.
+LABEL_BEFORE_ARTICLE = re.compile(r"\s*\(?([A-Z])[.):]\s+A\s+[a-z]")
 # A run of letters of other scripts is one word, so that a letter among Chinese stands alone.
 WORD = re.compile(r"[A-Za-z0-9_'’\-]+|[^\W_A-Za-z0-9]+")
 
@@ -43,13 +45,16 @@ def chosen_letter(answer: str, options: Sequence[str]) -> str | None:
 
     The one capital letter of an option among the last five words, or else the one option whose text
     is the answer or stands in it. An "A" with words behind it may be the article: there the text
-    comes first, and the letter counts among three words at most. The official kits ask a judge
+    comes first, and the letter counts among three words at most. Of several letters the one that
+    labels a text with an article counts, or else the text. The official kits ask a judge
     model about what rules cannot tell; here it is wrong."""
     words = WORD.findall(answer)
     named = {word for word in words if len(word) == 1 and word in letters(len(options))}
-    if len(named) > 1:
-        return None
     by_text = chosen_by_text(answer, options)
+    if len(named) > 1:
+        label = LABEL_BEFORE_ARTICLE.match(answer)
+        is_clear = label is not None and named == {label[1], "A"}
+        return label[1] if label is not None and is_clear else by_text
     if not named:
         return by_text
     [letter] = named

@@ -5,7 +5,7 @@
 An image is a path, relative to the file unless a folder is given, a URL or a data URL. The text is
 asked as it is; with choices, their lines and LLaVA's instruction to answer with a letter follow.
 Choices are scored by the letter, ten answers by VQA accuracy, others by equality with one of them
-after normalising. The right choice is given as its letter, its text or its index from 0.
+after normalising. The right choice is given as its text, its letter or its index from 0.
 `category`, where it is given, groups.
 """
 
@@ -26,7 +26,7 @@ from llava_lite.evaluation.multiple_choice import (
 )
 from llava_lite.evaluation.records import Record, read_json_lines, refuse_repeated_ids
 from llava_lite.evaluation.short_answers import exact_match, short_answer_prompt, vqa_accuracy
-from llava_lite.evaluation.suite import Sample, Scores
+from llava_lite.evaluation.suite import Sample, Scores, settings_of
 from llava_lite.evaluation.tally import accuracy, accuracy_by_group
 
 MAX_NEW_TOKENS = 128
@@ -92,11 +92,8 @@ class OwnDataSuite:
     def __post_init__(self) -> None:
         refuse_repeated_ids((question.id, question.where) for question in self.questions)
         unknown = sum(not question.references for question in self.questions)
-        self.settings = {
-            "short_answer": self.short_answer,
-            **({"without_reference": unknown} if unknown else {}),
-            **self.settings,
-        }
+        given = {"short_answer": self.short_answer, **self.settings}
+        self.settings = settings_of(given, {"without_reference": unknown})
 
     def samples(self) -> Sequence[Sample]:
         """All questions in the order of the file."""
@@ -106,14 +103,15 @@ class OwnDataSuite:
         """One question, with an error if one of its images is no file."""
         prompt = question.prompt(self.short_answer)
         sources: list[str | Path] = []
+        error = None
         for name in question.images:
             source = name if URL.match(name) else self.folder.find(name)
+            missing = self.folder.folder / name
             if source is None:
-                missing = self.folder.folder / name
-                return Sample(question.id, prompt, error=f"{missing}: no such image file")
-            sources.append(source)
-        key = "\n".join(map(str, sources)) or None
-        return Sample(question.id, prompt, tuple(sources), image_key=key)
+                error = error or f"{missing}: no such image file"
+            sources.append(source or missing)
+        key = "\n".join(question.images) or None
+        return Sample(question.id, prompt, tuple(sources), key, error)
 
     def select(self, ids: Collection[str]) -> "OwnDataSuite":
         """The suite of these questions only."""
@@ -210,13 +208,15 @@ def texts_of(record: Record, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def letter_of(answer: Any, choices: Sequence[str], record: Record) -> str:
-    """The letter of a right choice, given as letter, text or index from 0.
+    """The letter of a right choice, given as text, letter or index from 0: a number that is one of
+    the choices is meant as such.
 
     Raises EvaluationError for anything that is no choice."""
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+    is_known = isinstance(answer, str | int | float) and not isinstance(answer, bool)
+    if is_known and str(answer) in choices:
+        return ascii_uppercase[choices.index(str(answer))]
+    if is_known and isinstance(answer, int) and 0 <= answer < len(choices):
         return ascii_uppercase[answer]
-    if isinstance(answer, str) and answer in choices:
-        return ascii_uppercase[choices.index(answer)]
     if isinstance(answer, str) and len(answer) == 1 and answer in letters(len(choices)):
         return answer
     raise EvaluationError(f"{record.where}: the answer {answer!r} is none of the choices")

@@ -5,7 +5,7 @@ from datetime import timedelta
 from html import escape
 from typing import Any
 
-from llava_lite.evaluation.report import USAGE, value_text
+from llava_lite.evaluation.report import USAGE, part_text, value_text
 
 MOST_BARS = 60  # of one kind of group
 COLORS = {"preprocess": "#94a3b8", "vision": "#0e7490", "prefill": "#65a30d", "decode": "#d97706"}
@@ -112,14 +112,17 @@ def card(name: str, value: str, note: str, first: bool = False) -> str:
 
 
 def warning(content: Mapping[str, Any]) -> str:
-    """Samples without an answer, and answers that hit the limit of tokens."""
+    """Samples that were not asked or have no answer, and answers that hit the limit of tokens."""
     lines = [
         f"{failure['count']:,} × {failure['reason']} ({', '.join(failure['ids'])}"
         f"{', …' if failure['count'] > len(failure['ids']) else ''})"
         for failure in content["failures"]
     ]
+    samples = content["samples"]
     if lines:
         lines.insert(0, f"No answer for {content['samples']['failed']:,}:")
+    if samples["asked"] < samples["total"]:
+        lines.insert(0, f"Warning: {part_text(samples)}.")
     if content["samples"]["cut_off"]:
         cut_off = content["samples"]["cut_off"]
         lines.append(f"Cut off at the limit of new tokens: {cut_off:,} of the answers.")

@@ -16,7 +16,7 @@ from llava_lite.errors import EvaluationError
 from llava_lite.evaluation.images import ImageFolder
 from llava_lite.evaluation.records import Record, read_json_lines, refuse_repeated_ids
 from llava_lite.evaluation.short_answers import short_answer_prompt
-from llava_lite.evaluation.suite import Metric, Sample, Scores
+from llava_lite.evaluation.suite import Metric, Sample, Scores, settings_of
 
 MAX_NEW_TOKENS = 128
 CATEGORIES = ("random", "popular", "adversarial")
@@ -80,11 +80,11 @@ class PopeSuite:
     def __post_init__(self) -> None:
         refuse_repeated_ids((question.id, question.where) for question in self.questions)
         unknown = sum(question.label is None for question in self.questions)
-        self.settings = {
+        computed = {
             "f1": "mean over the categories, as LLaVA publishes it; the other metrics are over all",
-            **({"without_reference": unknown} if unknown else {}),
-            **self.settings,
+            "without_reference": unknown,
         }
+        self.settings = settings_of(self.settings, computed)
 
     def samples(self) -> Sequence[Sample]:
         """All questions, with the official instruction to answer shortly."""

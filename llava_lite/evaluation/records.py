@@ -6,6 +6,7 @@ for record in read_json_lines(path):
 
 import csv
 import json
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from llava_lite.errors import EvaluationError
 # csv refuses fields of over 128 KiB unless told otherwise, for the whole process at once.
 LARGEST_FIELD = 2**31 - 1
 FIELD_LIMIT = threading.Lock()
+SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,28 @@ class Record:
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises EvaluationError naming the file."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{path}: not valid JSON: {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """The content of a JSON text. Halves of characters, which JSON can escape and UTF-8 cannot
+    hold, become replacement characters. Raises ValueError and RecursionError."""
+    content = json.loads(text)
+    return without_half_characters(content) if SURROGATE_ESCAPE.search(text) else content
+
+
+def without_half_characters(content: Any) -> Any:
+    """The same with every lone surrogate replaced, in keys too."""
+    if isinstance(content, str):
+        return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(content, list):
+        return [without_half_characters(item) for item in content]
+    if isinstance(content, dict):
+        clean = without_half_characters
+        return {clean(name): clean(value) for name, value in content.items()}
+    return content
 
 
 def read_json_lines(path: Path) -> list[Record]:
@@ -76,7 +97,7 @@ def read_json_lines(path: Path) -> list[Record]:
 def parse_line(line: str, where: str) -> Record:
     """One JSON object. Raises EvaluationError."""
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
     except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{where}: not valid JSON: {error}") from error
     return as_record(fields, where)
@@ -141,7 +162,9 @@ def read_tab_separated(path: Path, needed: Sequence[str]) -> Iterator[Record]:
     Raises EvaluationError for a missing column, and naming the line for a row with more fields than
     the header or for anything that csv cannot read."""
     with reading(path), open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t")
+        # Strict: without it a quote that nobody closes would swallow the rows behind it.
+        reader = csv.reader(file, delimiter="\t", strict=True)
+        line = 1
         try:
             header = [name.strip() for name in next(reader, [])]
             check_header(header, needed, path)
@@ -156,7 +179,7 @@ def read_tab_separated(path: Path, needed: Sequence[str]) -> Iterator[Record]:
                 if any(cells):
                     yield Record(dict(zip(header, cells, strict=False)), where)
         except csv.Error as error:
-            where = f"{path}, line {reader.line_num}"
+            where = f"{path}, line {line}"
             raise EvaluationError(f"{where}: not a tab-separated row: {error}") from error
 
 

@@ -27,13 +27,15 @@ USAGE = {
     "completion_tokens": "tokens of the answer",
 }
 EXAMPLES = 5  # ids named for each reason of a failure
+REASONS = 10  # reasons that are told apart; all others are one
 NOT_ASKED = "not asked yet"
+OTHER_REASONS = "other reasons"
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Predictions of one suite, from one file or the files of several shards, and the samples that
-    their runs were to ask."""
+    any of their runs was to ask: so every answer counts, and the seconds of all runs with it."""
 
     suite: Suite
     samples: Sequence[Sample]
@@ -55,7 +57,7 @@ class Evaluation:
                 )
         refuse_other_files(suite, first.settings)
         samples = suite.samples()
-        selections = [Selection.read(part.runs[-1]) for _, part in parts if part.runs]
+        selections = [Selection.read(run) for _, part in parts for run in part.runs]
         asked = {sample.id for one in selections for sample in one.of(samples)}
         return cls(
             suite,
@@ -114,7 +116,8 @@ def merged(parts: Sequence[Mapping[str, Record]]) -> dict[str, Record]:
 
 def report(evaluation: Evaluation) -> dict[str, Any]:
     """Everything as plain types, ready for json."""
-    scores, records = evaluation.scores(), evaluation.asked_records
+    part, records = evaluation.part, evaluation.asked_records
+    scores = part.score(evaluation.answers)
     answered = sum("answer" in record for record in records)
     return {
         "suite": evaluation.suite.name,
@@ -124,13 +127,14 @@ def report(evaluation: Evaluation) -> dict[str, Any]:
             for kind, groups in scores.groups.items()
         },
         "samples": {
+            "total": len(evaluation.suite.samples()),
             "asked": len(evaluation.samples),
             "answered": answered,
             "failed": len(evaluation.samples) - answered,
             "cut_off": sum(record["finish_reason"] == "length" for record in records),
         },
         "failures": failures(evaluation),
-        "settings": dict(evaluation.settings),
+        "settings": {**evaluation.settings, "suite_settings": dict(part.settings)},
         "tokens": tokens(records),
         "measured": measured(evaluation),
         "runs": [dict(run) for run in evaluation.runs],
@@ -148,13 +152,17 @@ def metric_dict(metric: Metric) -> dict[str, Any]:
 
 
 def failures(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Reasons why samples have no answer, the most frequent first, with a few ids of each."""
+    """Reasons why samples have no answer, the most frequent first, with a few ids of each; beyond
+    some, for errors name files, the rest is one reason."""
     ids: dict[str, list[str]] = {}
     for sample in evaluation.samples:
         record = evaluation.records.get(sample.id, {"error": NOT_ASKED})
         if "error" in record:
             ids.setdefault(record["error"], []).append(sample.id)
     ordered = sorted(ids.items(), key=lambda item: -len(item[1]))
+    if len(ordered) > REASONS:
+        others = [name for _, found in ordered[REASONS - 1 :] for name in found]
+        ordered = [*ordered[: REASONS - 1], (OTHER_REASONS, others)]
     return [
         {"reason": reason, "count": len(found), "ids": found[:EXAMPLES]}
         for reason, found in ordered
@@ -201,6 +209,8 @@ def table(content: Mapping[str, Any]) -> Iterator[str]:
     """Lines for people: scores, groups, then what they cost."""
     samples = content["samples"]
     yield headline(content)
+    if samples["asked"] < samples["total"]:
+        yield f"warning: {part_text(samples)}"
     yield ""
     yield f"{'score':<32}{'value':>9}{'95 % interval':>20}{'of':>8}"
     for name, metric in content["scores"].items():
@@ -215,6 +225,12 @@ def table(content: Mapping[str, Any]) -> Iterator[str]:
     for failure in content["failures"][:3]:
         yield f"  {failure['count']} x {failure['reason']} (first: {failure['ids'][0]})"
     yield from speed_lines(content)
+
+
+def part_text(samples: Mapping[str, int]) -> str:
+    """What a report of a part must say first."""
+    asked, total = samples["asked"], samples["total"]
+    return f"only {asked:,} of {total:,} samples of the data set: no score of the whole"
 
 
 def headline(content: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from llava_lite import __version__
 from llava_lite.download import resolve
 from llava_lite.evaluation.fingerprint import file_hash, model_hash
+from llava_lite.evaluation.images import ImageFolder
 from llava_lite.evaluation.suite import Suite
 from llava_lite.generation import Model
 from llava_lite.prompt import ALIASES
@@ -62,12 +63,24 @@ def answer_settings(suite: Suite, options: GenerationOptions) -> dict[str, Any]:
     return {
         "suite": suite.name,
         "files": [{"name": path.name, "sha256": file_hash(path)} for path in suite.files],
+        "images": images_folder(suite),
         "suite_settings": dict(suite.settings),
         "system": options.system,
         "reduction": str(Reduction.of(options.reduction)),
         **decoding_settings(options),
         "llava_lite": __version__,
     }
+
+
+def images_folder(suite: Suite) -> str | None:
+    """The name of the folder that holds the images, "." for that of the data set's file; None where
+    the file holds them. Not its path, which may differ between machines, nor its content: a machine
+    may have a part of it."""
+    images = getattr(suite, "folder", None)
+    if not isinstance(images, ImageFolder):
+        return None
+    folder = images.folder.absolute()
+    return "." if folder == suite.files[0].absolute().parent else folder.name
 
 
 def decoding_settings(options: GenerationOptions) -> Mapping[str, Any]:

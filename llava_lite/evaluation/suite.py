@@ -56,6 +56,13 @@ class Scores:
     groups: Mapping[str, Mapping[str, Metric]] = field(default_factory=dict)
 
 
+def settings_of(given: Mapping[str, Any], computed: Mapping[str, Any]) -> dict[str, Any]:
+    """A suite's settings: those `computed` from its samples, without what there is none of (None or
+    0), and those `given`. A part of a suite is given the whole one's, and computes its own."""
+    kept = {name: value for name, value in given.items() if name not in computed}
+    return {**{name: value for name, value in computed.items() if value not in (None, 0)}, **kept}
+
+
 class Suite(Protocol):
     """A data set with its official prompts and scoring."""
 

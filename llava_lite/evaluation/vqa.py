@@ -6,13 +6,15 @@ TextVQA   {"data": [{"question_id", "image_id", "question", "answers": [text]}]}
           `ocr_tokens` there, or in a second file {"data": [{"image_id", "ocr_tokens"}]}
 VizWiz    [{"image", "question", "answers": [{"answer"}], "answer_type"}]
 GQA       {question id: {"imageId", "question", "answer", "types": {"structural", "semantic"}}}
-LLaVA     lines of {"question_id", "image", "text"}, with or without an annotation file
+LLaVA     lines of {"question_id", "image", "text"}, with or without an annotation file; of an id
+          that several lines have, which TextVQA's do, the second becomes "id/2" and so on
 
 Ten answers are scored by VQA accuracy, a single one by equality after normalising. An image is
 COCO_val2014_000000000042.jpg, 000000000042.jpg, 42.jpg or 42.png, or what `image` says.
 """
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +36,7 @@ from llava_lite.evaluation.short_answers import (
     short_answer_prompt,
     vqa_accuracy,
 )
-from llava_lite.evaluation.suite import Sample, Scores
+from llava_lite.evaluation.suite import Sample, Scores, settings_of
 from llava_lite.evaluation.tally import accuracy, accuracy_by_group
 
 MAX_NEW_TOKENS = 128
@@ -87,12 +89,8 @@ class VqaSuite:
     def __post_init__(self) -> None:
         refuse_repeated_ids((question.id, question.where) for question in self.questions)
         unknown = sum(not question.references for question in self.questions)
-        self.settings = {
-            "scoring": scoring_of(self.questions),
-            "ocr": self.ocr,
-            **({"without_reference": unknown} if unknown else {}),
-            **self.settings,
-        }
+        computed = {"scoring": scoring_of(self.questions), "without_reference": unknown}
+        self.settings = settings_of({"ocr": self.ocr, **self.settings}, computed)
 
     def samples(self) -> Sequence[Sample]:
         """All questions, with the official instruction to answer shortly."""
@@ -221,7 +219,8 @@ def read_beside(contents: Iterable[tuple[Path, Any]]) -> Beside:
 def read_questions(path: Path, content: Any, beside: Beside) -> list[Question]:
     """All questions of a file of any of the formats."""
     if isinstance(content, list) and content and isinstance(content[0], Record):
-        return [line_question(record, beside) for record in content]
+        questions = [line_question(record, beside) for record in content]
+        return with_own_ids(questions, beside)
     if not isinstance(content, dict):
         records = records_of(content, path)
         return [question_of(record, DEFAULT_SUBTYPE, beside) for record in records]
@@ -273,6 +272,19 @@ def line_question(record: Record, beside: Beside) -> Question:
         groups={kind: str(source.get(kind)) for kind in kinds if not source.lacks(kind)},
         ocr_tokens=ocr_tokens_of(record),
     )
+
+
+def with_own_ids(questions: Sequence[Question], beside: Beside) -> list[Question]:
+    """The same, repeated ids numbered. An annotation of such an id could be of any of them: then
+    they stay, to be refused."""
+    seen: Counter[str] = Counter()
+    unique = []
+    for question in questions:
+        seen[question.id] += 1
+        if seen[question.id] > 1 and question.id not in beside.annotations:
+            question = replace(question, id=f"{question.id}/{seen[question.id]}")
+        unique.append(question)
+    return unique
 
 
 def gqa_question(question_id: str, record: Record) -> Question:
