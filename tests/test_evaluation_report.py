@@ -733,7 +733,8 @@ def test_every_run_of_a_file_says_what_is_asked(suite: FakeSuite, tmp_path: Path
     path = tmp_path / "0.jsonl"
     settings = evaluation(suite, tmp_path, []).settings
     for limit, names in ((3, ("a1", "a2", "b1")), (1, ())):
-        with PredictionsWriter(path, settings, {**RUN, "limit": limit}, reuse=True) as writer:
+        with PredictionsWriter(path, reuse=True) as writer:
+            writer.begin(settings, {**RUN, "limit": limit})
             for name in names:
                 writer.append(line(name, "yes", 3.0))
     found = read_predictions(path)
