@@ -1,6 +1,6 @@
 """What a server allows, and how much of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_lite.image import MAX_PIXELS
@@ -22,7 +22,7 @@ class Settings:
     under which browsers may reach the server, None for any. Raises ValueError."""
 
     model_name: str
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     max_queue: int = 64
     max_batch_size: int = 8
     request_timeout: float = 300.0
