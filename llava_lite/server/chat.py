@@ -113,10 +113,9 @@ class ChatService:
         finally:
             events.close()
 
-    async def prepare(
-        self, request: Request, body: Body, deadline: float
-    ) -> tuple[Job, bool]:
-        """Admit a request and read it: its job, and whether its stream ends with the usage. Raises ApiError and what makes it a bad one."""
+    async def prepare(self, request: Request, body: Body, deadline: float) -> tuple[Job, bool]:
+        """Admit a request and read it: its job, and whether its stream ends with the usage. Raises
+        ApiError and what makes it a bad one."""
         if self.draining:
             raise shutting_down()
         # A page of another site can send text, but not JSON, without the browser asking first.

@@ -54,8 +54,11 @@ class RequestLog:
         crowded = len(self.open_requests) >= MOST_REQUESTS and scope["path"] not in OPEN_PATHS
         self.open_requests.add(id(record))
         try:
-            app = ApiError(503, "too many requests at once", retry_after=1).response()
-            await (app if crowded else self.app)(scope, receive, noting)
+            if crowded:
+                refusal = ApiError(503, "too many requests at once", retry_after=1)
+                await refusal.response()(scope, receive, noting)
+            else:
+                await self.app(scope, receive, noting)
         except Exception:
             record.status = record.status or 500  # which is sent outside of here
             raise
