@@ -76,7 +76,14 @@ def test_data_urls() -> None:
 
 def test_percent_signs_in_data_urls() -> None:
     data = encoded(Image.fromarray(PIXELS))
-    for quoted in (quote(data), quote(base64.b64encode(data) + b"\n"), "%00a%zz%%41%"):
+    for quoted in (
+        quote(data),
+        quote(base64.b64encode(data) + b"\n"),
+        "%00a%zz%%41%",
+        "%",
+        "%4",
+        "a%4F",
+    ):
         assert image_module._unquote(quoted.encode()) == unquote_to_bytes(quoted)
     assert same(load_image("data:image/png," + quote(data)))
     assert same(load_image("data:image/png;base64," + quote(base64.b64encode(data) + b"\n")))

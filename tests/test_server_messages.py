@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -391,11 +392,15 @@ def test_urls_are_switched_off() -> None:
         ("http://sub/a.png", "not allowed"),
     ],
 )
-def test_hosts_that_are_not_asked(monkeypatch: pytest.MonkeyPatch, url: str, reason: str) -> None:
+def test_hosts_that_are_not_asked(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, url: str, reason: str
+) -> None:
+    caplog.set_level(logging.INFO, "llava_lite.server")
     settings = Settings("tiny", url_domains=("images.test", "*.sub", "127.0.0.1"))
     monkeypatch.setattr(fetch.socket, "socket", None)  # nothing can be connected to
-    with pytest.raises(ImageError, match=reason):
+    with pytest.raises(ImageError, match="not an image that can be fetched from here"):
         fetch_image(url, settings)
+    assert reason in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ Lists are bounded, and end at their first error: a small body must not cost much
 
 import time
 import uuid
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import BaseModel, FailFast, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from llava_lite.answer import Answer
 from llava_lite.server.errors import ApiError
@@ -17,9 +17,6 @@ from llava_lite.server.errors import ApiError
 MOST_MESSAGES, MOST_PARTS = 1000, 256
 MOST_TOOL_CALLS = 128  # none is supported; the list is only looked at
 MOST_STOPS, LONGEST_STOP = 16, 1000
-
-T = TypeVar("T")
-Briefly = Annotated[list[T], FailFast()]
 
 
 class ImageUrl(BaseModel):
@@ -40,8 +37,8 @@ class Message(BaseModel):
     """One message of the conversation."""
 
     role: str
-    content: str | Annotated[Briefly[Part], Field(max_length=MOST_PARTS)] | None = None
-    tool_calls: Annotated[Briefly[Any], Field(max_length=MOST_TOOL_CALLS)] | None = None
+    content: str | Annotated[list[Part], Field(max_length=MOST_PARTS, fail_fast=True)] | None = None
+    tool_calls: list[Any] | None = Field(None, max_length=MOST_TOOL_CALLS)
 
 
 class StreamOptions(BaseModel):
@@ -54,7 +51,7 @@ class ChatRequest(BaseModel):
     """The body of /v1/chat/completions. `top_k` and `reduction` are extensions. Of what is not
     supported it has what must ask for nothing (`SAYS_NOTHING`)."""
 
-    messages: Briefly[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: list[Message] = Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)
     model: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -62,7 +59,7 @@ class ChatRequest(BaseModel):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    stop: str | Annotated[Briefly[str], Field(max_length=MOST_STOPS)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
