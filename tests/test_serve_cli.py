@@ -338,7 +338,8 @@ def test_no_step_of_the_model_keeps_the_process(signals: int) -> None:
         slow_server(0.1 if signals == 1 else 60, step_seconds=60) as (process, url),
         stream_of(url, 300) as response,
     ):
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
         eventually(lambda: httpx.get(f"{url}/health").json()["running"] == 1)
         process.send_signal(signal.SIGINT)
         if signals == 2:
