@@ -15,10 +15,10 @@ class Settings:
     """One server. Bytes, pixels and counts are upper limits, times are seconds.
 
     max_queue: requests that may wait, those being prepared included; with more, status 429, as
-    where bodies of more than max_queue * max_body_bytes together are being sent. max_batch_size: requests that the model runs at once. request_timeout: from the first byte
-    of a request to the last of its answer. shutdown_timeout: for running requests to finish.
-    max_pixels: of an image, and of the square that it is padded to; what would need a larger one
-    is padded after it was made small.
+    where bodies of more than max_queue * max_body_bytes together are being sent. max_batch_size:
+    requests that the model runs at once. request_timeout: from the first byte of a request to the
+    last of its answer. shutdown_timeout: for running requests to finish. max_pixels: of an image,
+    and of the square that it is padded to; what would need a larger one is made small first.
     url_domains: hosts that images may be fetched from ("*.example.org" is all below it); none by
     default. media_root: folder that images may be read from; none by default. allowed_hosts: names
     under which browsers may reach the server, None for any. Raises ValueError."""
