@@ -370,7 +370,7 @@ def add_eval(commands: Any) -> None:
     )
     shared = (add_sampling_arguments, add_model_arguments, generation_options, parse_reduction)
     program = eval_cli.Program(
-        add_command, *shared, load_model, default_source, positive, natural, shard
+        add_command, *shared, load_model, load_options, default_source, positive, natural, shard
     )
     eval_cli.add_commands(parser, program)
 

@@ -18,12 +18,15 @@ from llava_lite.console import say
 from llava_lite.errors import EvaluationError
 from llava_lite.evaluation.suite import Suite
 from llava_lite.evaluation.suites import SUITES, Exporting, SuiteKind, open_suite, split_paths
+from llava_lite.integrations import ray_batch
 
 if TYPE_CHECKING:
     from llava_lite.evaluation.predictions import Record
     from llava_lite.evaluation.report import Evaluation
+    from llava_lite.evaluation.runner import Ask
     from llava_lite.generation import Model
     from llava_lite.reduction import Reduction
+    from llava_lite.sampling import GenerationOptions
 
 OK, FAILED = 0, 1
 
@@ -55,7 +58,8 @@ the exit code is then 1.
 
 After a crash or Ctrl-C the same command with --reuse goes on where it stopped. It refuses answers
 that were given with other settings. Shards on N machines get a DIR each; `llava-lite eval report
-DIR... -o DIR` makes one report of them."""
+DIR... -o DIR` makes one report of them. With --ray models in several actors answer into one DIR;
+--reuse goes on with or without it."""
 
 REPORT_HELP = """\
 The data set is opened where it was; --files says where it is now. The answers must have been given
@@ -76,6 +80,7 @@ class Program:
     generation_options: Callable[[argparse.Namespace], dict[str, Any]]
     parse_reduction: Callable[[argparse.Namespace], "Reduction | None"]
     load_model: Callable[[argparse.Namespace], "Model"]
+    load_options: Callable[[argparse.Namespace], dict[str, Any]]
     default_source: Callable[[str | None], str]
     positive: Callable[[str], int]
     natural: Callable[[str], int]
@@ -161,6 +166,7 @@ def add_data_set(commands: Any, program: Program, name: str, kind: SuiteKind) ->
     for option, words in kind.options.items():
         add_option(parser, option, words)
     add_run_arguments(parser, program)
+    ray_batch.add_arguments(parser, program.positive)
     program.add_sampling_arguments(parser, "what the data set asks for")
     add_output_arguments(parser)
     program.add_model_arguments(parser)
@@ -247,15 +253,18 @@ def add_report(commands: Any, program: Program) -> None:
 def run_data_set(args: argparse.Namespace, program: Program) -> int:
     """`llava-lite eval mmbench`, and so on."""
     folder = output_folder(args)
+    cluster = ray_batch.parse_cluster(args)
     options = program.generation_options(args)
     reopen = suite_arguments(args)
     suite = suite_of(reopen)
     check_export(args, suite)
     options["max_new_tokens"] = options["max_new_tokens"] or suite.max_new_tokens
-    model = program.load_model(args)
-    answer(args, program, suite, model, options, folder, reopen)
     from llava_lite.evaluation import predictions, report
+    from llava_lite.sampling import GenerationOptions
 
+    wishes = GenerationOptions(**options)
+    ask = asking(args, program, wishes, cluster)
+    answer(args, suite, ask, wishes, folder, reopen)
     found = predictions.read_predictions(folder / predictions.FILE_NAME)
     return deliver(args, report.Evaluation.of(suite, [(str(folder), found)]), folder)
 
@@ -301,29 +310,47 @@ def check_export(args: argparse.Namespace, suite: Suite) -> None:
         args.parser.error(f"--export: {suite.name} has no format for answers")
 
 
-def answer(
+def asking(
     args: argparse.Namespace,
     program: Program,
+    options: "GenerationOptions",
+    cluster: ray_batch.Cluster | None,
+) -> "Ask":
+    """Who answers: the actors of a cluster, or a model that is loaded here."""
+    named, load_options = program.default_source(args.model), program.load_options(args)
+    if cluster is not None:
+        from llava_lite.integrations.ray_eval import asking_actors
+
+        source = ray_batch.ModelSource(named, load_options)
+        return asking_actors(source, cluster, options, args.batch_size, args.workers)
+    from llava_lite.evaluation.engine import Engine
+    from llava_lite.evaluation.runner import asking_here
+    from llava_lite.evaluation.settings import Origin, model_settings
+
+    model = program.load_model(args)
+    engine = Engine(model, options, args.batch_size, args.workers)
+    return asking_here(engine, model_settings(model, Origin.of(named, load_options), options))
+
+
+def answer(
+    args: argparse.Namespace,
     suite: Suite,
-    model: "Model",
-    options: Mapping[str, Any],
+    ask: "Ask",
+    options: "GenerationOptions",
     folder: Path,
     reopen: Mapping[str, Any],
 ) -> None:
     """Ask what is missing, with a bar of progress."""
-    from llava_lite.evaluation.runner import Files, Selection, Work, run
-    from llava_lite.evaluation.settings import ModelSource, answer_settings
-    from llava_lite.sampling import GenerationOptions
+    from llava_lite.evaluation.runner import Files, Selection, run
+    from llava_lite.evaluation.settings import answer_settings
 
-    wishes = GenerationOptions(**options)
-    source = ModelSource(hash_of_model(args, program), args.quantize, args.compile)
     progress = Progress(args.quiet)
     try:
         run(
             suite.samples(),
-            Work(model, wishes, args.batch_size, args.workers),
+            ask,
             Files(folder, args.reuse, args.retry_errors, args.force),
-            answer_settings(suite, model, source, wishes),
+            answer_settings(suite, options),
             Selection(args.limit, args.shard),
             reopen,
             progress.start,
@@ -335,19 +362,6 @@ def answer(
         raise
     finally:
         progress.close()
-
-
-def hash_of_model(args: argparse.Namespace, program: Program) -> str:
-    """The hash of everything that the model was loaded from."""
-    from llava_lite.download import resolve
-    from llava_lite.evaluation.fingerprint import model_hash
-
-    named = program.default_source(args.model)
-    path = resolve(
-        named, revision=args.revision, offline=args.offline, vision_tower=args.vision_tower
-    )
-    beside = [Path(name).expanduser() for name in (args.base, args.vision_tower) if name]
-    return model_hash([path, *(found for found in beside if found.exists())])
 
 
 class Progress:

@@ -168,16 +168,17 @@ def load_source(
     shapes = decoder_linears(model)
     check_shapes(shapes, kind)
     check_operator(method, device, wanted)
-    # A file stays mapped, and counts as this process's memory, while anything in it is in use.
-    copy = stored is None or kind.repacks
-    state = {}
-    for name in source.names():
-        module = name.removesuffix(".weight")
-        if module in shapes:
-            parts = parts_of(source, name, kind, device, wanted)
-            model.set_submodule(module, kind(parts, own=stored is None))
-        else:
-            state[name] = source.read(name, wanted).to(device, copy=copy)
+    names, state = source.names(), {}
+    linears = [name for name in names if name.removesuffix(".weight") in shapes]
+    for name in linears:
+        parts = parts_of(source, name, kind, device, wanted)
+        model.set_submodule(name.removesuffix(".weight"), kind(parts, own=stored is None))
+    # All that was read of a mapped file counts as this process's memory while anything in it is in
+    # use. What stays there, such as the table of words, is mapped anew.
+    source.unmap()
+    for name in names:
+        if name not in linears:
+            state[name] = source.read(name, wanted).to(device)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 

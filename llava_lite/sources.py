@@ -222,6 +222,10 @@ class Source:
         for name in self.names():
             yield name, self.read(name, dtype)
 
+    def unmap(self) -> None:
+        """Let go of the mapped file: the next tensor maps it anew."""
+        self._last = None
+
     def _stored(self, entry: Entry) -> Tensor:
         tensors = self.in_memory.get(entry.file)
         if tensors is None:

@@ -21,7 +21,7 @@ from conftest import ROOT
 from llava_lite.answer import Answer
 from llava_lite.errors import EvaluationError, ImageError
 from llava_lite.evaluation import fingerprint, predictions
-from llava_lite.evaluation.engine import Outcome
+from llava_lite.evaluation.engine import Engine, Outcome
 from llava_lite.evaluation.fingerprint import file_hash, model_hash
 from llava_lite.evaluation.page import page
 from llava_lite.evaluation.predictions import (
@@ -31,8 +31,8 @@ from llava_lite.evaluation.predictions import (
     read_predictions,
 )
 from llava_lite.evaluation.report import Evaluation, report, table
-from llava_lite.evaluation.runner import Files, Selection, Work, record_of, run
-from llava_lite.evaluation.settings import ModelSource, answer_settings
+from llava_lite.evaluation.runner import Ask, Files, Selection, asking_here, record_of, run
+from llava_lite.evaluation.settings import Origin, answer_settings, model_settings
 from llava_lite.evaluation.suite import Metric, Sample, Scores
 from llava_lite.generation import Model
 from llava_lite.reduction import Reduction, ToMe
@@ -57,7 +57,8 @@ def line(name: str, answer: str | None = "yes", elapsed: float = 1.0) -> dict[st
 
 def write(path: Path, *lines: dict[str, Any], **options: Any) -> None:
     settings = options.pop("settings", SETTINGS)
-    with PredictionsWriter(path, settings, RUN, **options) as writer:
+    with PredictionsWriter(path, **options) as writer:
+        writer.begin(settings, RUN)
         for record in lines:
             writer.append(record)
 
@@ -85,7 +86,8 @@ def test_lines_come_back_as_they_were_written(path: Path) -> None:
 
 
 def test_a_line_is_in_the_file_as_soon_as_it_is_appended(path: Path) -> None:
-    with PredictionsWriter(path, SETTINGS, RUN) as writer:
+    with PredictionsWriter(path) as writer:
+        writer.begin(SETTINGS, RUN)
         for number in range(3):
             writer.append(line(str(number)))
             assert len(read_predictions(path).records) == number + 1
@@ -101,7 +103,8 @@ def test_reuse_goes_on_after_a_cut_at_every_byte(path: Path) -> None:
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
         kept = whole[:size].count(b'{"id": ') if whole[:size].endswith(b"\n") else None
-        with PredictionsWriter(path, SETTINGS, RUN, reuse=True) as writer:
+        with PredictionsWriter(path, reuse=True) as writer:
+            writer.begin(SETTINGS, RUN)
             before = writer.before
             done = before.done()
             assert kept is None or len(done) == kept
@@ -155,7 +158,8 @@ def test_differences_name_what_was_and_what_is() -> None:
 
 
 def test_two_runs_on_one_file_do_not_mix(path: Path) -> None:
-    with PredictionsWriter(path, SETTINGS, RUN) as writer:
+    with PredictionsWriter(path) as writer:
+        writer.begin(SETTINGS, RUN)
         writer.append(line("a"))
         for options in ({"reuse": True}, {"force": True}):
             with pytest.raises(PredictionsError, match="another run is writing to it"):
@@ -203,7 +207,8 @@ def test_lines_are_forced_to_the_disk_now_and_then(
     clock, synced = [100.0], []
     monkeypatch.setattr(predictions, "monotonic", lambda: clock[0])
     monkeypatch.setattr(os, "fsync", lambda _: synced.append(clock[0]))
-    with PredictionsWriter(path, SETTINGS, RUN) as writer:
+    with PredictionsWriter(path) as writer:
+        writer.begin(SETTINGS, RUN)
         for seconds in (1, 3, 2, 4, 2):
             clock[0] += seconds
             writer.append(line(str(seconds)))
@@ -307,9 +312,9 @@ def test_settings_hold_all_that_changes_an_answer(tiny_model: Model, suite: Fake
     """Each of them changes the settings, and nothing is there that no test changes."""
 
     def settings(model: Model = tiny_model, suite: FakeSuite = suite, **options: Any) -> Any:
-        source = options.pop("source", ModelSource("1"))
+        origin = options.pop("origin", Origin("1"))
         wishes = GenerationOptions(**{"max_new_tokens": 4, **options})
-        return answer_settings(suite, model, source, wishes)
+        return {**model_settings(model, origin, wishes), **answer_settings(suite, wishes)}
 
     def other_model(exif: bool = True, **changes: Any) -> Model:
         config = replace(tiny_model.config, **changes)
@@ -329,9 +334,9 @@ def test_settings_hold_all_that_changes_an_answer(tiny_model: Model, suite: Fake
         settings(seed=3),
         settings(stop="."),
         settings(reduction=Reduction(ToMe(keep=6))),
-        settings(source=ModelSource("2")),
-        settings(source=ModelSource("1", quantize="int8")),
-        settings(source=ModelSource("1", compile=True)),
+        settings(origin=Origin("2")),
+        settings(origin=Origin("1", quantize="int8")),
+        settings(origin=Origin("1", compile=True)),
         settings(suite=replace(suite, settings={"language": "cn"})),
         settings(suite=replace(suite, name="other")),
         settings(suite=replace(suite, files=[])),
@@ -357,7 +362,8 @@ def evaluation(
     for number, lines in enumerate(parts):
         path = tmp_path / f"{number}.jsonl"
         run_line = {**RUN, **(changes.get("runs") or [{}] * len(parts))[number]}
-        with PredictionsWriter(path, settings, run_line) as writer:
+        with PredictionsWriter(path) as writer:
+            writer.begin(settings, run_line)
             for record in lines:
                 writer.append(record)
         found.append((path.name, read_predictions(path)))
@@ -472,14 +478,13 @@ def test_what_does_not_belong_together_is_refused(suite: FakeSuite, tmp_path: Pa
 def test_a_record_holds_an_answer_or_the_reason_for_none() -> None:
     sample = Sample("7", "?")
     answer = Answer("a dog", "length", {"prompt_tokens": 3})
-    found = record_of(Outcome(sample, answer, seconds={"decode": 0.12345678}), 1.23456, None)
+    found = record_of(Outcome(sample, answer, seconds={"decode": 0.12345678}), None)
     assert found == {
         "id": "7",
         "answer": "a dog",
         "finish_reason": "length",
         "usage": {"prompt_tokens": 3},
         "seconds": {"decode": 0.123457},
-        "elapsed": 1.235,
         "peak_bytes": None,
     }
     reasons = {
@@ -488,7 +493,7 @@ def test_a_record_holds_an_answer_or_the_reason_for_none() -> None:
         "MemoryError": MemoryError(),
     }
     for reason, error in reasons.items():
-        failed = record_of(Outcome(sample, error=error), 0.0, None)
+        failed = record_of(Outcome(sample, error=error), None)
         assert (failed["error"], failed["finish_reason"]) == (reason, "error")
         assert "answer" not in failed
 
@@ -565,8 +570,9 @@ def test_the_page_of_nothing_is_a_page(suite: FakeSuite, tmp_path: Path) -> None
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def work(model: Model) -> Work:
-    return Work(model, GenerationOptions(max_new_tokens=3), batch_size=2, workers=1)
+def ask(model: Model) -> Ask:
+    engine = Engine(model, GenerationOptions(max_new_tokens=3), batch_size=2, workers=1)
+    return asking_here(engine, {"model": "random"})
 
 
 def test_a_run_asks_what_is_missing(tiny_model: Model, tmp_path: Path) -> None:
@@ -577,7 +583,7 @@ def test_a_run_asks_what_is_missing(tiny_model: Model, tmp_path: Path) -> None:
     def go(selection: Selection, **options: bool) -> list[str]:
         heard.clear()
         run(
-            *(samples, work(tiny_model), Files(tmp_path, **options), settings, selection),
+            *(samples, ask(tiny_model), Files(tmp_path, **options), settings, selection),
             on_start=lambda *counts: heard.append(counts),
             on_record=lambda record: heard.append(record["id"]),
         )
@@ -596,7 +602,9 @@ def test_a_run_asks_what_is_missing(tiny_model: Model, tmp_path: Path) -> None:
             None, sample.prompt, max_new_tokens=3
         )
     assert [entry["samples"] for entry in found.runs] == [3, 2, 2, 0, 1]
+    assert found.settings == {"model": "random", "suite": "fake"}
     assert found.runs[0]["threads"] == torch.get_num_threads()
+    assert found.runs[0]["seconds"] == max(found.records[n]["elapsed"] for n in "012") > 0
     assert Selection.read(found.runs[1]) == Selection(None, (2, 2))
 
 
@@ -609,7 +617,8 @@ torch.set_num_threads(1)
 from pathlib import Path
 from PIL import Image
 from conftest import CORPUS, TINY_TEXT, random_llava
-from llava_lite.evaluation.runner import Files, Selection, Work, run
+from llava_lite.evaluation.engine import Engine
+from llava_lite.evaluation.runner import Files, Selection, asking_here, run
 from llava_lite.evaluation.suite import Sample
 from llava_lite.generation import Model
 from llava_lite.sampling import GenerationOptions
@@ -625,9 +634,9 @@ for line in sys.stdin:
     folder, reuse = line.split()
     pid = os.fork()
     if not pid:
-        work = Work(model, GenerationOptions(max_new_tokens=3), batch_size=4, workers=1)
+        engine = Engine(model, GenerationOptions(max_new_tokens=3), batch_size=4, workers=1)
         files = Files(Path(folder), reuse == "reuse")
-        run(samples, work, files, {{"suite": "kill"}}, Selection())
+        run(samples, asking_here(engine, {{}}), files, {{"suite": "kill"}}, Selection())
         os._exit(0)
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

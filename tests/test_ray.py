@@ -1,4 +1,4 @@
-"""Batches and samples on Ray: two actors on this machine give what one process gives."""
+"""Batches and evaluations on Ray: two actors on this machine give what one process gives."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,22 @@ from PIL import Image
 from llava_lite import batch, cli
 from llava_lite.batch import BatchError, Record
 from llava_lite.checkpoint import save_model
+from llava_lite.evaluation.fingerprint import model_hash
+from llava_lite.evaluation.predictions import read_predictions
 from llava_lite.evaluation.suite import Sample
 from llava_lite.generation import Model
-from llava_lite.integrations import ray_batch
+from llava_lite.integrations import ray_batch, ray_eval
 from llava_lite.integrations.ray_batch import (
     Cluster,
     ModelSource,
     Predictor,
     RayError,
-    answer_samples,
     images_of,
     map_blocks,
     run_batch,
 )
+from llava_lite.integrations.ray_eval import asking_actors, in_whole_groups
+from llava_lite.sampling import GenerationOptions
 from llava_lite.tokenizer import Tokenizer
 
 OPTIONS = {"max_new_tokens": 6}
@@ -68,13 +72,10 @@ def ray_here() -> Iterator[Any]:
     """Ray on this machine with two CPUs, once for all tests: it takes its time to start."""
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # of 15 a busy machine leaves workers no time
+        ray.init(address="local", num_cpus=2, **options)
     yield ray
     ray.shutdown()
 
@@ -152,39 +153,6 @@ def test_shards_are_those_of_a_plain_batch(
     rows, output = batch.read_rows(folder / "rows.jsonl"), tmp_path / "out.jsonl"
     run_batch(rows, output, ModelSource(), TWO, shard=(2, 5), **OPTIONS)
     assert [record["id"] for record in read(output)] == ["row 1", "row 6", 7]
-
-
-def test_samples_of_an_evaluation(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, tiny_model: Model
-) -> None:
-    """Images as bytes and as functions, and a sample that cannot be asked."""
-    monkeypatch.setattr(ray_batch, "map_blocks", LocalRay(tiny_model))
-    red = (folder / "red.png").read_bytes()
-    samples = [
-        Sample("a", "star?", (red,), "red"),
-        Sample("b", "ring", error="no image"),
-        Sample("c", "ring", (lambda: red,)),
-        Sample("d", "star?", (b"broken",)),
-        Sample("e", "star?"),
-        Sample("f", "star?", (lambda: (folder / "gone.png").read_bytes(),)),
-    ]
-    source = ModelSource()
-    first, second, third, broken, last, gone = answer_samples(
-        samples, source, TWO, batch_size=3, **OPTIONS
-    )
-    answer = tiny_model.generate(red, "star?", **OPTIONS)
-    assert first == {
-        "id": "a",
-        "answer": str(answer),
-        "finish_reason": answer.finish_reason,
-        "usage": answer.usage,
-    }
-    assert second == {"id": "b", "error": "no image", "finish_reason": "error", "usage": {}}
-    assert third["answer"] == tiny_model.generate(red, "ring", **OPTIONS)
-    assert (broken["id"], broken["finish_reason"], broken["usage"]) == ("d", "error", {})
-    assert "answer" not in broken and broken["error"]
-    assert gone["id"] == "f" and "gone.png" in gone["error"]
-    assert last["answer"] == tiny_model.generate(None, "star?", **OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -284,22 +252,29 @@ def test_more_actors_than_fit(
         ray_batch.pool(cluster)
 
 
+def commands(rows: Path, output: Path) -> list[list[str]]:
+    """Those that can run on Ray."""
+    files = [str(rows), "-o", str(output)]
+    return [["batch", *files], ["eval", "jsonl", *files]]
+
+
 def test_without_ray_the_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray.data", None)
-    output = tmp_path / "out.jsonl"
-    assert cli.main(["batch", str(folder / "rows.jsonl"), "-o", str(output), "--ray"]) == 1
-    assert "pip install 'llava-lite[ray]'" in capsys.readouterr().err
+    for command in commands(folder / "rows.jsonl", tmp_path / "out"):
+        assert cli.main([*command, "--ray"]) == 1
+        assert "pip install 'llava-lite[ray]'" in capsys.readouterr().err
+        assert not (tmp_path / "out").is_dir()
     assert list(map_blocks([], lambda *_: None, ModelSource(), TWO)) == []  # nothing to do
 
 
 @pytest.mark.parametrize("flags", [["--ray-actors", "2"], ["--ray-address", "auto"]])
 def test_flags_need_ray(folder: Path, capsys: Any, flags: list[str]) -> None:
-    arguments = ["batch", str(folder / "rows.jsonl"), "-o", str(folder / "no.jsonl"), *flags]
-    assert cli.main(arguments) == 2
-    assert f"{flags[0]} needs --ray" in capsys.readouterr().err
-    assert not (folder / "no.jsonl").exists()
+    for command in commands(folder / "rows.jsonl", folder / "no"):
+        assert cli.main([*command, *flags]) == 2
+        assert f"{flags[0]} needs --ray" in capsys.readouterr().err
+        assert not (folder / "no").exists()
 
 
 def test_importing_it_imports_no_ray() -> None:
@@ -309,20 +284,82 @@ def test_importing_it_imports_no_ray() -> None:
     assert subprocess.run(run, capture_output=True, text=True, env=environment).stdout == "False\n"
 
 
-# ---- with Ray ------------------------------------------------------------------------------------
+# ---- an evaluation, without Ray ------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_two_actors_write_what_one_process_writes(
-    ray_here: Any, folder: Path, tmp_path: Path, source: ModelSource, plain: list[Record]
+def test_blocks_hold_all_samples_about_the_same_images() -> None:
+    def ids(size: int) -> list[str]:
+        samples = [
+            Sample("a", "?", ("x",), "x"),
+            Sample("b", "long?", ("y",), "y"),
+            Sample("c", "?", ("x",), "x"),
+            Sample("d", "?"),
+            Sample("e", "?", ("y",), "y"),
+            Sample("f", "?", ("y",), "y"),
+            Sample("g", "", error="no image"),
+        ]
+        return ["".join(sample.id for sample in block) for block in in_whole_groups(samples, size)]
+
+    assert ids(1) == ["bef", "ac", "d", "g"]
+    assert ids(2) == ["bef", "ac", "dg"]
+    assert ids(4) == ["befac", "dg"]
+    assert in_whole_groups([], 4) == []
+
+
+def test_images_that_lie_here_are_found_from_any_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, heard = tmp_path / "out.jsonl", list[Record]()
-    rows = batch.read_rows(folder / "rows.jsonl")
-    summary = run_batch(rows, output, source, TWO, batch_size=2, on_record=heard.append, **OPTIONS)
-    assert [comparable(record) for record in read(output)] == plain
-    assert heard == read(output)
-    assert (summary.answered, summary.failed) == (8, 4)
-    assert summary.first_error is not None and summary.first_error["id"] == "row 3"
+    monkeypatch.chdir(folder)
+    images = ("red.png", Path("red.png"), "gone.png", "https://example.org/red.png", b"red.png")
+    found = ray_eval.absolute(Sample("a", "?", images, "key"))
+    here = str(folder / "red.png")
+    assert found == Sample("a", "?", (here, here, *images[2:]), "key")
+
+
+def test_samples_travel_whatever_their_images_are(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tiny_model: Model, source: ModelSource
+) -> None:
+    """Bytes, functions, no image, and samples that cannot be asked, to actors and back."""
+    cloudpickle = pytest.importorskip("ray.cloudpickle")
+
+    class Travelling(LocalRay):
+        def __call__(self, blocks: Sequence[Any], work: Any, *_: object) -> Iterator[Any]:
+            for result in super().__call__(*cloudpickle.loads(cloudpickle.dumps((blocks, work)))):
+                yield cloudpickle.loads(cloudpickle.dumps(result))
+
+    monkeypatch.setattr(ray_eval, "map_blocks", Travelling(tiny_model))
+    monkeypatch.setattr(ray_eval, "connected", nullcontext)
+    monkeypatch.setattr(ray_eval, "pool", lambda _: (8, 1, 0))
+    red = (folder / "red.png").read_bytes()
+    samples = [
+        Sample("bytes", "star?", (red,), "red"),
+        Sample("no image", "ring", error="no image"),
+        Sample("function", "ring", (lambda: red,)),
+        Sample("broken", "star?", (b"broken",)),
+        Sample("text", "star?"),
+        Sample("again", "ring", (red,), "red"),
+    ]
+    ask = asking_actors(source, TWO, GenerationOptions(**OPTIONS), batch_size=2)
+    with ask(samples) as asked:
+        found = {record["id"]: record for record in asked.records}
+    answers = {name: record.get("answer") for name, record in found.items()}
+    ring = tiny_model.generate(red, "ring", **OPTIONS)
+    assert answers == {
+        "bytes": tiny_model.generate(red, "star?", **OPTIONS),
+        "no image": None,
+        "function": ring,
+        "broken": None,
+        "text": tiny_model.generate(None, "star?", **OPTIONS),
+        "again": ring,
+    }
+    assert found["again"]["usage"] == ring.usage
+    assert found["no image"]["error"] == "no image" and found["broken"]["error"]
+    assert asked.settings["model_hash"] == model_hash([Path(str(source.name))])
+    # Groups of two, one, one, one and one, at least one sample in a block, and the empty one.
+    assert (asked.about["actors"], asked.about["batch_size"]) == (6, 2)
+
+
+# ---- with Ray ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -360,22 +397,67 @@ def test_a_predictor_in_a_pipeline(
         assert found[number] == tiny_model.generate(folder / "red.png", text, **OPTIONS)
 
 
+@pytest.fixture(scope="module")
+def questions(folder: Path, plain: list[Record]) -> Path:
+    """A data set of the same rows. What the model says is right for the first six of twelve, two of
+    which have no image to be asked about."""
+    rows = []
+    for number, row in enumerate(read(folder / "rows.jsonl")):
+        images = [row["image"]] if isinstance(row["image"], str) else row["image"] or []
+        right = plain[number].get("answer", "x") if number < 6 else "x"
+        question = {"id": str(row["id"]), "question": row["prompt"], "answers": [right]}
+        rows.append({**question, "images": images})
+    path = folder / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def evaluate(questions: Path, output: Path, source: ModelSource, *flags: str) -> dict[str, Any]:
+    """The report of `llava-lite eval`, without what differs between two runs."""
+    words = ["eval", "jsonl", str(questions), "-o", str(output), "-m", str(source.name), "-n", "6"]
+    words += ["--device", "cpu", "--threads", "1", "--batch-size", "1", "--quiet", *flags]
+    assert cli.main(words) == cli.FAILED  # some questions cannot be asked
+    content = json.loads((output / "report.json").read_text())
+    return {name: content[name] for name in content if name not in ("measured", "runs")}
+
+
 @pytest.mark.slow
-def test_kill_9_and_resume(
-    folder: Path, tmp_path: Path, source: ModelSource, plain: list[Record]
+def test_an_evaluation_is_the_same_here_and_on_two_actors(
+    ray_here: Any, questions: Path, tmp_path: Path, source: ModelSource
 ) -> None:
-    """The program itself, on a Ray of its own, killed as soon as it has written something."""
-    pytest.importorskip("ray.data")
+    here, there = tmp_path / "here", tmp_path / "there"
+    expected = evaluate(questions, here, source)
+    assert expected["scores"]["accuracy"]["value"] == pytest.approx(4 / 12)
+    assert evaluate(questions, there, source, "--ray", "--ray-actors", "2") == expected
+    file = there / "predictions.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:7]) + lines[7][:40])  # a killed run: five answers and a half
+    kept = read_predictions(file).records
+    assert evaluate(questions, there, source, "--reuse", "--ray", "--ray-actors", "1") == expected
+    assert evaluate(questions, there, source, "--reuse") == expected
+    found = read_predictions(file)
+    assert found.records.items() >= kept.items() and len(kept) == 5
+    assert found.answers == read_predictions(here / "predictions.jsonl").answers
+    assert len(file.read_bytes().splitlines()) == 1 + 3 + 12  # header, runs, samples
+    runs = [(run["samples"], run.get("actors")) for run in found.runs]
+    assert runs == [(5, 2), (7, 1), (0, None)]
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_two_actors_write_what_one_process_writes(
+    ray_here: Any, folder: Path, tmp_path: Path, source: ModelSource, plain: list[Record]
+) -> None:
+    """The program itself, on a cluster that is there, killed once it has written something."""
     many, output = tmp_path / "many.jsonl", tmp_path / "out.jsonl"
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    rows = [row | {"image": absolute(folder, row["image"])} for row in rows]
-    asked = [row | {"id": f"{round} {row['id']}"} for round in range(20) for row in rows]
+    rows = [row | {"image": absolute(folder, row["image"])} for row in read(folder / "rows.jsonl")]
+    asked = [row | {"id": f"{round} {row['id']}"} for round in range(10) for row in rows]
     many.write_text("\n".join(map(json.dumps, asked)))
-    command = [sys.executable, "-m", "llava_lite", "batch", str(many), "-o", str(output)]
-    command += ["-m", str(source.name), "--device", "cpu", "-n", "6", "--batch-size", "2"]
-    command += ["--ray", "--ray-actors", "2", "--threads", "1", "--resume", "--quiet"]
+    words = ["batch", str(many), "-o", str(output), "-m", str(source.name), "--device", "cpu"]
+    words += ["-n", "6", "--batch-size", "2", "--threads", "1", "--resume", "--quiet", "--ray"]
+    address = ray_here.get_runtime_context().gcs_address
+    killed = [sys.executable, "-m", "llava_lite", *words, "--ray-address", address]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen(killed, env=environment)
     deadline = time.monotonic() + 240
     while not (output.exists() and output.stat().st_size) and time.monotonic() < deadline:
         assert process.poll() is None
@@ -384,11 +466,14 @@ def test_kill_9_and_resume(
     process.wait()
     before = output.read_bytes()
     assert 0 < before.count(b"\n") < len(asked)
-    command[command.index("--ray-actors") + 1] = "1"  # nothing depends on how many there are
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 1  # some rows failed, as they should
+    heard: list[Record] = []
+    options = {"batch_size": 2, "resume": True, "on_record": heard.append, **OPTIONS}
+    summary = run_batch(batch.read_rows(many), output, source, TWO, **options)
     assert output.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
     records = read(output)
+    assert heard == records[-len(heard) :]
+    assert summary.answered + summary.present == 8 * 10
+    assert summary.first_error is not None and summary.failed == 4 * 10
     assert [record["id"] for record in records] == [row["id"] for row in asked]
     for number, record in enumerate(records):
         expected = plain[number % len(plain)]

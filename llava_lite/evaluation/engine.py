@@ -102,6 +102,11 @@ def image_groups(samples: Iterable[Sample]) -> list[Group]:
     return [Group(tuple(members)) for members in groups.values()]
 
 
+def longest_first(samples: Iterable[Sample]) -> list[Group]:
+    """Groups of samples about the same images, those with long prompts first."""
+    return sorted(image_groups(samples), key=lambda group: group.size, reverse=True)
+
+
 def select_shard(samples: Sequence[Sample], shard: tuple[int, int]) -> list[Sample]:
     """Every n-th group of samples about the same images from the i-th on, for shard = (i, n), in
     the order of the samples.
@@ -190,9 +195,8 @@ class Engine:
                 askable.append(sample)
             else:
                 yield Outcome(sample, error=sample.error)
-        groups = sorted(image_groups(askable), key=lambda group: group.size, reverse=True)
         ahead = LOOK_AHEAD * self.batch_size
-        opened = prepared_ahead(groups, self.prepare, self.workers, ahead)
+        opened = prepared_ahead(longest_first(askable), self.prepare, self.workers, ahead)
         try:
             yield from self.run(Feed(self, opened))
         finally:

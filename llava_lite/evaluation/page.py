@@ -253,7 +253,8 @@ def run_cells(run: Mapping[str, Any]) -> Iterator[str]:
     yield str(run.get("started", ""))
     yield f"{run['samples']:,}"
     yield f"{run.get('seconds', 0.0):,.1f}"
-    yield f"{run.get('device')}, {run.get('name')}, {run.get('threads')} threads"
+    actors = f", {run['actors']} actors" if run.get("actors") else ""
+    yield f"{run.get('device')}, {run.get('name')}, {run.get('threads')} threads{actors}"
     yield f"Python {run.get('python')}, torch {run.get('torch')}"
 
 

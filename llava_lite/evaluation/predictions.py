@@ -125,7 +125,8 @@ def add_sample(found: Predictions, record: Record, number: int, path: Path) -> N
         run = found.runs[-1]
         run["samples"] += 1
         run["seconds"] = record.get("elapsed", 0.0)
-        run["peak_bytes"] = record.get("peak_bytes")
+        peaks = (run.get("peak_bytes"), record.get("peak_bytes"))  # of several actors the highest
+        run["peak_bytes"] = max((peak for peak in peaks if peak), default=None)
 
 
 def refuse_foreign_end(line: bytes, number: int, path: Path) -> None:
@@ -159,55 +160,50 @@ def shown(value: Any) -> str:
 
 
 class PredictionsWriter:
-    """A predictions file that one run appends to.
+    """A predictions file that one run appends to: `begin`, then `append` each sample's line.
 
-    `reuse` goes on with a file of the same settings, `force` replaces one; without either, a file
-    that holds anything is refused. `before` is what it held. Raises PredictionsError, also where
-    another process writes to it, and OSError."""
+    `reuse` goes on with a file, `force` replaces one; without either, a file that holds anything is
+    refused. `before` is what it held and goes on to hold; nothing changes until `begin`. Raises
+    PredictionsError, also where another process writes to it, and OSError."""
 
-    def __init__(
-        self,
-        path: Path,
-        settings: Mapping[str, Any],
-        run: Mapping[str, Any],
-        reuse: bool = False,
-        force: bool = False,
-    ) -> None:
+    def __init__(self, path: Path, reuse: bool = False, force: bool = False) -> None:
         self.path, self.synced = path, monotonic()
-        plain = json.loads(json.dumps(settings))  # as a file gives it back
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b")
         try:
             lock(self.file, path)
-            self.before = self.prepare(plain, reuse, force)
-            if not self.before.size:
-                self.write({"predictions": FORMAT, "settings": plain}, {"run": dict(run)})
-            else:
-                self.write({"run": dict(run)})
+            self.before = Predictions({}) if force else self.read(reuse)
         except BaseException:
             self.file.close()
             raise
 
-    def prepare(self, settings: Record, reuse: bool, force: bool) -> Predictions:
-        """Cut off what is not whole, or all that is to be replaced. Returns what stays."""
+    def read(self, reuse: bool) -> Predictions:
+        """What the file holds."""
         self.file.seek(0)
-        if force:
-            self.file.truncate(0)
-            return Predictions(settings)
         if not reuse and self.file.read(1):
             raise PredictionsError(
                 f"{self.path}: is there already; go on with it (--reuse), replace it (--force), or "
                 "name another folder"
             )
         self.file.seek(0)
-        before = parse(self.file, self.path) or Predictions(settings)
-        different = differences(before.settings, settings)
+        return parse(self.file, self.path) or Predictions({})
+
+    def begin(self, settings: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+        """Cut off what is not whole, or all that is to be replaced, and write the lines before the
+        samples. Raises PredictionsError where what stays was answered with other settings."""
+        plain = json.loads(json.dumps(settings))  # as a file gives it back
+        starts = {"run": dict(run)}
+        if not self.before.size:
+            self.file.truncate(0)
+            self.write({"predictions": FORMAT, "settings": plain}, starts)
+            return
+        different = differences(self.before.settings, plain)
         if different:
             raise PredictionsError(
                 f"{self.path}: was answered with other settings: {'; '.join(different)}"
             )
-        self.file.truncate(before.size)
-        return before
+        self.file.truncate(self.before.size)
+        self.write(starts)
 
     def append(self, record: Record) -> None:
         """Write one sample's line. Raises OSError."""

@@ -3,7 +3,8 @@
 import os
 import platform
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,12 +13,10 @@ from typing import Any
 
 import torch
 
-from llava_lite.evaluation.engine import DEFAULT_WORKERS, Engine, Outcome, select_shard
+from llava_lite.evaluation.engine import Engine, Outcome, select_shard
 from llava_lite.evaluation.predictions import FILE_NAME, PredictionsWriter, Record
 from llava_lite.evaluation.suite import Sample
-from llava_lite.generation import Model
 from llava_lite.hardware import machine
-from llava_lite.sampling import GenerationOptions
 
 
 @dataclass(frozen=True)
@@ -54,18 +53,21 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Work:
-    """How the samples are asked."""
+class Asked:
+    """Samples that are being answered. `settings` of the model that does it, for the header;
+    `about` it and its machine, for the line of the run; `records` as they come, in any order."""
 
-    model: Model
-    options: GenerationOptions
-    batch_size: int | None = None
-    workers: int = DEFAULT_WORKERS
+    settings: Record
+    about: Record
+    records: Iterator[Record]
+
+
+Ask = Callable[[Sequence[Sample]], AbstractContextManager[Asked]]
 
 
 def run(
     samples: Sequence[Sample],
-    work: Work,
+    ask: Ask,
     files: Files,
     settings: Mapping[str, Any],
     selection: Selection,
@@ -73,26 +75,27 @@ def run(
     on_start: Callable[[int, int], None] | None = None,
     on_record: Callable[[Record], None] | None = None,
 ) -> None:
-    """Ask what `selection` takes of all samples and the predictions do not hold.
+    """Have answered what `selection` takes of all samples and the predictions do not hold.
 
-    `settings` make their header; `reopen` says how the suite is opened again for a report.
-    `on_start` hears how many samples there are, and how many of them are done; `on_record` of each
-    line. Every line is kept whatever ends the run. Raises as `PredictionsWriter` and `Engine`."""
-    engine = Engine(work.model, work.options, work.batch_size, work.workers)
+    `ask` does it, here or elsewhere. `settings` and those of its model make the header; `reopen`
+    says how the suite is opened again for a report. `on_start` hears how many samples there are,
+    and how many of them are done; `on_record` of each line. Every line is kept whatever ends the
+    run. Raises as `PredictionsWriter` and `ask`."""
     chosen = selection.of(samples)
-    about = about_run(work, selection, reopen or {})
-    start = perf_counter()
-    with PredictionsWriter(files.predictions, settings, about, files.reuse, files.force) as writer:
-        done = writer.before.done(files.retry_errors)
-        todo = missing(chosen, done)
-        if on_start:
-            on_start(len(chosen), len(chosen) - len(todo))
-        for outcome in engine.answer(todo):
-            elapsed = perf_counter() - start
-            record = record_of(outcome, elapsed, peak_bytes(work.model.llava.device))
-            writer.append(record)
-            if on_record:
-                on_record(record)
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    with PredictionsWriter(files.predictions, files.reuse, files.force) as writer:
+        todo = missing(chosen, writer.before.done(files.retry_errors))
+        with ask(todo) as asked:
+            about = {"started": started, **asdict(selection), **asked.about}
+            writer.begin({**asked.settings, **settings}, {**about, "suite": dict(reopen or {})})
+            if on_start:
+                on_start(len(chosen), len(chosen) - len(todo))
+            start = perf_counter()
+            for record in asked.records:
+                line = {**record, "elapsed": round(perf_counter() - start, 3)}
+                writer.append(line)
+                if on_record:
+                    on_record(line)
 
 
 def missing(samples: Sequence[Sample], done: Collection[str]) -> list[Sample]:
@@ -100,26 +103,41 @@ def missing(samples: Sequence[Sample], done: Collection[str]) -> list[Sample]:
     return [sample for sample in samples if sample.id not in done]
 
 
-def about_run(work: Work, selection: Selection, reopen: Mapping[str, Any]) -> Record:
+# ---- answering -----------------------------------------------------------------------------------
+
+
+def asking_here(engine: Engine, settings: Record) -> Ask:
+    """The engine answers, in this process; `settings` are those of its model."""
+
+    @contextmanager
+    def ask(samples: Sequence[Sample]) -> Iterator[Asked]:
+        with closing(records_of(engine, samples)) as records:
+            yield Asked(settings, about(engine), records)
+
+    return ask
+
+
+def about(engine: Engine) -> Record:
     """What does not change an answer, but is worth knowing of a run."""
-    device = work.model.llava.device
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **asdict(selection),
-        "batch_size": work.batch_size,
-        "workers": work.workers,
+        "batch_size": engine.batch_size,
+        "workers": engine.workers,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **machine(str(device), torch.get_num_threads()),
-        "suite": dict(reopen),
+        **machine(str(engine.model.llava.device), torch.get_num_threads()),
     }
 
 
-def record_of(outcome: Outcome, elapsed: float, peak: int | None) -> Record:
-    """The line of one sample. `elapsed`: seconds since its run began; `peak`: of its memory."""
+def records_of(engine: Engine, samples: Sequence[Sample]) -> Generator[Record, None, None]:
+    """The line of each sample, as it is done; `run` adds when that was."""
+    for outcome in engine.answer(samples):
+        yield record_of(outcome, peak_bytes(engine.model.llava.device))
+
+
+def record_of(outcome: Outcome, peak: int | None) -> Record:
+    """The line of one sample. `peak`: bytes of memory so far, where it was answered."""
     about = {
         "seconds": {phase: round(time, 6) for phase, time in outcome.seconds.items()},
-        "elapsed": round(elapsed, 3),
         "peak_bytes": peak,
     }
     answer, name = outcome.answer, outcome.sample.id

@@ -3,10 +3,12 @@ of every report."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llava_lite import __version__
-from llava_lite.evaluation.fingerprint import file_hash
+from llava_lite.download import resolve
+from llava_lite.evaluation.fingerprint import file_hash, model_hash
 from llava_lite.evaluation.suite import Suite
 from llava_lite.generation import Model
 from llava_lite.prompt import ALIASES
@@ -15,7 +17,7 @@ from llava_lite.sampling import GenerationOptions
 
 
 @dataclass(frozen=True)
-class ModelSource:
+class Origin:
     """How a model was loaded: the hash of its files (fingerprint.py), how its weights were rounded
     while loading, and whether its steps are compiled."""
 
@@ -23,26 +25,45 @@ class ModelSource:
     quantize: str | None = None
     compile: bool = False
 
+    @classmethod
+    def of(cls, source: str, options: Mapping[str, Any]) -> "Origin":
+        """That of `llava_lite.load(source, **options)`, once it is loaded: a hub id is then on this
+        disk. Raises CheckpointError, EvaluationError."""
+        base, tower = options.get("base"), options.get("vision_tower")
+        path = resolve(
+            source,
+            revision=options.get("revision"),
+            offline=options.get("offline", False),
+            vision_tower=tower,
+        )
+        beside = [Path(name).expanduser() for name in (base, tower) if name]
+        files = [path, *(found for found in beside if found.exists())]
+        return cls(model_hash(files), options.get("quantize"), options.get("compile", False))
 
-def answer_settings(
-    suite: Suite, model: Model, source: ModelSource, options: GenerationOptions
-) -> dict[str, Any]:
-    """All settings of one evaluation, in the order in which people read them."""
+
+def model_settings(model: Model, origin: Origin, options: GenerationOptions) -> dict[str, Any]:
+    """The settings that only who has the model knows."""
     template = options.template or model.config.template
+    return {
+        "model": model.config.name,
+        "model_hash": origin.hash,
+        "dtype": str(model.llava.dtype).removeprefix("torch."),
+        "quantize": origin.quantize,
+        "compile": origin.compile,
+        "device": model.llava.device.type,
+        "template": ALIASES.get(template, template),
+        "pad": model.config.pad,
+        "exif": model.exif,
+    }
+
+
+def answer_settings(suite: Suite, options: GenerationOptions) -> dict[str, Any]:
+    """All other settings of one evaluation, in the order in which people read them."""
     return {
         "suite": suite.name,
         "files": [{"name": path.name, "sha256": file_hash(path)} for path in suite.files],
         "suite_settings": dict(suite.settings),
-        "model": model.config.name,
-        "model_hash": source.hash,
-        "dtype": str(model.llava.dtype).removeprefix("torch."),
-        "quantize": source.quantize,
-        "compile": source.compile,
-        "device": model.llava.device.type,
-        "template": ALIASES.get(template, template),
         "system": options.system,
-        "pad": model.config.pad,
-        "exif": model.exif,
         "reduction": str(Reduction.of(options.reduction)),
         **decoding_settings(options),
         "llava_lite": __version__,

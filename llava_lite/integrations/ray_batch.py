@@ -4,20 +4,20 @@
     ray.data.read_json("questions.jsonl").map_batches(Predictor, ...)     a pipeline of your own
 
 `map_blocks` is the core: blocks of anything picklable go to a pool of actors, and what each makes
-of them comes back in order. `run_batch` is `batch.run_batch` over it: same files, same rules.
+of them comes back in order. `run_batch` is `batch.run_batch` over it: same files, same rules. An
+evaluation over it is ray_eval.py.
 Actors open images themselves: paths must mean the same on every machine.
 """
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_lite.batch import (
-    DEFAULT_BATCH_SIZE,
     ROW_ERRORS,
     Record,
     Row,
@@ -32,7 +32,6 @@ from llava_lite.errors import LlavaLiteError
 
 if TYPE_CHECKING:
     from llava_lite.answer import Answer
-    from llava_lite.evaluation.suite import Sample
     from llava_lite.generation import Model
 
 Work = Callable[["Model", Any], Any]  # what an actor does with its model and one block
@@ -143,7 +142,7 @@ def answer_each(
 
 def map_blocks(
     blocks: Sequence[Any], work: Work, source: ModelSource, cluster: Cluster
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """`work(model, block)` of every block, each in some actor of the cluster, in the order of the
     blocks, as soon as they come.
 
@@ -287,7 +286,7 @@ def ray_errors() -> Iterator[None]:
         raise RayError(f"Ray failed: {lines[-1]}") from error
 
 
-# ---- batches and samples -------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------
 
 
 def run_batch(
@@ -336,49 +335,6 @@ def absolute(row: Row) -> Row:
 def in_blocks(items: Sequence[Any], size: int) -> list[list[Any]]:
     """The items in order, `size` in a block."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
-
-
-def answer_samples(
-    samples: "Sequence[Sample]",
-    source: ModelSource,
-    cluster: Cluster,
-    *,
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    **options: Any,
-) -> Iterator[Record]:
-    """An evaluation's samples, answered on a cluster: {id, answer | error, finish_reason, usage} of
-    each, in order, as soon as it comes. A sample that fails costs no other. Raises RayError."""
-
-    def work(model: "Model", block: "list[Sample]") -> list[Record]:
-        return sample_records(model, block, options)
-
-    for records in map_blocks(in_blocks(samples, batch_size), work, source, cluster):
-        yield from records
-
-
-def sample_records(
-    model: "Model", samples: "Sequence[Sample]", options: Mapping[str, Any]
-) -> list[Record]:
-    """The records of some samples, in order."""
-    asked = [sample for sample in samples if sample.error is None]
-    prompts = [sample.prompt for sample in asked]
-    answers = iter(answer_each(model, [sample.images for sample in asked], prompts, options))
-    return [
-        sample_record(sample, next(answers) if sample.error is None else None) for sample in samples
-    ]
-
-
-def sample_record(sample: "Sample", answer: "Answer | BaseException | None") -> Record:
-    """One line of a predictions file."""
-    if answer is None or isinstance(answer, BaseException):
-        why = sample.error if answer is None else reason_of(answer)
-        return {"id": sample.id, "error": why, "finish_reason": "error", "usage": {}}
-    return {
-        "id": sample.id,
-        "answer": str(answer),
-        "finish_reason": answer.finish_reason,
-        "usage": answer.usage,
-    }
 
 
 # ---- command line --------------------------------------------------------------------------------
