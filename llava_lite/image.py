@@ -8,8 +8,8 @@ import base64
 import contextlib
 import io
 import os
+import re
 import threading
-import urllib.parse
 import warnings
 from typing import Any, BinaryIO
 
@@ -32,6 +32,16 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Beyond this side a padded canvas takes more than 800 MB; such strips are resized before padding.
 _MAX_CANVAS_SIDE = 16_384
+
+# Encoders make about ten scans; each costs a pass over all pixels, however few bytes it has.
+_MAX_SCANS = 100
+_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # the end, and those with a length
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+
+# The value of each character as a hexadecimal digit; 16 where it is none.
+_HEX_DIGITS = np.full(256, 16, np.uint8)
+_HEX_DIGITS[np.frombuffer(b"0123456789abcdefABCDEF", np.uint8)] = (*range(16), *range(10, 16))
+_WHITESPACE = b" \t\n\r\v\f"
 
 # PIL warns about large images through the process-wide filters, which are not safe to swap in
 # two threads at once.
@@ -129,6 +139,7 @@ def _open_encoded(file: BinaryIO, name: str) -> Image.Image:
     if not file.read(1):
         raise ImageError(f"{name}: the file is empty")
     file.seek(0)
+    _check_scans(file, name)
     try:
         with _WARNING_FILTERS, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -140,6 +151,28 @@ def _open_encoded(file: BinaryIO, name: str) -> Image.Image:
         raise ImageError(
             f"{name}: not an image, or an unsupported format (supported: {known})"
         ) from error
+
+
+def _check_scans(file: BinaryIO, name: str) -> None:
+    """Refuse a JPEG of very many scans: it would take hours to decode."""
+    if file.read(2) == b"\xff\xd8":
+        data = b"\xff\xd8" + file.read()
+        most = data.count(b"\xff\xda")  # also those in thumbnails and in what follows the end
+        if most > _MAX_SCANS and _count_scans(data) > _MAX_SCANS:
+            raise ImageError(f"{name}: a JPEG of more than {_MAX_SCANS} scans")
+    file.seek(0)
+
+
+def _count_scans(data: bytes) -> int:
+    """Scans of a JPEG, segment by segment to the image's end."""
+    count, place = 0, 0
+    while found := _JPEG_MARKER.search(data, place):
+        marker, place = found[1][0], found.end()
+        if marker == _END_OF_IMAGE:
+            break
+        count += marker == _START_OF_SCAN
+        place += int.from_bytes(data[place : place + 2], "big")
+    return count
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
@@ -207,15 +240,30 @@ def _data_url_bytes(url: str, name: str, limits: Limits) -> bytes:
         raise ImageError(f"{name}: a data URL needs a comma before its data")
     if len(payload) > 4 * limits.max_bytes:  # percent-encoding takes 3 characters for a byte
         raise ImageError(f"{name}: more than {limits.max_bytes} bytes")
-    data = urllib.parse.unquote_to_bytes(payload)
+    data = _unquote(payload.encode()) if "%" in payload else payload.encode()
     if header.lower().endswith(";base64"):
+        data = data.translate(None, _WHITESPACE)
+        if len(data) > 4 * -(-limits.max_bytes // 3):
+            raise ImageError(f"{name}: more than {limits.max_bytes} bytes")
         try:
-            data = base64.b64decode(b"".join(data.split()), validate=True)
+            data = base64.b64decode(data, validate=True)
         except ValueError as error:
             raise ImageError(f"{name}: damaged base64 data: {error}") from error
     if len(data) > limits.max_bytes:
         raise ImageError(f"{name}: more than {limits.max_bytes} bytes")
     return data
+
+
+def _unquote(data: bytes) -> bytes:
+    """`urllib.parse.unquote_to_bytes` without its object for every percent sign."""
+    values = np.frombuffer(data, np.uint8)
+    digits = _HEX_DIGITS[values]
+    escaped = (values[:-2] == ord("%")) & (digits[1:-1] < 16) & (digits[2:] < 16)
+    [places] = np.nonzero(escaped)  # they cannot overlap: a percent sign is no digit
+    result, kept = values.copy(), np.ones(len(values), bool)
+    result[places] = digits[places + 1] * 16 + digits[places + 2]
+    kept[places + 1] = kept[places + 2] = False
+    return result[kept].tobytes()
 
 
 # ---- pixel values ------------------------------------------------------------------------------
@@ -246,15 +294,20 @@ def preprocess(image: Image.Image, size: int = 336, pad: bool = True) -> Tensor:
     return ((pixels - mean) / std)[None].contiguous()
 
 
-def to_square(image: Image.Image, size: int = 336, pad: bool = True) -> Image.Image:
-    """The RGB picture (size, size) that the pixel values of `preprocess` are made of."""
+def to_square(
+    image: Image.Image, size: int = 336, pad: bool = True, max_canvas_side: int = _MAX_CANVAS_SIDE
+) -> Image.Image:
+    """The RGB picture (size, size) that the pixel values of `preprocess` are made of. What would
+    need a larger canvas to pad is padded after the resize."""
     image = to_rgb(image) if image.mode != "RGB" else image
-    return _resize_padded(image, size) if pad else _resize_cropped(image, size)
+    if pad:
+        return _resize_padded(image, size, max_canvas_side)
+    return _resize_cropped(image, size)
 
 
-def _resize_padded(image: Image.Image, size: int) -> Image.Image:
+def _resize_padded(image: Image.Image, size: int, max_canvas_side: int) -> Image.Image:
     side = max(image.size)
-    if side > _MAX_CANVAS_SIDE and image.size[0] != image.size[1]:
+    if side > max_canvas_side and image.size[0] != image.size[1]:
         width, height = (max(1, round(edge * size / side)) for edge in image.size)
         return pad_to_square(image.resize((width, height), Image.Resampling.BICUBIC))
     return pad_to_square(image).resize((size, size), Image.Resampling.BICUBIC)

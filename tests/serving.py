@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
+from torch import Tensor
 
 from llava_lite.generation import Model
 from llava_lite.sampling import GenerationOptions
@@ -29,6 +30,7 @@ class Gated(Model):
         self.sizes: list[int] = []
         self.poison: Request | None = None
         self.fails_to_start: Request | None = None
+        self.breaks_after_drawing: Request | None = None
 
     def step(self, rows: Sequence[Row]) -> None:
         assert self.steps.acquire(timeout=TIMEOUT)
@@ -38,6 +40,12 @@ class Gated(Model):
             raise RuntimeError("poison")
         self.sizes.append(len(rows))
         super().step(rows)
+
+    def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
+        tokens = super().next_tokens(logits, rows)
+        if any(row.request is self.breaks_after_drawing for row in rows):
+            raise RuntimeError("broken")
+        return tokens
 
     def start(
         self, requests: Sequence[Request], options: Sequence[GenerationOptions], batch_size: int

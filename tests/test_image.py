@@ -11,10 +11,12 @@ import socket
 import sys
 import threading
 import time
+import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote_to_bytes
 
 import numpy as np
 import pytest
@@ -70,6 +72,55 @@ def test_data_urls() -> None:
     assert same(load_image(f"data:image/png;base64,{base}"))
     assert same(load_image(f"DATA:;BASE64,{base[:20]}\n{base[20:]}", allow_urls=False))
     assert same(load_image("data:image/png," + "".join(f"%{byte:02x}" for byte in PNG)))
+
+
+def test_percent_signs_in_data_urls() -> None:
+    data = encoded(Image.fromarray(PIXELS))
+    for quoted in (
+        quote(data),
+        quote(base64.b64encode(data) + b"\n"),
+        "%00a%zz%%41%",
+        "%",
+        "%4",
+        "a%4F",
+    ):
+        assert image_module._unquote(quoted.encode()) == unquote_to_bytes(quoted)
+    assert same(load_image("data:image/png," + quote(data)))
+    assert same(load_image("data:image/png;base64," + quote(base64.b64encode(data) + b"\n")))
+
+
+def test_data_urls_take_memory_in_proportion() -> None:
+    """Neither percent signs nor white space cost an object each."""
+    for piece in ("%", "a ", "a%20"):
+        for header in ("data:image/png;base64,", "data:image/png,"):
+            url = header + piece * (2**20 // len(piece))
+            tracemalloc.start()
+            with pytest.raises(ImageError):
+                load_image(url, max_bytes=2**20)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 20 * 2**20
+
+
+def test_base64_that_is_too_long_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_module.base64, "b64decode", None)
+    refused("data:image/png;base64," + "A" * 137, "more than 100 bytes", max_bytes=100)
+
+
+def test_jpegs_of_very_many_scans_are_refused() -> None:
+    image = Image.fromarray(PIXELS)
+    data = encoded(image, "JPEG", progressive=True)
+    start = data.rindex(b"\xff\xda")
+    scan, scans = data[start:-2], image_module._count_scans(data)
+    assert data.endswith(b"\xff\xd9") and 5 < scans < 20
+    more = 100 - scans
+    assert load_image(data[:-2] + scan * more + b"\xff\xd9").size == image.size
+    refused(data[:-2] + scan * (more + 1) + b"\xff\xd9", "a JPEG of more than 100 scans")
+    fill = scan.replace(b"\xff\xda", b"\xff\xff\xff\xda")
+    refused(data[:-2] + fill * (more + 1) + b"\xff\xd9", "a JPEG of more than 100 scans")
+    # What follows the end is no scan, nor is what stands in a segment, such as a thumbnail.
+    comment = b"\xff\xfe" + (2 + 2 * 300).to_bytes(2, "big") + b"\xff\xda" * 300
+    assert load_image(data[:2] + comment + data[2:] + b"\xff\xda" * 300).size == image.size
 
 
 def test_arrays_and_tensors() -> None:

@@ -234,14 +234,17 @@ sys.path.insert(0, sys.argv[1])
 from dataclasses import replace
 from conftest import CORPUS, TINY_CONFIG, TINY_TEXT, random_llava
 from llava_lite.generation import Model
+from llava_lite.server import run
 from llava_lite.server.app import create_app
 from llava_lite.server.run import listen, serve
 from llava_lite.server.settings import Settings
 from llava_lite.tokenizer import train_tokenizer
 
+run.CLOSE_SECONDS = 0.5
+
 class Slow(Model):
     def step(self, rows):
-        time.sleep(0.05)
+        time.sleep(float(sys.argv[3]))
         super().step(rows)
 
 endless = replace(TINY_CONFIG, text=replace(TINY_TEXT, eos_id=0))  # ends only where it must
@@ -254,9 +257,11 @@ with listen("127.0.0.1", 0) as sock:
 
 
 @contextmanager
-def slow_server(shutdown_timeout: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A process with a model of 20 steps a second, and its URL."""
-    arguments = [str(ROOT / "tests"), str(shutdown_timeout)]
+def slow_server(
+    shutdown_timeout: float, step_seconds: float = 0.05
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process with a model of 20 steps a second or fewer, and its URL."""
+    arguments = [str(ROOT / "tests"), str(shutdown_timeout), str(step_seconds)]
     command = [sys.executable, "-c", SLOW_SERVER, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -324,6 +329,23 @@ def test_a_second_signal_does_not_wait() -> None:
             seen += lines
         process.wait(20)
     assert "data: [DONE]" not in seen and len(text_of(seen)) < 300
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_no_step_of_the_model_keeps_the_process(signals: int) -> None:
+    """Neither after the time to finish, nor after a second signal."""
+    with (
+        slow_server(0.1 if signals == 1 else 60, step_seconds=60) as (process, url),
+        stream_of(url, 300) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        eventually(lambda: httpx.get(f"{url}/health").json()["running"] == 1)
+        process.send_signal(signal.SIGINT)
+        if signals == 2:
+            eventually(lambda: httpx.get(f"{url}/health").status_code == 503)
+            process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
 
 
 def test_the_program() -> None:

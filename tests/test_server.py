@@ -24,8 +24,10 @@ from serving import Gated, Running, eventually, serving
 
 import llava_lite
 from llava_lite import fetch
+from llava_lite.errors import ContextError
 from llava_lite.generation import Model
 from llava_lite.reduction import Reduction
+from llava_lite.server import middleware
 from llava_lite.server.app import create_app
 from llava_lite.server.settings import Settings
 from llava_lite.tokenizer import Tokenizer
@@ -465,7 +467,10 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         httpd.shutdown()
 
 
-def test_urls_of_allowed_domains_and_where_they_lead(model: Model, elsewhere: str) -> None:
+def test_urls_of_allowed_domains_and_where_they_lead(
+    model: Model, elsewhere: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "llava_lite.server")
     home = elsewhere.replace("images.test", "127.0.0.1")
     other = elsewhere.replace("images.test", "other.test")
     domains = ("images.test", "127.0.0.1", "169.254.169.254")
@@ -490,10 +495,14 @@ def test_urls_of_allowed_domains_and_where_they_lead(model: Model, elsewhere: st
             (f"{elsewhere}/to?data:image/png;base64,AAAA", "no http"),
             (f"{elsewhere}/loop", "more than 5 redirects"),
             (f"{elsewhere}/much", "more than 100000 bytes"),
-            (f"{elsewhere}/nothing", "empty"),
         ):
-            with pytest.raises(openai.BadRequestError, match=reason):
+            caplog.clear()
+            with pytest.raises(openai.BadRequestError) as caught:
                 ask(url)
+            # What is inside the network is for the log alone.
+            said = caught.value.body["message"].removeprefix(f"image 1: {fetch.describe(url)}: ")
+            assert said == "not an image that can be fetched from here; send a data URL"
+            assert reason in caplog.text
 
 
 def test_files_below_the_media_root(model: Model) -> None:
@@ -602,6 +611,136 @@ def test_a_request_that_takes_too_long(gated: Gated, stream: bool) -> None:
         gated.steps.release(10_000)
         running.until_idle()
         assert len(gated.sizes) <= 1
+
+
+def test_those_who_leave_make_room(gated: Gated) -> None:
+    """While the model is busy with a step, the queue holds only who is there."""
+    with serving(gated, max_batch_size=1, max_queue=2) as running:
+        worker, port = running.service.worker, int(running.url.rpartition(":")[2])
+        with connection(port, posted(wish_for(2))):
+            eventually(lambda: health(running)["running"] == 1)
+            with connection(port, posted(wish_for(2))), connection(port, posted(wish_for(2))):
+                eventually(lambda: worker.num_waiting == 2)
+            eventually(lambda: worker.num_waiting == 0)
+            with connection(port, posted(wish_for(2))):
+                eventually(lambda: worker.num_waiting == 1)
+                gated.steps.release(10_000)
+                running.until_idle()
+        assert running.app.state.statuses[429] == 0
+
+
+def posted(body: Any, missing: int = 0) -> bytes:
+    """A request as it is sent, its last bytes missing."""
+    content = json.dumps(body).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content[: len(content) - missing]
+
+
+@contextlib.contextmanager
+def connection(port: int, data: bytes) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", port), 20) as sock:
+        sock.sendall(data)
+        yield sock
+
+
+def test_bodies_that_do_not_come_take_no_place_in_the_queue(gated: Gated) -> None:
+    gated.steps.release(10_000)
+    with serving(gated, max_queue=2) as running, contextlib.ExitStack() as open_ones:
+        port = int(running.url.rpartition(":")[2])
+        for _ in range(5):
+            open_ones.enter_context(connection(port, posted(wish_for(2), missing=1)))
+        eventually(lambda: len(running.app.state.open_requests) == 5)
+        eventually(lambda: running.service.memory.taken > 0)
+        with client_of(running) as client:
+            assert client.chat.completions.create(**wish_for(2)).usage.completion_tokens == 2
+        open_ones.close()
+        eventually(lambda: not running.app.state.open_requests)
+        assert running.service.memory.taken == 0
+
+
+def test_bodies_have_bounded_memory_together(gated: Gated) -> None:
+    with serving(gated, max_queue=2, max_body_bytes=1000) as running:
+        port, body = int(running.url.rpartition(":")[2]), {"messages": "x" * 900}
+        with connection(port, posted(body, 1)), connection(port, posted(body, 1)):
+            eventually(lambda: running.service.memory.taken > 1800)
+            with connection(port, posted(body)) as third:
+                assert b" 429 " in third.recv(1000).partition(b"\r\n")[0]
+
+
+def test_idle_connections_do_not_make_the_server_unwell(server: Running) -> None:
+    port = int(server.url.rpartition(":")[2])
+    with contextlib.ExitStack() as idle:
+        for _ in range(1100):
+            idle.enter_context(connection(port, b""))
+        assert health(server)["status"] == "ok"
+
+
+def test_too_many_requests_at_once(gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "MOST_REQUESTS", 1)
+    with serving(gated) as running:
+        port = int(running.url.rpartition(":")[2])
+        with connection(port, posted(wish_for(2), missing=1)):
+            eventually(lambda: len(running.app.state.open_requests) == 1)
+            response = httpx.get(f"{running.url}/v1/models")
+            assert response.status_code == 503 and response.headers["retry-after"] == "1"
+            assert response.json()["error"]["message"] == "too many requests at once"
+            assert health(running)["status"] == "ok"
+
+
+def test_an_answer_is_as_long_as_server_and_context_allow(gated: Gated) -> None:
+    """A request that names no limit is not refused for the server's own."""
+    preparer = create_app(gated, Settings("tiny", max_new_tokens=300)).state.service.preparer
+
+    def prepared(prompt: str, **fields: Any) -> Any:
+        body = json.dumps({"messages": [said(prompt)], **fields}).encode()
+        return asyncio.run(preparer.prepare(body))[0].request
+
+    limit = gated.config.text.max_positions
+    assert prepared("x").max_new_tokens == min(300, limit - prepared("x").counts.prompt)
+    long = "x " * ((limit - prepared("x").counts.prompt) // 2)
+    request = prepared(long)
+    assert 1 < request.max_new_tokens == limit - request.counts.prompt < 300
+    with pytest.raises(ContextError, match="exceed the context"):
+        prepared(long, max_tokens=300)
+    preparer.settings = Settings("tiny", max_new_tokens=7)
+    assert prepared("x").max_new_tokens == 7
+
+
+def test_system_texts_of_requests_are_not_cached(gated: Gated) -> None:
+    gated.steps.release(10_000)
+    with serving(gated) as running, client_of(running) as client:
+        for number in range(10):
+            messages = [said(f"Count {number}.", "system"), said("x")] if number else [said("x")]
+            wish: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": 1}
+            client.chat.completions.create(**wish)
+        [(template, system)] = gated.prefix.known_ids
+        assert system is None
+        assert list(gated.prefix.caches) == [gated.prefix.ids(template, None)]
+
+
+@pytest.mark.parametrize("broken", ["read", "prompt"])
+def test_a_value_error_inside_is_a_bug(
+    server: Running, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    monkeypatch.setattr(server.service.preparer, broken, fail)
+    response = post(server, json.dumps({"messages": [said("x")]}))
+    assert response.status_code == 500 and "inside" not in response.text
+
+
+def test_an_error_outside_of_the_service_is_counted(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statuses = server.app.state.statuses
+    before = statuses[500]
+    monkeypatch.setattr(server.service, "health", fail)
+    assert httpx.get(f"{server.url}/health").status_code == 500
+    eventually(lambda: statuses[500] == before + 1)
+    assert statuses[0] == 0
+
+
+def test_the_key_is_not_in_the_settings_text() -> None:
+    assert "sesame" not in repr(Settings("tiny", api_key="sesame"))
 
 
 def test_a_body_that_never_comes(gated: Gated) -> None:

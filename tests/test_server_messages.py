@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ pytest.importorskip("fastapi")
 from llava_lite import fetch
 from llava_lite.errors import ImageError, PromptError
 from llava_lite.image import to_square
+from llava_lite.server import protocol
 from llava_lite.server.errors import ApiError
 from llava_lite.server.images import fetch_image, is_remote, open_image
 from llava_lite.server.messages import Conversation, read_messages
@@ -104,6 +106,31 @@ def test_what_cannot_be_done_is_refused(fields: dict[str, Any], param: str) -> N
         parse_request(request_of(**fields))
     assert (caught.value.status, caught.value.param) == (400, param)
     assert param in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": [{}] * 257}],
+        [{"role": "user", "content": [{"type": "text", "text": "x"}] * 257}],
+        [{"role": "user", "content": [5] * 1_000_000}],
+        [5] * 1_000_000,
+        [{"role": "user", "content": "x", "tool_calls": [1] * 129}],
+    ],
+)
+def test_long_lists_are_left_early(messages: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    real = protocol.depth
+    monkeypatch.setattr(protocol, "depth", lambda error: counts.append(1) or real(error))
+    with pytest.raises(ApiError) as caught:
+        parse_request(json.dumps({"messages": messages}).encode())
+    assert caught.value.param == "messages"
+    assert len(counts) < 10  # errors that were looked at
+
+
+def test_fields_that_nobody_knows_are_not_kept() -> None:
+    request = parse_request(request_of(unknown=["x" * 1000], seed=1))
+    assert "unknown" not in request.model_dump() and request.model_extra is None
 
 
 @pytest.mark.parametrize(
@@ -297,6 +324,16 @@ def test_limits_of_images() -> None:
     refused(b"GIF89a", "cannot|not an image")
 
 
+def test_padding_keeps_to_the_limit_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strip of few pixels is no way to a square of many."""
+    sizes = []
+    real = Image.new
+    monkeypatch.setattr(Image, "new", lambda mode, size, *c: sizes.append(size) or real(mode, size))
+    data = encoded(real("L", (1, 3000)))
+    assert opened(data, max_pixels=1_000_000).size == (56, 56)
+    assert sizes and max(width * height for width, height in sizes) <= 1_000_000
+
+
 def test_files_are_switched_off() -> None:
     for source in ("file:///etc/passwd", "/etc/passwd", "../x.png", "a.png", "C:\\a.png", ""):
         refused(source, "files are switched off")
@@ -355,11 +392,15 @@ def test_urls_are_switched_off() -> None:
         ("http://sub/a.png", "not allowed"),
     ],
 )
-def test_hosts_that_are_not_asked(monkeypatch: pytest.MonkeyPatch, url: str, reason: str) -> None:
+def test_hosts_that_are_not_asked(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, url: str, reason: str
+) -> None:
+    caplog.set_level(logging.INFO, "llava_lite.server")
     settings = Settings("tiny", url_domains=("images.test", "*.sub", "127.0.0.1"))
     monkeypatch.setattr(fetch.socket, "socket", None)  # nothing can be connected to
-    with pytest.raises(ImageError, match=reason):
+    with pytest.raises(ImageError, match="not an image that can be fetched from here"):
         fetch_image(url, settings)
+    assert reason in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -128,8 +128,11 @@ def test_a_cancelled_job_leaves_the_batch_and_the_queue(model: Gated, worker: Wo
     model.steps.release(3)
     eventually(lambda: len(model.sizes) == 3)
     never, nothing_too = job_of(model, "never?")
-    never.cancelled = goes.cancelled = True
+    never.cancelled = True
     worker.submit(never)
+    worker.cancel(goes)
+    worker.cancel(never)
+    assert worker.num_waiting == 0  # before the step that runs has ended
     model.steps.release(100)
     assert heard.last() == alone(model, "stays?", max_new_tokens=10)
     assert nothing.empty() and nothing_too.empty()
@@ -150,6 +153,18 @@ def test_a_job_that_fails_in_a_step_fails_alone(model: Gated, worker: Worker) ->
     job, heard = job_of(model, "and then?")
     worker.submit(job)
     assert heard.last() == alone(model, "and then?")
+
+
+def test_a_failed_step_moves_no_random_numbers(model: Gated, worker: Worker) -> None:
+    """A seeded answer is the same when a step was repeated after its token had been drawn."""
+    wish: dict[str, Any] = {"temperature": 5.0, "seed": 3, "max_new_tokens": 6}
+    (job, heard), (bad, bad_heard) = job_of(model, "good?", **wish), job_of(model, "bad?")
+    model.breaks_after_drawing = bad.request
+    worker.submit(job)
+    worker.submit(bad)
+    model.steps.release(1000)
+    assert isinstance(bad_heard.last(), RuntimeError)
+    assert heard.last() == alone(model, "good?", **wish)
 
 
 def test_a_job_that_cannot_start_fails_alone(model: Gated, worker: Worker) -> None:

@@ -46,6 +46,8 @@ QUESTIONS = (
 REDUCTIONS = (None, "hybrid-72-36", "tome-72-logical", "hybrid-72-36")
 MOST_TOKENS = 8
 QUEUE = 256
+# Allowed by name, and refused for where they are.
+ALLOWED_DOMAINS = ("127.0.0.1", "localhost", "169.254.169.254")
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,8 @@ def hostile_cases() -> list[Case]:
     sources = {
         "metadata": "http://169.254.169.254/latest/meta-data/",
         "loopback": "http://127.0.0.1:1/",
+        "loopback by name": "http://localhost:1/",
+        "not allowed": "http://images.invalid/a.png",
         "mapped": "http://[::ffff:127.0.0.1]/a.png",
         "file": "file:///etc/passwd",
         "path": "/etc/passwd",
@@ -184,6 +188,7 @@ def hostile_cases() -> list[Case]:
         "ftp": "ftp://127.0.0.1/a.png",
         "no image": "data:image/png;base64,AAAA",
         "no base64": "data:image/png;base64,%%%",
+        "percent signs": "data:image/png;base64," + "%" * 2**20,
         "strip": data_url(strip),
         "bomb": data_url(bomb),
         "claims 3.6 gigapixels": data_url(png_of_size(60_000, 60_000)),
@@ -307,6 +312,8 @@ def own_server(threads: int) -> Iterator[tuple[str, int]]:
     command = [sys.executable, "-m", "llava_lite", "serve", "--port", "0", "--dtype", "float32"]
     command += ["--device", "cpu", "--threads", str(threads), "--max-queue", str(QUEUE)]
     command += ["-m", str(llava_lite.embedded_model())]
+    for domain in ALLOWED_DOMAINS:
+        command += ["--allow-url-domain", domain]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:

@@ -16,10 +16,10 @@ from starlette.types import Receive, Scope, Send
 from llava_lite.answer import Answer
 from llava_lite.generation import Model
 from llava_lite.server.errors import ApiError, ClientGone, as_api_error, internal_error
-from llava_lite.server.limits import Body, disconnected, timed_out, while_connected
+from llava_lite.server.limits import Body, Memory, disconnected, timed_out, while_connected
 from llava_lite.server.middleware import Record
 from llava_lite.server.prepare import Preparer
-from llava_lite.server.protocol import ChatRequest, Completion, usage_of
+from llava_lite.server.protocol import Completion, usage_of
 from llava_lite.server.settings import Settings
 from llava_lite.server.worker import Event, Job, Stopped, Worker
 
@@ -44,6 +44,8 @@ class ChatService:
         self.settings = settings
         self.preparer = Preparer(model, settings)
         self.worker = Worker(model, settings.max_batch_size)
+        # As if all places of the queue held the longest bodies, counted as their bytes arrive.
+        self.memory = Memory(settings.max_queue * settings.max_body_bytes)
         self.preparing = 0
         self.draining = False
         self.totals = Totals()
@@ -52,10 +54,12 @@ class ChatService:
         """Begin to work."""
         self.worker.start()
 
-    async def stop_model(self) -> None:
-        """End after the model's current step; who still waits hears status 503."""
+    async def stop_model(self, seconds: float | None = None) -> bool:
+        """End after the model's current step; who still waits hears status 503. Whether that was
+        within `seconds`."""
         self.draining = True
-        await asyncio.get_running_loop().run_in_executor(None, self.worker.stop)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None, self.worker.stop, seconds)
 
     async def stop(self) -> None:
         """End all threads, when no request is open any more."""
@@ -82,7 +86,7 @@ class ChatService:
 
     async def respond(self, request: Request) -> Response:
         """Answer one request, whatever happens."""
-        body = Body(request.receive, self.settings.max_body_bytes)
+        body = Body(request.receive, self.settings.max_body_bytes, self.memory)
         try:
             return await self.answer(request, body)
         except ClientGone:
@@ -94,42 +98,49 @@ class ChatService:
     async def answer(self, request: Request, body: Body) -> Response:
         """The response, or the error that prevents it."""
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout
-        chat, job = await self.prepare(request, body, deadline)
-        events = Events(job, request.receive, deadline)
+        job, include_usage = await self.prepare(request, body, deadline)
+        events = Events(self.worker, job, request.receive, deadline)
         try:
             self.worker.submit(job)
         except Stopped:
             events.close()
             raise shutting_down() from None
-        completion = Completion(self.settings.model_name, chat.include_usage)
-        if chat.stream:
+        completion = Completion(self.settings.model_name, include_usage)
+        if job.wants_pieces:
             return EventStream(self.chunks(events, completion, request.scope), events)
         try:
             return JSONResponse(completion.whole(await self.last(events, request.scope)))
         finally:
             events.close()
 
-    async def prepare(
-        self, request: Request, body: Body, deadline: float
-    ) -> tuple[ChatRequest, Job]:
-        """Admit a request and read it. Raises ApiError and what makes it a bad one."""
+    async def prepare(self, request: Request, body: Body, deadline: float) -> tuple[Job, bool]:
+        """Admit a request and read it: its job, and whether its stream ends with the usage. Raises
+        ApiError and what makes it a bad one."""
         if self.draining:
             raise shutting_down()
         # A page of another site can send text, but not JSON, without the browser asking first.
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "the content type must be application/json")
+        self.refuse_if_full()
+        declared = request.headers.get("content-length")
+        seconds = min(self.settings.body_timeout, self.settings.request_timeout)
+        try:
+            data = await body.read(declared, seconds)
+            self.refuse_if_full()  # only whose body has come takes a place
+            self.preparing += 1
+            try:
+                left = deadline - asyncio.get_running_loop().time()
+                return await while_connected(self.preparer.prepare(data), request.receive, left)
+            finally:
+                self.preparing -= 1
+        finally:
+            body.release()
+
+    def refuse_if_full(self) -> None:
+        """Raise ApiError (429) where no more may wait."""
         if self.num_waiting >= self.settings.max_queue:
             raise ApiError(429, "the queue is full", code="queue_full", retry_after=RETRY_SECONDS)
-        self.preparing += 1
-        try:
-            declared = request.headers.get("content-length")
-            seconds = min(self.settings.body_timeout, self.settings.request_timeout)
-            data = await body.read(declared, seconds)
-            left = deadline - asyncio.get_running_loop().time()
-            return await while_connected(self.preparer.prepare(data), request.receive, left)
-        finally:
-            self.preparing -= 1
 
     async def last(self, events: "Events", scope: Scope) -> Answer:
         """The answer. Raises ApiError, ClientGone."""
@@ -177,8 +188,8 @@ class Events:
     """What a job says, brought to the event loop, and what ends the wait for it: the client's
     going, and the deadline."""
 
-    def __init__(self, job: Job, receive: Receive, deadline: float) -> None:
-        self.job, self.loop = job, asyncio.get_running_loop()
+    def __init__(self, worker: Worker, job: Job, receive: Receive, deadline: float) -> None:
+        self.worker, self.job, self.loop = worker, job, asyncio.get_running_loop()
         self.deadline = deadline
         self.queue: asyncio.Queue[Event] = asyncio.Queue()
         job.deliver = self.deliver
@@ -191,7 +202,7 @@ class Events:
 
     async def watch(self, receive: Receive) -> None:
         await disconnected(receive)
-        self.job.cancelled = True
+        self.worker.cancel(self.job)
         self.queue.put_nowait(ClientGone())
 
     async def next(self) -> Event:
@@ -200,7 +211,7 @@ class Events:
 
     def close(self) -> None:
         """Nobody listens any more."""
-        self.job.cancelled = True
+        self.worker.cancel(self.job)
         self.timer.cancel()
         self.gone.cancel()
 

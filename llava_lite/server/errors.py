@@ -19,7 +19,7 @@ TYPES = {
     503: "server_error",
     504: "timeout_error",
 }
-USERS = (ImageError, PromptError, ContextError, ValueError)  # what a request alone can cause
+USERS = (ImageError, PromptError, ContextError)  # what a request alone can cause
 
 
 class ApiError(LlavaLiteError):

@@ -5,6 +5,8 @@ Runs in threads of its own. What is left of an image is the square that the mode
 of a megabyte, whatever was sent. Messages name images by their number and no path of this machine.
 """
 
+import logging
+import math
 import urllib.parse
 
 from PIL import Image
@@ -15,7 +17,9 @@ from llava_lite.fetch import SCHEME, Limits, describe, fetch
 from llava_lite.image import load_image, to_square
 from llava_lite.server.settings import Settings
 
+LOG = logging.getLogger("llava_lite.server")
 NOT_THERE = "no such file below the media root"
+NOT_FETCHED = "not an image that can be fetched from here; send a data URL"
 
 
 def is_remote(source: str) -> bool:
@@ -27,14 +31,19 @@ def is_remote(source: str) -> bool:
 def fetch_image(source: str, settings: Settings) -> bytes:
     """The bytes behind a URL. Its domain must be allowed, on every hop, and its address public.
 
-    Raises ImageError."""
+    Raises ImageError, which says nothing of what was found there: the network inside is not for
+    clients to explore. The log hears it."""
     name = describe(source)
     if not settings.url_domains:
         raise ImageError(f"{name}: image URLs are switched off here, send a data URL")
     limits = Limits(
         True, False, settings.url_timeout, settings.max_image_bytes, settings.url_domains
     )
-    return fetch(source, name, limits)
+    try:
+        return fetch(source, name, limits)
+    except ImageError as error:
+        LOG.info("an image was not fetched: %s", error)
+        raise ImageError(f"{name}: {NOT_FETCHED}") from None
 
 
 def open_image(
@@ -56,7 +65,9 @@ def open_image(
         raise ImageError(
             f"the image is {width}x{height}, a side may have {settings.max_side} pixels"
         )
-    return to_square(image, config.vision.image_size, config.pad)
+    # Padding makes a strip of few pixels a square of many.
+    side = math.isqrt(settings.max_pixels)
+    return to_square(image, config.vision.image_size, config.pad, side)
 
 
 def read_file(source: str, settings: Settings) -> bytes:

@@ -12,11 +12,26 @@ DRAIN_SECONDS = 2.0
 T = TypeVar("T")
 
 
-class Body:
-    """The body of one request, never more of it than `limit` bytes in memory."""
+class Memory:
+    """Bytes that the bodies of all requests take, as long as these are read and prepared."""
 
-    def __init__(self, receive: Receive, limit: int) -> None:
+    def __init__(self, limit: int) -> None:
+        self.limit, self.taken = limit, 0
+
+    def take(self, count: int) -> None:
+        """Raises ApiError (429) where there is no room."""
+        if self.taken + count > self.limit:
+            raise ApiError(429, "too many bodies are being sent", code="queue_full", retry_after=1)
+        self.taken += count
+
+
+class Body:
+    """The body of one request, never more of it than `limit` bytes in memory. Whoever reads it
+    releases it."""
+
+    def __init__(self, receive: Receive, limit: int, memory: Memory | None = None) -> None:
         self.receive, self.limit, self.ended = receive, limit, False
+        self.memory, self.held = memory or Memory(limit), 0
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """What is left of the body. Raises ClientGone."""
@@ -31,8 +46,9 @@ class Body:
     async def read(self, declared: str | None, seconds: float) -> bytes:
         """All of it; `declared` is the length that its sender names. Raises ApiError (413 when it
         is too long, 408 when it takes too long), ClientGone."""
-        if declared is not None and (len(declared) > 18 or int(declared) > self.limit):
-            raise self.too_long()
+        if declared is not None and declared.isdecimal():
+            if len(declared) > 18 or int(declared) > self.limit:
+                raise self.too_long()
         try:
             return await asyncio.wait_for(self.gather(), seconds)
         except asyncio.TimeoutError:  # noqa: UP041  its own class in Python 3.10
@@ -42,10 +58,17 @@ class Body:
     async def gather(self) -> bytes:
         body = bytearray()
         async for chunk in self.chunks():
-            body += chunk
-            if len(body) > self.limit:
+            if len(body) + len(chunk) > self.limit:
                 raise self.too_long()
+            self.memory.take(len(chunk))
+            self.held += len(chunk)
+            body += chunk
         return bytes(body)
+
+    def release(self) -> None:
+        """It is not needed any more."""
+        self.memory.taken -= self.held
+        self.held = 0
 
     async def drain(self) -> None:
         """Read on for a moment and keep nothing: a sender that is cut off hears no refusal."""

@@ -16,6 +16,7 @@ from llava_lite.server.settings import Settings
 
 LOG = logging.getLogger("llava_lite.server")
 OPEN_PATHS = ("/health",)  # asked by machines that have no key
+MOST_REQUESTS = 1024  # at once, /health apart
 KEY = "llava_lite.record"
 
 
@@ -50,9 +51,17 @@ class RequestLog:
                 record.status = message["status"]
             await send(message)
 
+        crowded = len(self.open_requests) >= MOST_REQUESTS and scope["path"] not in OPEN_PATHS
         self.open_requests.add(id(record))
         try:
-            await self.app(scope, receive, noting)
+            if crowded:
+                refusal = ApiError(503, "too many requests at once", retry_after=1)
+                await refusal.response()(scope, receive, noting)
+            else:
+                await self.app(scope, receive, noting)
+        except Exception:
+            record.status = record.status or 500  # which is sent outside of here
+            raise
         finally:
             self.open_requests.discard(id(record))
             self.statuses[record.status] += 1

@@ -8,7 +8,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from PIL import Image
@@ -16,7 +16,7 @@ from PIL import Image
 from llava_lite.errors import CheckpointError, ContextError, ImageError
 from llava_lite.generation import Model
 from llava_lite.prompt import IMAGE_MARKER, build_prompt
-from llava_lite.sampling import DEFAULT_MAX_NEW_TOKENS, GenerationOptions
+from llava_lite.sampling import GenerationOptions
 from llava_lite.sequence import Request, State
 from llava_lite.server.errors import ApiError
 from llava_lite.server.images import fetch_image, is_remote, open_image
@@ -29,6 +29,16 @@ FETCHES = 8  # at once
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is kept of a request: no field that was not asked for, no image as it was sent."""
+
+    conversation: Conversation
+    options: GenerationOptions
+    stream: bool
+    include_usage: bool
+
+
 class Preparer:
     """Makes jobs of requests."""
 
@@ -39,18 +49,19 @@ class Preparer:
         self.tokenizing = threading.Lock()  # the model's table of prefixes is of one thread
         self.longest_piece = max(map(len, (*model.tokenizer.pieces, IMAGE_MARKER)))
 
-    async def prepare(self, body: bytes) -> tuple[ChatRequest, Job]:
-        """A checked request and its job. Raises ApiError, ImageError, PromptError, ContextError,
-        ValueError."""
-        request, conversation, options = await in_pool(self.work, lambda: self.read(body))
+    async def prepare(self, body: bytes) -> tuple[Job, bool]:
+        """The job of a request, and whether its stream ends with the usage. Raises ApiError,
+        ImageError, PromptError, ContextError."""
+        wanted = await in_pool(self.work, lambda: self.read(body))
+        conversation, options = wanted.conversation, wanted.options
         images = [
             await self.image(number, source)
             for number, source in enumerate(conversation.sources, start=1)
         ]
         prompt = await in_pool(self.work, lambda: self.prompt(conversation, images, options))
-        return request, Job(prompt, options, bool(request.stream))
+        return Job(prompt, options, wanted.stream), wanted.include_usage
 
-    def read(self, body: bytes) -> tuple[ChatRequest, Conversation, GenerationOptions]:
+    def read(self, body: bytes) -> Wanted:
         """Everything about a request that can be said before its images are there."""
         request = parse_request(body)
         served = self.settings.model_name
@@ -62,33 +73,33 @@ class Preparer:
         count, limit = len(conversation.sources), self.settings.max_images
         if count > limit:
             raise ApiError(400, f"{count} images, a request may have {limit}", "messages")
-        return request, conversation, options
+        return Wanted(conversation, options, bool(request.stream), request.include_usage)
 
     def options(self, request: ChatRequest) -> GenerationOptions:
-        """How to answer. Raises ApiError and ValueError."""
+        """How to answer. Raises ApiError."""
         wanted, limit = request.max_completion_tokens, self.settings.max_new_tokens
         wanted = request.max_tokens if wanted is None else wanted
         if wanted is not None and wanted > limit:
             raise ApiError(400, f"max_tokens {wanted}: at most {limit} are allowed", "max_tokens")
-        if wanted is None and limit < DEFAULT_MAX_NEW_TOKENS:
-            wanted = limit
         temperature, top_p = request.temperature or 0.0, request.top_p
         if top_p == 0:  # the smallest set of best tokens: the best
             temperature, top_p = 0.0, None
-        options = GenerationOptions(
-            wanted,
-            temperature,
-            1.0 if top_p is None else top_p,
-            request.top_k or 0,
-            request.seed,
-            request.stop or None,
-            reduction=request.reduction or self.settings.reduction,
-        )
         try:
+            options = GenerationOptions(
+                wanted,
+                temperature,
+                1.0 if top_p is None else top_p,
+                request.top_k or 0,
+                request.seed,
+                request.stop or None,
+                reduction=request.reduction or self.settings.reduction,
+            )
             self.model.reduction_for([], options.reduction)
         except CheckpointError:  # its thresholds; the message names a file
             message = f"reduction {request.reduction!r} is not available for this model"
             raise ApiError(400, message, "reduction") from None
+        except ValueError as error:  # only here: elsewhere it is a bug
+            raise ApiError(400, " ".join(str(error).split())) from None
         return options
 
     async def image(self, number: int, source: str) -> Image.Image:
@@ -107,16 +118,19 @@ class Preparer:
     def prompt(
         self, conversation: Conversation, images: list[Image.Image], options: GenerationOptions
     ) -> Request:
-        """The conversation in ids. Raises PromptError, and ContextError where it is too long."""
+        """The conversation in ids. Raises PromptError, and ContextError where it is too long.
+        Where the request says nothing its answer is as long as the server and the context allow."""
         template = self.model.config.template
         text = build_prompt(template, conversation.turns, conversation.system)
         limit = self.model.config.text.max_positions
         if len(text) > limit * self.longest_piece:  # before what takes long for a long text
             raise ContextError(f"a prompt of {len(text)} characters exceeds the context of {limit}")
-        wishes = replace(options, system=conversation.system)
         with self.tokenizing:
             ids = tuple(self.model.tokenizer.encode_prompt(text))
-            return self.model.continuation(State(), ids, images, wishes)
+            # Without the system text: the caches of prompt beginnings are not for clients to fill.
+            request = self.model.continuation(State(), ids, images, options)
+        most = min(request.max_new_tokens, self.settings.max_new_tokens)
+        return replace(request, max_new_tokens=most)
 
     def close(self) -> None:
         """End the threads; what has not begun is dropped."""

@@ -1,19 +1,21 @@
 """Requests and responses as OpenAI's clients write and read them.
 
-Unknown fields are accepted, as OpenAI's own servers do for most. Those that ask for something that
-would change the answer, and that is not there, are refused rather than ignored.
+Unknown fields are accepted, as OpenAI's own servers do for most, and forgotten. Those that ask for
+something that would change the answer, and that is not there, are refused rather than ignored.
+Lists are bounded, and end at their first error: a small body must not cost much.
 """
 
 import time
 import uuid
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from llava_lite.answer import Answer
 from llava_lite.server.errors import ApiError
 
-MOST_MESSAGES = 1000
+MOST_MESSAGES, MOST_PARTS = 1000, 256
+MOST_TOOL_CALLS = 128  # none is supported; the list is only looked at
 MOST_STOPS, LONGEST_STOP = 16, 1000
 
 
@@ -35,8 +37,8 @@ class Message(BaseModel):
     """One message of the conversation."""
 
     role: str
-    content: str | list[Part] | None = None
-    tool_calls: list[Any] | None = None
+    content: str | Annotated[list[Part], Field(max_length=MOST_PARTS, fail_fast=True)] | None = None
+    tool_calls: list[Any] | None = Field(None, max_length=MOST_TOOL_CALLS)
 
 
 class StreamOptions(BaseModel):
@@ -46,11 +48,10 @@ class StreamOptions(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """The body of /v1/chat/completions. `top_k` and `reduction` are extensions."""
+    """The body of /v1/chat/completions. `top_k` and `reduction` are extensions. Of what is not
+    supported it has what must ask for nothing (`SAYS_NOTHING`)."""
 
-    model_config = ConfigDict(extra="allow")
-
-    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: list[Message] = Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)
     model: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -58,11 +59,24 @@ class ChatRequest(BaseModel):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
     reduction: str | None = None
+    tools: Any = None
+    functions: Any = None
+    tool_choice: Any = None
+    function_call: Any = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+    logit_bias: Any = None
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    modalities: Any = None
+    audio: Any = None
+    web_search_options: Any = None
+    response_format: Any = None
 
     @property
     def include_usage(self) -> bool:
@@ -93,11 +107,10 @@ def refuse_unsupported(request: ChatRequest) -> None:
     """Raise ApiError (400) for what cannot be done here."""
     if request.n not in (None, 1):
         raise ApiError(400, f"n {request.n}: only one answer per request is supported", "n")
-    more = request.model_extra or {}
     for name, says_nothing in SAYS_NOTHING.items():
-        if name in more and more[name] not in says_nothing:
+        if getattr(request, name) not in says_nothing:
             raise ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
-    form = more.get("response_format")
+    form = request.response_format
     if form is not None and not (isinstance(form, dict) and form.get("type") == "text"):
         name = "response_format"
         raise ApiError(400, f"{name}: only text is supported", name, "unsupported_parameter")

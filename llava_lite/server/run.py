@@ -2,6 +2,8 @@
 
 import asyncio
 import ipaddress
+import logging
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -13,8 +15,10 @@ from llava_lite.errors import LlavaLiteError
 from llava_lite.server.settings import Settings
 
 POLL_SECONDS = 0.05
-CLOSE_SECONDS = 5  # for what is left of responses once the model has stopped
-MOST_CONNECTIONS = 1024
+CLOSE_SECONDS = 5  # for the model's last step, and for what is left of responses after it
+BACKLOG = 1024
+MOST_CONNECTIONS = 16_384  # most of them idle: of requests the app takes fewer
+LOG = logging.getLogger("llava_lite.server")
 
 
 def is_loopback(host: str) -> bool:
@@ -31,7 +35,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises LlavaLiteError."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=MOST_CONNECTIONS)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
         reason = error.strerror or str(error)
         raise LlavaLiteError(f"cannot listen on {host}, port {port}: {reason}") from error
@@ -48,7 +52,7 @@ def make_server(app: FastAPI) -> uvicorn.Server:
             ws="none",
             proxy_headers=False,
             server_header=False,
-            limit_concurrency=MOST_CONNECTIONS,
+            limit_concurrency=MOST_CONNECTIONS,  # with its own 503; the app refuses before it
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
     )
@@ -64,7 +68,8 @@ def serve(
 
 class Process:
     """A server that ends in two steps: on SIGTERM or Ctrl-C it refuses what is new and finishes
-    what runs; on a second signal it just ends."""
+    what runs; on a second signal it just ends. A model's step cannot be interrupted: where it
+    keeps the process from ending, that ends with the status 128 + signal."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         self.app, self.settings = app, settings
@@ -97,7 +102,7 @@ class Process:
         if self.ending is None:
             self.ending = asyncio.create_task(self.drain())
         else:
-            self.server.force_exit = self.server.should_exit = True
+            os._exit(128 + number)
 
     async def drain(self) -> None:
         """Refuse new requests with 503, let those that run finish for a while, then stop."""
@@ -107,5 +112,7 @@ class Process:
         deadline = loop.time() + self.settings.shutdown_timeout
         while self.app.state.open_requests and loop.time() < deadline:
             await asyncio.sleep(POLL_SECONDS)
-        await service.stop_model()
+        if not await service.stop_model(CLOSE_SECONDS):
+            LOG.warning("the model's last step did not end within %g s", CLOSE_SECONDS)
+            os._exit(128 + (self.signal or signal.SIGTERM))
         self.server.should_exit = True

@@ -1,6 +1,6 @@
 """What a server allows, and how much of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_lite.image import MAX_PIXELS
@@ -14,15 +14,17 @@ MAX_SIDE = 65_535
 class Settings:
     """One server. Bytes, pixels and counts are upper limits, times are seconds.
 
-    max_queue: requests that may wait, those being read and prepared included; with more, status
-    429. max_batch_size: requests that the model runs at once. request_timeout: from the first byte
-    of a request to the last of its answer. shutdown_timeout: for running requests to finish.
+    max_queue: requests that may wait, those being prepared included; with more, status 429, as
+    where bodies of more than max_queue * max_body_bytes together are being sent. max_batch_size:
+    requests that the model runs at once. request_timeout: from the first byte of a request to the
+    last of its answer. shutdown_timeout: for running requests to finish. max_pixels: of an image,
+    and of the square that it is padded to; what would need a larger one is made small first.
     url_domains: hosts that images may be fetched from ("*.example.org" is all below it); none by
     default. media_root: folder that images may be read from; none by default. allowed_hosts: names
     under which browsers may reach the server, None for any. Raises ValueError."""
 
     model_name: str
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     max_queue: int = 64
     max_batch_size: int = 8
     request_timeout: float = 300.0

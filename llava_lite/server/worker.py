@@ -33,8 +33,7 @@ def nobody(event: Event) -> None:
 @dataclass(eq=False)
 class Job:
     """One request for the worker. `deliver` is called on its thread; pieces only if wanted, an
-    `Answer` or an exception at the end. Setting `cancelled` from any thread ends it within a step.
-    """
+    `Answer` or an exception at the end. `Worker.cancel` ends it within a step."""
 
     request: Request
     options: GenerationOptions
@@ -66,13 +65,15 @@ class Worker:
         """Begin to work."""
         self.thread.start()
 
-    def stop(self) -> None:
-        """End after the current step; jobs that are not done hear `Stopped`."""
+    def stop(self, seconds: float | None = None) -> bool:
+        """End after the current step; jobs that are not done hear `Stopped`. Waits so long at most;
+        whether it has ended."""
         with self.condition:
             self.stopping = True
             self.condition.notify()
         if self.thread.ident is not None:
-            self.thread.join()
+            self.thread.join(seconds)
+        return not self.thread.is_alive()
 
     @property
     def is_alive(self) -> bool:
@@ -90,6 +91,13 @@ class Worker:
                 raise Stopped
             self.waiting.append(job)
             self.condition.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Nobody wants it any more: it leaves the queue now, or the batch after a step."""
+        with self.condition:
+            job.cancelled = True
+            if job in self.waiting:
+                self.waiting.remove(job)
 
     # ---- on the thread ----
 
@@ -150,6 +158,8 @@ class Worker:
         if not members:
             return []
         steps = [member.row.steps for member in members]
+        generators = [member.row.generator for member in members]
+        random_states = [g.get_state() if g is not None else None for g in generators]
         try:
             self.model.step([member.row for member in members])
             return list(members)
@@ -158,9 +168,15 @@ class Worker:
                 tell(members[0].job, error)
                 return []
         made: list[Member] = []
-        for member, before in zip(members, steps, strict=True):
-            # Rows keep their state until a step has succeeded, so a failed one can be repeated.
-            made += [member] if member.row.steps > before else self.step([member])
+        for member, before, random_state in zip(members, steps, random_states, strict=True):
+            if member.row.steps > before:
+                made.append(member)
+                continue
+            # Rows keep their state until a step has succeeded, so a failed one can be repeated;
+            # only their random numbers may have moved on.
+            if member.row.generator is not None and random_state is not None:
+                member.row.generator.set_state(random_state)
+            made += self.step([member])
         return made
 
     def report(self, member: Member) -> bool:
