@@ -267,10 +267,11 @@ def row_of(record: Record) -> Row:
     index = index_of(cell(record, "index"))
     options = tuple(options_of(record))
     answer = cell(record, "answer").upper() or None
+    question = text(record, "question")
     error = None
     if index is None:
         error = f"{record.where}: the index {cell(record, 'index')!r} is not a whole number"
-    elif not cell(record, "question"):
+    elif not question:
         error = f"{record.where}: has no question"
     elif len(options) < 2:
         error = f"{record.where}: has {len(options)} options, needs 2 or more"
@@ -279,35 +280,41 @@ def row_of(record: Record) -> Row:
         error = f"{record.where}: the answer {answer!r} is none of {known}"
     return Row(
         id=record.where.rsplit(", ")[-1] if index is None else str(index),
-        question=cell(record, "question"),
+        question=question,
         options=options,
         image=Image(),
         where=record.where,
-        hint=cell(record, "hint"),
+        hint=text(record, "hint"),
         answer=answer,
         groups={name: cell(record, name) for name in GROUPINGS},
         error=error,
     )
 
 
+def text(record: Record, column: str) -> str:
+    """The text of a cell as it stands, for prompts are compared by the letter; missing, blank and
+    nan are the same, but none, null and NA are texts like any other."""
+    content = str(record.get(column, default=""))
+    return "" if content.strip() in ("", *MISSING) else content
+
+
 def cell(record: Record, column: str) -> str:
-    """The text of a cell; missing, empty and nan are the same."""
-    text = str(record.get(column, default="")).strip()
-    return "" if text in MISSING else text
+    """The same without blanks around it, where they mean nothing."""
+    return text(record, column).strip()
 
 
 def options_of(record: Record) -> Iterator[str]:
     """The options up to the first that is missing."""
     for letter in ascii_uppercase:
-        option = cell(record, letter)
+        option = text(record, letter)
         if not option:
             return
         yield option
 
 
-def index_of(text: str) -> int | None:
+def index_of(said: str) -> int | None:
     """A row's number. Tables that went through a spreadsheet write 7 as 7.0."""
-    whole = text.removesuffix(".0")
+    whole = said.removesuffix(".0")
     is_number = whole.isascii() and whole.isdigit() and len(whole) <= LONGEST_INDEX
     return int(whole) if is_number else None
 
@@ -315,15 +322,15 @@ def index_of(text: str) -> int | None:
 # ---- images ------------------------------------------------------------------------------------
 
 
-def image_or_reference(text: str) -> Image | str:
+def image_or_reference(said: str) -> Image | str:
     """The image in a cell, or the index of the row that has it."""
-    if not text:
+    if not said:
         return Image(error="the row has no image")
-    if len(text) <= LONGEST_REFERENCE:
-        index = index_of(text)
-        return Image(error=f"the image {text!r} is no row's index") if index is None else str(index)
+    if len(said) <= LONGEST_REFERENCE:
+        index = index_of(said)
+        return Image(error=f"the image {said!r} is no row's index") if index is None else str(index)
     try:
-        content = base64.b64decode("".join(text.split()), validate=True)
+        content = base64.b64decode("".join(said.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         return Image(error=f"the image is not valid base64: {error}")
     return Image(content, sha256(content).hexdigest())
