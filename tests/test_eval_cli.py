@@ -20,6 +20,7 @@ from llava_lite.checkpoint import save_model
 from llava_lite.eval_cli import with_command
 from llava_lite.evaluation import engine
 from llava_lite.evaluation.runner import Selection
+from llava_lite.evaluation.suite import Sample
 from llava_lite.generation import Model
 from llava_lite.tokenizer import Tokenizer
 
@@ -292,7 +293,9 @@ def wait_for_lines(path: Path, process: subprocess.Popen[bytes], count: int) -> 
         time.sleep(0.005)
 
 
-def test_ctrl_c_keeps_everything_and_says_how_to_go_on(model_folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_everything_and_says_how_to_go_on(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, folder = many_questions(tmp_path), tmp_path / "run"
     words = ("jsonl", file, "-o", folder, "-m", model_folder, "-n", 40, "--batch-size", 1)
     process = subprocess.Popen(
@@ -300,8 +303,8 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(model_folder: Path, tmp_p
     )
     predictions = folder / "predictions.jsonl"
     wait_for_lines(predictions, process, 6)
-    with_lock = run_eval("jsonl", file, "-o", folder, "--reuse", model=model_folder)
-    assert with_lock == cli.FAILED  # other settings or not: a run is writing
+    assert run_eval(*words, "--limit", 1, "--reuse") == cli.FAILED
+    assert capsys.readouterr().err == f"error: {predictions}: another run is writing to it\n"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == cli.INTERRUPTED
@@ -417,6 +420,15 @@ def test_help_lists_the_data_sets(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_selection_takes_the_first_then_its_share() -> None:
+    # The first nine are about images 0 to 4; of these the second shard of two has 1 and 3.
+    samples = [Sample(f"{n % 5}-{n // 5}", "?", (n % 5,), str(n % 5)) for n in range(12)]
+    chosen = Selection(9, (2, 2)).of(samples)
+    assert [sample.id for sample in chosen] == ["1-0", "3-0", "1-1", "3-1"]
+    assert Selection(2).of(samples) == samples[:2]
+    assert Selection().of(samples) == samples
+
+
+def test_a_selection_comes_back_from_json() -> None:
     assert Selection.read({}) == Selection()
     assert Selection.read({"limit": 3, "shard": [2, 4]}) == Selection(3, (2, 4))
 
