@@ -508,6 +508,13 @@ def test_a_reduction_that_the_model_cannot_do_is_one_line(
     assert capsys.readouterr().err == "error: FastV layer 7 must be in 1..3\n"
 
 
+def test_a_seed_out_of_range_shows_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_eval("--seed", str(2**32), model="no model") == cli.FAILED
+    assert capsys.readouterr().err == "error: seed 4294967296 must be in 0..4294967295\n"
+
+
 def test_help_names_families_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", "scenes", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())

@@ -474,6 +474,17 @@ def test_what_does_not_belong_together_is_refused(suite: FakeSuite, tmp_path: Pa
         Evaluation.of(suite, parts)
     with pytest.raises(EvaluationError, match="predictions are of fake, not another"):
         Evaluation.of(replace(suite, name="another"), parts[:1])
+    other_file = tmp_path / "others.txt"
+    other_file.write_text("others")
+    both = [*suite.files, other_file]
+    with pytest.raises(EvaluationError, match="were asked from questions.txt, got 2 files"):
+        Evaluation.of(replace(suite, files=both), parts[:1])
+    _, part = parts[0]
+    files = answer_settings(replace(suite, files=both), GenerationOptions())["files"]
+    of_both = replace(part, settings={**part.settings, "files": files})
+    Evaluation.of(replace(suite, files=both), [("both", of_both)])
+    with pytest.raises(EvaluationError, match="others.txt: is not the file .* from, questions.txt"):
+        Evaluation.of(replace(suite, files=both[::-1]), [("both", of_both)])
     suite.files[0].write_text("changed")
     with pytest.raises(EvaluationError, match="questions.txt: is not the file that the questions"):
         Evaluation.of(suite, parts[:1])

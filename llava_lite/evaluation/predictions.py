@@ -171,22 +171,10 @@ class PredictionsWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b")
         try:
-            lock(self.file, path)
-            self.before = Predictions({}) if force else self.read(reuse)
+            self.before = taken(self.file, path, reuse, force)
         except BaseException:
             self.file.close()
             raise
-
-    def read(self, reuse: bool) -> Predictions:
-        """What the file holds."""
-        self.file.seek(0)
-        if not reuse and self.file.read(1):
-            raise PredictionsError(
-                f"{self.path}: is there already; go on with it (--reuse), replace it (--force), or "
-                "name another folder"
-            )
-        self.file.seek(0)
-        return parse(self.file, self.path) or Predictions({})
 
     def begin(self, settings: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         """Cut off what is not whole, or all that is to be replaced, and write the lines before the
@@ -197,11 +185,7 @@ class PredictionsWriter:
             self.file.truncate(0)
             self.write({"predictions": FORMAT, "settings": plain}, starts)
             return
-        different = differences(self.before.settings, plain)
-        if different:
-            raise PredictionsError(
-                f"{self.path}: was answered with other settings: {'; '.join(different)}"
-            )
+        refuse_other_settings(self.before.settings, plain, self.path)
         self.file.truncate(self.before.size)
         self.write(starts)
 
@@ -230,6 +214,43 @@ class PredictionsWriter:
             self.sync()
         finally:
             self.file.close()
+
+
+def check(path: Path, reuse: bool, force: bool, settings: Mapping[str, Any]) -> None:
+    """Raise PredictionsError for what `PredictionsWriter` would refuse later, as far as these
+    settings tell. Changes nothing: it is for the time before a model is loaded."""
+    if not path.exists():
+        return
+    try:
+        with open(path, "rb") as file:
+            before = taken(file, path, reuse, force)
+    except OSError as error:
+        raise PredictionsError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if before.size:
+        known = {name: before.settings.get(name) for name in settings}
+        refuse_other_settings(known, json.loads(json.dumps(settings)), path)
+
+
+def taken(file: BinaryIO, path: Path, reuse: bool, force: bool) -> Predictions:
+    """Lock the file and read what is to stay in it. Raises PredictionsError."""
+    lock(file, path)
+    if force:
+        return Predictions({})
+    file.seek(0)
+    if not reuse and file.read(1):
+        raise PredictionsError(
+            f"{path}: is there already; go on with it (--reuse), replace it (--force), or name "
+            "another folder"
+        )
+    file.seek(0)
+    return parse(file, path) or Predictions({})
+
+
+def refuse_other_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Raise PredictionsError naming those that differ."""
+    different = differences(before, now)
+    if different:
+        raise PredictionsError(f"{path}: was answered with other settings: {'; '.join(different)}")
 
 
 def lock(file: BinaryIO, path: Path) -> None:

@@ -92,13 +92,20 @@ class Evaluation:
 
 
 def refuse_other_files(suite: Suite, settings: Mapping[str, Any]) -> None:
-    """Raise EvaluationError where a file has another content than the predictions say."""
-    known = [entry["sha256"] for entry in settings.get("files", [])]
-    if suite.name != settings.get("suite") or len(known) != len(suite.files):
+    """Raise EvaluationError where a file has another content than the predictions say, or stands in
+    another place: the order of the samples follows that of the files."""
+    if suite.name != settings.get("suite"):
         raise EvaluationError(f"the predictions are of {settings.get('suite')}, not {suite.name}")
+    known = settings.get("files", [])
+    if len(known) != len(suite.files):
+        names = ", ".join(entry["name"] for entry in known)
+        raise EvaluationError(f"the questions were asked from {names}, got {len(suite.files)} files")
     for path, before in zip(suite.files, known, strict=True):
-        if file_hash(path) != before:
-            raise EvaluationError(f"{path}: is not the file that the questions were asked from")
+        if file_hash(path) != before["sha256"]:
+            name = before["name"]
+            raise EvaluationError(
+                f"{path}: is not the file that the questions were asked from, {name}"
+            )
 
 
 def merged(parts: Sequence[Mapping[str, Record]]) -> dict[str, Record]:
