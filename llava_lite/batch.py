@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from llava_lite.errors import LlavaLiteError
 
@@ -31,6 +31,8 @@ ROW_ERRORS = (LlavaLiteError, OSError, RuntimeError, MemoryError)
 
 RowId = str | int
 Record = dict[str, Any]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class BatchError(LlavaLiteError):
@@ -81,6 +83,26 @@ def is_accelerator_failure(error: BaseException) -> bool:
         return False
     named = any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__)
     return named or "CUDA error" in str(error)
+
+
+def together_or_alone(
+    items: Sequence[Item],
+    work: Callable[[Sequence[Item]], list[Result]],
+    failed: Callable[[Item, Exception], Result],
+) -> list[Result]:
+    """What `work` makes of all items at once or, if that fails, of each alone; what fails even then
+    gets `failed(item, error)`. Raises what is no row's error, and an accelerator's failure."""
+    if not items:
+        return []
+    try:
+        return work(items)
+    except ROW_ERRORS as error:
+        if is_accelerator_failure(error):
+            raise
+        if len(items) == 1:
+            return [failed(items[0], error)]
+    # Out of the handler, which would keep the tensors of the batch.
+    return [result for item in items for result in together_or_alone([item], work, failed)]
 
 
 def reason_of(error: BaseException) -> str:
@@ -421,16 +443,13 @@ def answer_rows(
     options: dict[str, Any],
 ) -> list[Record]:
     """The records of some rows, asked as one batch, or one by one if that fails."""
-    try:
+
+    def answered(rows: Sequence[Row]) -> list[Record]:
         images = [
             [open_image(s) for s in row.sources] if open_image else row.sources for row in rows
         ]
         prompts = [row.prompt for row in rows]
         answers = model.generate(images, prompts, batch_size=len(rows), **options)
         return [row.answered(answer) for row, answer in zip(rows, answers, strict=True)]
-    except ROW_ERRORS as error:
-        if is_accelerator_failure(error):
-            raise
-        if len(rows) == 1:
-            return [rows[0].failed(error)]
-    return [record for row in rows for record in answer_rows(model, [row], open_image, options)]
+
+    return together_or_alone(rows, answered, Row.failed)

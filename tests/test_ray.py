@@ -323,6 +323,19 @@ def test_a_predictor_by_itself(source: ModelSource, folder: Path, tiny_model: Mo
     assert predictor(nulls)["answer"] == [given["answer"][1]]
 
 
+def test_a_predictor_passes_on_that_its_accelerator_failed(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor(source.name, source.options, **OPTIONS)
+
+    def failing(*_: Any, **options: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(predictor.model, "generate", failing)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        predictor({"prompt": ["star?", "ring"]})
+
+
 def test_images_of_a_cell() -> None:
     import numpy as np
 

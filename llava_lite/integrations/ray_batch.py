@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_lite.batch import (
-    ROW_ERRORS,
     Record,
     Row,
     Summary,
@@ -31,6 +30,7 @@ from llava_lite.batch import (
     plan,
     reason_of,
     select_shard,
+    together_or_alone,
 )
 from llava_lite.errors import LlavaLiteError
 
@@ -152,17 +152,15 @@ def answer_each(
     model: "Model", images: Sequence[Any], prompts: Sequence[str], options: Mapping[str, Any]
 ) -> "list[Answer | BaseException]":
     """Each prompt's answer, asked as one batch, or one by one if that fails; its error if it has
-    none. An image that is a function is called for it."""
-    if not prompts:
-        return []
-    try:
-        opened = [[image() if callable(image) else image for image in own] for own in images]
-        return [*model.generate(opened, list(prompts), batch_size=len(prompts), **options)]
-    except ROW_ERRORS as error:
-        if len(prompts) == 1:
-            return [error]
-    pairs = zip(images, prompts, strict=True)
-    return [one for image, text in pairs for one in answer_each(model, [image], [text], options)]
+    none. An image that is a function is called for it. Raises an accelerator's failure."""
+
+    def answered(pairs: Sequence[tuple[Any, str]]) -> "list[Answer | BaseException]":
+        opened = [[image() if callable(image) else image for image in own] for own, _ in pairs]
+        texts = [text for _, text in pairs]
+        return [*model.generate(opened, texts, batch_size=len(pairs), **options)]
+
+    pairs = list(zip(images, prompts, strict=True))
+    return together_or_alone(pairs, answered, lambda _, error: error)
 
 
 # ---- blocks of work ------------------------------------------------------------------------------
