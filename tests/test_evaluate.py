@@ -1,10 +1,8 @@
 """Evaluation on fresh scenes: which scenes, what is right, the second renderer, the command."""
 
 import ast
-import importlib.util
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_TEXT, TINY_VISION, random_llava
+from conftest import TINY_TEXT, TINY_VISION, load_tool, random_llava
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -66,12 +64,7 @@ WISHES = [
 
 @pytest.fixture(scope="module")
 def train_tiny() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_tiny", ROOT / "tools" / "train_tiny.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_tiny"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("train_tiny")
 
 
 def state_of(rng: np.random.Generator) -> int:

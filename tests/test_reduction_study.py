@@ -1,7 +1,6 @@
 """The study of token reduction on a random model: what is asked, kept, resumed, counted, drawn."""
 
 import csv
-import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY_TEXT, TINY_VISION, random_llava
+from conftest import ROOT, TINY_TEXT, TINY_VISION, load_tool, random_llava
 from PIL import Image
 
 import llava_lite
@@ -33,17 +32,13 @@ NAMES += ["fastv-k2-36", "random-k2-36", "hybrid-72-36-vtu", "hybrid-72-36-logic
 
 @pytest.fixture(scope="module")
 def study() -> Iterator[ModuleType]:
-    """The tool, loaded by its path beside the one it imports: tools are no package."""
-    path = ROOT / "tools" / "reduction_study.py"
-    spec = importlib.util.spec_from_file_location("reduction_study", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reduction_study"] = module  # dataclasses look their module up
-    sys.path.insert(0, str(path.parent))
+    """The tool, beside the one it imports."""
+    folder = str(ROOT / "tools")
+    sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
+        module = load_tool("reduction_study")
     finally:
-        sys.path.remove(str(path.parent))
+        sys.path.remove(folder)
     module.CHUNK, module.MAX_NEW_TOKENS = 2, 4  # type: ignore[attr-defined]
     yield module
 
