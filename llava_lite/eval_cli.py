@@ -20,9 +20,9 @@ from llava_lite.errors import EvaluationError
 from llava_lite.evaluation.suite import Suite
 from llava_lite.evaluation.suites import SUITES, Exporting, SuiteKind, open_suite, split_paths
 from llava_lite.integrations import ray_batch
+from llava_lite.json_lines import JsonObject
 
 if TYPE_CHECKING:
-    from llava_lite.evaluation.predictions import Record
     from llava_lite.evaluation.report import Evaluation
     from llava_lite.evaluation.runner import Ask
     from llava_lite.generation import Model
@@ -409,7 +409,7 @@ class Progress:
             total=total, initial=done, unit="sample", file=sys.stderr, disable=self.hidden
         )
 
-    def count(self, record: "Record") -> None:
+    def count(self, record: "JsonObject") -> None:
         if "error" in record:
             self.failed += 1
             self.bar.set_postfix(failed=self.failed, refresh=False)

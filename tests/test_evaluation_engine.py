@@ -469,9 +469,7 @@ def test_an_interrupt_is_not_swallowed(tiny_model: Model) -> None:
     assert found == ["3", "2", "1", "0"]  # long prompts come first
 
 
-def test_an_interrupt_ends_the_threads(
-    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_ends_the_threads(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one opens its image: it ends with that, and what waits behind it is never opened."""
     opened: list[int] = []
     opening, go_on = threading.Event(), threading.Event()

@@ -177,7 +177,7 @@ def test_two_runs_on_one_file_do_not_mix(path: Path) -> None:
         ("just notes\n", "line 1: not valid JSON"),
         ("just notes", "line 1: is no line of a predictions file"),
         ('{"predictions": 2, "settings": {}}\n', "is written in format 2, this version reads 1"),
-        ('{"predictions": 1, "settings": {}}\n[1]\n', "line 2: is no line"),
+        ('{"predictions": 1, "settings": {}}\n[1]\n', "line 2: a list, not a JSON object"),
         ('{"predictions": 1, "settings": {}}\n{"id": "a"}\n', "line 2: is no line"),
         ('{"predictions": 1, "settings": {}}\nmy notes', "line 2: is no line"),
         ("", "holds no predictions"),

@@ -184,7 +184,7 @@ def test_more_than_four_options_quotes_and_line_ends(tmp_path: Path) -> None:
 
 
 def test_cells_go_into_the_prompt_as_they_stand(tmp_path: Path) -> None:
-    """Blanks around a text are part of the prompt; around an index or a letter they mean nothing."""
+    """Blanks around a text are part of the prompt; elsewhere they mean nothing."""
     cells = {"options": (" yes", "no "), "hint": " Look. ", "answer": " b ", "category": " fruit"}
     suite = open_mmbench([write(tmp_path / "a.tsv", [row(" 7 ", question="Is it? ", **cells)])])
     [sample] = suite.samples()

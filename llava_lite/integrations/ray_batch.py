@@ -22,17 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_lite.batch import (
-    Record,
     Row,
     Summary,
     answer_rows,
     append_records,
     plan,
-    reason_of,
     select_shard,
     together_or_alone,
 )
-from llava_lite.errors import LlavaLiteError
+from llava_lite.errors import LlavaLiteError, reason_of
+from llava_lite.json_lines import JsonObject
 
 if TYPE_CHECKING:
     from llava_lite.answer import Answer
@@ -452,7 +451,7 @@ def run_batch(
     resume: bool = False,
     retry_errors: bool = False,
     shard: tuple[int, int] = (1, 1),
-    on_record: Callable[[Record], None] | None = None,
+    on_record: Callable[[JsonObject], None] | None = None,
     **options: Any,
 ) -> Summary:
     """`batch.run_batch` on a cluster: the same lines in the same order, resumable in the same way.
@@ -473,7 +472,7 @@ def run_batch(
     )
     blocks = in_blocks([absolute(row) for row in todo_of.todo], size)
 
-    def work(model: "Model", block: list[Row]) -> list[Record]:
+    def work(model: "Model", block: list[Row]) -> list[JsonObject]:
         return answer_rows(model, block, None, options)
 
     with closing(answer_blocks(blocks, work, source, cluster, Row.failed)) as records:
