@@ -18,7 +18,7 @@ import llava_lite
 from llava_lite import llama
 from llava_lite.checkpoint import save_model
 from llava_lite.config import LlavaConfig
-from llava_lite.evaluate import FAMILIES, Asked, Tally, evaluate_scenes, fresh_scenes, overall
+from llava_lite.evaluate import FAMILIES, AskedScene, Tally, evaluate_scenes, fresh_scenes, overall
 from llava_lite.fastv import choose
 from llava_lite.generation import Model
 from llava_lite.reduction import DToMe, FastV, Reduction, ToMe
@@ -128,7 +128,7 @@ def test_wrong_usage(
 # ---- a run ---------------------------------------------------------------------------------------
 
 
-def answerable(model: Model, scenes: Iterable[Asked]) -> list[Asked]:
+def answerable(model: Model, scenes: Iterable[AskedScene]) -> list[AskedScene]:
     """The scenes, with what a random model says as the right answer of every second question."""
     found = []
     for scene, asked in scenes:
@@ -154,7 +154,7 @@ def test_run_counts_what_evaluation_counts(
     model = llava_lite.load(folder)
     scenes = answerable(model, fresh_scenes(3, 5))
 
-    def same_scenes(count: int, seed: int, first: int = 0) -> Iterable[Asked]:
+    def same_scenes(count: int, seed: int, first: int = 0) -> Iterable[AskedScene]:
         return scenes[first : first + count] if seed == 5 else fresh_scenes(count, seed)
 
     monkeypatch.setattr(study, "fresh_scenes", same_scenes)
