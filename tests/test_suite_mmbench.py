@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_lite.errors import EvaluationError
-from llava_lite.evaluation.mmbench import Image as RowImage
-from llava_lite.evaluation.mmbench import Row, index_of, open_mmbench, rotations
+from llava_lite.evaluation.mmbench import Row, RowImage, index_of, open_mmbench, rotations
 from llava_lite.evaluation.multiple_choice import chosen_letter, multiple_choice_prompt
 from llava_lite.evaluation.suite import Metric
 

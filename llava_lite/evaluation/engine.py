@@ -41,7 +41,7 @@ LOOK_AHEAD = 2  # batches of images that are opened before they are needed
 LEAST_PREFIX = 0.125
 PHASES = ("preprocess", "vision", "prefill", "decode")
 
-Image = Any  # whatever `load_image` takes, or an EncodedImage
+AnyImage = Any  # whatever `load_image` takes, or an EncodedImage
 Item = TypeVar("Item")
 
 
@@ -63,7 +63,7 @@ class Group:
     samples: tuple[Sample, ...]
 
     @property
-    def images(self) -> tuple[Image, ...]:
+    def images(self) -> tuple[AnyImage, ...]:
         """Those of each of its samples."""
         return self.samples[0].images
 
@@ -80,7 +80,7 @@ class Prepared:
     """A group whose images are opened: squares, ready for the model; or the error of one."""
 
     group: Group
-    images: tuple[Image, ...] = ()
+    images: tuple[AnyImage, ...] = ()
     error: Exception | None = None
     seconds: float = 0.0
 
@@ -138,7 +138,7 @@ def prepare(model: Model, group: Group) -> Prepared:
     return Prepared(group, images, seconds=perf_counter() - start)
 
 
-def square(model: Model, image: Image, size: int) -> Image:
+def square(model: Model, image: AnyImage, size: int) -> AnyImage:
     """The picture that the model's own preprocessing would make pixel values of. A function is
     called for its image."""
     image = image() if callable(image) else image
@@ -364,7 +364,7 @@ class Feed:
                 self.ready.append(replace(job, request=request, seconds=seconds))
 
 
-def images_of(jobs: Sequence[Job]) -> tuple[Image, ...]:
+def images_of(jobs: Sequence[Job]) -> tuple[AnyImage, ...]:
     """The images of a group's jobs: each has the same."""
     return jobs[0].request.images
 

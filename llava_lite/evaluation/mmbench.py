@@ -26,8 +26,7 @@ from llava_lite.evaluation.multiple_choice import (
     multiple_choice_prompt,
 )
 from llava_lite.evaluation.records import Record, read_tab_separated, refuse_repeated_ids
-from llava_lite.evaluation.suite import Sample, Scores, settings_of
-from llava_lite.evaluation.tally import accuracy, accuracy_by_group
+from llava_lite.evaluation.suite import Sample, Scores, accuracy, accuracy_by_group, settings_of
 
 MAX_NEW_TOKENS = 1024
 ROTATION_OFFSET = 1_000_000
@@ -39,7 +38,7 @@ EXTRACTION = "rules only, no judge model: what they cannot tell is wrong"
 
 
 @dataclass(frozen=True)
-class Image:
+class RowImage:
     """An encoded image file, or why there is none. The key is the same for the same bytes."""
 
     content: bytes = b""
@@ -55,7 +54,7 @@ class Row:
     id: str
     question: str
     options: tuple[str, ...]
-    image: Image
+    image: RowImage
     where: str
     hint: str = ""
     answer: str | None = None
@@ -247,14 +246,14 @@ def open_mmbench(
 def read_rows(path: Path) -> list[Row]:
     """All rows of a file with their images."""
     needed = ("index", "image", "question", "A", "B")
-    images: dict[str, Image | str] = {}  # by index; a text is the index of another row
-    known: dict[str, Image] = {}  # by key: rows with the same bytes share them
+    images: dict[str, RowImage | str] = {}  # by index; a text is the index of another row
+    known: dict[str, RowImage] = {}  # by key: rows with the same bytes share them
     rows = []
     for record in read_tab_separated(path, needed):
         row = row_of(record)
         rows.append(row)
         image = image_or_reference(cell(record, "image"))
-        if isinstance(image, Image) and image.key:
+        if isinstance(image, RowImage) and image.key:
             image = known.setdefault(image.key, image)
         images[row.id] = image
     if not rows:
@@ -282,7 +281,7 @@ def row_of(record: Record) -> Row:
         id=record.where.rsplit(", ")[-1] if index is None else str(index),
         question=question,
         options=options,
-        image=Image(),
+        image=RowImage(),
         where=record.where,
         hint=text(record, "hint"),
         answer=answer,
@@ -322,32 +321,34 @@ def index_of(said: str) -> int | None:
 # ---- images ------------------------------------------------------------------------------------
 
 
-def image_or_reference(said: str) -> Image | str:
+def image_or_reference(said: str) -> RowImage | str:
     """The image in a cell, or the index of the row that has it."""
     if not said:
-        return Image(error="the row has no image")
+        return RowImage(error="the row has no image")
     if len(said) <= LONGEST_REFERENCE:
         index = index_of(said)
-        return Image(error=f"the image {said!r} is no row's index") if index is None else str(index)
+        return (
+            RowImage(error=f"the image {said!r} is no row's index") if index is None else str(index)
+        )
     try:
         content = base64.b64decode("".join(said.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        return Image(error=f"the image is not valid base64: {error}")
-    return Image(content, sha256(content).hexdigest())
+        return RowImage(error=f"the image is not valid base64: {error}")
+    return RowImage(content, sha256(content).hexdigest())
 
 
-def follow(index: str, images: Mapping[str, Image | str]) -> Image:
+def follow(index: str, images: Mapping[str, RowImage | str]) -> RowImage:
     """The image of a row, through as many references as it takes."""
     seen: list[str] = []
-    found: Image | str = index
+    found: RowImage | str = index
     while isinstance(found, str):
         if found in seen:
             circle = " -> ".join([*seen, found])
-            return Image(error=f"the image references go in a circle: {circle}")
+            return RowImage(error=f"the image references go in a circle: {circle}")
         if found not in images:
-            return Image(error=f"the image is that of row {found}, which is not in the file")
+            return RowImage(error=f"the image is that of row {found}, which is not in the file")
         seen.append(found)
         found = images[found]
     if found.error and len(seen) > 1:
-        return Image(error=f"the image is that of row {seen[-1]}: {found.error}")
+        return RowImage(error=f"the image is that of row {seen[-1]}: {found.error}")
     return found
