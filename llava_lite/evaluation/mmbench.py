@@ -22,6 +22,7 @@ from llava_lite.errors import EvaluationError
 from llava_lite.evaluation.multiple_choice import (
     LETTER_INSTRUCTIONS,
     chosen_letter,
+    is_missing,
     letters,
     multiple_choice_prompt,
 )
@@ -32,7 +33,6 @@ MAX_NEW_TOKENS = 1024
 ROTATION_OFFSET = 1_000_000
 LONGEST_REFERENCE = 64
 LONGEST_INDEX = 18  # digits, as many as 64-bit integers surely hold
-MISSING = ("nan", "NaN", "NAN")  # how tables write an empty cell
 GROUPINGS = ("category", "l2-category")
 EXTRACTION = "rules only, no judge model: what they cannot tell is wrong"
 
@@ -291,10 +291,10 @@ def row_of(record: Record) -> Row:
 
 
 def text(record: Record, column: str) -> str:
-    """The text of a cell as it stands, for prompts are compared by the letter; missing, blank and
-    nan are the same, but none, null and NA are texts like any other."""
+    """The text of a cell as it stands, for prompts are compared by the letter; nothing where it is
+    missing."""
     content = str(record.get(column, default=""))
-    return "" if content.strip() in ("", *MISSING) else content
+    return "" if is_missing(content) else content
 
 
 def cell(record: Record, column: str) -> str:
