@@ -9,16 +9,16 @@ killed process leaves at most one half-written line at its end, which the next r
 """
 
 import csv
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from llava_lite.errors import LlavaLiteError
+from llava_lite.errors import LlavaLiteError, reason_of
+from llava_lite.json_lines import JsonObject, lines_of, parse_object
 
 if TYPE_CHECKING:
     from llava_lite.answer import Answer
@@ -30,7 +30,8 @@ DEFAULT_BATCH_SIZE = 8
 ROW_ERRORS = (LlavaLiteError, OSError, RuntimeError, MemoryError)
 
 RowId = str | int
-Record = dict[str, Any]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class BatchError(LlavaLiteError):
@@ -55,12 +56,12 @@ class Row:
         is_url = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
         return [name if is_url.match(name) else str(self.folder / name) for name in names]
 
-    def asked(self) -> Record:
+    def asked(self) -> JsonObject:
         """The part of its output line that repeats the question."""
         asked = {"id": self.id, "prompt": self.prompt, "image": self.image}
         return asked if self.reduction is None else {**asked, "reduction": self.reduction}
 
-    def answered(self, answer: "Answer") -> Record:
+    def answered(self, answer: "Answer") -> JsonObject:
         """Its output line."""
         return {
             **self.asked(),
@@ -69,7 +70,7 @@ class Row:
             "usage": answer.usage,
         }
 
-    def failed(self, error: BaseException) -> Record:
+    def failed(self, error: BaseException) -> JsonObject:
         """Its output line when there is no answer."""
         return {**self.asked(), "error": reason_of(error), "finish_reason": "error", "usage": {}}
 
@@ -83,9 +84,24 @@ def is_accelerator_failure(error: BaseException) -> bool:
     return named or "CUDA error" in str(error)
 
 
-def reason_of(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def together_or_alone(
+    items: Sequence[Item],
+    work: Callable[[Sequence[Item]], list[Result]],
+    failed: Callable[[Item, Exception], Result],
+) -> list[Result]:
+    """What `work` makes of all items at once or, if that fails, of each alone; what fails even then
+    gets `failed(item, error)`. Raises what is no row's error, and an accelerator's failure."""
+    if not items:
+        return []
+    try:
+        return work(items)
+    except ROW_ERRORS as error:
+        if is_accelerator_failure(error):
+            raise
+        if len(items) == 1:
+            return [failed(items[0], error)]
+    # Out of the handler, which would keep the tensors of the batch.
+    return [result for item in items for result in together_or_alone([item], work, failed)]
 
 
 # ---- input -------------------------------------------------------------------------------------
@@ -132,29 +148,18 @@ def image_names(folder: Path) -> list[str]:
     return [name for name in names if not any(part[0] == "." for part in name.split("/"))]
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
+def read_jsonl(path: Path) -> Iterator[tuple[int, JsonObject]]:
     """(line number, object) of every line that is not blank."""
     with open(path, encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, parse_object(line, path, number)
+                    yield number, parse_object(line, f"{path}, line {number}", BatchError)
         except UnicodeDecodeError as error:
             raise BatchError(f"{path}: is not UTF-8 text: {error.reason}") from error
 
 
-def parse_object(line: str | bytes, path: Path, number: int) -> Record:
-    """One JSON object. Raises BatchError naming the line."""
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BatchError(f"{path}, line {number}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise BatchError(f"{path}, line {number}: a {type(content).__name__}, not a JSON object")
-    return content
-
-
-def read_csv(path: Path) -> Iterator[tuple[int, Record]]:
+def read_csv(path: Path) -> Iterator[tuple[int, JsonObject]]:
     """(line number, fields) of every row; an empty cell is a field that is not there."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
@@ -172,7 +177,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, Record]]:
             raise BatchError(f"{path}: is not UTF-8 text: {error.reason}") from error
 
 
-def parse_row(fields: Record, path: Path, line: int, prompt: str | None) -> Row:
+def parse_row(fields: JsonObject, path: Path, line: int, prompt: str | None) -> Row:
     """Check one row's fields. Raises BatchError naming the line and the field."""
     where = f"{path}, line {line}"
     row_id = one_of(fields, ("id", "question_id"), where, line)
@@ -190,7 +195,7 @@ def parse_row(fields: Record, path: Path, line: int, prompt: str | None) -> Row:
     return Row(row_id, question, image, path.parent, line)
 
 
-def one_of(fields: Record, names: tuple[str, ...], where: str, default: Any) -> Any:
+def one_of(fields: JsonObject, names: tuple[str, ...], where: str, default: Any) -> Any:
     """The one field of these names that is there. Raises BatchError for two of them."""
     present = [name for name in names if fields.get(name) is not None]
     if len(present) > 1:
@@ -293,16 +298,17 @@ def complete_lines(output: Path) -> Iterator[tuple[int, bytes]]:
                 raise BatchError(f"{output}, line {number}: is no line of a batch output")
 
 
-def parse_record(line: bytes, output: Path, number: int) -> Record:
+def parse_record(line: bytes, output: Path, number: int) -> JsonObject:
     """One line of an output file. Raises BatchError naming it if it is none."""
-    record = parse_object(line, output, number)
+    where = f"{output}, line {number}"
+    record = parse_object(line, where, BatchError)
     is_row = isinstance(record.get("id"), str | int) and ("answer" in record) != ("error" in record)
     if not is_row:
-        raise BatchError(f"{output}, line {number}: is no line of a batch output")
+        raise BatchError(f"{where}: is no line of a batch output")
     return record
 
 
-def refuse_other_question(row: Row, record: Record, where: str) -> None:
+def refuse_other_question(row: Row, record: JsonObject, where: str) -> None:
     """Raise BatchError where the output's line is about another prompt or image than the row,
     or was answered with another reduction."""
     for name in ("prompt", "image", "reduction"):
@@ -344,7 +350,7 @@ class Summary:
     answered: int = 0
     failed: int = 0
     present: int = 0
-    first_error: Record | None = None
+    first_error: JsonObject | None = None
 
 
 def run_batch(
@@ -357,7 +363,7 @@ def run_batch(
     retry_errors: bool = False,
     shard: tuple[int, int] = (1, 1),
     open_image: Callable[[str], Any] | None = None,
-    on_record: Callable[[Record], None] | None = None,
+    on_record: Callable[[JsonObject], None] | None = None,
     **options: Any,
 ) -> Summary:
     """Answer rows in order and append their lines to `output`, one batch at a time.
@@ -387,16 +393,15 @@ def run_batch(
 def append_records(
     output: Path,
     work: Plan,
-    batches: Iterable[Sequence[Record]],
-    on_record: Callable[[Record], None] | None = None,
+    batches: Iterable[Sequence[JsonObject]],
+    on_record: Callable[[JsonObject], None] | None = None,
 ) -> Summary:
     """Write the records of a plan's rows, each batch as soon as it comes."""
     repair(output, work)
     summary = Summary(failed=work.failed, present=work.answered)
     with open(output, "ab") as file:
         for records in batches:
-            # Escaped to ASCII: no reader splits a line at a Unicode line separator in an answer.
-            file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+            file.write(lines_of(*records))
             file.flush()
             for record in records:
                 count(record, summary)
@@ -405,7 +410,7 @@ def append_records(
     return summary
 
 
-def count(record: Record, summary: Summary) -> None:
+def count(record: JsonObject, summary: Summary) -> None:
     """Book one new line."""
     if "error" in record:
         summary.failed += 1
@@ -419,18 +424,15 @@ def answer_rows(
     rows: Sequence[Row],
     open_image: Callable[[str], Any] | None,
     options: dict[str, Any],
-) -> list[Record]:
+) -> list[JsonObject]:
     """The records of some rows, asked as one batch, or one by one if that fails."""
-    try:
+
+    def answered(rows: Sequence[Row]) -> list[JsonObject]:
         images = [
             [open_image(s) for s in row.sources] if open_image else row.sources for row in rows
         ]
         prompts = [row.prompt for row in rows]
         answers = model.generate(images, prompts, batch_size=len(rows), **options)
         return [row.answered(answer) for row, answer in zip(rows, answers, strict=True)]
-    except ROW_ERRORS as error:
-        if is_accelerator_failure(error):
-            raise
-        if len(rows) == 1:
-            return [rows[0].failed(error)]
-    return [record for row in rows for record in answer_rows(model, [row], open_image, options)]
+
+    return together_or_alone(rows, answered, Row.failed)

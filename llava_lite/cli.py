@@ -40,9 +40,10 @@ from llava_lite.repl import CHAT_HELP, Repl
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from llava_lite.batch import Record, Row, Summary
+    from llava_lite.batch import Row, Summary
     from llava_lite.bench import Settings
     from llava_lite.generation import Model
+    from llava_lite.json_lines import JsonObject
     from llava_lite.ranks import Ranks
     from llava_lite.reduction import Reduction
 
@@ -787,7 +788,7 @@ class Progress:
         self.bar = tqdm(total=self.total, unit="row", file=sys.stderr, disable=self.hidden)
         return self
 
-    def __call__(self, record: "Record") -> None:
+    def __call__(self, record: "JsonObject") -> None:
         if "error" in record:
             self.failed += 1
             self.bar.set_postfix(failed=self.failed, refresh=False)

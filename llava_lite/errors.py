@@ -5,6 +5,12 @@ class LlavaLiteError(Exception):
     """Base of every error that llava_lite raises on purpose."""
 
 
+def reason_of(error: BaseException | str | None) -> str:
+    """What an error says, in one line; its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class ImageError(LlavaLiteError):
     """The image cannot be used: unreadable, truncated, too large, refused URL. Names the source."""
 

@@ -20,9 +20,9 @@ from llava_lite.errors import EvaluationError
 from llava_lite.evaluation.suite import Suite
 from llava_lite.evaluation.suites import SUITES, Exporting, SuiteKind, open_suite, split_paths
 from llava_lite.integrations import ray_batch
+from llava_lite.json_lines import JsonObject
 
 if TYPE_CHECKING:
-    from llava_lite.evaluation.predictions import Record
     from llava_lite.evaluation.report import Evaluation
     from llava_lite.evaluation.runner import Ask
     from llava_lite.generation import Model
@@ -261,17 +261,21 @@ def run_data_set(args: argparse.Namespace, program: Program) -> int:
     cluster = ray_batch.parse_cluster(args)
     options = program.generation_options(args)
     reopen = suite_arguments(args)
+    check_outputs(args, folder)
     suite = suite_of(reopen)
     check_export(args, suite)
-    check_outputs(args, folder)
     options["max_new_tokens"] = options["max_new_tokens"] or suite.max_new_tokens
     from llava_lite.evaluation import predictions, report
+    from llava_lite.evaluation.settings import answer_settings
     from llava_lite.sampling import GenerationOptions
 
     wishes = GenerationOptions(**options)
+    settings = answer_settings(suite, wishes)
+    path = folder / predictions.FILE_NAME
+    predictions.check(path, args.reuse, args.force, settings)
     ask = asking(args, program, wishes, cluster)
-    answer(args, suite, ask, wishes, folder, reopen)
-    found = predictions.read_predictions(folder / predictions.FILE_NAME)
+    answer(args, suite, ask, settings, folder, reopen)
+    found = predictions.read_predictions(path)
     return deliver(args, report.Evaluation.of(suite, [(str(folder), found)]), folder)
 
 
@@ -363,13 +367,12 @@ def answer(
     args: argparse.Namespace,
     suite: Suite,
     ask: "Ask",
-    options: "GenerationOptions",
+    settings: Mapping[str, Any],
     folder: Path,
     reopen: Mapping[str, Any],
 ) -> None:
     """Ask what is missing, with a bar of progress."""
     from llava_lite.evaluation.runner import Files, Selection, run
-    from llava_lite.evaluation.settings import answer_settings
 
     progress = Progress(args.quiet)
     try:
@@ -377,7 +380,7 @@ def answer(
             suite.samples(),
             ask,
             Files(folder, args.reuse, args.retry_errors, args.force),
-            answer_settings(suite, options),
+            settings,
             Selection(args.limit, args.shard),
             reopen,
             progress.start,
@@ -406,7 +409,7 @@ class Progress:
             total=total, initial=done, unit="sample", file=sys.stderr, disable=self.hidden
         )
 
-    def count(self, record: "Record") -> None:
+    def count(self, record: "JsonObject") -> None:
         if "error" in record:
             self.failed += 1
             self.bar.set_postfix(failed=self.failed, refresh=False)
@@ -425,6 +428,8 @@ def run_report(args: argparse.Namespace) -> int:
     from llava_lite.evaluation import predictions, report
 
     folders = [Path(folder) for folder in args.folders]
+    output = Path(args.output) if args.output else folders[0] if len(folders) == 1 else None
+    check_outputs(args, output)
     parts = [
         (str(folder), predictions.read_predictions(folder / predictions.FILE_NAME))
         for folder in folders
@@ -437,8 +442,6 @@ def run_report(args: argparse.Namespace) -> int:
         arguments["paths"] = args.files
     suite = suite_of(arguments)
     check_export(args, suite)
-    output = Path(args.output) if args.output else folders[0] if len(folders) == 1 else None
-    check_outputs(args, output)
     return deliver(args, report.Evaluation.of(suite, parts), output)
 
 
@@ -474,13 +477,13 @@ def run_scenes(args: argparse.Namespace, program: Program) -> int:
     if unknown:
         args.parser.error(f"no family {unknown[0]!r}; there are {', '.join(PARAPHRASES)}")
     reduction = Reduction.of(program.parse_reduction(args))
-    model = program.load_model(args)
     from tqdm import tqdm
 
     from llava_lite import evaluate
 
-    hidden = args.quiet or not sys.stderr.isatty()
     scenes = list(evaluate.fresh_scenes(args.n, args.seed, args.families))
+    model = program.load_model(args)
+    hidden = args.quiet or not sys.stderr.isatty()
     asked = sum(len(questions) for _, questions in scenes)
     with tqdm(unit="question", total=asked, file=sys.stderr, disable=hidden) as bar:
         tallies = evaluate.evaluate_scenes(

@@ -11,25 +11,23 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from llava_lite.evaluation.engine import Engine
-from llava_lite.evaluation.shared_prefix import after_shared_prefixes
 from llava_lite.evaluation.suite import Sample, wilson_interval
-from llava_lite.generation import DEFAULT_BATCH_SIZE, Model, checked_batch_size
+from llava_lite.generation import DEFAULT_BATCH_SIZE, Model
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
 from llava_lite.sampling import GenerationOptions
 from llava_lite.scenes import PARAPHRASES, Question, Scene, draw_scene, questions, sample_scene
-from llava_lite.sequence import Request
 from llava_lite.smooth_scenes import draw_smooth_scene
 
-Asked = tuple[Scene, list[Question]]
+AskedScene = tuple[Scene, list[Question]]
+Shown = TypeVar("Shown")
 Draw = Callable[[Scene], Image.Image]
 
 FRESH_SEED = 20_000
@@ -97,7 +95,7 @@ def fresh_rng(seed: int, index: int) -> np.random.Generator:
 
 def fresh_scenes(
     count: int, seed: int = FRESH_SEED, families: Collection[str] | None = None, first: int = 0
-) -> Iterator[Asked]:
+) -> Iterator[AskedScene]:
     """`count` scenes over the whole domain, from number `first` on, each with one question of every
     family it allows, or of those in `families`. Raises as `fresh_rng`."""
     for index in range(first, first + count):
@@ -115,7 +113,7 @@ def fresh_scenes(
 
 def evaluate_scenes(
     model: Model,
-    scenes: Iterable[Asked],
+    scenes: Iterable[AskedScene],
     max_new_tokens: int = MAX_NEW_TOKENS,
     *,
     reduction: Reduction | str | None = None,
@@ -132,31 +130,45 @@ def evaluate_scenes(
     asked = dict(enumerate_questions(scenes))
     options = GenerationOptions(max_new_tokens=max_new_tokens, reduction=reduction)
     engine = Engine(model, options, batch_size, reuse_prefix=reuse_prefix)
-    answers: dict[str, str] = {}
-    for outcome in engine.answer(scene_samples(asked, draw)):
-        if isinstance(outcome.error, Exception):
-            raise outcome.error
-        answers[outcome.sample.id] = str(outcome.answer)
-        if on_answer:
-            on_answer()
+    # A scene is drawn when its image is needed.
+    samples = samples_of(asked, lambda scene: partial(draw, scene))
+    answers = answers_of(engine, samples, on_answer)
     tallies: dict[str, Tally] = {}
     for name, (_, question) in asked.items():
         tallies.setdefault(question.family, Tally()).add(question, answers[name])
     return tallies
 
 
-def enumerate_questions(scenes: Iterable[Asked]) -> Iterator[tuple[str, tuple[Scene, Question]]]:
-    """Every question with its scene, under a name "scene/question" of their numbers."""
-    for number, (scene, own) in enumerate(scenes):
+def answers_of(
+    engine: Engine, samples: Iterable[Sample], on_answer: Callable[[], object] | None = None
+) -> dict[str, str]:
+    """The answers by sample id. Raises the error of a sample that has none."""
+    answers: dict[str, str] = {}
+    for outcome in engine.answer(samples):
+        if isinstance(outcome.error, Exception):
+            raise outcome.error
+        answers[outcome.sample.id] = str(outcome.answer)
+        if on_answer:
+            on_answer()
+    return answers
+
+
+def enumerate_questions(
+    asked: Iterable[tuple[Shown, Sequence[Question]]],
+) -> Iterator[tuple[str, tuple[Shown, Question]]]:
+    """Every question with its scene or image, under a name "scene/question" of their numbers."""
+    for number, (shown, own) in enumerate(asked):
         for index, question in enumerate(own):
-            yield f"{number}/{index}", (scene, question)
+            yield f"{number}/{index}", (shown, question)
 
 
-def scene_samples(asked: Mapping[str, tuple[Scene, Question]], draw: Draw) -> list[Sample]:
-    """Samples of named questions; a scene is drawn when its image is needed."""
+def samples_of(
+    asked: Mapping[str, tuple[Shown, Question]], image_of: Callable[[Shown], Any]
+) -> list[Sample]:
+    """Samples of named questions, with the image of what they are about."""
     return [
-        Sample(name, question.text, (partial(draw, scene),), name.partition("/")[0])
-        for name, (scene, question) in asked.items()
+        Sample(name, question.text, (image_of(shown),), name.partition("/")[0])
+        for name, (shown, question) in asked.items()
     ]
 
 
@@ -188,27 +200,12 @@ def answer_questions(
     run once for all questions about it and stay in the KV cache, as in a chat: the answers are the
     same up to rounding, several times sooner. What prunes cannot do that, since FastV chooses by
     the end of the prompt: there, the whole prompt runs for every question all the same."""
-    wish, size = Reduction.of(reduction), checked_batch_size(batch_size)
+    wish = Reduction.of(reduction)  # None asks for none, whatever the images were encoded with
     options = GenerationOptions(max_new_tokens=max_new_tokens, reduction=wish)
-    groups = [
-        [model.request([image], question.text, options) for question in own]
-        for image, own in zip(images, asked, strict=True)
-    ]
-    requests = chain.from_iterable(begun(model, groups, size) if reuse_prefix else groups)
-    answers = {
-        index: str(row.answer())
-        for index, row in model.run(requests, options, size)
-        if row.finish_reason is not None
-    }
-    return [(question, answers[index]) for index, question in enumerate(chain(*asked))]
-
-
-def begun(
-    model: Model, groups: Sequence[Sequence[Request]], size: int
-) -> Iterator[Sequence[Request]]:
-    """The groups after what each shares, `size` groups at once, each when it is needed."""
-    for start in range(0, len(groups), size):
-        yield from after_shared_prefixes(model, groups[start : start + size])
+    named = dict(enumerate_questions(zip(images, asked, strict=True)))
+    engine = Engine(model, options, batch_size, workers=0, reuse_prefix=reuse_prefix)
+    answers = answers_of(engine, samples_of(named, lambda image: image))
+    return [(question, answers[name]) for name, (_, question) in named.items()]
 
 
 # ---- llava-lite eval -----------------------------------------------------------------------------

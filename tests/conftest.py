@@ -1,8 +1,11 @@
 """What several test files share: where the goldens are, and a tiny random model."""
 
+import importlib.util
 import os
 import signal
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -58,6 +61,16 @@ def random_llava(
                 tensor.copy_(noise * (1.0 if "embed" in name else 0.1))
         llava.vision.patch_embed.weight *= 0.1
     return llava.to(dtype).eval()
+
+
+def load_tool(name: str) -> ModuleType:
+    """A developer's tool, loaded by its path: tools are no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -597,6 +598,41 @@ def test_module_is_light() -> None:
     """Usage errors and `--shard` must not wait for torch."""
     script = f"import sys; import {batch.__name__}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_together_or_each_alone() -> None:
+    """All at once, and only if that fails each by itself; only what fails alone has failed."""
+    calls: list[str] = []
+
+    def work(items: Sequence[str]) -> list[str]:
+        calls.append("".join(items))
+        if "x" in items:
+            raise OSError("x is bad")
+        return [item.upper() for item in items]
+
+    def tried(items: str) -> tuple[list[str], list[str]]:
+        calls.clear()
+        return batch.together_or_alone(items, work, lambda item, error: f"{item}: {error}"), calls
+
+    assert tried("abc") == (["A", "B", "C"], ["abc"])
+    assert tried("axc") == (["A", "x: x is bad", "C"], ["axc", "a", "x", "c"])
+    assert tried("x") == (["x: x is bad"], ["x"])
+    assert tried("") == ([], [])
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: an illegal memory access"), KeyError("no row's error")]
+)
+def test_what_is_no_rows_error_is_not_tried_again(error: Exception) -> None:
+    calls: list[int] = []
+
+    def work(items: Sequence[str]) -> list[str]:
+        calls.append(len(items))
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        batch.together_or_alone("abc", work, lambda item, error: item)
+    assert raised.value is error and calls == [3]
 
 
 def test_an_accelerator_that_fails_ends_the_run(

@@ -1,8 +1,6 @@
 """The benchmark runs and says everything it promises. No figure of time is asserted."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROOT, TINY_TEXT, random_llava
+from conftest import TINY_TEXT, load_tool, random_llava
 
 from llava_lite import bench
 from llava_lite.bench import BenchError, Report, Settings
@@ -18,12 +16,7 @@ from llava_lite.bench import BenchError, Report, Settings
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools" / "benchmark.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("benchmark")
 
 
 def test_reduction(

@@ -15,11 +15,14 @@ import torch
 from conftest import ROOT, TINY_CONFIG, random_llava
 from PIL import Image
 
+import llava_lite
 from llava_lite import cli
 from llava_lite.checkpoint import save_model
 from llava_lite.eval_cli import with_command
 from llava_lite.evaluation import engine
+from llava_lite.evaluation.predictions import PredictionsWriter
 from llava_lite.evaluation.runner import Selection
+from llava_lite.evaluation.suite import Sample
 from llava_lite.generation import Model
 from llava_lite.tokenizer import Tokenizer
 
@@ -163,6 +166,7 @@ def test_the_arguments_of_other_evaluations(
     content = json.loads((tmp_path / "out.json").read_text())
     assert (content["suite"], content["samples"]["answered"]) == ("data-file", 2)
     assert content["settings"]["max_new_tokens"] == 4
+    assert content["settings"]["suite_settings"]["prompt"] == "the file's own"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("predictions.jsonl", "report.json", "report.html")
     }
@@ -251,7 +255,8 @@ def test_a_report_of_moved_files(
     assert json.loads(capsys.readouterr().out)["samples"]["answered"] == 6
     moved.write_text(moved.read_text() + "\n")
     assert run_eval("report", tmp_path / "run", "--files", moved) == cli.FAILED
-    assert "is not the file that the questions were asked from" in capsys.readouterr().err
+    said = "is not the file that the questions were asked from, own.jsonl"
+    assert capsys.readouterr().err == f"error: {moved}: {said}\n"
 
 
 def test_answers_in_the_format_of_the_server(model_folder: Path, tmp_path: Path) -> None:
@@ -292,7 +297,9 @@ def wait_for_lines(path: Path, process: subprocess.Popen[bytes], count: int) -> 
         time.sleep(0.005)
 
 
-def test_ctrl_c_keeps_everything_and_says_how_to_go_on(model_folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_everything_and_says_how_to_go_on(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, folder = many_questions(tmp_path), tmp_path / "run"
     words = ("jsonl", file, "-o", folder, "-m", model_folder, "-n", 40, "--batch-size", 1)
     process = subprocess.Popen(
@@ -300,8 +307,8 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(model_folder: Path, tmp_p
     )
     predictions = folder / "predictions.jsonl"
     wait_for_lines(predictions, process, 6)
-    with_lock = run_eval("jsonl", file, "-o", folder, "--reuse", model=model_folder)
-    assert with_lock == cli.FAILED  # other settings or not: a run is writing
+    assert run_eval(*words, "--limit", 1, "--reuse") == cli.FAILED
+    assert capsys.readouterr().err == f"error: {predictions}: another run is writing to it\n"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == cli.INTERRUPTED
@@ -417,6 +424,15 @@ def test_help_lists_the_data_sets(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_selection_takes_the_first_then_its_share() -> None:
+    # The first nine are about images 0 to 4; of these the second shard of two has 1 and 3.
+    samples = [Sample(f"{n % 5}-{n // 5}", "?", (n % 5,), str(n % 5)) for n in range(12)]
+    chosen = Selection(9, (2, 2)).of(samples)
+    assert [sample.id for sample in chosen] == ["1-0", "3-0", "1-1", "3-1"]
+    assert Selection(2).of(samples) == samples[:2]
+    assert Selection().of(samples) == samples
+
+
+def test_a_selection_comes_back_from_json() -> None:
     assert Selection.read({}) == Selection()
     assert Selection.read({"limit": 3, "shard": [2, 4]}) == Selection(3, (2, 4))
 
@@ -444,6 +460,59 @@ def test_what_cannot_be_written_shows_before_the_model_is_loaded(
     err = capsys.readouterr().err
     assert message in err and "no model" not in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "predictions.jsonl: is there already; go on with it (--reuse)"),
+        (("--reuse", "--merge", "tome:6"), "was answered with other settings: reduction none, now"),
+        (("--reuse", "-n", 5), "was answered with other settings: max_new_tokens 4, now 5"),
+    ],
+)
+def test_predictions_that_stay_refuse_before_the_model_is_loaded(
+    words: tuple[Any, ...],
+    message: str,
+    questions: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "run"
+    run_eval("jsonl", questions, "-o", folder, "--limit", 1, model=model_folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    capsys.readouterr()
+    monkeypatch.setattr(llava_lite, "load", None)
+    length = () if "-n" in words else ("-n", 4)
+    assert run_eval("jsonl", questions, "-o", folder, *words, *length, "--quiet") == cli.FAILED
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_that_is_writing_refuses_before_the_model_is_loaded(
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(llava_lite, "load", None)
+    path = tmp_path / "run" / "predictions.jsonl"
+    with PredictionsWriter(path) as writer:
+        writer.begin({}, {})
+        for flag in ("--reuse", "--force"):
+            assert run_eval("jsonl", questions, "-o", tmp_path / "run", flag) == cli.FAILED
+            assert capsys.readouterr().err == f"error: {path}: another run is writing to it\n"
+
+
+def test_where_a_report_cannot_be_written_shows_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report_file = tmp_path / "none" / "r.json"
+    words = ("report", tmp_path / "nowhere", "-o", tmp_path, "--report-file", report_file)
+    assert run_eval(*words) == cli.FAILED
+    assert "none does not exist" in capsys.readouterr().err
 
 
 def test_other_images_are_other_settings(

@@ -1,10 +1,8 @@
 """Evaluation on fresh scenes: which scenes, what is right, the second renderer, the command."""
 
 import ast
-import importlib.util
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_TEXT, TINY_VISION, random_llava
+from conftest import TINY_TEXT, TINY_VISION, load_tool, random_llava
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -66,12 +64,7 @@ WISHES = [
 
 @pytest.fixture(scope="module")
 def train_tiny() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_tiny", ROOT / "tools" / "train_tiny.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_tiny"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("train_tiny")
 
 
 def state_of(rng: np.random.Generator) -> int:
@@ -506,6 +499,13 @@ def test_a_reduction_that_the_model_cannot_do_is_one_line(
 ) -> None:
     assert run_eval("--fastv-k", "36", "--fastv-layer", "7", "--n", "1", model=folder) == cli.FAILED
     assert capsys.readouterr().err == "error: FastV layer 7 must be in 1..3\n"
+
+
+def test_a_seed_out_of_range_shows_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_eval("--seed", str(2**32), model="no model") == cli.FAILED
+    assert capsys.readouterr().err == "error: seed 4294967296 must be in 0..4294967295\n"
 
 
 def test_help_names_families_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:

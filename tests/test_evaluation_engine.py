@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ def test_shards_hold_every_sample_once_and_keep_images_together() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_no_more_images_are_opened_ahead_than_allowed(workers: int) -> None:
+def test_as_many_images_are_opened_ahead_as_allowed_and_no_more(workers: int) -> None:
     started: list[int] = []
 
     def work(group: Group) -> Prepared:
@@ -229,8 +230,34 @@ def test_no_more_images_are_opened_ahead_than_allowed(workers: int) -> None:
     opened = prepared_ahead(groups, work, workers, ahead=6)
     for taken in range(20):
         assert next(opened).images == (taken, taken)
-        assert len(started) <= taken + 1 + 3  # six images are three groups
+        ahead = min(20, taken + 1 + 3)  # six images are three groups
+        deadline = time.monotonic() + 20
+        while len(started) < ahead:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert len(started) == ahead
     assert next(opened, None) is None
+
+
+def test_images_are_opened_while_the_model_runs(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step ends only when the image of the next sample is being opened."""
+    opening = [threading.Event() for _ in range(3)]
+    step = type(tiny_model).step
+
+    def draw(number: int) -> Image.Image:
+        opening[number].set()
+        return picture(number)
+
+    def waiting(self: Model, rows: Any) -> None:
+        assert opening[1].wait(10), "nothing was opened"
+        step(self, rows)
+
+    monkeypatch.setattr(type(tiny_model), "step", waiting)
+    samples = [Sample(str(n), "red?", (partial(draw, n),)) for n in range(3)]
+    found = outcomes(tiny_model, samples, batch_size=1, workers=1, max_new_tokens=2)
+    assert list(found) == ["0", "1", "2"] and texts(found)
 
 
 def test_without_workers_images_are_opened_when_asked_for(tiny_model: Model) -> None:
@@ -262,6 +289,38 @@ def test_seconds_add_up_and_are_shared_by_those_who_spent_them(tiny_model: Model
     assert all(found[name].seconds["prefill"] > 0 for name in found)
     total = sum(sum(outcome.seconds.values()) for outcome in found.values())
     assert 0.05 <= total <= wall
+
+
+@pytest.mark.parametrize("phase", ["vision", "prefill"])
+def test_what_a_device_has_queued_counts_for_the_phase_that_queued_it(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    """A device that works behind the calls, as a GPU does: who waits for it pays for it."""
+    queued: list[float] = []
+    encode_image, shared = type(tiny_model.llava).encode_image, engine_module.after_shared_prefixes
+
+    def queueing(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            queued.append(0.2)
+            return work(*args)
+
+        return run
+
+    def synchronize(device: str) -> None:
+        assert device == "cpu"
+        time.sleep(sum(queued))
+        queued.clear()
+
+    monkeypatch.setattr(engine_module, "synchronize", synchronize)
+    if phase == "vision":
+        monkeypatch.setattr(type(tiny_model.llava), "encode_image", queueing(encode_image))
+    else:
+        monkeypatch.setattr(engine_module, "after_shared_prefixes", queueing(shared))
+    samples = [Sample(str(n), "red", (picture(1),), "one") for n in range(2)]
+    found = outcomes(tiny_model, samples, max_new_tokens=1)
+    for outcome in found.values():
+        assert outcome.seconds[phase] >= 0.1  # each its half
+    assert queued == []
 
 
 # ---- what fails ----------------------------------------------------------------------------------
@@ -396,18 +455,46 @@ def test_bad_options_show_before_any_work(tiny_model: Model) -> None:
         Engine(tiny_model, GenerationOptions(), batch_size=0)
 
 
-def test_an_interrupt_ends_the_threads_and_is_not_swallowed(tiny_model: Model) -> None:
+def test_an_interrupt_is_not_swallowed(tiny_model: Model) -> None:
     def interrupted() -> Image.Image:
         raise KeyboardInterrupt
 
-    samples = [Sample(str(n), "red?", (picture(n),)) for n in range(4)]
-    samples += [Sample("stop", "r", (interrupted,))]
+    samples = [Sample("stop", "r", (interrupted,))]
+    samples += [Sample(str(n), "red?" + "?" * n, (picture(n),)) for n in range(4)]
     engine = Engine(tiny_model, GenerationOptions(max_new_tokens=2), 1, workers=0)
     found = []
     with pytest.raises(KeyboardInterrupt):
         for outcome in engine.answer(samples):
             found.append(outcome.sample.id)
-    assert sorted(found) == ["0", "1", "2", "3"]
+    assert found == ["3", "2", "1", "0"]  # long prompts come first
+
+
+def test_an_interrupt_ends_the_threads(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one opens its image: it ends with that, and what waits behind it is never opened."""
+    opened: list[int] = []
+    opening, go_on = threading.Event(), threading.Event()
+
+    def draw(number: int) -> Image.Image:
+        opened.append(number)
+        if number == 2:
+            opening.set()
+            assert go_on.wait(20)
+        return picture(number)
+
+    def interrupted(*_: object) -> None:
+        assert opening.wait(20)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(tiny_model), "step", interrupted)
+    samples = [Sample(str(n), "red?", (partial(draw, n),)) for n in range(9)]
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        list(Engine(tiny_model, GenerationOptions(max_new_tokens=2), 2, workers=1).answer(samples))
+    [thread] = set(threading.enumerate()) - before
+    go_on.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert opened == [0, 1, 2]
 
 
 def test_requests_are_made_when_there_is_room_for_them(tiny_model: Model) -> None:

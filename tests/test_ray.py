@@ -18,7 +18,7 @@ from conftest import ROOT, TINY_CONFIG, random_llava
 from PIL import Image
 
 from llava_lite import batch, cli
-from llava_lite.batch import BatchError, Record
+from llava_lite.batch import BatchError
 from llava_lite.checkpoint import save_model
 from llava_lite.evaluation.fingerprint import model_hash
 from llava_lite.evaluation.predictions import read_predictions
@@ -37,6 +37,7 @@ from llava_lite.integrations.ray_batch import (
     run_batch,
 )
 from llava_lite.integrations.ray_eval import asking_actors, in_whole_groups
+from llava_lite.json_lines import JsonObject
 from llava_lite.sampling import GenerationOptions
 from llava_lite.tokenizer import Tokenizer
 
@@ -61,6 +62,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def rows(folder: Path) -> list[batch.Row]:
+    return batch.read_rows(folder / "rows.jsonl")
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out.jsonl"
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> ModelSource:
     """The tiny random model as a folder."""
@@ -82,11 +93,11 @@ def ray_here() -> Iterator[Any]:
     ray.shutdown()
 
 
-def read(output: Path) -> list[Record]:
+def read(output: Path) -> list[JsonObject]:
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
 
-def comparable(record: Record) -> Record:
+def comparable(record: JsonObject) -> JsonObject:
     """Of an error only the name of the file: on Ray it is named by its absolute path."""
     if "error" in record:
         record = {**record, "error": record["error"].split("/")[-1]}
@@ -94,7 +105,7 @@ def comparable(record: Record) -> Record:
 
 
 @pytest.fixture(scope="module")
-def plain(folder: Path, tiny_model: Model) -> list[Record]:
+def plain(folder: Path, tiny_model: Model) -> list[JsonObject]:
     """What one process writes."""
     output = folder / "plain.jsonl"
     batch.run_batch(
@@ -135,12 +146,11 @@ class LocalRay:
 
 def test_an_interrupted_run_goes_on_where_it_stopped(
     monkeypatch: pytest.MonkeyPatch,
-    folder: Path,
-    tmp_path: Path,
+    rows: list[batch.Row],
+    output: Path,
     tiny_model: Model,
-    plain: list[Record],
+    plain: list[JsonObject],
 ) -> None:
-    rows, output = batch.read_rows(folder / "rows.jsonl"), tmp_path / "out.jsonl"
     source, local = ModelSource("x"), LocalRay(tiny_model, stop_after=2)
     monkeypatch.setattr(ray_batch, "map_blocks", local)
     with pytest.raises(KeyboardInterrupt):
@@ -162,10 +172,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 
 
 def test_shards_are_those_of_a_plain_batch(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, tiny_model: Model
+    monkeypatch: pytest.MonkeyPatch, rows: list[batch.Row], output: Path, tiny_model: Model
 ) -> None:
     monkeypatch.setattr(ray_batch, "map_blocks", LocalRay(tiny_model))
-    rows, output = batch.read_rows(folder / "rows.jsonl"), tmp_path / "out.jsonl"
     run_batch(rows, output, ModelSource(), TWO, shard=(2, 5), **OPTIONS)
     assert [record["id"] for record in read(output)] == ["row 1", "row 6", 7]
 
@@ -175,12 +184,11 @@ DIED = "the Ray actor that worked on it died, twice"
 
 def test_a_row_that_kills_its_actor_costs_no_other_row(
     monkeypatch: pytest.MonkeyPatch,
-    folder: Path,
-    tmp_path: Path,
+    rows: list[batch.Row],
+    output: Path,
     tiny_model: Model,
-    plain: list[Record],
+    plain: list[JsonObject],
 ) -> None:
-    rows, output = batch.read_rows(folder / "rows.jsonl"), tmp_path / "out.jsonl"
     local = LocalRay(tiny_model, deadly=lambda row: row.id == "row 2")
     monkeypatch.setattr(ray_batch, "map_blocks", local)
     summary = run_batch(rows, output, ModelSource(), TWO, batch_size=2, **OPTIONS)
@@ -195,10 +203,9 @@ def test_a_row_that_kills_its_actor_costs_no_other_row(
 
 
 def test_where_actors_keep_dying_what_was_lost_so_far_is_booked(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, tiny_model: Model
+    monkeypatch: pytest.MonkeyPatch, rows: list[batch.Row], output: Path, tiny_model: Model
 ) -> None:
     """Otherwise a resumed run would end at the same place."""
-    rows, output = batch.read_rows(folder / "rows.jsonl"), tmp_path / "out.jsonl"
     local = LocalRay(tiny_model, stop_after=4, deadly=lambda row: row.id == "row 1")
     local.stop = DyingActors
     monkeypatch.setattr(ray_batch, "map_blocks", local)
@@ -257,10 +264,13 @@ def test_lost_blocks_are_told_from_those_that_are_there(
 
 @pytest.mark.parametrize("retry", [False, True])
 def test_what_cannot_start_touches_no_file(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, tiny_model: Model, retry: bool
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[batch.Row],
+    output: Path,
+    tiny_model: Model,
+    retry: bool,
 ) -> None:
     """Neither an empty output nor one without the error lines that were to be asked again."""
-    rows, output = batch.read_rows(folder / "rows.jsonl"), tmp_path / "out.jsonl"
     if retry:
         monkeypatch.setattr(ray_batch, "map_blocks", LocalRay(tiny_model))
         assert run_batch(rows, output, ModelSource(), TWO, **OPTIONS).failed == 4
@@ -321,6 +331,19 @@ def test_a_predictor_by_itself(source: ModelSource, folder: Path, tiny_model: Mo
     assert text_only["answer"] == [given["answer"][1]]
     nulls = {"prompt": ["star?"], "image": torch.full((1,), torch.nan).numpy()}
     assert predictor(nulls)["answer"] == [given["answer"][1]]
+
+
+def test_a_predictor_passes_on_that_its_accelerator_failed(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor(source.name, source.options, **OPTIONS)
+
+    def failing(*_: Any, **options: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(predictor.model, "generate", failing)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        predictor({"prompt": ["star?", "ring"]})
 
 
 def test_images_of_a_cell() -> None:
@@ -592,7 +615,7 @@ def test_a_predictor_in_a_pipeline(
 
 
 @pytest.fixture(scope="module")
-def questions(folder: Path, plain: list[Record]) -> Path:
+def questions(folder: Path, plain: list[JsonObject]) -> Path:
     """A data set of the same rows. What the model says is right for the first six of twelve, two of
     which have no image to be asked about."""
     rows = []
@@ -639,7 +662,7 @@ def test_an_evaluation_is_the_same_here_and_on_two_actors(
 
 @pytest.mark.slow
 def test_killed_and_resumed_two_actors_write_what_one_process_writes(
-    ray_here: Any, folder: Path, tmp_path: Path, source: ModelSource, plain: list[Record]
+    ray_here: Any, folder: Path, tmp_path: Path, source: ModelSource, plain: list[JsonObject]
 ) -> None:
     """The program itself, on a cluster that is there, killed once it has written something."""
     many, output = tmp_path / "many.jsonl", tmp_path / "out.jsonl"
@@ -660,7 +683,7 @@ def test_killed_and_resumed_two_actors_write_what_one_process_writes(
     process.wait()
     before = output.read_bytes()
     assert 0 < before.count(b"\n") < len(asked)
-    heard: list[Record] = []
+    heard: list[JsonObject] = []
     options = {"batch_size": 2, "resume": True, "on_record": heard.append, **OPTIONS}
     summary = run_batch(batch.read_rows(many), output, source, TWO, **options)
     assert output.read_bytes().startswith(before[: before.rindex(b"\n") + 1])

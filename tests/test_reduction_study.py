@@ -1,7 +1,6 @@
 """The study of token reduction on a random model: what is asked, kept, resumed, counted, drawn."""
 
 import csv
-import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY_TEXT, TINY_VISION, random_llava
+from conftest import ROOT, TINY_TEXT, TINY_VISION, load_tool, random_llava
 from PIL import Image
 
 import llava_lite
 from llava_lite import llama
 from llava_lite.checkpoint import save_model
 from llava_lite.config import LlavaConfig
-from llava_lite.evaluate import FAMILIES, Asked, Tally, evaluate_scenes, fresh_scenes, overall
+from llava_lite.evaluate import FAMILIES, AskedScene, Tally, evaluate_scenes, fresh_scenes, overall
 from llava_lite.fastv import choose
 from llava_lite.generation import Model
 from llava_lite.reduction import DToMe, FastV, Reduction, ToMe
@@ -33,17 +32,13 @@ NAMES += ["fastv-k2-36", "random-k2-36", "hybrid-72-36-vtu", "hybrid-72-36-logic
 
 @pytest.fixture(scope="module")
 def study() -> Iterator[ModuleType]:
-    """The tool, loaded by its path beside the one it imports: tools are no package."""
-    path = ROOT / "tools" / "reduction_study.py"
-    spec = importlib.util.spec_from_file_location("reduction_study", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reduction_study"] = module  # dataclasses look their module up
-    sys.path.insert(0, str(path.parent))
+    """The tool, beside the one it imports."""
+    folder = str(ROOT / "tools")
+    sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
+        module = load_tool("reduction_study")
     finally:
-        sys.path.remove(str(path.parent))
+        sys.path.remove(folder)
     module.CHUNK, module.MAX_NEW_TOKENS = 2, 4  # type: ignore[attr-defined]
     yield module
 
@@ -133,7 +128,7 @@ def test_wrong_usage(
 # ---- a run ---------------------------------------------------------------------------------------
 
 
-def answerable(model: Model, scenes: Iterable[Asked]) -> list[Asked]:
+def answerable(model: Model, scenes: Iterable[AskedScene]) -> list[AskedScene]:
     """The scenes, with what a random model says as the right answer of every second question."""
     found = []
     for scene, asked in scenes:
@@ -159,7 +154,7 @@ def test_run_counts_what_evaluation_counts(
     model = llava_lite.load(folder)
     scenes = answerable(model, fresh_scenes(3, 5))
 
-    def same_scenes(count: int, seed: int, first: int = 0) -> Iterable[Asked]:
+    def same_scenes(count: int, seed: int, first: int = 0) -> Iterable[AskedScene]:
         return scenes[first : first + count] if seed == 5 else fresh_scenes(count, seed)
 
     monkeypatch.setattr(study, "fresh_scenes", same_scenes)

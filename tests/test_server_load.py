@@ -2,14 +2,12 @@
 
 import asyncio
 import gc
-import importlib.util
 import os
-import sys
 from collections import Counter
 from types import ModuleType
 
 import pytest
-from conftest import ROOT
+from conftest import load_tool
 
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
@@ -26,12 +24,7 @@ from llava_lite.server.worker import Job
 
 @pytest.fixture(scope="module")
 def load_server() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("load_server", ROOT / "tools" / "load_server.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["load_server"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("load_server")
 
 
 @pytest.fixture(scope="module")

@@ -272,6 +272,7 @@ def test_a_list_of_captions(
     assert [sample.images for sample in samples] == [(tmp_path / "a.png",)] * 2
     assert [image.references for image in suite.images] == [references] * 2
     assert bool(suite.score({}).metrics) == bool(references)
+    assert suite.settings["prompt"] == f"the file's own, else: {PROMPT}"
 
 
 def test_entries_without_an_id_are_numbered(tmp_path: Path) -> None:
@@ -279,7 +280,9 @@ def test_entries_without_an_id_are_numbered(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", entries)
     folder = tmp_path / "images"
     picture(folder / "b.png")
-    first, second = open_data_file([path], folder).samples()
+    suite = open_data_file([path], folder)
+    first, second = suite.samples()
+    assert suite.settings["prompt"] == PROMPT
     assert (first.id, first.error) == ("1", f"{folder / 'a.png'}: no such image file")
     assert (second.id, second.images) == ("2", (folder / "b.png",))
 
@@ -294,6 +297,7 @@ def test_a_list_of_questions(tmp_path: Path) -> None:
     assert isinstance(suite, OwnDataSuite) and suite.name == "data-file"
     assert [sample.id for sample in suite.samples()] == ["q", "2"]
     assert suite.score({"q": "2", "2": "A"}).metrics["accuracy"] == Metric.share(1, 2)
+    assert suite.settings["prompt"] == suite.select({"q"}).settings["prompt"] == "the file's own"
 
 
 def test_a_coco_file_is_a_data_file(tmp_path: Path, content: dict[str, Any]) -> None:

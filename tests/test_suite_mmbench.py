@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_lite.errors import EvaluationError
-from llava_lite.evaluation.mmbench import Image as RowImage
-from llava_lite.evaluation.mmbench import Row, index_of, open_mmbench, rotations
+from llava_lite.evaluation.mmbench import Row, RowImage, index_of, open_mmbench, rotations
 from llava_lite.evaluation.multiple_choice import chosen_letter, multiple_choice_prompt
 from llava_lite.evaluation.suite import Metric
 
@@ -181,6 +180,43 @@ def test_more_than_four_options_quotes_and_line_ends(tmp_path: Path) -> None:
     assert sample.prompt.startswith('A "quoted"\nline\there\nA. 1\n')
     assert "\nF. 6\n" in sample.prompt
     assert suite.score({"7": "F"}).metrics["circular"].value == 1.0
+
+
+def test_cells_go_into_the_prompt_as_they_stand(tmp_path: Path) -> None:
+    """Blanks around a text are part of the prompt; elsewhere they mean nothing."""
+    cells = {"options": (" yes", "no "), "hint": " Look. ", "answer": " b ", "category": " fruit"}
+    suite = open_mmbench([write(tmp_path / "a.tsv", [row(" 7 ", question="Is it? ", **cells)])])
+    [sample] = suite.samples()
+    assert sample.prompt == (
+        " Look. \nIs it? \nA.  yes\nB. no \n"
+        "Answer with the option's letter from the given choices directly."
+    )
+    scores = suite.score({"7": "B"})
+    assert scores.metrics["vanilla"].value == 1.0
+    assert list(scores.groups["vanilla by category"]) == ["fruit"]
+    suite.export({"7": "B"}, tmp_path / "out.tsv")
+    assert (tmp_path / "out.tsv").read_text().splitlines()[1] == "7\tIs it? \t yes\tno \tB"
+
+
+@pytest.mark.parametrize("option", ["none", "None", "NA", "N/A", "null", "Nan", "0"])
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_words_that_tables_may_take_for_nothing_are_options(
+    tmp_path: Path, option: str, place: int
+) -> None:
+    options = (*FRUIT[:place], option, *FRUIT[place + 1 :])
+    [sample] = open_mmbench([write(tmp_path / "a.tsv", [row(0, options=options)])]).samples()
+    assert sample.error is None
+    assert sample.prompt.splitlines()[1:5] == [
+        f"{letter}. {said}" for letter, said in zip("ABCD", options, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("nothing", ["", " ", "nan", "NaN", " nan "])
+def test_options_end_at_the_first_that_is_not_there(tmp_path: Path, nothing: str) -> None:
+    options = (*FRUIT[:2], nothing, FRUIT[3])
+    [sample] = open_mmbench([write(tmp_path / "a.tsv", [row(0, options=options)])]).samples()
+    assert sample.prompt.splitlines()[1:3] == ["A. apple", "B. pear"]
+    assert sample.prompt.count("\n") == 3
 
 
 # ---- scores ------------------------------------------------------------------------------------

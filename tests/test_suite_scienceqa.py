@@ -109,6 +109,9 @@ def test_files_in_any_order_and_the_instruction_once(tmp_path: Path) -> None:
         ("So: The answer is C. Yes", "C"), ("F", None), ("b", None), ("B.", None), ("B) y", None),
         ("The answer is B", None), ("The answer is A. The answer is B.", None), ("y", None),
         ("", None), ("A dog. B", None),
+        # The full stop is one: no other character stands for it.
+        ("The answer is B, I think", None), ("The answer is Blue", None),
+        ("The answer is A, no: The answer is B.", "B"),
     ],
 )  # fmt: skip
 def test_letters_are_read_as_officially(answer: str, letter: str | None) -> None:

@@ -1,7 +1,6 @@
 """What the training of the embedded model rests on: labels, and packed question blocks that mean
 the same to the decoder as one question alone; and all of its stages, in miniature."""
 
-import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -11,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_TEXT, TINY_VISION, random_llava
+from conftest import TINY_TEXT, TINY_VISION, load_tool, random_llava
 
 import llava_lite
 from llava_lite.config import TINY, LlavaConfig
@@ -35,13 +34,7 @@ BLOCKS: list[list[Turns]] = [
 
 @pytest.fixture(scope="module")
 def train_tiny() -> ModuleType:
-    """The tool, loaded by its path: tools are no package."""
-    spec = importlib.util.spec_from_file_location("train_tiny", ROOT / "tools" / "train_tiny.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_tiny"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("train_tiny")
 
 
 @pytest.fixture(scope="module")

@@ -191,6 +191,12 @@ NAN = float("nan")
             f"Which?\nA. x{LETTER}",
         ),
         (
+            "choice",  # as the file itself is read (mmbench.py)
+            {"question": "Which? ", "A": "none", "B": "None", "C": "NA", "D": " no"},
+            "MMBench_DEV_EN",
+            f"Which? \nA. none\nB. None\nC. NA\nD.  no{LETTER}",
+        ),
+        (
             "choice",
             {"question": "哪个?", "A": "红", "B": "蓝"},
             "CCBench",

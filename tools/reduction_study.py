@@ -60,7 +60,7 @@ from llava_lite.evaluate import (
     FRESH_SEED,
     MAX_NEW_TOKENS,
     RENDERERS,
-    Asked,
+    AskedScene,
     Tally,
     answer_questions,
     encode,
@@ -202,7 +202,7 @@ def chosen_by_chance(seed: Sequence[int]) -> AbstractContextManager[Any]:
 
 def run_chunk(
     model: Model,
-    scenes: Sequence[Asked],
+    scenes: Sequence[AskedScene],
     first: int,
     chosen: Sequence[Configuration],
     args: argparse.Namespace,

@@ -37,6 +37,7 @@ PROMPT_NAMES = ("prompt", "question", "text", "instruction", "query")
 CAPTION_NAMES = ("captions", "caption", "references", "reference")
 ANSWER_NAMES = ("answers", "answer", "ground_truth", "gt", "label")
 CHOICE_NAMES = ("choices", "options")
+OWN_PROMPTS = "the file's own"
 
 
 def open_data_file(
@@ -51,7 +52,8 @@ def open_data_file(
     records = entries(content, path)
     if has_captions(records, path):
         images = [captioned(record, number) for number, record in enumerate(records, start=1)]
-        return CaptionSuite(images, ImageFolder(folder), [path], {"prompt": CAPTION_PROMPT}, NAME)
+        settings = {"prompt": prompt_setting(records)}
+        return CaptionSuite(images, ImageFolder(folder), [path], settings, NAME)
     questions = [
         own_data.question_of(
             *(record, str(number), ID_NAMES, PROMPT_NAMES),
@@ -59,7 +61,8 @@ def open_data_file(
         )
         for number, record in enumerate(records, start=1)
     ]
-    return OwnDataSuite(questions, ImageFolder(folder), [path], name=NAME)
+    settings = {"prompt": prompt_setting(records)}
+    return OwnDataSuite(questions, ImageFolder(folder), [path], settings=settings, name=NAME)
 
 
 def is_coco(content: Any) -> bool:
@@ -98,6 +101,14 @@ def has_captions(records: Sequence[Record], path: Path) -> bool:
             "give one kind in a file"
         )
     return not questions and (bool(captions) or not all(has(r, PROMPT_NAMES) for r in records))
+
+
+def prompt_setting(records: Sequence[Record]) -> str:
+    """Where the prompts come from, for the settings of a report."""
+    own = sum(has(record, PROMPT_NAMES) for record in records)
+    if not own:
+        return CAPTION_PROMPT
+    return OWN_PROMPTS if own == len(records) else f"{OWN_PROMPTS}, else: {CAPTION_PROMPT}"
 
 
 def captioned(record: Record, number: int) -> CaptionedImage:

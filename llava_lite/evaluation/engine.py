@@ -27,6 +27,7 @@ from llava_lite.batch import ROW_ERRORS, is_accelerator_failure
 from llava_lite.evaluation.shared_prefix import after_shared_prefixes
 from llava_lite.evaluation.suite import Sample
 from llava_lite.generation import Model, checked_batch_size
+from llava_lite.hardware import synchronize
 from llava_lite.image import load_image, to_square
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
@@ -40,7 +41,7 @@ LOOK_AHEAD = 2  # batches of images that are opened before they are needed
 LEAST_PREFIX = 0.125
 PHASES = ("preprocess", "vision", "prefill", "decode")
 
-Image = Any  # whatever `load_image` takes, or an EncodedImage
+AnyImage = Any  # whatever `load_image` takes, or an EncodedImage
 Item = TypeVar("Item")
 
 
@@ -62,7 +63,7 @@ class Group:
     samples: tuple[Sample, ...]
 
     @property
-    def images(self) -> tuple[Image, ...]:
+    def images(self) -> tuple[AnyImage, ...]:
         """Those of each of its samples."""
         return self.samples[0].images
 
@@ -79,7 +80,7 @@ class Prepared:
     """A group whose images are opened: squares, ready for the model; or the error of one."""
 
     group: Group
-    images: tuple[Image, ...] = ()
+    images: tuple[AnyImage, ...] = ()
     error: Exception | None = None
     seconds: float = 0.0
 
@@ -137,7 +138,7 @@ def prepare(model: Model, group: Group) -> Prepared:
     return Prepared(group, images, seconds=perf_counter() - start)
 
 
-def square(model: Model, image: Image, size: int) -> Image:
+def square(model: Model, image: AnyImage, size: int) -> AnyImage:
     """The picture that the model's own preprocessing would make pixel values of. A function is
     called for its image."""
     image = image() if callable(image) else image
@@ -317,6 +318,8 @@ class Feed:
         wanted = [(image, self.engine.reduction) for jobs in groups for image in images_of(jobs)]
         try:
             encoded, seconds = self.model.encode_images(wanted, self.engine.batch_size)
+            # A GPU goes on after the call: what is left of the tower's work is not the decoder's.
+            seconds["vision"] += self.seconds_until_idle()
         except ROW_ERRORS as error:
             if is_accelerator_failure(error):
                 raise
@@ -333,6 +336,13 @@ class Feed:
         [jobs] = groups
         self.failed.extend(Outcome(job.sample, error=failure, seconds=job.seconds) for job in jobs)
 
+    def seconds_until_idle(self) -> float:
+        """Wait for what a GPU still has queued, where a phase ends whose seconds are taken. Steps
+        of the decoder end with their tokens on this side."""
+        start = perf_counter()
+        synchronize(str(self.model.llava.device))
+        return perf_counter() - start
+
     def begin(self, groups: Sequence[Sequence[Job]]) -> None:
         """Run what the prompts of each group share; all jobs are ready then."""
         start = perf_counter()
@@ -340,6 +350,7 @@ class Feed:
         if self.engine.reuse_prefix:
             try:
                 requests = after_shared_prefixes(self.model, requests)
+                self.seconds_until_idle()
             except ROW_ERRORS as error:
                 if is_accelerator_failure(error):
                     raise
@@ -353,7 +364,7 @@ class Feed:
                 self.ready.append(replace(job, request=request, seconds=seconds))
 
 
-def images_of(jobs: Sequence[Job]) -> tuple[Image, ...]:
+def images_of(jobs: Sequence[Job]) -> tuple[AnyImage, ...]:
     """The images of a group's jobs: each has the same."""
     return jobs[0].request.images
 

@@ -22,24 +22,23 @@ from llava_lite.errors import EvaluationError
 from llava_lite.evaluation.multiple_choice import (
     LETTER_INSTRUCTIONS,
     chosen_letter,
+    is_missing,
     letters,
     multiple_choice_prompt,
 )
 from llava_lite.evaluation.records import Record, read_tab_separated, refuse_repeated_ids
-from llava_lite.evaluation.suite import Sample, Scores, settings_of
-from llava_lite.evaluation.tally import accuracy, accuracy_by_group
+from llava_lite.evaluation.suite import Sample, Scores, accuracy, accuracy_by_group, settings_of
 
 MAX_NEW_TOKENS = 1024
 ROTATION_OFFSET = 1_000_000
 LONGEST_REFERENCE = 64
 LONGEST_INDEX = 18  # digits, as many as 64-bit integers surely hold
-MISSING = ("nan", "NaN", "NAN")  # how tables write an empty cell
 GROUPINGS = ("category", "l2-category")
 EXTRACTION = "rules only, no judge model: what they cannot tell is wrong"
 
 
 @dataclass(frozen=True)
-class Image:
+class RowImage:
     """An encoded image file, or why there is none. The key is the same for the same bytes."""
 
     content: bytes = b""
@@ -55,7 +54,7 @@ class Row:
     id: str
     question: str
     options: tuple[str, ...]
-    image: Image
+    image: RowImage
     where: str
     hint: str = ""
     answer: str | None = None
@@ -247,14 +246,14 @@ def open_mmbench(
 def read_rows(path: Path) -> list[Row]:
     """All rows of a file with their images."""
     needed = ("index", "image", "question", "A", "B")
-    images: dict[str, Image | str] = {}  # by index; a text is the index of another row
-    known: dict[str, Image] = {}  # by key: rows with the same bytes share them
+    images: dict[str, RowImage | str] = {}  # by index; a text is the index of another row
+    known: dict[str, RowImage] = {}  # by key: rows with the same bytes share them
     rows = []
     for record in read_tab_separated(path, needed):
         row = row_of(record)
         rows.append(row)
         image = image_or_reference(cell(record, "image"))
-        if isinstance(image, Image) and image.key:
+        if isinstance(image, RowImage) and image.key:
             image = known.setdefault(image.key, image)
         images[row.id] = image
     if not rows:
@@ -267,10 +266,11 @@ def row_of(record: Record) -> Row:
     index = index_of(cell(record, "index"))
     options = tuple(options_of(record))
     answer = cell(record, "answer").upper() or None
+    question = text(record, "question")
     error = None
     if index is None:
         error = f"{record.where}: the index {cell(record, 'index')!r} is not a whole number"
-    elif not cell(record, "question"):
+    elif not question:
         error = f"{record.where}: has no question"
     elif len(options) < 2:
         error = f"{record.where}: has {len(options)} options, needs 2 or more"
@@ -279,35 +279,41 @@ def row_of(record: Record) -> Row:
         error = f"{record.where}: the answer {answer!r} is none of {known}"
     return Row(
         id=record.where.rsplit(", ")[-1] if index is None else str(index),
-        question=cell(record, "question"),
+        question=question,
         options=options,
-        image=Image(),
+        image=RowImage(),
         where=record.where,
-        hint=cell(record, "hint"),
+        hint=text(record, "hint"),
         answer=answer,
         groups={name: cell(record, name) for name in GROUPINGS},
         error=error,
     )
 
 
+def text(record: Record, column: str) -> str:
+    """The text of a cell as it stands, for prompts are compared by the letter; nothing where it is
+    missing."""
+    content = str(record.get(column, default=""))
+    return "" if is_missing(content) else content
+
+
 def cell(record: Record, column: str) -> str:
-    """The text of a cell; missing, empty and nan are the same."""
-    text = str(record.get(column, default="")).strip()
-    return "" if text in MISSING else text
+    """The same without blanks around it, where they mean nothing."""
+    return text(record, column).strip()
 
 
 def options_of(record: Record) -> Iterator[str]:
     """The options up to the first that is missing."""
     for letter in ascii_uppercase:
-        option = cell(record, letter)
+        option = text(record, letter)
         if not option:
             return
         yield option
 
 
-def index_of(text: str) -> int | None:
+def index_of(said: str) -> int | None:
     """A row's number. Tables that went through a spreadsheet write 7 as 7.0."""
-    whole = text.removesuffix(".0")
+    whole = said.removesuffix(".0")
     is_number = whole.isascii() and whole.isdigit() and len(whole) <= LONGEST_INDEX
     return int(whole) if is_number else None
 
@@ -315,32 +321,34 @@ def index_of(text: str) -> int | None:
 # ---- images ------------------------------------------------------------------------------------
 
 
-def image_or_reference(text: str) -> Image | str:
+def image_or_reference(said: str) -> RowImage | str:
     """The image in a cell, or the index of the row that has it."""
-    if not text:
-        return Image(error="the row has no image")
-    if len(text) <= LONGEST_REFERENCE:
-        index = index_of(text)
-        return Image(error=f"the image {text!r} is no row's index") if index is None else str(index)
+    if not said:
+        return RowImage(error="the row has no image")
+    if len(said) <= LONGEST_REFERENCE:
+        index = index_of(said)
+        return (
+            RowImage(error=f"the image {said!r} is no row's index") if index is None else str(index)
+        )
     try:
-        content = base64.b64decode("".join(text.split()), validate=True)
+        content = base64.b64decode("".join(said.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        return Image(error=f"the image is not valid base64: {error}")
-    return Image(content, sha256(content).hexdigest())
+        return RowImage(error=f"the image is not valid base64: {error}")
+    return RowImage(content, sha256(content).hexdigest())
 
 
-def follow(index: str, images: Mapping[str, Image | str]) -> Image:
+def follow(index: str, images: Mapping[str, RowImage | str]) -> RowImage:
     """The image of a row, through as many references as it takes."""
     seen: list[str] = []
-    found: Image | str = index
+    found: RowImage | str = index
     while isinstance(found, str):
         if found in seen:
             circle = " -> ".join([*seen, found])
-            return Image(error=f"the image references go in a circle: {circle}")
+            return RowImage(error=f"the image references go in a circle: {circle}")
         if found not in images:
-            return Image(error=f"the image is that of row {found}, which is not in the file")
+            return RowImage(error=f"the image is that of row {found}, which is not in the file")
         seen.append(found)
         found = images[found]
     if found.error and len(seen) > 1:
-        return Image(error=f"the image is that of row {seen[-1]}: {found.error}")
+        return RowImage(error=f"the image is that of row {seen[-1]}: {found.error}")
     return found

@@ -13,6 +13,8 @@ LETTER_INSTRUCTIONS = {
     "en": "Answer with the option's letter from the given choices directly.",
     "cn": "请直接回答选项字母。",
 }
+# How tables write an empty cell. None, null and NA are texts like any other.
+MISSING = ("", "nan", "NaN", "NAN")
 LAST_WORDS = 5
 MOST_WORDS_WITH_A = 3
 
@@ -28,6 +30,11 @@ MOST_OPTIONS = len(ascii_uppercase)
 def letters(count: int) -> str:
     """The letters of so many options, A first."""
     return ascii_uppercase[:count]
+
+
+def is_missing(text: str) -> bool:
+    """Whether a cell holds nothing: options end at the first such cell."""
+    return text.strip() in MISSING
 
 
 def multiple_choice_prompt(

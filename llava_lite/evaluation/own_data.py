@@ -26,8 +26,7 @@ from llava_lite.evaluation.multiple_choice import (
 )
 from llava_lite.evaluation.records import Record, read_json_lines, refuse_repeated_ids
 from llava_lite.evaluation.short_answers import exact_match, short_answer_prompt, vqa_accuracy
-from llava_lite.evaluation.suite import Sample, Scores, settings_of
-from llava_lite.evaluation.tally import accuracy, accuracy_by_group
+from llava_lite.evaluation.suite import Sample, Scores, accuracy, accuracy_by_group, settings_of
 
 MAX_NEW_TOKENS = 128
 PEOPLE = 10

@@ -21,13 +21,12 @@ from time import monotonic
 from typing import Any, BinaryIO
 
 from llava_lite.errors import LlavaLiteError
+from llava_lite.json_lines import JsonObject, lines_of, parse_object
 
 FILE_NAME = "predictions.jsonl"
 FORMAT = 1
 HEADER_START = b'{"predictions": '
 SYNC_SECONDS = 5.0
-
-Record = dict[str, Any]
 
 
 class PredictionsError(LlavaLiteError):
@@ -39,9 +38,9 @@ class Predictions:
     """What a file holds: its settings, its runs, and the last line of each sample. `size`: bytes of
     its whole lines."""
 
-    settings: Record
-    runs: list[Record] = field(default_factory=list)
-    records: dict[str, Record] = field(default_factory=dict)
+    settings: JsonObject
+    runs: list[JsonObject] = field(default_factory=list)
+    records: dict[str, JsonObject] = field(default_factory=dict)
     size: int = 0
 
     @property
@@ -79,7 +78,7 @@ def parse(file: BinaryIO, path: Path) -> Predictions | None:
         if not line.endswith(b"\n"):
             refuse_foreign_end(line, number, path)
             break
-        record = parse_line(line, number, path)
+        record = parse_object(line, f"{path}, line {number}", PredictionsError)
         size += len(line)
         if found is None:
             found = Predictions(checked_header(record, path))
@@ -92,18 +91,7 @@ def parse(file: BinaryIO, path: Path) -> Predictions | None:
     return Predictions(found.settings, found.runs, found.records, size)
 
 
-def parse_line(line: bytes, number: int, path: Path) -> Record:
-    """One JSON object. Raises PredictionsError."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise PredictionsError(f"{path}, line {number}: not valid JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise PredictionsError(f"{path}, line {number}: is no line of a predictions file")
-    return record
-
-
-def checked_header(record: Record, path: Path) -> Record:
+def checked_header(record: JsonObject, path: Path) -> JsonObject:
     """The settings of a header. Raises PredictionsError for what is none, or of a later version."""
     settings = record.get("settings")
     if "predictions" not in record or not isinstance(settings, dict):
@@ -115,7 +103,7 @@ def checked_header(record: Record, path: Path) -> Record:
     return settings
 
 
-def add_sample(found: Predictions, record: Record, number: int, path: Path) -> None:
+def add_sample(found: Predictions, record: JsonObject, number: int, path: Path) -> None:
     """Enter a sample's line, and the time it came at into its run. Raises PredictionsError."""
     is_sample = isinstance(record.get("id"), str) and ("answer" in record) != ("error" in record)
     if not is_sample:
@@ -171,22 +159,10 @@ class PredictionsWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b")
         try:
-            lock(self.file, path)
-            self.before = Predictions({}) if force else self.read(reuse)
+            self.before = taken(self.file, path, reuse, force)
         except BaseException:
             self.file.close()
             raise
-
-    def read(self, reuse: bool) -> Predictions:
-        """What the file holds."""
-        self.file.seek(0)
-        if not reuse and self.file.read(1):
-            raise PredictionsError(
-                f"{self.path}: is there already; go on with it (--reuse), replace it (--force), or "
-                "name another folder"
-            )
-        self.file.seek(0)
-        return parse(self.file, self.path) or Predictions({})
 
     def begin(self, settings: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         """Cut off what is not whole, or all that is to be replaced, and write the lines before the
@@ -197,24 +173,19 @@ class PredictionsWriter:
             self.file.truncate(0)
             self.write({"predictions": FORMAT, "settings": plain}, starts)
             return
-        different = differences(self.before.settings, plain)
-        if different:
-            raise PredictionsError(
-                f"{self.path}: was answered with other settings: {'; '.join(different)}"
-            )
+        refuse_other_settings(self.before.settings, plain, self.path)
         self.file.truncate(self.before.size)
         self.write(starts)
 
-    def append(self, record: Record) -> None:
+    def append(self, record: JsonObject) -> None:
         """Write one sample's line. Raises OSError."""
         self.write(record)
         if monotonic() - self.synced > SYNC_SECONDS:
             self.sync()
 
-    def write(self, *records: Record) -> None:
+    def write(self, *records: JsonObject) -> None:
         """Whole lines in one piece, in the system's hands when this returns."""
-        # Escaped to ASCII: no reader splits a line at a Unicode line separator in an answer.
-        self.file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        self.file.write(lines_of(*records))
         self.file.flush()
 
     def sync(self) -> None:
@@ -230,6 +201,43 @@ class PredictionsWriter:
             self.sync()
         finally:
             self.file.close()
+
+
+def check(path: Path, reuse: bool, force: bool, settings: Mapping[str, Any]) -> None:
+    """Raise PredictionsError for what `PredictionsWriter` would refuse later, as far as these
+    settings tell. Changes nothing: it is for the time before a model is loaded."""
+    if not path.exists():
+        return
+    try:
+        with open(path, "rb") as file:
+            before = taken(file, path, reuse, force)
+    except OSError as error:
+        raise PredictionsError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if before.size:
+        known = {name: before.settings.get(name) for name in settings}
+        refuse_other_settings(known, json.loads(json.dumps(settings)), path)
+
+
+def taken(file: BinaryIO, path: Path, reuse: bool, force: bool) -> Predictions:
+    """Lock the file and read what is to stay in it. Raises PredictionsError."""
+    lock(file, path)
+    if force:
+        return Predictions({})
+    file.seek(0)
+    if not reuse and file.read(1):
+        raise PredictionsError(
+            f"{path}: is there already; go on with it (--reuse), replace it (--force), or name "
+            "another folder"
+        )
+    file.seek(0)
+    return parse(file, path) or Predictions({})
+
+
+def refuse_other_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Raise PredictionsError naming those that differ."""
+    different = differences(before, now)
+    if different:
+        raise PredictionsError(f"{path}: was answered with other settings: {'; '.join(different)}")
 
 
 def lock(file: BinaryIO, path: Path) -> None:

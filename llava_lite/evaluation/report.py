@@ -14,9 +14,10 @@ from typing import Any
 from llava_lite.errors import EvaluationError
 from llava_lite.evaluation.engine import PHASES, image_groups
 from llava_lite.evaluation.fingerprint import file_hash
-from llava_lite.evaluation.predictions import Predictions, Record, differences
+from llava_lite.evaluation.predictions import Predictions, differences
 from llava_lite.evaluation.runner import Selection
 from llava_lite.evaluation.suite import Metric, Sample, Scores, Suite
+from llava_lite.json_lines import JsonObject
 
 JSON_NAME, PAGE_NAME = "report.json", "report.html"
 USAGE = {
@@ -40,8 +41,8 @@ class Evaluation:
     suite: Suite
     samples: Sequence[Sample]
     settings: Mapping[str, Any]
-    runs: Sequence[Record]
-    records: Mapping[str, Record]
+    runs: Sequence[JsonObject]
+    records: Mapping[str, JsonObject]
 
     @classmethod
     def of(cls, suite: Suite, parts: Sequence[tuple[str, Predictions]]) -> "Evaluation":
@@ -68,7 +69,7 @@ class Evaluation:
         )
 
     @property
-    def asked_records(self) -> list[Record]:
+    def asked_records(self) -> list[JsonObject]:
         """The lines of the samples, in their order, without those that have none."""
         return [self.records[s.id] for s in self.samples if s.id in self.records]
 
@@ -92,18 +93,27 @@ class Evaluation:
 
 
 def refuse_other_files(suite: Suite, settings: Mapping[str, Any]) -> None:
-    """Raise EvaluationError where a file has another content than the predictions say."""
-    known = [entry["sha256"] for entry in settings.get("files", [])]
-    if suite.name != settings.get("suite") or len(known) != len(suite.files):
+    """Raise EvaluationError where a file has another content than the predictions say, or stands in
+    another place: the order of the samples follows that of the files."""
+    if suite.name != settings.get("suite"):
         raise EvaluationError(f"the predictions are of {settings.get('suite')}, not {suite.name}")
+    known = settings.get("files", [])
+    if len(known) != len(suite.files):
+        names = ", ".join(entry["name"] for entry in known)
+        raise EvaluationError(
+            f"the questions were asked from {names}, got {len(suite.files)} files"
+        )
     for path, before in zip(suite.files, known, strict=True):
-        if file_hash(path) != before:
-            raise EvaluationError(f"{path}: is not the file that the questions were asked from")
+        if file_hash(path) != before["sha256"]:
+            name = before["name"]
+            raise EvaluationError(
+                f"{path}: is not the file that the questions were asked from, {name}"
+            )
 
 
-def merged(parts: Sequence[Mapping[str, Record]]) -> dict[str, Record]:
+def merged(parts: Sequence[Mapping[str, JsonObject]]) -> dict[str, JsonObject]:
     """All lines by sample id; where several parts have one, an answer before an error."""
-    records: dict[str, Record] = {}
+    records: dict[str, JsonObject] = {}
     for part in parts:
         for name, record in part.items():
             if "answer" in record or name not in records:
@@ -169,7 +179,7 @@ def failures(evaluation: Evaluation) -> list[dict[str, Any]]:
     ]
 
 
-def tokens(records: Sequence[Record]) -> dict[str, float]:
+def tokens(records: Sequence[JsonObject]) -> dict[str, float]:
     """Mean tokens of an answered question by stage."""
     usages = [record["usage"] for record in records if "answer" in record]
     total: Counter[str] = Counter()

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from llava_lite.errors import reason_of
 from llava_lite.evaluation.engine import Engine, Outcome, select_shard
-from llava_lite.evaluation.predictions import FILE_NAME, PredictionsWriter, Record
+from llava_lite.evaluation.predictions import FILE_NAME, PredictionsWriter
 from llava_lite.evaluation.suite import Sample
 from llava_lite.hardware import machine
+from llava_lite.json_lines import JsonObject
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ class Asked:
     """Samples that are being answered. `settings` of the model that does it, for the header;
     `about` it and its machine, for the line of the run; `records` as they come, in any order."""
 
-    settings: Record
-    about: Record
-    records: Iterator[Record]
+    settings: JsonObject
+    about: JsonObject
+    records: Iterator[JsonObject]
 
 
 Ask = Callable[[Sequence[Sample]], AbstractContextManager[Asked]]
@@ -73,7 +75,7 @@ def run(
     selection: Selection,
     reopen: Mapping[str, Any] | None = None,
     on_start: Callable[[int, int], None] | None = None,
-    on_record: Callable[[Record], None] | None = None,
+    on_record: Callable[[JsonObject], None] | None = None,
 ) -> None:
     """Have answered what `selection` takes of all samples and the predictions do not hold.
 
@@ -106,7 +108,7 @@ def missing(samples: Sequence[Sample], done: Collection[str]) -> list[Sample]:
 # ---- answering -----------------------------------------------------------------------------------
 
 
-def asking_here(engine: Engine, settings: Record) -> Ask:
+def asking_here(engine: Engine, settings: JsonObject) -> Ask:
     """The engine answers, in this process; `settings` are those of its model."""
 
     @contextmanager
@@ -117,7 +119,7 @@ def asking_here(engine: Engine, settings: Record) -> Ask:
     return ask
 
 
-def about(engine: Engine) -> Record:
+def about(engine: Engine) -> JsonObject:
     """What does not change an answer, but is worth knowing of a run."""
     return {
         "batch_size": engine.batch_size,
@@ -128,13 +130,13 @@ def about(engine: Engine) -> Record:
     }
 
 
-def records_of(engine: Engine, samples: Sequence[Sample]) -> Generator[Record, None, None]:
+def records_of(engine: Engine, samples: Sequence[Sample]) -> Generator[JsonObject, None, None]:
     """The line of each sample, as it is done; `run` adds when that was."""
     for outcome in engine.answer(samples):
         yield record_of(outcome, peak_bytes(engine.model.llava.device))
 
 
-def record_of(outcome: Outcome, peak: int | None) -> Record:
+def record_of(outcome: Outcome, peak: int | None) -> JsonObject:
     """The line of one sample. `peak`: bytes of memory so far, where it was answered."""
     about = {
         "seconds": {phase: round(time, 6) for phase, time in outcome.seconds.items()},
@@ -146,12 +148,6 @@ def record_of(outcome: Outcome, peak: int | None) -> Record:
         return {"id": name, **failed, **about}
     answered = {"answer": str(answer), "finish_reason": answer.finish_reason, "usage": answer.usage}
     return {"id": name, **answered, **about}
-
-
-def reason_of(error: Exception | str | None) -> str:
-    """An error in one line."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def peak_bytes(device: torch.device) -> int | None:

@@ -21,8 +21,7 @@ from llava_lite.evaluation.records import (
     records_of,
     refuse_repeated_ids,
 )
-from llava_lite.evaluation.suite import Sample, Scores
-from llava_lite.evaluation.tally import accuracy, accuracy_by_group
+from llava_lite.evaluation.suite import Sample, Scores, accuracy, accuracy_by_group
 
 MAX_NEW_TOKENS = 1024
 MOST_CHOICES = 5

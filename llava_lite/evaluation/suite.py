@@ -6,7 +6,7 @@ A suite knows a file format, the official prompts and the official scoring, and 
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -54,6 +54,21 @@ class Scores:
 
     metrics: Mapping[str, Metric]
     groups: Mapping[str, Mapping[str, Metric]] = field(default_factory=dict)
+
+
+def accuracy(outcomes: Iterable[float]) -> Metric:
+    """Mean of outcomes of 0..1, with its interval."""
+    listed = list(outcomes)
+    return Metric.share(sum(listed), len(listed))
+
+
+def accuracy_by_group(outcomes: Iterable[tuple[str, float]]) -> dict[str, Metric]:
+    """The same of every group from (group, outcome) pairs, by name; no group is the empty name."""
+    groups: dict[str, list[float]] = {}
+    for group, outcome in outcomes:
+        if group:
+            groups.setdefault(group, []).append(outcome)
+    return {group: accuracy(groups[group]) for group in sorted(groups)}
 
 
 def settings_of(given: Mapping[str, Any], computed: Mapping[str, Any]) -> dict[str, Any]:

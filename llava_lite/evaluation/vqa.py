@@ -36,8 +36,7 @@ from llava_lite.evaluation.short_answers import (
     short_answer_prompt,
     vqa_accuracy,
 )
-from llava_lite.evaluation.suite import Sample, Scores, settings_of
-from llava_lite.evaluation.tally import accuracy, accuracy_by_group
+from llava_lite.evaluation.suite import Sample, Scores, accuracy, accuracy_by_group, settings_of
 
 MAX_NEW_TOKENS = 128
 PEOPLE = 10  # so many answered every question of VQA

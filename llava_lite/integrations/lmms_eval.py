@@ -16,7 +16,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 
 from llava_lite.answer import Answer
-from llava_lite.batch import ROW_ERRORS
+from llava_lite.batch import together_or_alone
 from llava_lite.errors import LlavaLiteError
 from llava_lite.generation import DEFAULT_BATCH_SIZE, Model
 from llava_lite.integrations.conversation import (
@@ -117,16 +117,17 @@ class LlavaLite(lmms):
 
     def answers(self, jobs: Sequence["Job"]) -> list[Answer | None]:
         """The answers of one round, all at once, or one by one if that fails; None with a warning
-        for a question that has none."""
-        try:
+        for a question that has none. Raises an accelerator's failure."""
+
+        def answered(jobs: Sequence[Job]) -> list[Answer | None]:
             asked = [job.conversation() for job in jobs]
             options = [job.options for job in jobs]
             return [*answer_conversations(self.model, asked, options, self.rows)]
-        except ROW_ERRORS as error:
-            if len(jobs) == 1:
-                warnings.warn(f"lmms-eval: {jobs[0].name}: no answer: {error}", stacklevel=2)
-                return [None]
-        return [answer for job in jobs for answer in self.answers([job])]
+
+        def failed(job: Job, error: Exception) -> None:
+            warnings.warn(f"lmms-eval: {job.name}: no answer: {error}", stacklevel=2)
+
+        return together_or_alone(jobs, answered, failed)
 
     def options(self, wishes: dict[str, Any]) -> GenerationOptions:
         """A task's generation_kwargs as our options. Raises LlavaLiteError for beam search."""
@@ -169,14 +170,14 @@ class LlavaLite(lmms):
     def scores(
         self, jobs: Sequence["Job"], images: dict[Any, list[EncodedImage]]
     ) -> list[tuple[float, bool]]:
-        """The scores of some continuations, at once or, if that fails, one by one."""
-        try:
-            return self.scores_at_once(jobs, images)
-        except ROW_ERRORS as error:
-            if len(jobs) == 1:
-                warnings.warn(f"lmms-eval: {jobs[0].name}: no score: {error}", stacklevel=2)
-                return [(-float("inf"), False)]
-        return [score for job in jobs for score in self.scores([job], images)]
+        """The scores of some continuations, at once or, if that fails, one by one. Raises an
+        accelerator's failure."""
+
+        def failed(job: Job, error: Exception) -> tuple[float, bool]:
+            warnings.warn(f"lmms-eval: {job.name}: no score: {error}", stacklevel=2)
+            return -float("inf"), False
+
+        return together_or_alone(jobs, lambda jobs: self.scores_at_once(jobs, images), failed)
 
     def scores_at_once(
         self, jobs: Sequence["Job"], images: dict[Any, list[EncodedImage]]

@@ -22,17 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_lite.batch import (
-    ROW_ERRORS,
-    Record,
     Row,
     Summary,
     answer_rows,
     append_records,
     plan,
-    reason_of,
     select_shard,
+    together_or_alone,
 )
-from llava_lite.errors import LlavaLiteError
+from llava_lite.errors import LlavaLiteError, reason_of
+from llava_lite.json_lines import JsonObject
 
 if TYPE_CHECKING:
     from llava_lite.answer import Answer
@@ -152,17 +151,15 @@ def answer_each(
     model: "Model", images: Sequence[Any], prompts: Sequence[str], options: Mapping[str, Any]
 ) -> "list[Answer | BaseException]":
     """Each prompt's answer, asked as one batch, or one by one if that fails; its error if it has
-    none. An image that is a function is called for it."""
-    if not prompts:
-        return []
-    try:
-        opened = [[image() if callable(image) else image for image in own] for own in images]
-        return [*model.generate(opened, list(prompts), batch_size=len(prompts), **options)]
-    except ROW_ERRORS as error:
-        if len(prompts) == 1:
-            return [error]
-    pairs = zip(images, prompts, strict=True)
-    return [one for image, text in pairs for one in answer_each(model, [image], [text], options)]
+    none. An image that is a function is called for it. Raises an accelerator's failure."""
+
+    def answered(pairs: Sequence[tuple[Any, str]]) -> "list[Answer | BaseException]":
+        opened = [[image() if callable(image) else image for image in own] for own, _ in pairs]
+        texts = [text for _, text in pairs]
+        return [*model.generate(opened, texts, batch_size=len(pairs), **options)]
+
+    pairs = list(zip(images, prompts, strict=True))
+    return together_or_alone(pairs, answered, lambda _, error: error)
 
 
 # ---- blocks of work ------------------------------------------------------------------------------
@@ -454,7 +451,7 @@ def run_batch(
     resume: bool = False,
     retry_errors: bool = False,
     shard: tuple[int, int] = (1, 1),
-    on_record: Callable[[Record], None] | None = None,
+    on_record: Callable[[JsonObject], None] | None = None,
     **options: Any,
 ) -> Summary:
     """`batch.run_batch` on a cluster: the same lines in the same order, resumable in the same way.
@@ -475,7 +472,7 @@ def run_batch(
     )
     blocks = in_blocks([absolute(row) for row in todo_of.todo], size)
 
-    def work(model: "Model", block: list[Row]) -> list[Record]:
+    def work(model: "Model", block: list[Row]) -> list[JsonObject]:
         return answer_rows(model, block, None, options)
 
     with closing(answer_blocks(blocks, work, source, cluster, Row.failed)) as records:

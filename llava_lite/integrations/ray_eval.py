@@ -14,7 +14,6 @@ from itertools import chain
 from typing import Any
 
 from llava_lite.evaluation.engine import DEFAULT_WORKERS, Engine, Outcome, longest_first
-from llava_lite.evaluation.predictions import Record
 from llava_lite.evaluation.runner import Ask, Asked, about, record_of, records_of
 from llava_lite.evaluation.settings import Origin, model_settings
 from llava_lite.evaluation.suite import Sample
@@ -30,6 +29,7 @@ from llava_lite.integrations.ray_batch import (
     path_of,
     pool,
 )
+from llava_lite.json_lines import JsonObject
 from llava_lite.sampling import GenerationOptions
 
 # Of a block: towards its end batches are no longer full, so it holds several; but all its answers
@@ -76,7 +76,7 @@ def asking_actors(
     return ask
 
 
-def died(sample: Sample, error: LostBlock) -> Record:
+def died(sample: Sample, error: LostBlock) -> JsonObject:
     """The line of a sample that kills its actors."""
     return record_of(Outcome(sample, error=error), None)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from llava_lite.errors import LlavaLiteError
 from llava_lite.evaluation.coco import CAPTION_PROMPT
-from llava_lite.evaluation.multiple_choice import multiple_choice_prompt
+from llava_lite.evaluation.multiple_choice import is_missing, multiple_choice_prompt
 from llava_lite.evaluation.short_answers import short_answer_prompt
 from llava_lite.generation import Model
 from llava_lite.integrations.conversation import (
@@ -219,4 +219,4 @@ def cell(line: Any, name: str) -> str | None:
     if value is None or value != value:  # NaN is what pandas makes of an empty cell
         return None
     text = str(value)
-    return None if text.strip().lower() in ("", "nan", "none") else text
+    return None if is_missing(text) else text
