@@ -4,6 +4,7 @@ Every number of a report is worked out again from the predictions file: by hand,
 that shares nothing with the package's. A random model is seldom right, so each data set is scored
 a second time with answers written into its predictions file, which --reuse then goes on with."""
 
+import base64
 import csv
 import io
 import json
@@ -22,7 +23,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, TINY_CONFIG, random_llava
-from mmbench_rows import FRUIT, MILLION, encoded, png, rotated, row
+from mmbench_rows import MILLION, encoded, png, rotated, row
 from mmbench_rows import write as write_mmbench
 from PIL import Image, ImageDraw
 
@@ -252,8 +253,6 @@ def says(model: Model, image: Path | bytes | None, prompt: str) -> str:
 
 def broken_base64() -> str:
     """A picture cut off in its middle: valid base64, but no image."""
-    import base64
-
     buffer = io.BytesIO()
     Image.effect_noise((40, 30), 90).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()[:300]).decode()
@@ -535,13 +534,13 @@ def karpathy_image(name: str, split: str, listed: Sequence[str]) -> dict[str, An
 
 
 def coco_answers(references: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Captions of all kinds: one of the references, words of two of them, words of none, nothing."""
+    """A reference itself, words of two references, words of none, or nothing at all."""
     rng = random.Random(5)
     answers = {}
     for place, (name, listed) in enumerate(references.items()):
         first, second = words_in(listed[0]), words_in(listed[1])
-        kinds = (listed[2], sentence(first[:3] + second), sentence(words_of(rng)), "")
-        answers[name] = kinds[min(place % 5, 3)] if place % 10 == 3 else kinds[place % 3]
+        kinds = (listed[2], sentence(first[:3] + second), sentence(words_of(rng)), listed[4])
+        answers[name] = "" if place % 10 == 3 else kinds[place % 4]
     return {name: answer for name, answer in answers.items() if name != COCO_BROKEN}
 
 
@@ -598,7 +597,8 @@ def test_coco(
     report = evaluation.run_with_answers(answers)
     expected = coco_scores(references, {name: words_in(said) for name, said in answers.items()})
     check_scores(report, expected, 50)
-    assert 1 < expected["cider_d"] < 9 and 0.1 < expected["bleu_4"] < expected["rouge_l"] < 0.9
+    assert 1 < expected["cider_d"] < 9  # neither all right nor all wrong
+    assert 0.1 < expected["bleu_4"] < 0.9 and 0.1 < expected["rouge_l"] < 0.9
     check_rest(evaluation, [file], 50, [COCO_BROKEN], images=50)
     assert report["settings"]["suite_settings"].get("split") == (
         "test" if write is karpathy_file else None
@@ -977,7 +977,8 @@ def own_file(tmp_path: Path, own: str) -> Path:
     choices = ["cat", "dog", "cow"]
     return write_lines(
         tmp_path / "own.jsonl",
-        {"image": "1.png", "question": "What is it?", "answers": [own, "a fig"], "category": "fruit"},
+        {"image": "1.png", "question": "What is it?", "answers": [own, "a fig"],
+         "category": "fruit"},
         {"id": "many", "image": "1.png", "question": "How many?", "answer": "two",
          "category": "count"},
         {"id": "pick", "image": "2.png", "question": "Which?", "choices": choices, "answer": "dog",
@@ -1088,7 +1089,7 @@ def kill_at(evaluation: Command, moment: Moment) -> int:
 def moments(rng: random.Random, total: int, running: int, starting: int) -> Iterator[Moment]:
     """Moments spread over the whole evaluation: some while a process starts, the others after more
     and more samples; enough are left that a slow test is never too late."""
-    counts = sorted(rng.sample(range(total * 4 // 5), running))
+    counts = sorted(rng.sample(range(total * 3 // 4), running))
     planned = [Moment(count, rng.uniform(0.0, 0.05)) for count in counts]
     for _ in range(starting):
         planned.insert(rng.randrange(len(planned)), Moment(None, rng.uniform(0.0, 1.0)))
@@ -1147,7 +1148,7 @@ def test_mmbench_killed_twenty_times(model_folder: Path, tmp_path: Path) -> None
     clean = command(tmp_path / "clean", model_folder, "mmbench", file, *options)
     killed = command(tmp_path / "killed", model_folder, "mmbench", file, *options)
     assert clean.run()["samples"]["failed"] == 4
-    planned = moments(random.Random(20), 128, running=15, starting=3)
+    planned = moments(random.Random(20), 128, running=14, starting=4)
     deaths = kill_again_and_again(killed, planned, 128, at_the_end=2)
     assert len(deaths) == 20
     assert len(set(deaths)) >= 10 and sum(0 < count < 128 for count in deaths) >= 12
@@ -1162,9 +1163,9 @@ def test_coco_killed(references: dict[str, list[str]], model_folder: Path, tmp_p
     clean = command(tmp_path / "clean", model_folder, *words)
     killed = command(tmp_path / "killed", model_folder, *words)
     clean.run()
-    planned = moments(random.Random(5), 50, running=4, starting=1)
+    planned = moments(random.Random(5), 50, running=3, starting=0)
     deaths = kill_again_and_again(killed, planned, 50, at_the_end=0)
-    assert len(deaths) == 5 and 0 < deaths[-1] < 50
+    assert len(set(deaths)) == 3 and 0 < deaths[-1] < 50
     killed.run("--reuse")
     check_like_clean(killed, clean, 50)
 
