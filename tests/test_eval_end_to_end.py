@@ -9,13 +9,15 @@ import csv
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -459,6 +461,34 @@ def test_mmbench_by_hand(mmbench_file: Path, model_folder: Path, tmp_path: Path)
         name: right for name, (_, _, right) in MMBENCH_ANSWERS.items()
     }
     assert mmbench_shares(mmbench_file, by_hand)[1] == expected
+
+
+def test_mmbench_rotates_a_chinese_file(
+    model_folder: Path, tiny_model: Model, tmp_path: Path
+) -> None:
+    rows = [
+        row(7, question="是什么？", options=("猫", "狗", "牛"), answer="C", hint="看图。"),
+        row(8, question="几个？", options=("一", "二"), answer="A", image="7", category="count"),
+        row(9, question="几个？", options=("一", "二"), answer="B", image=broken_base64()),
+    ]
+    file = write_mmbench(tmp_path / "MMBench_DEV_CN.tsv", rows)
+    words = ("mmbench", file, "--circular", "--language", "cn")
+    evaluation = command(tmp_path / "run", model_folder, *words)
+    evaluation.run()
+    check_rest(evaluation, [file], 7, ["9", "1000009"], images=2)
+    prompt = "看图。\n是什么？\nA. 狗\nB. 牛\nC. 猫\n请直接回答选项字母。"
+    assert evaluation.answers["1000007"] == says(tiny_model, png("red"), prompt)
+    # The right letters are C, B, A for 7, and A, B for 8, whose rotation is answered wrongly.
+    answers = {"7": "C", "1000007": "牛", "2000007": "选A。", "8": "一个", "1000008": "二"}
+    report = evaluation.run_with_answers(answers)
+    check_shares(report["scores"], {"circular": (1, 3), "vanilla": (2, 3)})
+    by_category: dict[str, dict[str, Share]] = {
+        "circular by category": {"fruit": (1, 2), "count": (0, 1)},
+        "vanilla by category": {"fruit": (1, 2), "count": (1, 1)},
+        "circular by l2-category": {"things": (1, 3)},
+        "vanilla by l2-category": {"things": (2, 3)},
+    }
+    check_groups(report["groups"], by_category)
 
 
 # ---- COCO ----------------------------------------------------------------------------------------
@@ -1016,17 +1046,17 @@ def test_jsonl(model_folder: Path, tiny_model: Model, tmp_path: Path) -> None:
     check_rest(evaluation, [file], 8, ["bad"], images=5)
 
     answers = {
-        "1": "The fig.", "many": "2", "pick": "A dog, surely", "index": "B or C", "ten": "Yes",
+        "1": "The fig.", "many": "2", "pick": "A dog, surely", "index": "Cow.", "ten": "Yes",
         "both": "not", "text": "yes!",
     }  # fmt: skip
     report = evaluation.run_with_answers(answers)
-    # Right: 1, many, pick and text; nine tenths of ten, which three of ten people said.
-    check_shares(report["scores"], {"accuracy": (4.9, 8)})
+    # Wrong: both and bad; nine tenths of ten, which three of ten people said.
+    check_shares(report["scores"], {"accuracy": (5.9, 8)})
     check_groups(
         report["groups"],
         {
-            "accuracy by category": {"fruit": (1, 2), "count": (1, 2), "animal": (1, 2)},
-            "accuracy by scoring": {"exact": (3, 5), "choice": (1, 2), "vqa": (0.9, 1)},
+            "accuracy by category": {"fruit": (1, 2), "count": (1, 2), "animal": (2, 2)},
+            "accuracy by scoring": {"exact": (3, 5), "choice": (2, 2), "vqa": (0.9, 1)},
         },
     )
     check_rest(evaluation, [file], 8, ["bad"], images=5)
@@ -1044,17 +1074,48 @@ class Moment:
     delay: float
 
 
-def start(evaluation: Command) -> subprocess.Popen[bytes]:
-    """The command in a process group of its own, going on with what is there."""
-    words = [sys.executable, "-m", "llava_lite", *evaluation.words, "--reuse"]
-    return subprocess.Popen(
-        words,
+@dataclass(frozen=True)
+class Life:
+    """A process that runs a command. `kill` is kill -9, and returns the exit code: that of the
+    signal, unless the process ended before."""
+
+    has_ended: Callable[[], bool]
+    kill: Callable[[], int]
+
+
+def process_of(evaluation: Command) -> Life:
+    """The command in a process of its own, as its users start it, and a group of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llava_lite", *evaluation.words, "--reuse"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
         start_new_session=True,
     )
+
+    def kill() -> int:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.wait(timeout=60)
+
+    return Life(lambda: process.poll() is not None, kill)
+
+
+def fork_of(evaluation: Command) -> Life:
+    """The same, forked from a process that has imported torch, which is most of a start."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    process = context.Process(target=runpy.run_module, args=("llava_lite", None, "__main__", True))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", ["llava-lite", *evaluation.words, "--reuse"])
+        process.start()  # the child gets these arguments
+
+    def kill() -> int:
+        process.kill()
+        process.join(60)
+        assert process.exitcode is not None
+        return process.exitcode
+
+    return Life(lambda: not process.is_alive(), kill)
 
 
 def content_of(path: Path) -> bytes:
@@ -1066,33 +1127,30 @@ def samples_in(content: bytes) -> int:
     return sum(line.startswith(b'{"id": ') for line in content.split(b"\n")[:-1])
 
 
-def kill_at(evaluation: Command, moment: Moment) -> int:
-    """Start the command and kill its process group at that moment. Returns its exit code: that of
-    the signal, unless it ended before."""
+def kill_at(evaluation: Command, moment: Moment, start: Callable[[Command], Life]) -> int:
+    """Start the command with --reuse, kill it at that moment, and return its exit code."""
     before = content_of(evaluation.predictions)
-    process = start(evaluation)
-    while moment.samples is not None and process.poll() is None:
+    life = start(evaluation)
+    while moment.samples is not None and not life.has_ended():
         now = content_of(evaluation.predictions)
         if len(now) > len(before) and samples_in(now) >= moment.samples:
             break
         time.sleep(0.002)
     time.sleep(moment.delay)
-    os.killpg(process.pid, signal.SIGKILL)
-    errors = process.communicate()[1]
-    assert process.returncode in (-signal.SIGKILL, cli.OK, cli.FAILED), errors.decode()
-    after = content_of(evaluation.predictions)
-    whole = before[: before.rfind(b"\n") + 1]
-    assert after.startswith(whole)  # what was written stays
-    return process.returncode
+    code = life.kill()
+    assert code in (-signal.SIGKILL, cli.OK, cli.FAILED)
+    whole_lines = before[: before.rfind(b"\n") + 1]
+    assert content_of(evaluation.predictions).startswith(whole_lines)  # what was written stays
+    return code
 
 
-def moments(rng: random.Random, total: int, running: int, starting: int) -> Iterator[Moment]:
+def moments(rng: random.Random, total: int, running: int, starting: int = 0) -> Iterator[Moment]:
     """Moments spread over the whole evaluation: some while a process starts, the others after more
     and more samples; enough are left that a slow test is never too late."""
     counts = sorted(rng.sample(range(total * 3 // 4), running))
     planned = [Moment(count, rng.uniform(0.0, 0.05)) for count in counts]
     for _ in range(starting):
-        planned.insert(rng.randrange(len(planned)), Moment(None, rng.uniform(0.0, 1.0)))
+        planned.insert(rng.randrange(len(planned)), Moment(None, rng.uniform(0.0, 0.3)))
     yield from planned
 
 
@@ -1110,22 +1168,14 @@ def check_like_clean(killed: Command, clean: Command, total: int) -> None:
     assert (killed.folder / "report.html").exists()
 
 
-def kill_again_and_again(
-    evaluation: Command, planned: Iterator[Moment], total: int, at_the_end: int
-) -> list[int]:
-    """Kill at all planned moments, then when all is answered but the report is not delivered.
-    Returns how many samples were written at each death."""
-    deaths = []
-    for moment in planned:
-        assert kill_at(evaluation, moment) == -signal.SIGKILL
-        deaths.append(samples_in(content_of(evaluation.predictions)))
-    rng = random.Random(at_the_end)
-    for _ in range(10 * at_the_end):
-        if len([count for count in deaths if count == total]) == at_the_end:
-            break
-        code = kill_at(evaluation, Moment(total, rng.uniform(0.0, 0.03)))
-        deaths += [total] if code == -signal.SIGKILL else []  # else it was faster
-    return deaths
+def kill_when_all_is_answered(evaluation: Command, total: int, times: int) -> int:
+    """Kill as often before the report is delivered; a process that was faster does not count.
+    Returns how often it was done."""
+    rng = random.Random(times)
+    codes: list[int] = []
+    while codes.count(-signal.SIGKILL) < times and len(codes) < 10 * times:
+        codes.append(kill_at(evaluation, Moment(total, rng.uniform(0.0, 0.03)), fork_of))
+    return codes.count(-signal.SIGKILL)
 
 
 def rows_to_kill() -> list[dict[str, object]]:
@@ -1148,10 +1198,12 @@ def test_mmbench_killed_twenty_times(model_folder: Path, tmp_path: Path) -> None
     clean = command(tmp_path / "clean", model_folder, "mmbench", file, *options)
     killed = command(tmp_path / "killed", model_folder, "mmbench", file, *options)
     assert clean.run()["samples"]["failed"] == 4
-    planned = moments(random.Random(20), 128, running=14, starting=4)
-    deaths = kill_again_and_again(killed, planned, 128, at_the_end=2)
-    assert len(deaths) == 20
-    assert len(set(deaths)) >= 10 and sum(0 < count < 128 for count in deaths) >= 12
+    deaths = []
+    for moment in moments(random.Random(20), 128, running=14, starting=4):
+        assert kill_at(killed, moment, fork_of) == -signal.SIGKILL
+        deaths.append(samples_in(content_of(killed.predictions)))
+    assert len(set(deaths)) >= 10 and 0 < deaths[-1] < 128
+    assert kill_when_all_is_answered(killed, 128, times=2) == 2
     killed.run("--reuse")
     check_like_clean(killed, clean, 128)
 
@@ -1163,9 +1215,14 @@ def test_coco_killed(references: dict[str, list[str]], model_folder: Path, tmp_p
     clean = command(tmp_path / "clean", model_folder, *words)
     killed = command(tmp_path / "killed", model_folder, *words)
     clean.run()
-    planned = moments(random.Random(5), 50, running=3, starting=0)
-    deaths = kill_again_and_again(killed, planned, 50, at_the_end=0)
-    assert len(set(deaths)) == 3 and 0 < deaths[-1] < 50
+    for moment in moments(random.Random(5), 50, running=3):
+        assert kill_at(killed, moment, process_of) == -signal.SIGKILL
+    done = samples_in(content_of(killed.predictions))
+    assert 0 < done < 50
+    assert cli.main(["eval", "report", str(killed.folder)]) == cli.FAILED
+    assert killed.report["samples"]["answered"] == len(killed.answers)
+    not_asked = {"reason": "not asked yet", "count": 50 - done}
+    assert not_asked.items() <= killed.report["failures"][0].items()
     killed.run("--reuse")
     check_like_clean(killed, clean, 50)
 
