@@ -26,6 +26,13 @@ def encoded(color: str) -> str:
     return base64.b64encode(png(color)).decode()
 
 
+def broken_base64() -> str:
+    """A picture cut off in its middle: valid base64, but no image."""
+    buffer = io.BytesIO()
+    Image.effect_noise((40, 30), 90).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()[:300]).decode()
+
+
 def row(index: object, **cells: object) -> dict[str, object]:
     """One row of the file: four fruit, the right one A, unless told otherwise."""
     given_options = cells.pop("options", FRUIT)

@@ -4,32 +4,41 @@ Every number of a report is worked out again from the predictions file: by hand,
 that shares nothing with the package's. A random model is seldom right, so each data set is scored
 a second time with answers written into its predictions file, which --reuse then goes on with."""
 
-import base64
 import csv
-import io
-import json
-import math
-import multiprocessing
-import os
 import random
-import runpy
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY_CONFIG, random_llava
-from mmbench_rows import MILLION, encoded, png, rotated, row
+from coco_files import (
+    COCO_BROKEN,
+    WORDS,
+    coco_name,
+    drawn_references,
+    karpathy_file,
+    plain_file,
+    sentence,
+    words_in,
+    words_of,
+)
+from conftest import TINY_CONFIG, random_llava
+from eval_command import (
+    NEW_TOKENS,
+    Share,
+    check_groups,
+    check_rest,
+    check_share,
+    check_shares,
+    command,
+    draw,
+    write_json,
+    write_lines,
+)
+from mmbench_rows import MILLION, broken_base64, encoded, png, rotated, row
 from mmbench_rows import write as write_mmbench
-from PIL import Image, ImageDraw
 
-from llava_lite import cli
 from llava_lite.checkpoint import save_model
 from llava_lite.evaluation import captions
 from llava_lite.generation import Model
@@ -37,20 +46,9 @@ from llava_lite.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-NEW_TOKENS = 8
-PHASES = ("preprocess", "vision", "prefill", "decode")
-COUNTED = (
-    *("prompt_tokens", "image_patches", "image_tokens", "kept_image_tokens", "completion_tokens"),
-)
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 CAPTION = "Provide a one-sentence caption for the provided image."
-BROKEN = b"\xff\xd8\xff\xe0 begins like a JPEG file and goes on as none, whatever comes after"
-
-Share = tuple[float, int]  # right answers, questions
-
-
-# ---- commands and what they write ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -65,199 +63,12 @@ def no_fastv(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTV_K", raising=False)
 
 
-@dataclass(frozen=True)
-class Command:
-    """One evaluation as it is typed, and the files that it writes."""
-
-    words: tuple[str, ...]
-    folder: Path
-
-    @property
-    def predictions(self) -> Path:
-        return self.folder / "predictions.jsonl"
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.predictions.read_bytes().splitlines()]
-
-    @property
-    def records(self) -> dict[str, dict[str, Any]]:
-        """The line of each sample; none has two."""
-        found = [line for line in self.lines if "id" in line]
-        records = {line["id"]: line for line in found}
-        assert len(records) == len(found)
-        return records
-
-    @property
-    def answers(self) -> dict[str, str]:
-        return {name: line["answer"] for name, line in self.records.items() if "answer" in line}
-
-    @property
-    def report(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.folder / "report.json").read_text())
-        return content
-
-    def run(self, *more: str) -> dict[str, Any]:
-        """Run it in this process. Its exit code says whether a sample failed."""
-        code = cli.main([*self.words, *more])
-        assert code == (cli.FAILED if self.report["samples"]["failed"] else cli.OK)
-        return self.report
-
-    def run_with_answers(self, answers: Mapping[str, str]) -> dict[str, Any]:
-        """Go on with these answers in place of the model's: nothing is left to ask."""
-        assert set(answers) == set(self.answers)
-        lines = self.lines
-        for line in lines:
-            if "answer" in line:
-                line["answer"] = answers[line["id"]]
-        self.predictions.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        report = self.run("--reuse")
-        assert self.answers == answers
-        assert report["runs"][-1]["samples"] == 0
-        assert len(self.lines) == len(lines) + 1
-        return report
-
-
-def command(folder: Path, model: Path, *words: object) -> Command:
-    options = ("-m", model, "--threads", 1, "-n", NEW_TOKENS, "--quiet")
-    return Command(("eval", *map(str, (*words, "-o", folder, *options))), folder)
-
-
-# ---- numbers of every report ---------------------------------------------------------------------
-
-
-def check_share(metric: Mapping[str, Any], share: Share) -> None:
-    """An accuracy, its count, and its interval: the shares p which the normal approximation at p
-    does not tell from what was found, (found - p)^2 = z^2 p (1 - p) / count."""
-    right, count = share
-    assert metric["count"] == count
-    assert metric["value"] == pytest.approx(right / count, abs=1e-12)
-    z_squared = 1.959963984540054**2
-    found = right / count
-    a, b, c = count + z_squared, -(2 * count * found + z_squared), count * found**2
-    root = math.sqrt(max(b * b - 4 * a * c, 0.0))
-    expected = [(-b - root) / (2 * a), (-b + root) / (2 * a)]
-    assert metric["interval"] == pytest.approx(expected, abs=1e-9)
-
-
-def check_shares(metrics: Mapping[str, Any], shares: Mapping[str, Share]) -> None:
-    assert list(metrics) == list(shares)
-    for name, share in shares.items():
-        check_share(metrics[name], share)
-
-
-def check_groups(groups: Mapping[str, Any], shares: Mapping[str, Mapping[str, Share]]) -> None:
-    assert set(groups) == set(shares)
-    for name, of_groups in shares.items():
-        check_shares(groups[name], dict(sorted(of_groups.items())))
-
-
-def check_rest(
-    command: Command, files: Sequence[Path], total: int, failed: Sequence[str], images: int
-) -> None:
-    """All other numbers of the report, from the predictions file and the data set's files."""
-    report, lines, records = command.report, command.lines, command.records
-    assert len(records) == total
-    answered = [line for line in records.values() if "answer" in line]
-    assert sorted(name for name in records if name not in command.answers) == sorted(failed)
-    cut_off = sum(line["finish_reason"] == "length" for line in answered)
-    assert report["samples"] == {
-        "total": total,
-        "asked": total,
-        "answered": total - len(failed),
-        "failed": len(failed),
-        "cut_off": cut_off,
-    }
-    assert cut_off and cut_off == sum(
-        line["usage"]["completion_tokens"] == NEW_TOKENS and line["finish_reason"] == "length"
-        for line in answered
-    )
-    reasons = {records[name]["error"] for name in failed}
-    assert {failure["reason"] for failure in report["failures"]} == reasons
-    assert sum(failure["count"] for failure in report["failures"]) == len(failed)
-    named = [name for failure in report["failures"] for name in failure["ids"]]
-    assert sorted(named) == sorted(failed)
-    assert report["tokens"] == {
-        name: sum(line["usage"][name] for line in answered) / len(answered) for name in COUNTED
-    }
-    check_measured(report, lines, images)
-    check_settings(report, lines[0]["settings"], files)
-
-
-def check_measured(report: Mapping[str, Any], lines: Sequence[dict[str, Any]], images: int) -> None:
-    runs: list[list[dict[str, Any]]] = []
-    for line in lines[1:]:
-        if "run" in line:
-            runs.append([])
-        else:
-            runs[-1].append(line)
-    assert [run["samples"] for run in report["runs"]] == [len(run) for run in runs]
-    ends = [run[-1]["elapsed"] for run in runs if run]
-    assert [run["seconds"] for run in report["runs"] if run["samples"]] == ends
-    of_samples = [line for run in runs for line in run]
-    measured, wall = report["measured"], sum(ends)
-    assert measured["wall_seconds"] == wall > 0
-    assert measured["images"] == images
-    assert measured["images_per_second"] == images / wall
-    assert measured["questions_per_second"] == len(of_samples) / wall
-    for phase in PHASES:
-        seconds = math.fsum(line["seconds"].get(phase, 0.0) for line in of_samples)
-        assert measured["seconds_per_image"][phase] == pytest.approx(seconds / images, abs=1e-12)
-    assert measured["peak_memory_bytes"] == max(line["peak_bytes"] for line in of_samples)
-
-
-def check_settings(
-    report: Mapping[str, Any], settings: Mapping[str, Any], files: Sequence[Path]
-) -> None:
-    assert report["settings"] == settings
-    assert settings["files"] == [
-        {"name": path.name, "sha256": sha256(path.read_bytes()).hexdigest()} for path in files
-    ]
-    names = ("suite", "model", "dtype", "template", "pad", "reduction", "max_new_tokens")
-    expected = [report["suite"], "random", "float32", "vicuna_v1", True, "none", NEW_TOKENS]
-    assert [settings[name] for name in names] == expected
-    assert settings["temperature"] == 0.0
-
-
-# ---- pictures and files --------------------------------------------------------------------------
-
-
-def draw(path: Path, number: int) -> Path:
-    """A small picture, another one for each number; a broken one for a negative number."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if number < 0:
-        path.write_bytes(BROKEN)
-        return path
-    image = Image.new("RGB", (40 + number % 7, 30 + number % 5), (number * 37 % 256, 90, 120))
-    corner = (number % 11, number % 13, 20 + number % 17, 20 + number % 9)
-    ImageDraw.Draw(image).ellipse(corner, fill=(250, number * 53 % 256, 30))
-    image.save(path)
-    return path
-
-
-def write_json(path: Path, content: Any) -> Path:
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return path
-
-
-def write_lines(path: Path, *lines: Mapping[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
 def says(model: Model, image: Path | bytes | None, prompt: str) -> str:
     """What the model answers to one question by itself."""
     return model.generate(image, prompt, max_new_tokens=NEW_TOKENS)
 
 
 # ---- MMBench -------------------------------------------------------------------------------------
-
-
-def broken_base64() -> str:
-    """A picture cut off in its middle: valid base64, but no image."""
-    buffer = io.BytesIO()
-    Image.effect_noise((40, 30), 90).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()[:300]).decode()
 
 
 @pytest.fixture
@@ -493,74 +304,10 @@ def test_mmbench_rotates_a_chinese_file(
 
 # ---- COCO ----------------------------------------------------------------------------------------
 
-WORDS = (
-    "a the man dog cat street red blue riding bike on in with two people star under tree".split()
-)
-COCO_BROKEN = "139"
-
-
-def words_of(rng: random.Random) -> list[str]:
-    return rng.choices(WORDS, k=rng.randint(4, 12))
-
-
-def sentence(words: Sequence[str]) -> str:
-    return " ".join(words).capitalize() + "."
-
-
-def words_in(caption: str) -> list[str]:
-    """The words of a caption that `sentence` made."""
-    return caption.lower().removesuffix(".").split()
-
 
 @pytest.fixture
 def references(tmp_path: Path) -> dict[str, list[str]]:
-    """Captions of 50 images, five for each, whose files are drawn; one picture is broken."""
-    rng = random.Random(50)
-    ids = [str(139 + 17 * place) for place in range(50)]
-    for place, name in enumerate(ids):
-        draw(tmp_path / "val2014" / coco_name(name), -1 if name == COCO_BROKEN else place)
-    return {name: [sentence(words_of(rng)) for _ in range(5)] for name in ids}
-
-
-def coco_name(image_id: str) -> str:
-    """JPEG files, and PNG files for every other image."""
-    return f"COCO_val2014_{image_id:0>12}.{'jpg' if int(image_id) % 2 else 'png'}"
-
-
-def plain_file(path: Path, references: Mapping[str, Sequence[str]]) -> Path:
-    images = [
-        {"id": int(name), "file_name": coco_name(name), "height": 30, "width": 40}
-        for name in references
-    ]
-    annotations = [
-        {"id": 1000 * int(name) + place, "image_id": int(name), "caption": caption}
-        for name, listed in references.items()
-        for place, caption in enumerate(listed)
-    ]
-    random.Random(3).shuffle(annotations)
-    content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
-    return write_json(path, content)
-
-
-def karpathy_file(path: Path, references: Mapping[str, Sequence[str]]) -> Path:
-    """With an image of each other split, whose captions must not count."""
-    images: list[dict[str, Any]] = [
-        karpathy_image(f"{9_000 + place}", split, [sentence(WORDS)])
-        for place, split in enumerate(("train", "restval", "val"))
-    ]
-    images[1:1] = [karpathy_image(name, "test", listed) for name, listed in references.items()]
-    return write_json(path, {"dataset": "coco", "images": images})
-
-
-def karpathy_image(name: str, split: str, listed: Sequence[str]) -> dict[str, Any]:
-    sentences = [
-        {"raw": raw, "tokens": words_in(raw), "imgid": int(name), "sentid": place}
-        for place, raw in enumerate(listed)
-    ]
-    return {
-        "filepath": "val2014", "filename": coco_name(name), "cocoid": int(name), "split": split,
-        "imgid": 7, "sentids": [], "sentences": sentences,
-    }  # fmt: skip
+    return drawn_references(tmp_path)
 
 
 def coco_answers(references: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -1060,189 +807,3 @@ def test_jsonl(model_folder: Path, tiny_model: Model, tmp_path: Path) -> None:
         },
     )
     check_rest(evaluation, [file], 8, ["bad"], images=5)
-
-
-# ---- kill -9 -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Moment:
-    """When a process is killed: `delay` seconds after so many samples of its file are written and
-    it has written a line itself; after its start if `samples` is None."""
-
-    samples: int | None
-    delay: float
-
-
-@dataclass(frozen=True)
-class Life:
-    """A process that runs a command. `kill` is kill -9, and returns the exit code: that of the
-    signal, unless the process ended before."""
-
-    has_ended: Callable[[], bool]
-    kill: Callable[[], int]
-
-
-def process_of(evaluation: Command) -> Life:
-    """The command in a process of its own, as its users start it, and a group of its own."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llava_lite", *evaluation.words, "--reuse"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-    def kill() -> int:
-        os.killpg(process.pid, signal.SIGKILL)
-        return process.wait(timeout=60)
-
-    return Life(lambda: process.poll() is not None, kill)
-
-
-def fork_of(evaluation: Command) -> Life:
-    """The same, forked from a process that has imported torch, which is most of a start."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    process = context.Process(target=runpy.run_module, args=("llava_lite", None, "__main__", True))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(sys, "argv", ["llava-lite", *evaluation.words, "--reuse"])
-        process.start()  # the child gets these arguments
-
-    def kill() -> int:
-        process.kill()
-        process.join(60)
-        assert process.exitcode is not None
-        return process.exitcode
-
-    return Life(lambda: not process.is_alive(), kill)
-
-
-def content_of(path: Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""
-
-
-def samples_in(content: bytes) -> int:
-    """Whole lines of samples."""
-    return sum(line.startswith(b'{"id": ') for line in content.split(b"\n")[:-1])
-
-
-def kill_at(evaluation: Command, moment: Moment, start: Callable[[Command], Life]) -> int:
-    """Start the command with --reuse, kill it at that moment, and return its exit code."""
-    before = content_of(evaluation.predictions)
-    life = start(evaluation)
-    while moment.samples is not None and not life.has_ended():
-        now = content_of(evaluation.predictions)
-        if len(now) > len(before) and samples_in(now) >= moment.samples:
-            break
-        time.sleep(0.002)
-    time.sleep(moment.delay)
-    code = life.kill()
-    assert code in (-signal.SIGKILL, cli.OK, cli.FAILED)
-    whole_lines = before[: before.rfind(b"\n") + 1]
-    assert content_of(evaluation.predictions).startswith(whole_lines)  # what was written stays
-    return code
-
-
-def moments(rng: random.Random, total: int, running: int, starting: int = 0) -> Iterator[Moment]:
-    """Moments spread over the whole evaluation: some while a process starts, the others after more
-    and more samples; enough are left that a slow test is never too late."""
-    counts = sorted(rng.sample(range(total * 3 // 4), running))
-    planned = [Moment(count, rng.uniform(0.0, 0.05)) for count in counts]
-    for _ in range(starting):
-        planned.insert(rng.randrange(len(planned)), Moment(None, rng.uniform(0.0, 0.3)))
-    yield from planned
-
-
-def check_like_clean(killed: Command, clean: Command, total: int) -> None:
-    """Same report, same answers, no sample lost or doubled."""
-    assert len(killed.records) == len(clean.records) == total
-    for name, line in clean.records.items():
-        again = killed.records[name]
-        for part in ("answer", "error", "finish_reason", "usage"):
-            assert again.get(part) == line.get(part), name
-    reports = [killed.report, clean.report]
-    for report in reports:
-        del report["measured"], report["runs"]
-    assert reports[0] == reports[1]
-    assert (killed.folder / "report.html").exists()
-
-
-def kill_when_all_is_answered(evaluation: Command, total: int, times: int) -> int:
-    """Kill as often before the report is delivered; a process that was faster does not count.
-    Returns how often it was done."""
-    rng = random.Random(times)
-    codes: list[int] = []
-    while codes.count(-signal.SIGKILL) < times and len(codes) < 10 * times:
-        codes.append(kill_at(evaluation, Moment(total, rng.uniform(0.0, 0.01)), fork_of))
-    return codes.count(-signal.SIGKILL)
-
-
-def rows_to_kill() -> list[dict[str, object]]:
-    """32 questions of four rotations about 31 pictures and a broken one."""
-    colors = [f"rgb({number * 8}, {255 - number * 8}, {number * 3})" for number in range(31)]
-    images = [*map(encoded, colors), broken_base64()]
-    rows: list[dict[str, object]] = []
-    for number, image in enumerate(images):
-        answer = "ABCD"[number % 4]
-        question = f"Which fruit {'star ' * (number % 6)}is this?"
-        rows += rotated(row(number, question=question, answer=answer, image=image), 4)
-    return rows
-
-
-@pytest.mark.skipif(os.name == "nt", reason="kills by POSIX signals")
-def test_mmbench_killed_twenty_times(model_folder: Path, tmp_path: Path) -> None:
-    """kill -9 at 20 moments, of the start, the answers and the end: the report of a clean run."""
-    file = write_mmbench(tmp_path / "bench.tsv", rows_to_kill())
-    options = ("--batch-size", 3, "-n", 40)
-    clean = command(tmp_path / "clean", model_folder, "mmbench", file, *options)
-    killed = command(tmp_path / "killed", model_folder, "mmbench", file, *options)
-    assert clean.run()["samples"]["failed"] == 4
-    deaths = []
-    for moment in moments(random.Random(20), 128, running=14, starting=4):
-        assert kill_at(killed, moment, fork_of) == -signal.SIGKILL
-        deaths.append(samples_in(content_of(killed.predictions)))
-    assert len(set(deaths)) >= 6 and 0 < deaths[-1] < 128
-    assert kill_when_all_is_answered(killed, 128, times=2) == 2
-    killed.run("--reuse")
-    check_like_clean(killed, clean, 128)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="kills by POSIX signals")
-def test_coco_killed(references: dict[str, list[str]], model_folder: Path, tmp_path: Path) -> None:
-    file = plain_file(tmp_path / "captions.json", references)
-    words = ("coco", tmp_path / "val2014", file, "--batch-size", 2)
-    clean = command(tmp_path / "clean", model_folder, *words)
-    killed = command(tmp_path / "killed", model_folder, *words)
-    clean.run()
-    for moment in moments(random.Random(5), 50, running=3):
-        assert kill_at(killed, moment, process_of) == -signal.SIGKILL
-    done = samples_in(content_of(killed.predictions))
-    assert 0 < done < 50
-    assert cli.main(["eval", "report", str(killed.folder)]) == cli.FAILED
-    assert killed.report["samples"]["answered"] == len(killed.answers)
-    not_asked = {"reason": "not asked yet", "count": 50 - done}
-    assert not_asked.items() <= killed.report["failures"][0].items()
-    killed.run("--reuse")
-    check_like_clean(killed, clean, 50)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_a_file_that_ends_anywhere_goes_on(
-    seed: int, mmbench_file: Path, model_folder: Path, tmp_path: Path
-) -> None:
-    """A disk that was full, or without power, keeps any number of bytes."""
-    clean = command(tmp_path / "clean", model_folder, "mmbench", mmbench_file)
-    cut = command(tmp_path / "cut", model_folder, "mmbench", mmbench_file)
-    clean.run()
-    cut.folder.mkdir()
-    rng = random.Random(seed)
-    content = clean.predictions.read_bytes()
-    cut.predictions.write_bytes(content[: rng.randrange(len(content))])
-    for _ in range(2):
-        cut.run("--reuse")
-        check_like_clean(cut, clean, 20)
-        content = cut.predictions.read_bytes()
-        cut.predictions.write_bytes(content[: rng.randrange(len(content) // 2, len(content))])
-    cut.run("--reuse")
-    check_like_clean(cut, clean, 20)
