@@ -1,4 +1,4 @@
-"""`llava-lite eval` killed at any moment goes on with --reuse: the report is that of a clean run."""
+"""`llava-lite eval` killed at any moment: --reuse goes on, to the report of a clean run."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
-    path = tmp_path_factory.mktemp("end-to-end") / "model"
+    path = tmp_path_factory.mktemp("killed") / "model"
     save_model(random_llava(), TINY_CONFIG, path, tiny_tokenizer)
     return path
 
@@ -183,7 +183,7 @@ def test_mmbench_killed_twenty_times(model_folder: Path, tmp_path: Path) -> None
 @pytest.mark.skipif(os.name == "nt", reason="kills by POSIX signals")
 def test_coco_killed(model_folder: Path, tmp_path: Path) -> None:
     file = plain_file(tmp_path / "captions.json", drawn_references(tmp_path))
-    words = ("coco", tmp_path / "val2014", file, "--batch-size", 2)
+    words = ("coco", tmp_path / "val2014", file, "--batch-size", 2, "-n", 40)
     clean = command(tmp_path / "clean", model_folder, *words)
     killed = command(tmp_path / "killed", model_folder, *words)
     clean.run()
