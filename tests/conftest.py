@@ -15,6 +15,8 @@ from llava_lite.generation import Model
 from llava_lite.llava import Llava
 from llava_lite.tokenizer import Tokenizer, train_tokenizer
 
+pytest.register_assert_rewrite("eval_command")  # its failures show values, as those of tests do
+
 ROOT = Path(__file__).resolve().parents[1]
 # Tests must not depend on which model their user prefers; processes they start inherit this.
 os.environ.pop("LLAVA_LITE_MODEL", None)

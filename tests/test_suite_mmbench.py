@@ -2,78 +2,19 @@
 
 import base64
 import csv
-import io
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from string import ascii_uppercase
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from mmbench_rows import COLUMNS, FRUIT, MILLION, encoded, png, rotated, row, write
 
 from llava_lite.errors import EvaluationError
 from llava_lite.evaluation.mmbench import Row, RowImage, index_of, open_mmbench, rotations
 from llava_lite.evaluation.multiple_choice import chosen_letter, multiple_choice_prompt
 from llava_lite.evaluation.suite import Metric
-
-COLUMNS = (
-    *("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source"),
-    *("l2-category", "comment", "split"),
-)
-MILLION = 1_000_000
-FRUIT = ("apple", "pear", "plum", "fig")
-
-
-def png(color: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (12, 8), color).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def encoded(color: str) -> str:
-    return base64.b64encode(png(color)).decode()
-
-
-def row(index: object, **cells: object) -> dict[str, object]:
-    """One row of the file: four fruit, the right one A, unless told otherwise."""
-    given_options = cells.pop("options", FRUIT)
-    assert isinstance(given_options, tuple)
-    options = dict(zip("ABCDEF", given_options, strict=False))
-    default = {
-        "index": index, "question": "Which fruit?", "answer": "A", "category": "fruit",
-        "l2-category": "things", "image": encoded("red"), "split": "dev",
-    }  # fmt: skip
-    return {**default, **options, **cells}
-
-
-def rotated(base: Mapping[str, object], turns: int) -> list[dict[str, object]]:
-    """The row and its rotations, whose image is that of the row."""
-    options = [str(base[letter]) for letter in "ABCD" if base.get(letter, "nan") != "nan"]
-    right = options["ABCD".index(str(base["answer"]))]
-    rows = [dict(base)]
-    for turn in range(1, turns):
-        moved = options[turn:] + options[:turn]
-        index = int(str(base["index"]))
-        rows.append(
-            {
-                **base,
-                **dict(zip("ABCD", moved, strict=False)),
-                "index": index + turn * MILLION,
-                "answer": "ABCD"[moved.index(right)],
-                "image": str(index),
-            }
-        )
-    return rows
-
-
-def write(path: Path, rows: list[dict[str, object]], columns: tuple[str, ...] = COLUMNS) -> Path:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 @pytest.fixture
