@@ -1,12 +1,16 @@
 """A server on a free port of this machine, in a thread, for tests."""
 
+import importlib.util
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
+from conftest import ROOT
 from fastapi import FastAPI
 from torch import Tensor
 
@@ -70,6 +74,16 @@ class Running:
         """Wait until nobody waits and nothing runs."""
         worker = self.service.worker
         eventually(lambda: not (self.service.num_waiting or worker.num_running))
+
+
+def load_server_tool() -> ModuleType:
+    """tools/load_server.py."""
+    spec = importlib.util.spec_from_file_location("load_server", ROOT / "tools" / "load_server.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["load_server"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def eventually(condition: Callable[[], bool], seconds: float = TIMEOUT) -> None:
