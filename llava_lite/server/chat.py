@@ -43,7 +43,7 @@ class ChatService:
     def __init__(self, model: Model, settings: Settings) -> None:
         self.settings = settings
         self.preparer = Preparer(model, settings)
-        self.worker = Worker(model, settings.max_batch_size)
+        self.worker = Worker(model, settings.max_batch_size, settings.image_cache)
         # As if all places of the queue held the longest bodies, counted as their bytes arrive.
         self.memory = Memory(settings.max_queue * settings.max_body_bytes)
         self.preparing = 0
