@@ -47,8 +47,9 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class ChatRequest(BaseModel, extra="allow"):
-    """The body of /v1/chat/completions. `top_k` and `reduction` are extensions."""
+class ChatRequest(BaseModel):
+    """The body of /v1/chat/completions. `top_k` and `reduction` are extensions. Of what is not
+    supported it has what must ask for nothing (`SAYS_NOTHING`)."""
 
     messages: list[Message] = Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)
     model: str | None = None
@@ -63,6 +64,19 @@ class ChatRequest(BaseModel, extra="allow"):
     stream_options: StreamOptions | None = None
     n: int | None = None
     reduction: str | None = None
+    tools: Any = None
+    functions: Any = None
+    tool_choice: Any = None
+    function_call: Any = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+    logit_bias: Any = None
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    modalities: Any = None
+    audio: Any = None
+    web_search_options: Any = None
+    response_format: Any = None
 
     @property
     def include_usage(self) -> bool:
@@ -90,14 +104,13 @@ def depth(error: Any) -> int:
 
 
 def refuse_unsupported(request: ChatRequest) -> None:
-    """Raise ApiError (400) for what cannot be done here. Unknown fields are not kept."""
+    """Raise ApiError (400) for what cannot be done here."""
     if request.n not in (None, 1):
         raise ApiError(400, f"n {request.n}: only one answer per request is supported", "n")
-    others = request.model_extra or {}
     for name, says_nothing in SAYS_NOTHING.items():
-        if others.get(name) not in says_nothing:
+        if getattr(request, name) not in says_nothing:
             raise ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
-    form = others.get("response_format")
+    form = request.response_format
     if form is not None and not (isinstance(form, dict) and form.get("type") == "text"):
         name = "response_format"
         raise ApiError(400, f"{name}: only text is supported", name, "unsupported_parameter")
@@ -106,7 +119,6 @@ def refuse_unsupported(request: ChatRequest) -> None:
         raise ApiError(
             400, f"stop: at most {MOST_STOPS} strings of {LONGEST_STOP} characters", "stop"
         )
-    others.clear()
 
 
 # Fields that are not supported, and the values with which they ask for nothing.
