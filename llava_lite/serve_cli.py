@@ -199,11 +199,13 @@ def run(args: argparse.Namespace, settings: "Settings", load: "Callable[[], Mode
     """Load the model and serve it until a signal. Raises LlavaLiteError, ValueError."""
     from dataclasses import replace
 
+    from llava_lite.allocator import return_freed_pictures
     from llava_lite.server.app import create_app
     from llava_lite.server.run import is_loopback, listen, serve
 
     with listen(args.host, args.port) as sock:  # a port in use shows before the model is loaded
         model = load()
+        return_freed_pictures()
         model.reduction_for([], settings.reduction)
         settings = replace(settings, model_name=settings.model_name or model.config.name)
         start_log(args.quiet)
