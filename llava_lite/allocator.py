@@ -17,6 +17,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 LARGEST = 2**25  # blocks up to this come from the heap, the most that older glibc takes
 KEPT = 2**28  # so much stays at the end of the heap when all is freed
 AT_ONCE = 2**26  # the heap grows by so much
+PICTURE_BLOCK = 2 * LARGEST
 
 
 def keep_freed_memory() -> bool:
@@ -30,3 +31,13 @@ def keep_freed_memory() -> bool:
     # The first is what bounds the heap: without it, the others had better stay as they are.
     wishes = (M_MMAP_THRESHOLD, LARGEST), (M_TRIM_THRESHOLD, KEPT), (M_TOP_PAD, AT_ONCE)
     return all(mallopt(parameter, value) == 1 for parameter, value in wishes)
+
+
+def return_freed_pictures() -> None:
+    """Give the memory of large pictures back as soon as they are closed, for the process.
+
+    Pillow takes it in blocks of 16 MiB, which stay in the heap of the thread that decoded them. A
+    server has several such threads, and pictures of many megapixels only now and then."""
+    from PIL import Image
+
+    Image.core.set_block_size(PICTURE_BLOCK)

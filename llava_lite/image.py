@@ -81,7 +81,9 @@ def load_image(
             image = _open_source(source, name, limits, files)
             _check_size(image, name, max_pixels)
             image.load()
-            image = to_rgb(_upright(image) if exif else image)
+            if exif:
+                image = _upright(image)  # a line of its own: what was turned is freed here
+            image = to_rgb(image)
             image.info.clear()
             return image
     except ImageError:

@@ -124,6 +124,21 @@ def add_limits(group: argparse._ArgumentGroup) -> None:
             metavar="N",
             help=f"{text} (default: {default})",
         )
+    group.add_argument(
+        "--image-cache",
+        type=at_least_zero,
+        default=16,
+        metavar="N",
+        help="encoded images that are kept for the next turns of their chats, 0 for none "
+        "(default: 16)",
+    )
+
+
+def at_least_zero(text: str) -> int:
+    """A whole number."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return int(text)
 
 
 def at_least_one(text: str) -> int:
@@ -171,6 +186,7 @@ def settings(args: argparse.Namespace, reduction: "Reduction | None") -> "Settin
         max_images=args.max_images,
         max_new_tokens=args.max_new_tokens,
         image_workers=args.image_workers,
+        image_cache=args.image_cache,
         url_domains=tuple(domain.lower().rstrip(".") for domain in args.allow_url_domain),
         media_root=args.media_root,
         cors_origins=tuple(args.cors_origin),
@@ -183,11 +199,13 @@ def run(args: argparse.Namespace, settings: "Settings", load: "Callable[[], Mode
     """Load the model and serve it until a signal. Raises LlavaLiteError, ValueError."""
     from dataclasses import replace
 
+    from llava_lite.allocator import return_freed_pictures
     from llava_lite.server.app import create_app
     from llava_lite.server.run import is_loopback, listen, serve
 
     with listen(args.host, args.port) as sock:  # a port in use shows before the model is loaded
         model = load()
+        return_freed_pictures()
         model.reduction_for([], settings.reduction)
         settings = replace(settings, model_name=settings.model_name or model.config.name)
         start_log(args.quiet)

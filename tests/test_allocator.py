@@ -82,3 +82,37 @@ def test_what_is_refused_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
     assert not allocator.keep_freed_memory()
     assert asked == [allocator.M_MMAP_THRESHOLD]
+
+
+PICTURES = """
+import re, sys, threading
+from PIL import Image
+from llava_lite.allocator import keep_freed_memory, return_freed_pictures
+
+def resident():
+    return int(re.search(r"VmRSS:\s+(\d+)", open("/proc/self/status").read())[1])
+
+keep_freed_memory()
+if sys.argv[1] == "return":
+    return_freed_pictures()
+before = resident()
+for _ in range(2):
+    draw = lambda: Image.new("RGB", (6000, 6000), "red").close()  # 144 MB
+    thread = threading.Thread(target=draw)
+    thread.start()
+    thread.join()
+print(resident() - before)
+"""
+
+
+@GLIBC
+def test_large_pictures_are_returned() -> None:
+    environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+    environment |= {"PYTHONPATH": str(ROOT), "LD_PRELOAD": "", "OMP_NUM_THREADS": "1"}
+    for name in ("GLIBC_TUNABLES", "PILLOW_BLOCK_SIZE"):
+        environment.pop(name, None)
+    kept, returned = (
+        int(subprocess.check_output([sys.executable, "-c", PICTURES, how], env=environment))
+        for how in ("keep", "return")
+    )
+    assert returned < 40 * 1024 < 100 * 1024 < kept  # KiB

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import contextlib
-import http.server
 import json
 import logging
 import socket
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, random_llava
+from conftest import ROOT, load_tool, random_llava
 
 pytest.importorskip("fastapi")
 pytest.importorskip("openai")
@@ -431,40 +430,12 @@ def test_pages_of_other_sites(model: Model, server: Running) -> None:
 # ---- images from elsewhere ---------------------------------------------------------------------
 
 
-class Elsewhere(http.server.BaseHTTPRequestHandler):
-    """A host of images: /scene.png, and /to?URL, which leads there, and /loop."""
-
-    def do_GET(self) -> None:
-        path, _, query = self.path.partition("?")
-        self.send_response(302 if path in ("/to", "/loop") else 200)
-        if path in ("/to", "/loop"):
-            self.send_header("Location", query or path)
-        self.end_headers()
-        if path == "/scene.png":
-            self.wfile.write(SCENE.read_bytes())
-        if path == "/much":
-            with contextlib.suppress(OSError):
-                self.wfile.write(bytes(300_000))
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def elsewhere() -> Iterator[str]:
     """The URL of a host that passes for a public one under the name images.test."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        connect: Callable[..., socket.socket] = fetch._connect
-
-        def directed(host: str, port: int, *rest: Any) -> socket.socket:
-            if host in ("images.test", "other.test"):
-                return socket.create_connection(("127.0.0.1", port), 10)
-            return connect(host, port, *rest)
-
-        monkeypatch.setattr(fetch, "_connect", directed)
-        yield f"http://images.test:{httpd.server_address[1]}"
-        httpd.shutdown()
+    tool = load_tool("load_server")
+    with tool.public_hosts(), tool.ImageHost() as host:
+        yield host.url("images.test", "")
 
 
 def test_urls_of_allowed_domains_and_where_they_lead(

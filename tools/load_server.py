@@ -6,34 +6,42 @@
 
 Starts a server of the embedded model in float32 on 127.0.0.1, and asks it a fixed mixture: whole
 and streamed answers, greedy and sampled, with and without token reduction, clients that leave
-early, malformed requests, hostile image sources. Each answer is compared with that of
-`Model.generate`. It asks nobody but that server. Exit code 1 where an answer is wrong, a request is
-lost, or a refusal is not the one expected.
+early, malformed requests, hostile image sources, redirects to this machine. Each answer is compared
+with that of `Model.generate`. It asks nobody but that server, which asks nobody but a host of
+images here. Exit code 1 where an answer is wrong, a request is lost, a refusal is not the one
+expected, or what lies behind a redirect was asked for.
 """
 
 import argparse
 import asyncio
 import base64
+import contextlib
+import http.server
 import io
 import json
+import os
 import random
 import re
+import socket
 import struct
 import subprocess
 import sys
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 from PIL import Image
 
 import llava_lite
+from llava_lite import cli, fetch
 from llava_lite.generation import Model
 
 EXAMPLES = ("scene.png", "scene2.png")
@@ -46,8 +54,13 @@ QUESTIONS = (
 REDUCTIONS = (None, "hybrid-72-36", "tome-72-logical", "hybrid-72-36")
 MOST_TOKENS = 8
 QUEUE = 256
-# Allowed by name, and refused for where they are.
-ALLOWED_DOMAINS = ("127.0.0.1", "localhost", "169.254.169.254")
+ROOT = Path(__file__).resolve().parents[1]
+SERVE = "serve"  # as first argument: the server itself, which finds the public hosts
+PUBLIC_HOSTS = ("images.test", "other.test")  # stood in for by `Elsewhere`
+# The last three are allowed by name, and refused for where they are.
+ALLOWED_DOMAINS = ("images.test", "127.0.0.1", "localhost", "169.254.169.254")
+INSIDE = "/inside.png"  # nobody may ask for it
+MARKS = (200, 500, 1000, 1500, 2000)  # requests after which memory is looked at
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,12 @@ class Outcome:
     kinds: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
-    memory: list[int] = field(default_factory=list)  # KiB of the server, once per 100 requests
+    memory: dict[int, int] = field(default_factory=dict)  # requests so far: KiB of the server
+
+    @property
+    def count(self) -> int:
+        """Requests that are over."""
+        return sum(self.kinds.values()) + len(self.lost)
 
 
 # ---- images ------------------------------------------------------------------------------------
@@ -98,6 +116,69 @@ def png_of_size(width: int, height: int) -> bytes:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     pixels = chunk(b"IDAT", zlib.compress(bytes(1000)))
     return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+
+
+# ---- a host of images --------------------------------------------------------------------------
+
+
+class Elsewhere(http.server.BaseHTTPRequestHandler):
+    """/scene.png and /inside.png are an image, /to?URL leads there, /loop to itself, /much is long.
+    Every visit is counted."""
+
+    server: "ImageHost"
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        self.server.visits[path] += 1
+        self.send_response(302 if path in ("/to", "/loop") else 200)
+        if path in ("/to", "/loop"):
+            self.send_header("Location", query or path)
+        self.end_headers()
+        if path in ("/scene.png", INSIDE):
+            self.wfile.write((llava_lite.embedded_model() / "examples" / EXAMPLES[0]).read_bytes())
+        if path == "/much":
+            with contextlib.suppress(OSError):
+                self.wfile.write(bytes(300_000))
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class ImageHost(http.server.ThreadingHTTPServer):
+    """Runs on a free port of this machine, as long as it is entered."""
+
+    request_queue_size = 128
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Elsewhere)
+        self.visits: Counter[str] = Counter()
+
+    def __enter__(self) -> "ImageHost":
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def url(self, name: str, path: str) -> str:
+        """A URL that leads here, by one of the machine's names or of those it stands in for."""
+        return f"http://{name}:{self.server_port}{path}"
+
+
+@contextmanager
+def public_hosts() -> Iterator[None]:
+    """In this process the names of `PUBLIC_HOSTS` lead to this machine, and it passes for a public
+    one under them; all other names and addresses are looked at as ever."""
+    connect = fetch._connect
+
+    def directed(host: str, port: int, *rest: Any) -> socket.socket:
+        if host in PUBLIC_HOSTS:
+            return socket.create_connection(("127.0.0.1", port), 10)
+        return connect(host, port, *rest)
+
+    with mock.patch.object(fetch, "_connect", directed):
+        yield
 
 
 # ---- cases -------------------------------------------------------------------------------------
@@ -131,6 +212,31 @@ def good_cases(model: Model, folder: Path) -> list[Case]:
     answer = model.generate(None, QUESTIONS[0], max_new_tokens=MOST_TOKENS)
     cases.append(Case("text only", body_of(QUESTIONS[0]), str(answer)))
     return cases
+
+
+def fetched_cases(model: Model, folder: Path, host: ImageHost) -> list[Case]:
+    """Images that are fetched, one of them where a redirect leads."""
+    scene = host.url("images.test", "/scene.png")
+    answer = model.generate(folder / EXAMPLES[0], QUESTIONS[1], max_new_tokens=MOST_TOKENS)
+    return [
+        Case(f"fetched: {url}", body_of(QUESTIONS[1], url), str(answer))
+        for url in (scene, host.url("images.test", f"/to?{scene}"))
+    ]
+
+
+def redirected_cases(host: ImageHost) -> list[Case]:
+    """An allowed host leads where nobody may go."""
+    targets = [host.url(name, INSIDE) for name in ("127.0.0.1", "localhost", "[::1]", "other.test")]
+    targets += [
+        f"http://[::ffff:127.0.0.1]:{host.server_port}{INSIDE}",
+        f"http://2130706433:{host.server_port}{INSIDE}",  # 127.0.0.1 as one number
+        "http://169.254.169.254/latest/meta-data/",
+        "file:///etc/passwd",
+        "data:image/png;base64,AAAA",
+    ]
+    urls = [host.url("images.test", f"/to?{target}") for target in targets]
+    urls += [host.url("images.test", "/loop"), host.url("127.0.0.1", INSIDE)]
+    return [Case(f"redirect: {url}", body_of("What is it?", url), status=400) for url in urls]
 
 
 def leaving_cases(folder: Path) -> list[Case]:
@@ -202,15 +308,14 @@ def hostile_cases() -> list[Case]:
     ]
 
 
-def mixture(model: Model, folder: Path, count: int, seed: int = 0) -> list[Case]:
+def mixture(model: Model, folder: Path, host: ImageHost, count: int, seed: int = 0) -> list[Case]:
     """`count` requests: half good, an eighth leaving, the rest malformed or hostile."""
-    good, leaving = good_cases(model, folder), leaving_cases(folder)
-    malformed, hostile = malformed_cases(), hostile_cases()
-    pattern = (good, malformed, good, hostile, good, leaving, good, [*malformed, *hostile])
-    cases = [
-        pattern[number % 8][(number // 8 * 4 + number % 8) % len(pattern[number % 8])]
-        for number in range(count)
-    ]
+    good = cycle([*good_cases(model, folder), *fetched_cases(model, folder, host)])
+    leaving = cycle(leaving_cases(folder))
+    malformed, hostile = cycle(malformed_cases()), cycle(hostile_cases())
+    redirected = cycle(redirected_cases(host))
+    pattern = (good, malformed, good, hostile, good, leaving, good, redirected)
+    cases = [next(pattern[number % 8]) for number in range(count)]
     random.Random(seed).shuffle(cases)
     return cases
 
@@ -249,18 +354,21 @@ async def post(client: httpx.AsyncClient, case: Case) -> tuple[int, str, str]:
 
 
 async def leave(client: httpx.AsyncClient, case: Case) -> None:
-    """Go after the first piece of a stream, or after a moment."""
+    """Go after the first piece of a stream, or a moment after asking."""
     headers = {"Content-Type": case.content_type}
     url = "/chat/completions"
     if case.stream:
         async with client.stream("POST", url, content=case.body, headers=headers) as response:
             async for _ in response.aiter_bytes():
                 return
-    try:
-        posting = client.post(url, content=case.body, headers=headers)
-        await asyncio.wait_for(posting, 0.05)
-    except (asyncio.TimeoutError, httpx.TimeoutException):
-        pass
+
+    async def body() -> AsyncIterator[bytes]:
+        yield case.body
+        asyncio.get_running_loop().call_later(0.05, posting.cancel)
+
+    posting = asyncio.ensure_future(client.post(url, content=body(), headers=headers))
+    with contextlib.suppress(asyncio.CancelledError):
+        await posting
 
 
 def whole(text: str) -> str:
@@ -282,15 +390,21 @@ async def run(
     url: str, cases: Sequence[Case], concurrency: int, process: int | None = None
 ) -> Outcome:
     """Ask all of them, so many at once; `process` is whose memory is watched."""
-    outcome, queue = Outcome(), iter(enumerate(cases))
+    outcome, queue = Outcome(), iter(cases)
+    watched = (0, *MARKS, len(cases))
+
+    def look_at_memory() -> None:
+        if process is not None and outcome.count in watched:
+            outcome.memory[outcome.count] = memory_of(process)
+
+    look_at_memory()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=300) as client:
 
         async def one_after_the_other() -> None:
-            for number, case in queue:
+            for case in queue:
                 await ask(client, case, outcome)
-                if process is not None and number % 100 == 99:
-                    outcome.memory.append(memory_of(process))
+                look_at_memory()
 
         await asyncio.gather(*(one_after_the_other() for _ in range(concurrency)))
     return outcome
@@ -309,12 +423,14 @@ def memory_of(process: int) -> int:
 @contextmanager
 def own_server(threads: int) -> Iterator[tuple[str, int]]:
     """A server on a free port of this machine: its URL and its process."""
-    command = [sys.executable, "-m", "llava_lite", "serve", "--port", "0", "--dtype", "float32"]
+    command = [sys.executable, __file__, SERVE, "--port", "0", "--dtype", "float32"]
     command += ["--device", "cpu", "--threads", str(threads), "--max-queue", str(QUEUE)]
     command += ["-m", str(llava_lite.embedded_model())]
     for domain in ALLOWED_DOMAINS:
         command += ["--allow-url-domain", domain]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         try:
             for line in process.stderr:
@@ -332,6 +448,10 @@ def own_server(threads: int) -> Iterator[tuple[str, int]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == [SERVE]:
+        with public_hosts():
+            return cli.main(argv)
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--requests", type=int, default=200, metavar="N")
@@ -340,17 +460,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folder = llava_lite.embedded_model()
     model = llava_lite.load(folder, device="cpu", dtype="float32")
-    cases = mixture(model, folder / "examples", args.requests)
     concurrency = min(args.concurrency, QUEUE)
-    with own_server(args.threads) as (url, process):
+    with ImageHost() as host, own_server(args.threads) as (url, process):
+        cases = mixture(model, folder / "examples", host, args.requests)
         outcome = asyncio.run(run(url, cases, concurrency, process))
         health = httpx.get(url.removesuffix("/v1") + "/health").json()
     print(f"{len(cases)} requests, {concurrency} at once: {dict(sorted(outcome.kinds.items()))}")
     print(f"wrong {len(outcome.wrong)}, lost {len(outcome.lost)}; afterwards {health}")
-    print("server's memory, MiB:", *(kib // 1024 for kib in outcome.memory))
+    print(f"redirects {host.visits['/to']}, of these to {INSIDE}: {host.visits[INSIDE]}")
+    print("server's memory, MiB, after so many requests:")
+    print(*(f"{count}: {kib // 1024}" for count, kib in outcome.memory.items()), sep="  ")
     for line in (outcome.wrong + outcome.lost)[:20]:
         print(line)
-    return 1 if outcome.wrong or outcome.lost else 0
+    return 1 if outcome.wrong or outcome.lost or host.visits[INSIDE] else 0
 
 
 if __name__ == "__main__":

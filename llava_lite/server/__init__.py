@@ -6,6 +6,7 @@
     messages    OpenAI messages become the turns of a prompt and its images
     images      image sources become small pictures, without being led astray
     prepare     all of that together: a request's bytes become a job
+    image_cache what the model saw in the images that were sent last
     worker      the one thread that runs the model: a batch whose members come and go
     limits      bodies of bounded size; the handlers that stop when their client does
     middleware  who may ask at all, and one line of log per request

@@ -21,7 +21,7 @@ from llava_lite.server.middleware import Record
 from llava_lite.server.prepare import Preparer
 from llava_lite.server.protocol import Completion, usage_of
 from llava_lite.server.settings import Settings
-from llava_lite.server.worker import Event, Job, Stopped, Worker
+from llava_lite.server.worker import Event, Job, Stopped, Worker, nobody
 
 RETRY_SECONDS = 1
 CLIENT_GONE = 499  # nobody hears it; it stands in the log
@@ -43,7 +43,7 @@ class ChatService:
     def __init__(self, model: Model, settings: Settings) -> None:
         self.settings = settings
         self.preparer = Preparer(model, settings)
-        self.worker = Worker(model, settings.max_batch_size)
+        self.worker = Worker(model, settings.max_batch_size, settings.image_cache)
         # As if all places of the queue held the longest bodies, counted as their bytes arrive.
         self.memory = Memory(settings.max_queue * settings.max_body_bytes)
         self.preparing = 0
@@ -144,36 +144,29 @@ class ChatService:
 
     async def last(self, events: "Events", scope: Scope) -> Answer:
         """The answer. Raises ApiError, ClientGone."""
-        while True:
-            event = await events.next()
-            if isinstance(event, Answer):
-                self.book(event, scope)
-                return event
-            if isinstance(event, BaseException):
-                raise as_failure(event)
+        while not isinstance(event := await events.next(), Answer):
+            pass
+        self.book(event, scope)
+        return event
 
     async def chunks(
         self, events: "Events", completion: Completion, scope: Scope
     ) -> AsyncIterator[bytes]:
         """The events of a stream."""
         yield sse(completion.chunk({"role": "assistant", "content": ""}))
-        while True:
-            event = await events.next()
-            if isinstance(event, Answer):
-                self.book(event, scope)
-                yield sse(completion.chunk({}, event.finish_reason))
-                if completion.include_usage:
-                    yield sse(completion.usage_chunk(event))
-                yield DONE
-                return
-            if isinstance(event, BaseException):
-                error = as_failure(event)
-                if isinstance(error, ApiError):
-                    yield sse(error.body())
-                else:
-                    Record.of(scope).status = CLIENT_GONE
-                return
-            yield sse(completion.chunk({"content": event}))
+        try:
+            while not isinstance(event := await events.next(), Answer):
+                yield sse(completion.chunk({"content": event}))
+        except ApiError as error:
+            yield sse(error.body())
+        except ClientGone:
+            Record.of(scope).status = CLIENT_GONE
+        else:
+            self.book(event, scope)
+            yield sse(completion.chunk({}, event.finish_reason))
+            if completion.include_usage:
+                yield sse(completion.usage_chunk(event))
+            yield DONE
 
     def book(self, answer: Answer, scope: Scope) -> None:
         """Count an answer, and note its tokens for the log."""
@@ -186,7 +179,10 @@ class ChatService:
 
 class Events:
     """What a job says, brought to the event loop, and what ends the wait for it: the client's
-    going, and the deadline."""
+    going, and the deadline.
+
+    Nothing here may refer to itself once it is closed: an image and what is known of it would stay
+    until the garbage collector comes."""
 
     def __init__(self, worker: Worker, job: Job, receive: Receive, deadline: float) -> None:
         self.worker, self.job, self.loop = worker, job, asyncio.get_running_loop()
@@ -194,26 +190,35 @@ class Events:
         self.queue: asyncio.Queue[Event] = asyncio.Queue()
         job.deliver = self.deliver
         self.timer = self.loop.call_at(deadline, self.queue.put_nowait, timed_out())
-        self.gone = self.loop.create_task(self.watch(receive))
+        self.gone = self.loop.create_task(leave(receive, worker, job, self.queue))
 
     def deliver(self, event: Event) -> None:
         """Called on the worker's thread."""
         self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
 
-    async def watch(self, receive: Receive) -> None:
-        await disconnected(receive)
-        self.worker.cancel(self.job)
-        self.queue.put_nowait(ClientGone())
-
-    async def next(self) -> Event:
-        """The next thing that happens."""
-        return await self.queue.get()
+    async def next(self) -> str | Answer:
+        """The next piece, or the answer. Raises ApiError, ClientGone."""
+        event = await self.queue.get()
+        if not isinstance(event, BaseException):
+            return event
+        try:
+            raise as_failure(event)
+        finally:
+            del event  # whose traceback has this frame
 
     def close(self) -> None:
         """Nobody listens any more."""
         self.worker.cancel(self.job)
+        self.job.deliver = nobody
         self.timer.cancel()
         self.gone.cancel()
+
+
+async def leave(receive: Receive, worker: Worker, job: Job, queue: asyncio.Queue[Event]) -> None:
+    """Cancel a job when its client goes."""
+    await disconnected(receive)
+    worker.cancel(job)
+    queue.put_nowait(ClientGone())
 
 
 class EventStream(StreamingResponse):

@@ -51,6 +51,18 @@ def open_image(
 ) -> Image.Image:
     """The square picture that the model sees of a data URL, a file, or an image's bytes. Raises
     ImageError."""
+    try:
+        return square_picture(source, settings, config, exif)
+    except ImageError as error:
+        message = str(error)
+    # A new one: the frames of that error hold the pixels, and it lives as long as its request.
+    raise ImageError(message)
+
+
+def square_picture(
+    source: str | bytes, settings: Settings, config: LlavaConfig, exif: bool
+) -> Image.Image:
+    """What `open_image` does."""
     if isinstance(source, str) and source[:5].lower() != "data:":
         source = read_file(source, settings)
     image = load_image(

@@ -108,6 +108,9 @@ async def while_connected(work: Awaitable[T], receive: Receive, seconds: float) 
     finally:
         for future in both:
             future.cancel()
+        # The error of a task has a traceback with this frame: a frame that names the task would
+        # keep both, and the image that could not be decoded, until the garbage collector comes.
+        del task, both, future
 
 
 def timed_out() -> ApiError:

@@ -19,6 +19,8 @@ class Settings:
     requests that the model runs at once. request_timeout: from the first byte of a request to the
     last of its answer. shutdown_timeout: for running requests to finish. max_pixels: of an image,
     and of the square that it is padded to; what would need a larger one is made small first.
+    image_workers: images that are decoded at once. image_cache: encoded images that are kept for
+    the next turns of their chats.
     url_domains: hosts that images may be fetched from ("*.example.org" is all below it); none by
     default. media_root: folder that images may be read from; none by default. allowed_hosts: names
     under which browsers may reach the server, None for any. Raises ValueError."""
@@ -37,6 +39,7 @@ class Settings:
     max_images: int = 8
     max_new_tokens: int = 2048
     image_workers: int = 2
+    image_cache: int = 16
     url_domains: tuple[str, ...] = ()
     url_timeout: float = 10.0
     media_root: Path | None = None

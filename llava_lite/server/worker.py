@@ -15,6 +15,7 @@ from llava_lite.answer import Answer
 from llava_lite.generation import Model
 from llava_lite.sampling import GenerationOptions
 from llava_lite.sequence import Request, Row
+from llava_lite.server.image_cache import ImageCache
 
 LOG = logging.getLogger("llava_lite.server")
 
@@ -51,10 +52,12 @@ class Member:
 
 
 class Worker:
-    """Runs jobs in batches of at most `max_batch_size`, first come, first served."""
+    """Runs jobs in batches of at most `max_batch_size`, first come, first served. Keeps what it
+    saw in as many images as `image_cache` says."""
 
-    def __init__(self, model: Model, max_batch_size: int) -> None:
+    def __init__(self, model: Model, max_batch_size: int, image_cache: int = 0) -> None:
         self.model, self.max_batch_size = model, max_batch_size
+        self.images = ImageCache(image_cache)
         self.condition = threading.Condition()
         self.waiting: deque[Job] = deque()
         self.num_running = 0
@@ -134,8 +137,8 @@ class Worker:
         if not jobs:
             return []
         try:
-            rows = self.model.start(
-                [job.request for job in jobs], [job.options for job in jobs], len(jobs)
+            rows = self.images.start(
+                self.model, [job.request for job in jobs], [job.options for job in jobs]
             )
             return [Member(job, row) for job, row in zip(jobs, rows, strict=True)]
         except Exception as error:
