@@ -581,7 +581,7 @@ def test_a_request_that_takes_too_long(gated: Gated, stream: bool) -> None:
         assert stream or caught.value.status_code == 504
         gated.steps.release(10_000)
         running.until_idle()
-        assert len(gated.sizes) <= 1
+        assert len(gated.sizes) < 20  # the worker hears of it between two steps, not of 300
 
 
 def test_those_who_leave_make_room(gated: Gated) -> None:
