@@ -13,12 +13,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from llava_lite.errors import LlavaLiteError, reason_of
-from llava_lite.json_lines import JsonObject, lines_of, parse_object
+from llava_lite.json_lines import JsonObject, lines_of, lock, parse_object
 
 if TYPE_CHECKING:
     from llava_lite.answer import Answer
@@ -228,13 +229,15 @@ def select_shard(rows: Sequence[Row], shard: tuple[int, int]) -> list[Row]:
 @dataclass(frozen=True)
 class Plan:
     """What a run will do: `todo` rows, beside `answered` and `failed` ones that the output holds
-    and that stay. `drop`: ids whose error lines go. `size`: bytes of the output's whole lines."""
+    and that stay. `drop`: ids whose error lines go. `size`: bytes of the output's whole lines, of
+    `found` bytes in all."""
 
     todo: list[Row]
     answered: int = 0
     failed: int = 0
     drop: frozenset[RowId] = frozenset()
     size: int = 0
+    found: int = 0
 
 
 def plan(
@@ -260,7 +263,7 @@ def plan(
     if not resume:
         raise BatchError(f"{output}: is not empty; go on with it (--resume) or name another file")
     done: dict[RowId, bool] = {}
-    size, by_id = 0, {row.id: row for row in rows}
+    size, found, by_id = 0, output.stat().st_size, {row.id: row for row in rows}
     for number, line in complete_lines(output):
         record = parse_record(line, output, number)
         row_id = record["id"]
@@ -271,9 +274,8 @@ def plan(
     failed = [row.id for row in rows if not done.get(row.id, True)]
     drop = frozenset(failed if retry_errors else ())
     todo = [row for row in rows if row.id not in done or row.id in drop]
-    return Plan(
-        todo, len(rows) - len(todo) - len(failed) + len(drop), len(failed) - len(drop), drop, size
-    )
+    failures = len(failed) - len(drop)
+    return Plan(todo, len(rows) - len(todo) - failures, failures, drop, size, found)
 
 
 def reduction_name(reduction: object) -> str | None:
@@ -339,6 +341,22 @@ def repair(output: Path, plan: Plan) -> None:
         os.replace(staging, output)
 
 
+@contextmanager
+def opened(output: Path, plan: Plan) -> Iterator[BinaryIO]:
+    """The repaired output, to append to, for this process alone. Raises BatchError where another
+    one writes to it, or has since the plan was made."""
+    with ExitStack() as files:
+        file = files.enter_context(open(output, "ab"))
+        lock(file, output, BatchError)
+        if os.fstat(file.fileno()).st_size != plan.found:
+            raise BatchError(f"{output}: another run has written to it meanwhile; start again")
+        repair(output, plan)
+        if plan.drop:  # now another file has the name
+            file = files.enter_context(open(output, "ab"))
+            lock(file, output, BatchError)
+        yield file
+
+
 # ---- run ---------------------------------------------------------------------------------------
 
 
@@ -397,9 +415,8 @@ def append_records(
     on_record: Callable[[JsonObject], None] | None = None,
 ) -> Summary:
     """Write the records of a plan's rows, each batch as soon as it comes."""
-    repair(output, work)
     summary = Summary(failed=work.failed, present=work.answered)
-    with open(output, "ab") as file:
+    with opened(output, work) as file:
         for records in batches:
             file.write(lines_of(*records))
             file.flush()

@@ -1,11 +1,15 @@
-"""Files of JSON lines that only grow: one object a line, written whole."""
+"""Files of JSON lines that only grow: one object a line, written whole, by one process."""
 
+import errno
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from llava_lite.errors import LlavaLiteError
 
 JsonObject = dict[str, Any]
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems without
 
 
 def parse_object(line: str | bytes, where: str, error_type: type[LlavaLiteError]) -> JsonObject:
@@ -17,6 +21,22 @@ def parse_object(line: str | bytes, where: str, error_type: type[LlavaLiteError]
     if not isinstance(content, dict):
         raise error_type(f"{where}: a {type(content).__name__}, not a JSON object")
     return content
+
+
+def lock(file: BinaryIO, path: Path, error_type: type[LlavaLiteError]) -> None:
+    """Take a file that is open for writing for this process, where the system has locks, until it
+    is closed. Raises the given error where another one has it, and OSError."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise error_type(f"{path}: another run is writing to it") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
 
 
 def lines_of(*objects: JsonObject) -> bytes:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from llava_lite import batch
+from llava_lite import batch, json_lines
 from llava_lite.answer import Answer
 from llava_lite.batch import BatchError, plan, read_rows, run_batch, select_shard
 from llava_lite.checkpoint import save_model
@@ -648,3 +648,41 @@ def test_an_accelerator_that_fails_ends_the_run(
     assert (tmp_path / "out.jsonl").read_bytes() == b""
     oom = RuntimeError("CUDA error: out of memory")
     assert not batch.is_accelerator_failure(oom)
+
+
+def resume_of(tmp_path: Path) -> tuple[list[batch.Row], Path, batch.Plan]:
+    """Two rows, the first answered and the second failed, and the plan to ask the second again."""
+    rows = [batch.Row(number, f"question {number}", None, tmp_path, number) for number in (1, 2)]
+    output = tmp_path / "answers.jsonl"
+    answered = {**rows[0].asked(), "answer": "yes"}
+    failed = {**rows[1].asked(), "error": "broken"}
+    output.write_bytes(json_lines.lines_of(answered, failed))
+    return rows, output, batch.plan(rows, output, resume=True, retry_errors=True)
+
+
+def test_one_run_writes_at_a_time(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    rows, output, work = resume_of(tmp_path)
+    again = {**rows[1].asked(), "answer": "no"}
+
+    def meanwhile() -> Iterator[list[dict[str, Any]]]:
+        before = output.read_bytes()
+        late = batch.plan(rows, output, resume=True)
+        with pytest.raises(batch.BatchError, match="another run is writing to it"):
+            batch.append_records(output, late, [[again]], None)
+        assert output.read_bytes() == before
+        yield [again]
+
+    summary = batch.append_records(output, work, meanwhile(), None)
+    assert (summary.answered, summary.failed) == (1, 0)
+    assert [json.loads(line).get("answer") for line in output.open()] == ["yes", "no"]
+
+
+def test_nothing_is_cut_off_that_another_run_wrote_since_the_plan(tmp_path: Path) -> None:
+    rows, output, work = resume_of(tmp_path)
+    with output.open("ab") as file:
+        file.write(json_lines.lines_of({**rows[1].asked(), "answer": "no"}))
+    before = output.read_bytes()
+    with pytest.raises(batch.BatchError, match="another run has written to it meanwhile"):
+        batch.append_records(output, work, [], None)
+    assert output.read_bytes() == before

@@ -19,6 +19,7 @@ pytest.importorskip("openai")
 
 import httpx
 import openai
+from PIL import Image
 from serving import Gated, Running, eventually, serving
 
 import llava_lite
@@ -26,7 +27,7 @@ from llava_lite import fetch
 from llava_lite.errors import ContextError
 from llava_lite.generation import Model
 from llava_lite.reduction import Reduction
-from llava_lite.server import middleware
+from llava_lite.server import middleware, prepare
 from llava_lite.server.app import create_app
 from llava_lite.server.settings import Settings
 from llava_lite.tokenizer import Tokenizer
@@ -771,3 +772,30 @@ def test_the_log_has_no_contents(server: Running, caplog: pytest.LogCaptureFixtu
 def test_an_app_can_be_made_without_serving_it(model: Model, tmp_path: Path) -> None:
     app = create_app(model, Settings("tiny"))
     assert app.state.service.health()[0] == 503
+
+
+def test_few_fetched_images_wait_to_be_decoded(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each may have 20 MB, and no body that was counted."""
+    fetched: list[str] = []
+    monkeypatch.setattr(prepare, "fetch_image", lambda source, _: fetched.append(source) or b"")
+
+    async def crowd() -> None:
+        preparer = prepare.Preparer(model, Settings(model_name="tiny"))
+        decoding = asyncio.Event()
+
+        async def opened(_: str | bytes) -> Image.Image:
+            await decoding.wait()
+            return Image.new("RGB", (8, 8))
+
+        monkeypatch.setattr(preparer, "opened", opened)
+        names = [f"https://images.example.org/{number}.png" for number in range(20)]
+        tasks = [asyncio.create_task(preparer.image(1, name)) for name in names]
+        await asyncio.sleep(0.2)
+        assert len(fetched) == prepare.FETCHES
+        decoding.set()
+        assert len(await asyncio.gather(*tasks)) == len(fetched) == 20
+        preparer.close()
+
+    asyncio.run(crowd())

@@ -192,9 +192,9 @@ NAN = float("nan")
         ),
         (
             "choice",  # as the file itself is read (mmbench.py)
-            {"question": "Which? ", "A": "none", "B": "None", "C": "NA", "D": " no"},
+            {"question": "Which? ", "A": "none", "B": "Na", "C": " no", "D": "NA"},
             "MMBench_DEV_EN",
-            f"Which? \nA. none\nB. None\nC. NA\nD.  no{LETTER}",
+            f"Which? \nA. none\nB. Na\nC.  no{LETTER}",
         ),
         (
             "choice",

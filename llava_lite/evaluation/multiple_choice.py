@@ -13,8 +13,12 @@ LETTER_INSTRUCTIONS = {
     "en": "Answer with the option's letter from the given choices directly.",
     "cn": "请直接回答选项字母。",
 }
-# How tables write an empty cell. None, null and NA are texts like any other.
-MISSING = ("", "nan", "NaN", "NAN")
+# What pandas takes for an empty cell: by it the official scripts read tables, so an option "None"
+# is none there.
+MISSING = frozenset(
+    ("", "nan", "NaN", "-nan", "-NaN", "NAN", "None", "null", "NULL", "NA", "N/A", "n/a", "<NA>")
+    + ("#NA", "#N/A", "#N/A N/A", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN")
+)
 LAST_WORDS = 5
 MOST_WORDS_WITH_A = 3
 

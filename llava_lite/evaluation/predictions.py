@@ -21,7 +21,7 @@ from time import monotonic
 from typing import Any, BinaryIO
 
 from llava_lite.errors import LlavaLiteError
-from llava_lite.json_lines import JsonObject, lines_of, parse_object
+from llava_lite.json_lines import JsonObject, lines_of, lock, parse_object
 
 FILE_NAME = "predictions.jsonl"
 FORMAT = 1
@@ -209,7 +209,7 @@ def check(path: Path, reuse: bool, force: bool, settings: Mapping[str, Any]) -> 
     if not path.exists():
         return
     try:
-        with open(path, "rb") as file:
+        with open(path, "r+b") as file:  # over NFS only a file to write to can be locked
             before = taken(file, path, reuse, force)
     except OSError as error:
         raise PredictionsError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -220,7 +220,7 @@ def check(path: Path, reuse: bool, force: bool, settings: Mapping[str, Any]) -> 
 
 def taken(file: BinaryIO, path: Path, reuse: bool, force: bool) -> Predictions:
     """Lock the file and read what is to stay in it. Raises PredictionsError."""
-    lock(file, path)
+    lock(file, path, PredictionsError)
     if force:
         return Predictions({})
     file.seek(0)
@@ -238,16 +238,3 @@ def refuse_other_settings(before: Mapping[str, Any], now: Mapping[str, Any], pat
     different = differences(before, now)
     if different:
         raise PredictionsError(f"{path}: was answered with other settings: {'; '.join(different)}")
-
-
-def lock(file: BinaryIO, path: Path) -> None:
-    """Take the file for this process, where the system has locks. Raises PredictionsError where
-    another one has it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise PredictionsError(f"{path}: another run is writing to it") from error

@@ -159,7 +159,7 @@ def answer_each(
         return [*model.generate(opened, texts, batch_size=len(pairs), **options)]
 
     pairs = list(zip(images, prompts, strict=True))
-    return together_or_alone(pairs, answered, lambda _, error: error)
+    return together_or_alone(pairs, answered, lambda _, error: error.with_traceback(None))
 
 
 # ---- blocks of work ------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class Preparer:
         self.model, self.settings = model, settings
         self.work = ThreadPoolExecutor(settings.image_workers, "llava-lite-prepare")
         self.fetching = ThreadPoolExecutor(FETCHES, "llava-lite-fetch")
+        self.fetched = asyncio.Semaphore(FETCHES)  # so many wait at most to be decoded
         self.tokenizing = threading.Lock()  # the model's table of prefixes is of one thread
         self.longest_piece = max(map(len, (*model.tokenizer.pieces, IMAGE_MARKER)))
 
@@ -105,15 +106,18 @@ class Preparer:
     async def image(self, number: int, source: str) -> Image.Image:
         """The picture of a source. Raises ImageError naming its number."""
         try:
-            found: str | bytes = source
-            if is_remote(source):
+            if not is_remote(source):
+                return await self.opened(source)
+            async with self.fetched:
                 found = await in_pool(self.fetching, lambda: fetch_image(source, self.settings))
-            model = self.model
-            return await in_pool(
-                self.work, lambda: open_image(found, self.settings, model.config, model.exif)
-            )
+                return await self.opened(found)
         except ImageError as error:
             raise ImageError(f"image {number}: {error}") from error
+
+    async def opened(self, found: str | bytes) -> Image.Image:
+        """The picture in a data URL, a file or bytes."""
+        config, exif = self.model.config, self.model.exif
+        return await in_pool(self.work, lambda: open_image(found, self.settings, config, exif))
 
     def prompt(
         self, conversation: Conversation, images: list[Image.Image], options: GenerationOptions
