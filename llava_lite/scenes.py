@@ -714,8 +714,13 @@ def _ask_relation(
 
 
 def describe(scene: Scene) -> str:
-    """One sentence: the count, then each object with its place, by thirds from the top left."""
-    ordered = sorted(scene.objects, key=lambda o: (*_cell(scene, o), o.x))
+    """One sentence: the count, then each object with its place, in the order of COLORS and SHAPES.
+
+    That order is strict, as no two objects share both, and it hangs on nothing that a hair's
+    breadth decides: who has named one object knows which may come next."""
+    ordered = sorted(
+        scene.objects, key=lambda o: (tuple(COLORS).index(o.color), SHAPES.index(o.shape))
+    )
     parts = [f"{with_article(o.name)} {_PLACE_PHRASES[scene.place(o)]}" for o in ordered]
     if len(parts) == 1:
         return f"There is one object: {parts[0]}."

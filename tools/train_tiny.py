@@ -654,10 +654,10 @@ FAMILY_WEIGHTS = {
     "count_shape": (1.0, 1.5),
     "color": (2.0, 1.0),
     "shape": (2.0, 1.0),
-    "exists": (5.0, 1.5),  # two properties must be found on the same object
-    "where": (1.0, 2.0),
-    "relation": (0.7, 3.0),
-    "digit": (0.7, 1.5),
+    "exists": (5.0, 1.0),  # two properties must be found on the same object
+    "where": (1.0, 3.0),
+    "relation": (0.7, 1.5),
+    "digit": (0.7, 2.5),
 }
 
 
