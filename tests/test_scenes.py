@@ -455,16 +455,16 @@ DESCRIBED = re.compile(
 def test_descriptions_name_every_object_in_order(scene: Scene) -> None:
     sentence = describe(scene)
     matches = list(DESCRIBED.finditer(sentence))
-    placed = {(o.color, o.shape): (slow_place(scene, o), o.x) for o in scene.objects}
+    placed = {(o.color, o.shape): slow_place(scene, o) for o in scene.objects}
     described = []
     for match in matches:
         place = match["at"] or match["on"] or match["in"]
         identity = (match["color"], match["shape"])
-        assert placed[identity][0] == place
+        assert placed[identity] == place
         assert match["article"] == ("an" if match["color"] == "orange" else "a")
-        described.append((PLACES.index(place), placed[identity][1]))
+        described.append((tuple(COLORS).index(match["color"]), SHAPES.index(match["shape"])))
     assert len(matches) == len(scene.objects)
-    assert described == sorted(described)
+    assert described == sorted(set(described))
     count = len(matches)
     verb = "is one object: " if count == 1 else f"are {COUNTS[count]} objects: "
     assert sentence.startswith("There " + verb) and sentence.endswith(".")
@@ -486,8 +486,8 @@ def test_descriptions_word_for_word() -> None:
         "There are two objects: a red circle at the top left and a blue star in the center."
     )
     assert describe(row_of_objects(ring, blue, red)) == (
-        "There are three objects: a red circle at the top left, a blue star in the center, "
-        "and an orange ring on the right."
+        "There are three objects: a red circle at the top left, an orange ring on the right, "
+        "and a blue star in the center."
     )
 
 
