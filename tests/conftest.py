@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import hypothesis
 import pytest
 import torch
 
@@ -16,6 +17,10 @@ from llava_lite.llava import Llava
 from llava_lite.tokenizer import Tokenizer, train_tokenizer
 
 pytest.register_assert_rewrite("eval_command")  # its failures show values, as those of tests do
+
+# How long an example takes says nothing: a busy machine fails no test.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 ROOT = Path(__file__).resolve().parents[1]
 # Tests must not depend on which model their user prefers; processes they start inherit this.

@@ -494,6 +494,7 @@ def test_memory_of_this_process() -> None:
         # Fresh pages: an allocator could have kept some that were counted before.
         with mmap.mmap(-1, 100_000_000) as block:
             block.write(bytes([1]) * len(block))
+            watch.look()  # as its thread does, which a busy machine may delay
     assert before is not None and watch.resident is not None and watch.anonymous is not None
     assert watch.resident >= watch.anonymous
     assert watch.resident > before + 20_000_000
