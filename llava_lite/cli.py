@@ -7,7 +7,6 @@ slow to import is imported there, so that help and usage errors come at once.
 import argparse
 import json
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from llava_lite import (
     serve_cli,
     thresholds,
 )
+from llava_lite.argument_types import device, dtype, positive, shard
 from llava_lite.console import (
     INTERRUPTED,
     behind_first_rank,
@@ -51,13 +51,6 @@ OK, FAILED, WRONG_USAGE = 0, 1, 2
 
 PICTURES = (".html", ".png")
 EXIT_CODES = "exit codes: 0 ok, 1 failed, 2 wrong usage, 130 interrupted"
-DTYPES = {
-    "auto": "auto",
-    **dict.fromkeys(("float32", "fp32", "f32"), "float32"),
-    **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
-    **dict.fromkeys(("float16", "fp16", "f16", "half"), "float16"),
-}
-
 
 BATCH_HELP = """\
 input:
@@ -286,7 +279,7 @@ def add_batch(commands: Any) -> None:
         metavar="N",
         help=f"rows that run at once (default: {batch.DEFAULT_BATCH_SIZE})",
     )
-    ray_batch.add_arguments(parser, positive)
+    ray_batch.add_arguments(parser)
     add_sampling_arguments(parser)
     add_notice_arguments(parser.add_argument_group("output"), stats=False)
     add_model_arguments(parser)
@@ -370,9 +363,7 @@ def add_eval(commands: Any) -> None:
         commands, "eval", lambda _: WRONG_USAGE, usage, summary, eval_cli.EVAL_HELP
     )
     shared = (add_sampling_arguments, add_model_arguments, generation_options, parse_reduction)
-    program = eval_cli.Program(
-        add_command, *shared, load_model, load_options, default_source, positive, natural, shard
-    )
+    program = eval_cli.Program(add_command, *shared, load_model, load_options, default_source)
     eval_cli.add_commands(parser, program)
 
 
@@ -537,43 +528,6 @@ def add_source_arguments(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
     group.add_argument("--offline", action="store_true", help="never use the network for a model")
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if not re.fullmatch(r"0*[1-9][0-9]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """A whole number from 0 on."""
-    if not re.fullmatch(r"[0-9]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return int(text)
-
-
-def shard(text: str) -> tuple[int, int]:
-    """ "2/5" -> (2, 5)."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N")
-    return int(found[1]), int(found[2])
-
-
-def device(text: str) -> str:
-    """A device name that torch knows."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda, cuda:N, mps")
-    return text
-
-
-def dtype(text: str) -> str:
-    """A dtype's full name."""
-    if text not in DTYPES:
-        names = ", ".join(dict.fromkeys(DTYPES.values()))
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {names}")
-    return DTYPES[text]
 
 
 # ---- what the commands share -------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_lite import reduction_flags
+from llava_lite.argument_types import natural, positive, shard
 from llava_lite.console import say
 from llava_lite.errors import EvaluationError
 from llava_lite.evaluation.suite import Suite
@@ -87,9 +88,6 @@ class Program:
     load_model: Callable[[argparse.Namespace], "Model"]
     load_options: Callable[[argparse.Namespace], dict[str, Any]]
     default_source: Callable[[str | None], str]
-    positive: Callable[[str], int]
-    natural: Callable[[str], int]
-    shard: Callable[[str], tuple[int, int]]
 
 
 # How the options of data sets look as flags; all others take a text.
@@ -133,7 +131,6 @@ def add_scenes(commands: Any, program: Program) -> None:
         within="eval ",
     )
     add = parser.add_argument
-    positive, natural = program.positive, program.natural
     add("--n", type=positive, default=2000, metavar="N", help="scenes (default: 2000)")
     words = "which scenes (default: 20000)"
     add("--seed", type=natural, default=20_000, metavar="S", help=words)
@@ -170,8 +167,8 @@ def add_data_set(commands: Any, program: Program, name: str, kind: SuiteKind) ->
     parser.add_argument("paths", metavar="PATH", nargs="+", help=f"in any order: {kind.usage}")
     for option, words in kind.options.items():
         add_option(parser, option, words)
-    add_run_arguments(parser, program)
-    ray_batch.add_arguments(parser, program.positive)
+    add_run_arguments(parser)
+    ray_batch.add_arguments(parser)
     program.add_sampling_arguments(parser, "what the data set asks for")
     add_output_arguments(parser)
     program.add_model_arguments(parser)
@@ -186,23 +183,23 @@ def add_option(parser: argparse.ArgumentParser, option: str, words: str) -> None
         parser.add_argument(flag, choices=CHOICES.get(option), metavar="NAME", help=words)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, program: Program) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Which samples, and how many at once."""
     group = parser.add_argument_group("samples")
-    group.add_argument("--limit", type=program.positive, metavar="N", help="only the first N")
+    group.add_argument("--limit", type=positive, metavar="N", help="only the first N")
     group.add_argument(
         "--shard",
-        type=program.shard,
+        type=shard,
         default=(1, 1),
         metavar="I/N",
         help="only every N-th image from the I-th on, I = 1..N, for N machines with a DIR each",
     )
     group.add_argument(
-        "--batch-size", type=program.positive, metavar="N", help="asked at once (default: 8)"
+        "--batch-size", type=positive, metavar="N", help="asked at once (default: 8)"
     )
     group.add_argument(
         "--workers",
-        type=program.natural,
+        type=natural,
         default=2,
         metavar="N",
         help="threads that open images ahead of the model (default: 2; 0: none)",

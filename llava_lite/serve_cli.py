@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_lite.argument_types import natural, port, positive
 from llava_lite.console import say
 from llava_lite.errors import LlavaLiteError
 
@@ -119,40 +120,19 @@ def add_limits(group: argparse._ArgumentGroup) -> None:
     ):
         group.add_argument(
             name,
-            type=at_least_one,
+            type=positive,
             default=default,
             metavar="N",
             help=f"{text} (default: {default})",
         )
     group.add_argument(
         "--image-cache",
-        type=at_least_zero,
+        type=natural,
         default=16,
         metavar="N",
         help="encoded images that are kept for the next turns of their chats, 0 for none "
         "(default: 16)",
     )
-
-
-def at_least_zero(text: str) -> int:
-    """A whole number."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return int(text)
-
-
-def at_least_one(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
-
-
-def port(text: str) -> int:
-    """A port, or 0."""
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
-    return int(text)
 
 
 def require_packages() -> None:

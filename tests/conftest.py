@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 import torch
 
+from llava_lite.checkpoint import save_model
 from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
 from llava_lite.generation import Model
 from llava_lite.llava import Llava
@@ -23,8 +24,9 @@ hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
 ROOT = Path(__file__).resolve().parents[1]
-# Tests must not depend on which model their user prefers; processes they start inherit this.
-os.environ.pop("LLAVA_LITE_MODEL", None)
+# Tests must not depend on what their user prefers; processes they start inherit this.
+for name in ("LLAVA_LITE_MODEL", "FASTV_K"):
+    os.environ.pop(name, None)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's job in the background ignores Ctrl-C, and so would the processes that tests stop.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -99,3 +101,11 @@ def tiny_tokenizer() -> Tokenizer:
 def tiny_model(tiny_tokenizer: Tokenizer) -> Model:
     """A random model in float32 with a tokenizer of its own: 56 px images of 16 patches."""
     return Model(random_llava(), tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Model) -> Path:
+    """`tiny_model` as a folder, to read only."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    save_model(tiny_model.llava, tiny_model.config, folder, tiny_model.tokenizer)
+    return folder

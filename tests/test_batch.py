@@ -17,7 +17,6 @@ from PIL import Image
 from llava_lite import batch, json_lines
 from llava_lite.answer import Answer
 from llava_lite.batch import BatchError, plan, read_rows, run_batch, select_shard
-from llava_lite.checkpoint import save_model
 from llava_lite.cli import main
 from llava_lite.errors import ImageError
 from llava_lite.generation import Model
@@ -33,13 +32,6 @@ def images(tmp_path: Path) -> Path:
     folder.mkdir()
     for number, color in enumerate(COLORS):
         Image.new("RGB", (20 + 7 * number, 30), color).save(folder / f"{color}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Model) -> Path:
-    folder = tmp_path_factory.mktemp("batch") / "model"
-    save_model(tiny_model.llava, tiny_model.config, folder, tiny_model.tokenizer)
     return folder
 
 

@@ -27,7 +27,7 @@ from llava_lite.rope import apply_rope, rope_cos_sin
 DTYPES = [torch.float32, torch.float64]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 2e-6}
 seeds = st.integers(0, 2**31)
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=15)
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -364,7 +364,7 @@ def test_an_own_mask_replaces_the_causal_one() -> None:
 # ---- vision and the whole ----------------------------------------------------------------------
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(seeds, st.integers(1, 3), dtypes)
 def test_vision_tower_and_projector_equal_the_formulas(
     seed: int, num_images: int, dtype: torch.dtype

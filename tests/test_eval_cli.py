@@ -12,19 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY_CONFIG, random_llava
+from conftest import ROOT
 from PIL import Image
 
 import llava_lite
 from llava_lite import cli
-from llava_lite.checkpoint import save_model
 from llava_lite.eval_cli import with_command
 from llava_lite.evaluation import engine
 from llava_lite.evaluation.predictions import PredictionsWriter
 from llava_lite.evaluation.runner import Selection
 from llava_lite.evaluation.suite import Sample
 from llava_lite.generation import Model
-from llava_lite.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -33,18 +31,6 @@ def picture(seed: int) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (40, 60, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
-    path = tmp_path_factory.mktemp("eval") / "model"
-    save_model(random_llava(), TINY_CONFIG, path, tiny_tokenizer)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def no_fastv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FASTV_K", raising=False)
 
 
 @pytest.fixture

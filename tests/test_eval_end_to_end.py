@@ -23,7 +23,6 @@ from coco_files import (
     words_in,
     words_of,
 )
-from conftest import TINY_CONFIG, random_llava
 from eval_command import (
     NEW_TOKENS,
     Share,
@@ -39,28 +38,14 @@ from eval_command import (
 from mmbench_rows import MILLION, broken_base64, encoded, png, rotated, row
 from mmbench_rows import write as write_mmbench
 
-from llava_lite.checkpoint import save_model
 from llava_lite.evaluation import captions
 from llava_lite.generation import Model
-from llava_lite.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 CAPTION = "Provide a one-sentence caption for the provided image."
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
-    path = tmp_path_factory.mktemp("end-to-end") / "model"
-    save_model(random_llava(), TINY_CONFIG, path, tiny_tokenizer)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def no_fastv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FASTV_K", raising=False)
 
 
 def says(model: Model, image: Path | bytes | None, prompt: str) -> str:

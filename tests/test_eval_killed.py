@@ -14,27 +14,13 @@ from pathlib import Path
 
 import pytest
 from coco_files import drawn_references, plain_file
-from conftest import ROOT, TINY_CONFIG, random_llava
+from conftest import ROOT
 from eval_command import Command, command
 from mmbench_rows import broken_base64, encoded, rotated, row, write
 
 from llava_lite import cli
-from llava_lite.checkpoint import save_model
-from llava_lite.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
-    path = tmp_path_factory.mktemp("killed") / "model"
-    save_model(random_llava(), TINY_CONFIG, path, tiny_tokenizer)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def no_fastv(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FASTV_K", raising=False)
 
 
 @dataclass(frozen=True)

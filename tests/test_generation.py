@@ -537,7 +537,7 @@ def test_sample_draws_the_right_distribution(temperature: float, top_k: int, top
         assert abs(counts[i] - draws * p) <= 4 * math.sqrt(draws * p * (1 - p)) + 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(-200, 200), min_size=2, max_size=12, unique=True),
     st.floats(0.05, 5),
@@ -556,7 +556,7 @@ def test_sample_stays_in_the_allowed_set(
     assert set(sample(rows, temperature, top_k, top_p, [generator] * 30).tolist()) <= set(allowed)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(-(10**4), 10**4), min_size=2, max_size=9, unique=True), st.data())
 def test_greedy_and_its_limits_are_argmax(logits: list[int], data: st.DataObject) -> None:
     num_text_ids = data.draw(st.integers(1, len(logits)))
@@ -664,7 +664,7 @@ def id_lists(draw_from: st.DrawFn) -> list[int]:
     return draw_from(st.lists(ids, max_size=25))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(ids=id_lists())
 def test_pieces_are_the_stripped_text(tiny_tokenizer: Tokenizer, ids: list[int]) -> None:
     text = AnswerText(StreamDecoder(tiny_tokenizer))
@@ -678,7 +678,7 @@ def test_pieces_are_the_stripped_text(tiny_tokenizer: Tokenizer, ids: list[int])
     assert not text.stopped
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(ids=id_lists(), data=st.data())
 def test_stop_string_cuts_the_text_wherever_tokens_end(
     tiny_tokenizer: Tokenizer, ids: list[int], data: st.DataObject

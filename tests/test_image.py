@@ -700,7 +700,7 @@ def clip_processor() -> Callable[[Image.Image], torch.Tensor]:
     return lambda image: processor(image, return_tensors="pt")["pixel_values"]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(
     size=st.one_of(
         st.tuples(st.integers(1, 500), st.integers(1, 500)),

@@ -20,13 +20,6 @@ from llava_lite.info import TensorInfo
 from llava_lite.reduction import REDUCTIONS, Reduction
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Model) -> Path:
-    folder = tmp_path_factory.mktemp("info") / "model"
-    save_model(tiny_model.llava, tiny_model.config, folder, tiny_model.tokenizer)
-    return folder
-
-
 def test_counts_are_those_of_the_model(model_folder: Path, tiny_model: Model) -> None:
     described = info.describe_source(model_folder)
     weights = dict(tiny_model.llava.named_parameters())

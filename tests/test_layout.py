@@ -31,7 +31,7 @@ from llava_lite.reduction import POSITIONS, DToMe, Reduction
 from llava_lite.rope import apply_rope, rope_cos_sin
 
 CPU = torch.device("cpu")
-few = settings(max_examples=80, deadline=None)
+few = settings(max_examples=80)
 seeds = st.integers(0, 2**31)
 
 

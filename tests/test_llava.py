@@ -28,7 +28,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.booleans(), min_size=1, max_size=9).filter(lambda slots: sum(slots) <= 3))
 def test_splice_puts_every_image_in_its_slot(slots: list[bool]) -> None:
     llava = LLAVAS[torch.float64]

@@ -83,7 +83,7 @@ def answers_of(llava: Llava, ids: Tensor = PROMPT) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), data=st.data())
 def test_no_weight_is_off_by_more_than_half_a_scale(
     kind: type[QuantizedLinear], dtype: torch.dtype, seed: int, data: st.DataObject

@@ -17,11 +17,6 @@ SCENE = str(ROOT / "weights" / "tiny" / "examples" / "scene.png")
 QUESTION = ("-i", SCENE, "-p", "What shape is the red object?", "--quiet")
 
 
-@pytest.fixture(autouse=True)
-def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FASTV_K", raising=False)
-
-
 def parsed(*argv: str) -> Reduction | None:
     parser = argparse.ArgumentParser()
     reduction_flags.add_arguments(parser)

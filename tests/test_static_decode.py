@@ -99,7 +99,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(LENGTHS, min_size=1, max_size=4), ACTIONS, st.integers(3, 300))
 def test_any_history(
     tiny_model: Model, lengths: list[tuple[int, ...]], actions: list[Any], token: int

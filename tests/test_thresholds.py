@@ -457,7 +457,7 @@ def small_tower(seed: int, num_layers: int = 3, image_size: int = 112) -> Vision
     return random_llava(replace(TINY_CONFIG, vision=vision), seed, torch.float64).vision
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10**6),
     batch=st.integers(1, 4),

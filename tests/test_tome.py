@@ -40,8 +40,8 @@ from llava_lite.tome import (
 )
 from llava_lite.vision import KEY_BLOCK, VisionAttention, VisionTower, attend
 
-few = settings(max_examples=20, deadline=None)
-many = settings(max_examples=100, deadline=None)
+few = settings(max_examples=20)
+many = settings(max_examples=100)
 seeds = st.integers(0, 2**31)
 dtypes = st.sampled_from([torch.float32, torch.float64])
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

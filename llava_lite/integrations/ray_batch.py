@@ -21,6 +21,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_lite.argument_types import positive
 from llava_lite.batch import (
     Row,
     Summary,
@@ -496,8 +497,8 @@ def in_blocks(items: Sequence[Any], size: int) -> list[list[Any]]:
 # ---- command line --------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """The flags of a command that can run on a cluster. `positive` reads a number from 1 on."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a command that can run on a cluster."""
     group = parser.add_argument_group("many machines")
     group.add_argument(
         "--ray", action="store_true", help="run on Ray: on this machine, or with --ray-address"
