@@ -45,6 +45,7 @@ from llava_lite.bench_cases import (
     stored_bytes,
     walk_all,
 )
+from llava_lite.bench_profile import Profile, profile_cases
 from llava_lite.checkpoint import load_tokenizer, parse_dtype
 from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, LlavaConfig
 from llava_lite.convert import convert
@@ -95,7 +96,8 @@ class Settings:
 
     source: a model as `load` takes it, with its other `options`; None: random weights of a `size`,
     with `layers` decoder layers (None: all). against: compare with transformers. compile: our
-    tokens are decoded in steps of fixed shapes (static_decode.py)."""
+    tokens are decoded in steps of fixed shapes (static_decode.py). profile: say where the time
+    goes, too (bench_profile.py)."""
 
     source: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -112,6 +114,7 @@ class Settings:
     quantize: str | None = None
     quiet: bool = False
     compile: bool = False
+    profile: bool = False
 
     @property
     def contenders(self) -> tuple[str, ...]:
@@ -171,8 +174,9 @@ class Report:
 
     phases: contenders that took turns with each other. footprints: by contender. limits: operations
     and bytes per second by way, the fastest read as "read". skipped: presets that this model does
-    not allow and prompts longer than its context, and why. transformers: its version. difference:
-    the largest between the first logits of both, as a share of the largest of these."""
+    not allow and prompts longer than its context, and why. profiles: where the time of the
+    parts went, if that was asked for. transformers: its version. difference: the largest between
+    the first logits of both, as a share of the largest of these."""
 
     settings: Settings
     config: LlavaConfig
@@ -183,6 +187,7 @@ class Report:
     limits: Mapping[str, float]
     measurements: tuple[Measurement, ...]
     skipped: Mapping[str, str]
+    profiles: tuple[Profile, ...] = ()
     transformers: str | None = None
     difference: float | None = None
 
@@ -230,6 +235,7 @@ def bench(settings: Settings) -> Report:
         found[0].limits,
         tuple(row for phase in found for row in phase.measurements),
         {**found[0].skipped, **not_loaded},
+        tuple(one for phase in found for one in phase.profiles),
         import_transformers().__version__ if settings.against else None,
         difference(logits.get(OURS), logits.get(TRANSFORMERS)),
     )
@@ -534,6 +540,7 @@ class Phase:
     measurements: list[Measurement]
     skipped: dict[str, str]
     logits: dict[str, Tensor]
+    profiles: list[Profile]
 
 
 def run_phase(settings: Settings, names: Sequence[str]) -> Phase:
@@ -570,7 +577,8 @@ def time_contenders(settings: Settings, contenders: Sequence[Contender]) -> Phas
     seconds = time_in_turns(runs, settings.repeat, settings.device, hidden)
     rates = limit_rates(limits, seconds)
     measured = [measure(case, seconds[case.key], rates) for case in cases]
-    return Phase(rates, measured, skipped, logits)
+    profiles = profile_cases(cases, settings.device) if settings.profile else []
+    return Phase(rates, measured, skipped, logits, profiles)
 
 
 def limit_rates(

@@ -7,7 +7,7 @@ that the run has nothing for says why.
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from llava_lite.bench import PEER_FOOTPRINT, BenchError, Footprint, Measurement, Report
 from llava_lite.bench_cases import OURS, PARTS, SHARED_WORDS, TRANSFORMERS
+from llava_lite.bench_profile import KINDS, OTHERS, Profile, kind
 from llava_lite.config import LLAVA_1_5_7B, LlavaConfig
 from llava_lite.files import replace_file
 
@@ -271,6 +272,8 @@ def table(report: Report) -> Iterator[str]:
         lines = [row for row in report.measurements if row.part == part]
         if lines:
             yield from part_lines(report, part, lines)
+    if report.profiles:
+        yield from profile_lines(report.profiles)
     for name, reason in report.skipped.items():
         yield f"\n{name}: not run, {reason}"
     yield f"\n{'figure':<74}{'here':>8}  bound"
@@ -325,6 +328,23 @@ WIDTHS = {
     "none = 1": 10,
     "transformers = 1": 18,
 }
+
+
+def profile_lines(profiles: Sequence[Profile]) -> Iterator[str]:
+    """Where the time of each part went, as shares of one pass."""
+    names = [f"{one.contender} {one.part} {one.setting}" for one in profiles]
+    width = 2 + max(map(len, names))
+    yield "\nwhere the time goes: one pass of each under torch's profiler"
+    titles = [*KINDS, "between", "  longest others"]
+    yield " " * (width + 2) + f"{'ms':>10}" + "".join(f"{title:>11}" for title in titles)
+    for name, one in zip(names, profiles, strict=True):
+        kinds = one.kinds
+        between = one.seconds - sum(kinds.values())
+        shares = [value / one.seconds for value in (*kinds.values(), between)]
+        others = [(op, took) for op, took in one.operators.items() if kind(op) == OTHERS][:3]
+        longest = ", ".join(f"{op.split('::')[-1]} {took / one.seconds:.1%}" for op, took in others)
+        cells = "".join(f"{share:>11.1%}" for share in shares)
+        yield f"  {name:<{width}}{1000 * one.seconds:>10.2f}{cells}  {longest}".rstrip()
 
 
 def number(value: float | None, form: str, scale: float = 1.0) -> str:

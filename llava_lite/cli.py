@@ -389,6 +389,9 @@ def add_bench(commands: Any) -> None:
     parser.add_argument(
         "--repeat", type=positive, default=5, metavar="N", help="rounds that count (default: 5)"
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="say where the time of each part goes, too"
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one object, no table")
     output.add_argument("-o", "--output", metavar="FILE", help="write that object there")
@@ -859,6 +862,7 @@ def bench_settings(args: argparse.Namespace) -> "Settings":
         args.quantize,
         args.quiet,
         args.compile,
+        args.profile,
     )
 
 
