@@ -5,6 +5,7 @@ products of matrices, fused attention, and the others. What is left of the wall 
 operators, in Python, in the profiler itself, and, on a GPU, where it waited for work.
 """
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ PARTS = ("tower", "prefill", "decode", "growing prefill")  # of bench_cases.PART
 PRODUCTS, ATTENTION, OTHERS = KINDS = ("products", "attention", "others")
 PATTERNS = {
     ATTENTION: re.compile("attention|scaled_dot_product|flash"),
-    PRODUCTS: re.compile(r"::_?(addmm|baddbmm|bmm|mm|addmv|mv|\w*pack_mm\w*|\w*convolution\w*)$"),
+    PRODUCTS: re.compile(r"::_?(addmm|baddbmm|bmm|mm|addmv|mv|\w*pack_mm\w*|\w*convolution\w*)_?$"),
 }
 
 
@@ -51,6 +52,8 @@ def kind(operator: str) -> str:
 
 def profile_cases(cases: Iterable[Case], device: str) -> list[Profile]:
     """One pass of each case that is of one of PARTS."""
+    # Or the profiler's library prints two lines to stderr for every pass.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     return [profile_case(case, device) for case in cases if case.part in PARTS]
 
 
