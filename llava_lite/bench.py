@@ -72,7 +72,7 @@ from llava_lite.quantize import QuantizedLinear
 from llava_lite.quantize import quantize as quantize_model
 from llava_lite.quantized_checkpoint import stored_method
 from llava_lite.reduction import NO_REDUCTION, REDUCTIONS
-from llava_lite.static_decode import CompiledModel, checked_way
+from llava_lite.static_decode import CompiledModel, buckets, checked_way, power_of_two
 from llava_lite.trace import kv_bytes
 
 SIZES = {"7b": LLAVA_1_5_7B, "13b": LLAVA_1_5_13B, "tiny": TINY}
@@ -158,7 +158,7 @@ class Measurement:
     seconds: float
     quartiles: tuple[float, float]
     rounds: tuple[float, ...]
-    tokens_per_second: float
+    tokens_per_second: float | None
     flops_per_second: float | None = None
     matmul_share: float | None = None
     bytes_per_second: float | None = None
@@ -298,7 +298,20 @@ def needed_bytes(settings: Settings, plain: Footprint, names: Sequence[str]) -> 
     # The caches of the largest batch, with room to grow, and a few of one prompt.
     copies = 1.25 * max(settings.batch_sizes, default=1) + 3
     prompt = [WORDS_BEFORE + patches + WORDS_AFTER] * text.num_layers
-    return needed + int(copies * kv_bytes(text, prompt, parse_bytes(plain.dtype)))
+    needed += int(copies * kv_bytes(text, prompt, parse_bytes(plain.dtype)))
+    ours = sum(name != TRANSFORMERS for name in names)
+    return needed + ours * static_bytes(settings, plain) if settings.compile else needed
+
+
+def static_bytes(settings: Settings, plain: Footprint) -> int:
+    """The buffers of compiled steps: as many slots as the largest batch and as many positions as
+    the longest prompt, and they stay."""
+    text, patches = plain.config.text, plain.config.vision.num_patches
+    words = [length for length in settings.lengths if length <= text.max_positions]
+    longest = max([WORDS_BEFORE + patches + WORDS_AFTER, *words]) + DECODED + 1
+    positions = [buckets(longest)] * text.num_layers
+    slots = power_of_two(max(settings.batch_sizes, default=1))
+    return slots * kv_bytes(text, positions, parse_bytes(plain.dtype))
 
 
 def parse_bytes(dtype: str) -> int:
@@ -430,7 +443,7 @@ def footprint(settings: Settings, name: str) -> Footprint:
         quantize_model(model.llava, quantize)
     with torch.inference_mode(), MemoryWatch(settings.device) as answering:
         pixels = random_pixels(Work.of(model.llava), model.llava.device)
-        decode(model, first_token(model, pixels, NO_REDUCTION, 0), DECODED)
+        decode(model, first_token(model, pixels, NO_REDUCTION), DECODED)
     return Footprint(
         model.llava.config,
         name_of(model.llava.dtype),
@@ -605,7 +618,7 @@ def measure(case: Case, rounds: Sequence[float], rates: Mapping[str, float]) -> 
         median,
         quartiles(steps),
         tuple(steps),
-        case.tokens / median,
+        case.tokens / median if case.tokens else None,
         flops,
         None if flops is None else flops / rates["matmul"],
         read,

@@ -54,15 +54,15 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time: `run` makes `steps` of it, each `tokens` tokens, operations and bytes
-    read (0: not counted)."""
+    """One thing to time: `run` makes `steps` of it, each so many tokens, operations and bytes read
+    (0: not counted)."""
 
     contender: str
     part: str
     setting: str
     run: Run
     steps: int = 1
-    tokens: int = 1
+    tokens: int = 0
     flops: int = 0
     bytes: int = 0
     image_tokens: int | None = None
@@ -222,26 +222,33 @@ def prompt_cases(one: Contender, model: Model, setting: str, walked: Walk) -> li
     case = partial(Case, one.name, setting=setting, image_tokens=tokens)
     flops = work.prefill(trace.decoder_flops["gated"].total)
     first = partial(first_token, model, pixels, reduction)
+
+    def first_call() -> Callable[[], Any]:
+        model.prefix.clear()
+        return first
+
     cases = [
         case(
             "prefill",
             run=partial(model.advance, [walked.state]),
+            tokens=walked.lengths[0],
             flops=flops,
             bytes=work.decoder_bytes,
             kv_bytes=trace.kv_bytes,
         ),
-        case("first token", run=partial(first, SHARED_WORDS)),
+        case("first token", run=first),
         case(
             "decode",
             run=decoding(model, walked, 1),
             steps=DECODED,
+            tokens=1,
             flops=work.decode(walked.lengths),
             bytes=work.decoder_bytes + work.cache(walked.lengths),
             kv_bytes=trace.kv_bytes,
         ),
     ]
     if setting in COLD:
-        cases.append(case("first token, cold", run=partial(first, 0)))
+        cases.append(case("first token, cold", run=Prepared(first_call)))
     if one.name == OURS and reduction.fastv is None and reduction.positions == "vtu":
         run = partial(model.llava.vision, pixels, steps)
         flops = work.tower(trace.tower_flops.total)
@@ -292,6 +299,7 @@ def growing_cases(one: Contender, model: Model, length: int) -> list[Case]:
             "growing decode",
             run=Prepared(partial(begin_decoding, model, state, lengths, length, 1)),
             steps=DECODED,
+            tokens=1,
             flops=work.decode(lengths),
             bytes=work.decoder_bytes + work.cache(lengths),
         ),
@@ -309,13 +317,13 @@ def call_often(call: Callable[[], Any], times: int) -> None:
         call()
 
 
-def first_token(model: Model, pixels: Tensor, reduction: Reduction, shared: int) -> list[State]:
-    """From pixels to the first token of an answer, as `generate` does it, the cache of the first
-    `shared` words at hand."""
+def first_token(model: Model, pixels: Tensor, reduction: Reduction) -> list[State]:
+    """From pixels to the first token of an answer, as `generate` does it: the first words' cache
+    is made by the first call, in a pass of its own, and at hand in those after it."""
     ids = prompt_ids(model.llava.config)
     images = tuple(model.llava.encode_image(pixels, reduction))
     asked = State(pending_ids=ids, reduction=reduction)
-    state = model.after_prefix(Request(asked, (), NO_TOKENS, 1, ids[:shared]))
+    state = model.after_prefix(Request(asked, (), NO_TOKENS, 1, ids[:SHARED_WORDS]))
     logits, states = model.advance([replace(state, images=images)])
     return take_tokens(model, logits, states)
 
@@ -386,6 +394,7 @@ def peer_cases(peer: Peer, work: Work) -> tuple[list[Case], Tensor]:
         case(
             "prefill",
             run=partial(peer.prefill, embeds),
+            tokens=length,
             flops=work.prefill(decoder_flops(text, lengths, lengths)),
             bytes=work.decoder_bytes,
         ),
@@ -394,6 +403,7 @@ def peer_cases(peer: Peer, work: Work) -> tuple[list[Case], Tensor]:
             "decode",
             run=Prepared(partial(peer.begin_decoding, cache, length, DECODED)),
             steps=DECODED,
+            tokens=1,
             flops=work.decode(lengths),
             bytes=work.decoder_bytes + work.cache(lengths),
         ),

@@ -30,7 +30,7 @@ TITLES = {
     "tower": "vision tower",
     "prefill": "prefill: the whole prompt, image encoded before",
     "first token": f"first token: tower and prefill; ours with {SHARED_WORDS} words cached",
-    "first token, cold": "first token of the first call, nothing cached",
+    "first token, cold": "first token of the first call, which fills that cache",
     "decode": "one decoded token",
     "batch": "one decoded token for each of several prompts",
     "growing prefill": "prefill of so many words",
@@ -184,7 +184,7 @@ def peer_load_rows(report: Report) -> Iterator[Row]:
 def work_rows(report: Report) -> Iterator[Row]:
     """More prompts at once, and longer ones."""
     one, eight = (report.find(OURS, "batch", f"none x {size}") for size in (1, 8))
-    batch = eight.tokens_per_second / one.tokens_per_second if one and eight else None
+    batch = 8 * one.seconds / eight.seconds if one and eight else None
     yield Row("batch of 8, tokens/s: times batch of 1", batch, 5.0, True, "", "--batch-sizes 1 8")
     prefill = per_token(report)
     spread = max(prefill) / min(prefill) if len(prefill) > 1 else None
@@ -459,9 +459,7 @@ def save_plot(report: Report, path: Path) -> None:
     figure = Figure(figsize=(9.5, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_bars(left, report, "first token", "time to first token, s", lambda row: row.seconds)
-    draw_bars(
-        right, report, "decode", "decoded tokens per second", lambda row: row.tokens_per_second
-    )
+    draw_bars(right, report, "decode", "decoded tokens per second", lambda row: 1 / row.seconds)
     right.set_yticklabels([])
     facts = report.machine
     subtitle = f"{facts['name']}, threads {facts['threads']}, torch {facts['torch']}"

@@ -71,7 +71,8 @@ def append(past: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> LayerCac
     """The pair `past` (None: nothing) with the new positions k and v (1, H, n, D) behind it."""
     if past is None:
         return LayerCache(k, v)
-    if k.requires_grad or past[0].requires_grad:  # writing in place would break the way back
+    # Writing in place would break the way back.
+    if any(part.requires_grad for part in (k, v, *past)):
         return LayerCache(torch.cat((past[0], k), 2), torch.cat((past[1], v), 2))
     length, stop = past[0].shape[2], past[0].shape[2] + k.shape[2]
     room = past.room if isinstance(past, LayerCache) else None

@@ -4,6 +4,9 @@ decoded token waits for. Tower, projector, embeddings and norms stay as they are
     int8    w = code * scale               code -127..127, a scale for each row of a weight
     int4    w = (code - 8) * scale + zero  code 0..15, scale and zero for each 128 weights of a row
 
+Scales are in the dtype that a model is quantised in; loading its folder in another 16-bit dtype
+rounds them once more.
+
     quantize(model, "int4")                replaces the decoder's linear layers, one after the other
     llava_lite.load(path, quantize="int4") the same while loading (quantized_checkpoint.py)
 
@@ -114,11 +117,15 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.method}"
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+    def check_apply(self, fn: Callable) -> None:
+        """Raise ValueError where a `.to()` leads that has no such operator."""
         before = next(part for part in self.buffers() if part.is_floating_point())
         after = fn(before)
         if after.dtype != before.dtype:
             check_operator(self.method, after.device, after.dtype)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        self.check_apply(fn)
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, *_: object) -> None:
@@ -293,14 +300,15 @@ class Int4Linear(QuantizedLinear):
         super().__setstate__(state)
         self.weight_packed = pack(self.weight_packed)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+    def check_apply(self, fn: Callable) -> None:
+        """Raise ValueError for another kind of device, too."""
         before, after = self.scales_and_zeros, fn(self.scales_and_zeros)
         if before.device.type != after.device.type:
             raise ValueError(
                 f"int4 weights are packed for {before.device.type}: load the model on "
                 f"{after.device.type} instead of moving it there"
             )
-        return super()._apply(fn, recurse)
+        super().check_apply(fn)
 
 
 METHODS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
@@ -423,10 +431,11 @@ def quantize(model: "Model | Llava", method: str) -> None:
     not finite, and where device, dtype or torch have no such operator."""
     llava = model if isinstance(model, Llava) else model.llava
     kind = method_named(method)
-    there = next((m for m in llava.modules() if isinstance(m, QuantizedLinear)), None)
-    if there is not None:
-        raise ValueError(f"the model is {there.method} already, it cannot be quantised again")
     shapes = decoder_linears(llava)
+    there = next((m for m in llava.modules() if isinstance(m, QuantizedLinear)), None)
+    # Where an error ended it halfway, the same call goes on.
+    if there is not None and not (shapes and there.method == method):
+        raise ValueError(f"the model is {there.method} already, it cannot be quantised again")
     check_shapes(shapes, kind)
     check_operator(method, llava.device, llava.dtype)
     for name in shapes:  # all of them, before the first is replaced

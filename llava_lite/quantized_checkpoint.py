@@ -193,6 +193,7 @@ def parts_of(
     """Codes and scales of one weight, as they are stored, or rounded now."""
     if isinstance(source, QuantizedSource):
         parts = source.read_parts(name)
+        check_cast(name, parts, dtype)
         wide = {part: tensor.is_floating_point() for part, tensor in parts.items()}
         return {part: t.to(device, dtype if wide[part] else t.dtype) for part, t in parts.items()}
     # In the dtype it is stored in: a cast beforehand would be a second rounding.
@@ -201,6 +202,22 @@ def parts_of(
         return rounded(name.removesuffix(".weight"), weight, kind, dtype)
     except ValueError as error:
         raise CheckpointError(f"{source.entries[name].file}: {error}") from None
+
+
+def check_cast(name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Raise CheckpointError where stored scales are not to be had in `dtype`: float16 reaches
+    neither as far up as bfloat16 nor as far down."""
+    for part, stored in parts.items():
+        if not stored.is_floating_point() or stored.dtype == dtype:
+            continue
+        wide, cast = stored.float(), stored.to(dtype).float()
+        smallest = torch.finfo(dtype).tiny  # what lies below has lost digits
+        lost = (wide.abs() < smallest) & (wide != 0) if part == "scales" else wide.isnan()
+        if lost.any() or not cast.isfinite().all():
+            raise CheckpointError(
+                f"{name.removesuffix('.weight')}.{part}: stored in {stored.dtype}, out of the "
+                f"range of {dtype}: load it in the dtype that it was written in"
+            )
 
 
 # ---- write ---------------------------------------------------------------------------------------

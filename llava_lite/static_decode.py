@@ -344,7 +344,7 @@ class StaticDecoder:
             self.keys, self.values = ([nothing] * text.num_layers for _ in range(2))
         for buffers in (self.keys, self.values):  # one by one, for memory's sake
             for layer, buffer in enumerate(buffers):
-                buffers[layer] = enlarged(buffer, num_slots, capacity)
+                buffers[layer] = resized(buffer, num_slots, capacity)
         self.used += [0] * (num_slots - len(self.used))
         self.handed += [WeakSet() for _ in range(num_slots - len(self.handed))]
 
@@ -376,11 +376,14 @@ def lengths_of(cache: KVCache | None) -> tuple[int, ...]:
     return tuple(k.shape[2] for k, _ in cache or ())
 
 
-def enlarged(buffer: Tensor, num_slots: int, capacity: int) -> Tensor:
-    """buffer (S, H, length, D) at the beginning of zeros (num_slots, H, capacity, D)."""
-    wide = buffer.new_zeros(num_slots, buffer.shape[1], capacity, buffer.shape[3])
-    wide[: buffer.shape[0], :, : buffer.shape[2]] = buffer
-    return wide
+def resized(buffer: Tensor, num_slots: int, capacity: int) -> Tensor:
+    """What buffer (S, H, length, D) and zeros (num_slots, H, capacity, D) both have room for, in
+    these zeros. Where memory ran out halfway before, a layer may be larger than what is asked for:
+    that much of it was never used."""
+    new = buffer.new_zeros(num_slots, buffer.shape[1], capacity, buffer.shape[3])
+    slots, length = min(num_slots, buffer.shape[0]), min(capacity, buffer.shape[2])
+    new[:slots, :, :length] = buffer[:slots, :, :length]
+    return new
 
 
 def power_of_two(count: int) -> int:

@@ -138,9 +138,17 @@ def test_across_inference_mode(inside: bool) -> None:
     assert same(longer, joined(draw(5), draw(1, 1), draw(1, 2)))
 
 
-def test_gradients_pass() -> None:
-    k, v = draw(3)
-    k.requires_grad_()
-    cache = append(append(append(None, k, v), *draw(1, 1)), *draw(1, 2))
-    (cache[0] * 2).sum().backward()
-    assert k.grad is not None and torch.equal(k.grad, torch.full_like(k, 2.0))
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("turn", [0, 1])
+def test_gradients_pass(which: int, turn: int) -> None:
+    """To keys and to values alone, of the first and of a later part; read after each step, as
+    attention does."""
+    parts = [draw(3), draw(1, 1), draw(1, 2)]
+    wanted = parts[turn][which].requires_grad_()
+    cache, total = None, torch.zeros(())
+    for k, v in parts:
+        cache = append(cache, k, v)
+        total = total + (cache[0].square().sum() + cache[1].square().sum())
+    total.backward()
+    seen = len(parts) - turn  # by so many steps
+    assert wanted.grad is not None and torch.allclose(wanted.grad, 2 * seen * wanted)

@@ -539,8 +539,10 @@ def test_another_dtype_is_only_another_dtype(kind: type[QuantizedLinear]) -> Non
 def test_int4_does_not_move_to_another_kind_of_device() -> None:
     llava = random_llava(CONFIG)
     quantize(llava, "int4")
+    expected = answers_of(llava)
     with pytest.raises(ValueError, match="packed for cpu: load the model on meta"):
         llava.to("meta")
+    assert torch.equal(answers_of(llava), expected)  # nothing of it has moved
 
 
 def test_models_that_cannot_be_quantised() -> None:
@@ -574,9 +576,42 @@ def test_a_cast_to_what_the_operators_do_not_take(
 ) -> None:
     llava = random_llava(CONFIG)
     quantize(llava, method)
+    expected = answers_of(llava)
     with pytest.raises(ValueError, match=f"^{method} does not run here .*torch.float64") as found:
         cast(llava)
     assert "\n" not in str(found.value)
+    assert {part.dtype for part in llava.parameters()} == {torch.float32}
+    assert torch.equal(answers_of(llava), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_an_error_ended_halfway_can_be_finished(
+    monkeypatch: pytest.MonkeyPatch, kind: type[QuantizedLinear]
+) -> None:
+    llava, whole = random_llava(CONFIG), random_llava(CONFIG)
+    quantize(whole, kind.method)
+    left, round_weight = [3], kind.round
+
+    def ending(weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        if len(weight) > 1:  # the first look at every weight is at its extremes
+            left[0] -= 1
+            if left[0] == 0:
+                raise MemoryError
+        return round_weight(weight, dtype)
+
+    monkeypatch.setattr(kind, "round", staticmethod(ending))
+    monkeypatch.setattr(module, "check_operator", lambda *_: None)
+    with pytest.raises(MemoryError):
+        quantize(llava, kind.method)
+    there = sum(isinstance(module, QuantizedLinear) for module in llava.modules())
+    assert there == 2
+    other = next(method for method in METHODS if method != kind.method)
+    with pytest.raises(ValueError, match=f"is {kind.method} already"):
+        quantize(llava, other)
+    quantize(llava, kind.method)
+    assert torch.equal(answers_of(llava), answers_of(whole))
+    with pytest.raises(ValueError, match=f"is {kind.method} already"):
+        quantize(llava, kind.method)
 
 
 def test_a_kernel_chosen_for_one_row_goes_with_the_weights(
@@ -831,6 +866,21 @@ def test_weights_that_do_not_fit_the_dtype(method: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="model.safetensors: decoder.lm_head: .*float16"):
         convert(tmp_path / "large", tmp_path / "out", quantize=method, dtype="float16")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [1e-9, 1e9])
+def test_scales_that_another_dtype_does_not_reach(
+    method: str, value: float, tmp_path: Path
+) -> None:
+    """Of a bfloat16 folder, in float16: as an error, not as wrong weights."""
+    llava = random_llava(CONFIG, dtype=torch.bfloat16)
+    llava.decoder.lm_head.weight.data[5] = value
+    save_model(llava, CONFIG, tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "out", quantize=method)
+    load_source(open_source(tmp_path / "out"))
+    load_source(open_source(tmp_path / "out"), dtype="float32")
+    with pytest.raises(CheckpointError, match="lm_head.*out of the range of torch.float16"):
+        load_source(open_source(tmp_path / "out"), dtype="float16")
 
 
 def drop(name: str) -> Callable[[dict[str, Tensor]], object]:

@@ -37,6 +37,7 @@ from llava_lite.static_decode import (
     SlotCache,
     StaticDecoder,
     decode_step,
+    resized,
 )
 from llava_lite.tokenizer import Tokenizer
 
@@ -166,6 +167,38 @@ def test_nothing_of_the_last_item_stays() -> None:
     with torch.inference_mode():
         expected, _ = LLAVA.decode(torch.tensor([7]), state.next_position, state.past_key_values)
     torch.testing.assert_close(logits, expected[0], **CLOSE)
+
+
+@pytest.mark.parametrize("call", [1, LAYERS, LAYERS + 1, 2 * LAYERS])
+@pytest.mark.parametrize(("count", "length"), [(8, 5), (1, 3 * BUCKET)])
+def test_memory_that_runs_out_halfway_breaks_nothing(
+    monkeypatch: pytest.MonkeyPatch, call: int, count: int, length: int
+) -> None:
+    """The call that wanted more slots or positions fails, at any layer; smaller ones go on, and
+    what rested there is what it was."""
+    decoder = StaticDecoder(LLAVA, "eager")
+    resting = make_state(0, [5] * LAYERS)
+    _, [ours] = decoder.advance([resting])
+    _, [expected] = Model.advance(Model(LLAVA, None), [resting])  # type: ignore[arg-type]
+    calls = 0
+
+    def lacking(buffer: Tensor, num_slots: int, capacity: int) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise torch.OutOfMemoryError("out of memory")
+        return resized(buffer, num_slots, capacity)
+
+    monkeypatch.setattr(static_decode, "resized", lacking)
+    large = [make_state(seed, [length] * LAYERS) for seed in range(count)]
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder.advance(large)
+    for states in ([make_state(3, [9] * LAYERS)], [make_state(4, [BUCKET] * LAYERS)] * 2, large):
+        _, advanced = decoder.advance(states)
+        _, wanted = Model.advance(Model(LLAVA, None), states)  # type: ignore[arg-type]
+        for one, other in zip(advanced, wanted, strict=True):
+            assert_same(one, other)
+    assert_same(ours, expected)
 
 
 def test_who_finds_no_free_slot_takes_the_one_that_rested_longest() -> None:

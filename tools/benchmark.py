@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Time and memory, side by side in one run.
 
-    python tools/benchmark.py --what reduction                  # 7B widths, 4 decoder layers, bf16
-    python tools/benchmark.py --what reduction --size tiny --repeat 2
-    python tools/benchmark.py --what all --device cuda --json figures.json
+    python tools/benchmark.py                  # what reductions save: 7B widths, 4 layers, bf16
+    python tools/benchmark.py --size tiny --repeat 2
+    python tools/benchmark.py --device cuda --json figures.json     # everything, twice
 
-`all` is `llava-lite bench` with random weights of all layers, whatever of it there is here: int4
-weights, too, where the device has an operator for them, and transformers where it is installed.
+`all`, which is the default on a GPU, is `llava-lite bench` with random weights of all layers,
+whatever of it there is here: int4 weights, too, where the device has an operator for them, and
+transformers where it is installed. On a GPU a second run follows with compiled steps (`--compile`),
+its figures in `figures-compiled.json`.
 
 `reduction` measures what each kind of token reduction saves: the vision tower, the decoder's
 prefill of one image prompt (35 words, image, 29 words; 640 positions without reduction), one
@@ -33,8 +35,11 @@ from typing import Any
 
 import torch
 
+import llava_lite
 from llava_lite import cli
-from llava_lite.bench import random_model
+from llava_lite.argument_types import positive
+from llava_lite.bench import BenchError, random_model
+from llava_lite.bench_report import check_output
 from llava_lite.cache import KVCache
 from llava_lite.config import LLAVA_1_5_7B, TINY, LlavaConfig
 from llava_lite.hardware import machine, quartiles, time_in_turns
@@ -46,6 +51,7 @@ RunKey = tuple[str, str]  # part, setting
 
 WORDS_BEFORE, WORDS_AFTER = 35, 29
 DECODED = 8  # tokens per timing
+FEWEST_ROUNDS = 5  # for a verdict
 SIZES = {"7b": LLAVA_1_5_7B, "tiny": TINY}
 DECODER_SETTINGS = [name for name, reduction in REDUCTIONS.items() if name != "dymu-72"]
 TOWER_SETTINGS = {
@@ -55,7 +61,7 @@ TOWER_SETTINGS = {
     "r=21": Reduction(ToMe(r=21)),
     "keep=72": Reduction(ToMe(keep=72)),
 }
-# What the 7B model should reach on a CPU, as a share of the time without reduction.
+# What the 7B model should reach on a CPU in bfloat16, as a share of the time without reduction.
 BOUNDS = {
     ("prefill", "tome-72-logical"): 0.28,
     ("prefill", "hybrid-72-36"): 0.25,
@@ -111,9 +117,10 @@ def decode(model: Llava, cache: KVCache, position: int) -> None:
 
 
 def measure_reduction(
-    model: Llava, repeat: int, device: str
+    model: Llava, repeat: int, device: str, judged: bool
 ) -> tuple[list[Measurement], dict[str, float]]:
-    """All settings, and the prefill ratios extrapolated to all layers of the model."""
+    """All settings, with their bounds where these hold, and the prefill ratios extrapolated to all
+    layers of the model."""
     vision = model.config.vision
     shape = (1, 3, vision.image_size, vision.image_size)
     pixels = torch.randn(shape, device=device, dtype=model.dtype)
@@ -136,7 +143,7 @@ def measure_reduction(
     seconds = time_in_turns(runs, repeat, device)
     layers = {name: rounds[1:] for name, rounds in timer.seconds().items()}  # as time_in_turns
     rows = [
-        measurement(key, seconds, images.get(key[1]), caches.get(key[1], (None, 0))[0])
+        measurement(key, seconds, images.get(key[1]), caches.get(key[1], (None, 0))[0], judged)
         for key in seconds
     ]
     return rows, extrapolate(layers)
@@ -147,6 +154,7 @@ def measurement(
     seconds: dict[RunKey, list[float]],
     image: EncodedImage | None,
     cache: KVCache | None,
+    judged: bool,
 ) -> Measurement:
     """One line of the table, from the seconds of all runs, the image and the cache of this one."""
     part, name = key
@@ -157,7 +165,8 @@ def measurement(
     counts: tuple[int | None, int | None] = (None, None)
     if part != "tower" and image is not None and cache is not None:
         counts = len(image.image_embeds), sum(k.nbytes + v.nbytes for k, v in cache)
-    return Measurement(part, name, median, quartiles(values), ratio, BOUNDS.get(key), *counts)
+    bound = BOUNDS.get(key) if judged else None
+    return Measurement(part, name, median, quartiles(values), ratio, bound, *counts)
 
 
 class LayerTimer:
@@ -238,11 +247,22 @@ def table(rows: list[Measurement], extrapolated: dict[str, float]) -> Iterator[s
         yield f"{line}   {row.verdict}".rstrip()
 
 
+def bench_everything(args: argparse.Namespace) -> int:
+    """`llava-lite bench`, on a GPU once more in compiled steps; its exit code."""
+    asked = bench_arguments(args)
+    output = ["-o", str(args.json)] if args.json else []
+    code = cli.main([*asked, *output])
+    if code == 0 and args.device.startswith("cuda"):
+        if args.json:
+            output[1] = str(args.json.with_stem(f"{args.json.stem}-compiled"))
+        code = cli.main([*asked, "--compile", *output])
+    return code
+
+
 def bench_arguments(args: argparse.Namespace) -> list[str]:
     """What `llava-lite bench` is asked for everything."""
     asked = ["bench", "--size", args.size, "--device", args.device, "--dtype", args.dtype]
-    options = {"--layers": args.layers, "--threads": args.threads, "-o": args.json}
-    options |= {"--repeat": args.repeat}
+    options = {"--layers": args.layers, "--threads": args.threads, "--repeat": args.repeat}
     for name, value in options.items():
         asked += [name, str(value)] if value is not None else []
     asked += ["--strict"] if args.strict else []
@@ -252,7 +272,7 @@ def bench_arguments(args: argparse.Namespace) -> list[str]:
         asked += ["--against", "transformers"]
     try:
         check_operator("int4", torch.device(args.device), getattr(torch, args.dtype))
-    except (ValueError, RuntimeError, AssertionError) as error:  # torch's, of a device it lacks
+    except ValueError as error:
         print(f"without int4: {error}", file=sys.stderr)
     else:
         asked += ["--quantize", "int4"]
@@ -261,21 +281,29 @@ def bench_arguments(args: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--what", choices=["reduction", "all"], default="reduction")
+    parser.add_argument(
+        "--what", choices=["reduction", "all"], help="default: all on a GPU, else reduction"
+    )
     parser.add_argument("--size", choices=[*SIZES], default="7b", help="widths of the model")
-    parser.add_argument("--layers", type=int, help="decoder layers (default: 4; of `all`: all)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--layers", type=positive, help="decoder layers (default: 4; of all: all)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--repeat", type=int, default=7, metavar="N", help="rounds")
+    parser.add_argument("--threads", type=positive, help="CPU threads")
+    parser.add_argument("--repeat", type=positive, default=7, metavar="N", help="rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--strict", action="store_true", help="exit code 1 where a bound is missed")
     args = parser.parse_args(argv)
-    if args.what == "all":
-        return cli.main(bench_arguments(args))
+    try:
+        args.device = str(llava_lite._pick_device(args.device))
+        if args.json:
+            check_output(args.json)
+    except (ValueError, BenchError) as error:
+        parser.error(str(error))
+    if (args.what or ("all" if args.device.startswith("cuda") else "reduction")) == "all":
+        return bench_everything(args)
     args.layers = 4 if args.layers is None else args.layers
-    if args.layers < 4 or args.repeat < 1:
-        parser.error("needs at least 4 layers, of which one is pruned, and 1 round")
+    if args.layers < 4:
+        parser.error("needs at least 4 layers, of which one is pruned")
     if args.threads:
         torch.set_num_threads(args.threads)
     config = SIZES[args.size]
@@ -283,7 +311,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     with torch.inference_mode():
         model = random_model(config, getattr(torch, args.dtype), args.device)
-        rows, extrapolated = measure_reduction(model, args.repeat, args.device)
+        here = args.size, args.dtype, args.device
+        judged = here == ("7b", "bfloat16", "cpu") and args.repeat >= FEWEST_ROUNDS
+        rows, extrapolated = measure_reduction(model, args.repeat, args.device, judged)
     facts = machine(args.device, torch.get_num_threads())
     print(f"{config.name} widths, {args.layers} layers, {args.dtype}, medians of {args.repeat} on")
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
