@@ -2,10 +2,11 @@
 the same to the decoder as one question alone; and all of its stages, in miniature."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,6 +186,30 @@ def test_place_loss_is_zero_where_every_patch_knows_its_place(train_tiny: Module
     assert train_tiny.place_loss(places.flip(-1)[None], on_object).item() > 0.3
     lost = torch.where(on_object[0, :, None], torch.zeros(2), places)
     assert train_tiny.place_loss(lost[None], on_object).item() > 0.3
+
+
+def test_carriers_tell_every_patch_where_it_is(train_tiny: ModuleType) -> None:
+    """Through all blocks, whatever the image shows."""
+    torch.manual_seed(0)
+    tower, heads = train_tiny.VisionTower(TINY.vision), train_tiny.PatchHeads(192)
+    train_tiny.initialise(tower, TINY.vision.num_blocks)
+    train_tiny.start_local(tower)
+    images = np.stack([train_tiny.render((7, index)) for index in range(8)])
+    scenes = SimpleNamespace(pixels=images)
+    train_tiny.carry_places(tower, heads, scenes)
+    pixels = train_tiny.to_pixel_values(images)
+    with torch.inference_mode():
+        entered = tower.pre_norm(tower.embed(pixels))[:, 1:]
+        features = tower(pixels).image_features
+    silent = [tower.blocks[-1].mlp.fc2.weight[channel].eq(0).all() for channel in range(192)]
+    carriers = torch.stack(silent).nonzero()[:, 0]
+    assert len(carriers) == 4
+    torch.testing.assert_close(features[..., carriers], entered[..., carriers])
+    lengths = features[..., carriers].reshape(-1, 4)
+    sines = torch.linspace(-math.pi / 4, math.pi / 4, 24).sin()
+    for wanted in (sines.repeat(24), sines.repeat_interleave(24)):  # columns, rows
+        pairs = [torch.stack((wanted.repeat(8), lengths[:, k])) for k in range(4)]
+        assert max(abs(torch.corrcoef(pair)[0, 1].item()) for pair in pairs) > 0.99
 
 
 def test_all_stages_in_miniature(

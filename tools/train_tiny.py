@@ -23,6 +23,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -97,10 +98,11 @@ class SceneSet:
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def keep(self, count: int) -> "SceneSet":
+    def head(self, count: int) -> "SceneSet":
         """Only the first `count` scenes."""
-        self.pixels, self.scenes = self.pixels[:count], self.scenes[:count]
-        return self
+        first = copy(self)
+        first.pixels, first.scenes = self.pixels[:count], self.scenes[:count]
+        return first
 
 
 def draw_all(path: Path, seed: int, count: int) -> None:
@@ -335,10 +337,15 @@ def place_loss(read: Tensor, on_object: Tensor) -> Tensor:
     """How far from its own row and column each patch of a whole image (B, P, 2) believes to be, in
     halves of the image. Left to themselves, the tower's features forget it, those of objects (B, P)
     first, and then the decoder cannot say where anything is."""
-    steps = torch.linspace(-1, 1, GRID, device=read.device)
-    places = torch.cartesian_prod(steps, steps).expand_as(read)  # (B, P, 2)
-    distances = F.smooth_l1_loss(read, places, beta=0.1, reduction="none").mean(-1)
+    places = patch_places(read.device).expand_as(read)  # (B, P, 2)
+    distances = F.smooth_l1_loss(read, places, beta=0.02, reduction="none").mean(-1)
     return distances.mean() + 3 * distances[on_object].mean()
+
+
+def patch_places(device: torch.device) -> Tensor:
+    """Row and column of every patch, -1..1 from edge to edge, (P, 2)."""
+    steps = torch.linspace(-1, 1, GRID, device=device)
+    return torch.cartesian_prod(steps, steps)
 
 
 def start_local(tower: VisionTower, gain: float = 2.0) -> None:
@@ -515,16 +522,115 @@ def train_tower(args: argparse.Namespace) -> None:
     576 patches attention must be sharper than among the 64 of a crop."""
     tower, heads = trained_tower(args, "crops")
     if not (args.work / "tower.state.pt").exists():
-        show_extent(tower, SceneSet(args.work, TRAIN_SEED, args.scenes).keep(2048))
+        scenes = SceneSet(args.work, TRAIN_SEED, args.scenes).head(2048)
+        carry_places(tower, heads, scenes)
+        show_extent(tower, scenes)
+        fit_places(tower, heads, scenes.head(256))
 
     def batch(scenes: SceneSet, rng: np.random.Generator) -> tuple[Tensor, PatchLabels]:
-        if rng.random() < 0.4:
+        if rng.random() < 0.3:
             pixel_values, labels = mosaic_batch(scenes, rng, 8)
         else:
             pixel_values, labels = whole_batch(scenes, rng.integers(len(scenes), size=8))
         return tower(pixel_values.to(args.device)).image_features, labels
 
     fit_tower("tower", tower, heads, batch, args.tower_steps, args.tower_rate, args)
+
+
+# Of the position table in front of its norm, and of what leaves it: a patch of an image has there a
+# length of 25, what passes the blocks one of 15 to 100.
+CARRIER_GAIN, CARRIED = 40.0, 12.0
+
+
+@torch.no_grad()
+def carry_places(tower: VisionTower, heads: PatchHeads, scenes: SceneSet) -> None:
+    """Give the tower four channels for nothing but where each patch is: sine and cosine of its
+    column and of its row, which no block writes to, nor reads at first.
+
+    Without them the position is a fiftieth of what passes the blocks, and an object's patches know
+    their own place to a quarter of a patch, four times worse than how far they are from the middle
+    of their object. The two lengths are the same for all patches, so that no norm on the way
+    changes them much. The channels are those that carried least; the norms' gains grow by as much
+    as the new ones make their inputs longer."""
+    width = tower.pos_embed.shape[1]
+    lengths, carried = stream(tower, scenes)
+    channels = carried.argsort()[:4]
+    angles = torch.linspace(-1, 1, GRID, device=channels.device) * (0.25 * math.pi)
+    line = torch.stack((angles.sin(), angles.cos()), dim=1)  # (GRID, 2)
+    columns, rows = line.repeat(GRID, 1), line.repeat_interleave(GRID, 0)
+    signs = torch.tensor([1.0, 1.0, 1.0, -1.0]).to(angles)  # so that the mean hardly moves
+    tower.pos_embed[1:, channels] = CARRIER_GAIN * signs * torch.cat((columns, rows), dim=1)
+    tower.pos_embed[0, channels] = CARRIER_GAIN * torch.tensor([0.0, 1.0, 0.0, -1.0]).to(angles)
+    tower.class_embed[channels] = 0
+    tower.patch_embed.weight[channels] = 0
+
+    def make_room(
+        norm: nn.LayerNorm, length: float, added: float, readers: Sequence[nn.Linear]
+    ) -> None:
+        norm.weight *= math.sqrt(1 + 2 * (added / length) ** 2)
+        norm.weight[channels], norm.bias[channels] = 1, 0
+        for reader in readers:
+            reader.weight[:, channels] = 0
+
+    make_room(tower.pre_norm, lengths[0], CARRIER_GAIN, [])
+    # A channel leaves this norm as GAIN / sqrt(mean square) times its weight.
+    total = math.sqrt(lengths[0] ** 2 + 2 * CARRIER_GAIN**2)
+    tower.pre_norm.weight[channels] = CARRIED * total / (CARRIER_GAIN * math.sqrt(width))
+    for index, block in enumerate(tower.blocks):
+        before, between = lengths[1 + 2 * index : 3 + 2 * index]
+        make_room(
+            block.norm1, before, CARRIED, [block.attn.q_proj, block.attn.k_proj, block.attn.v_proj]
+        )
+        make_room(block.norm2, between, CARRIED, [block.mlp.fc1])
+        for writer in (block.attn.o_proj, block.mlp.fc2):
+            writer.weight[channels], writer.bias[channels] = 0, 0
+    readers = [head for head in heads.children() if isinstance(head, nn.Linear)]
+    make_room(heads.norm, lengths[-1], CARRIED, readers)
+
+
+@torch.no_grad()
+def fit_places(tower: VisionTower, heads: PatchHeads, scenes: SceneSet) -> None:
+    """Let the heads read what objects' patches know now of their own and their object's place and
+    of the image's extent, by least squares: by gradients, weights that start at zero take a
+    thousand steps to get there."""
+    inputs, targets = [], []
+    for start in range(0, len(scenes), 16):
+        pixels, labels = whole_batch(scenes, range(start, min(start + 16, len(scenes))))
+        features = heads.norm(tower(pixels.to(tower.pos_embed.device)).image_features)
+        on_object = labels.color > 0
+        own = patch_places(features.device).expand(len(pixels), -1, -1)
+        inputs.append(features[on_object])
+        known = torch.cat((own, labels.spot.to(own), labels.extent.to(own)), dim=-1)
+        targets.append(known[on_object])
+    x, wanted = torch.cat(inputs).double(), torch.cat(targets).double()
+    centered = x - x.mean(0)
+    ridge = centered.T @ centered + 0.1 * torch.eye(x.shape[1]).to(x)
+    reading = torch.linalg.solve(ridge, centered.T @ (wanted - wanted.mean(0))).T  # (6, C)
+    bias = wanted.mean(0) - reading @ x.mean(0)
+    for index, head in enumerate((heads.place, heads.spot, heads.extent)):
+        head.weight.copy_(reading[2 * index : 2 * index + 2])
+        head.bias.copy_(bias[2 * index : 2 * index + 2])
+
+
+def stream(tower: VisionTower, scenes: SceneSet) -> tuple[list[float], Tensor]:
+    """How long the vectors of the longest tenth of patches, most of them objects', are in front of
+    every norm and at the end, and how much each channel varies, of all that varies there, on
+    average over these places (C,)."""
+    seen: list[Tensor] = []
+    norms = [tower.pre_norm]
+    for block in tower.blocks:
+        norms += [block.norm1, block.norm2]
+    hooks = [
+        norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, 1:]))
+        for norm in norms
+    ]
+    pixels = to_pixel_values(np.array(scenes.pixels[:32])).to(tower.pos_embed.device)
+    seen.append(tower(pixels).image_features)
+    for hook in hooks:
+        hook.remove()
+    spreads = [x.flatten(0, 1).std(0) for x in seen]
+    carried = torch.stack([spread / spread.norm() for spread in spreads]).mean(0)
+    return [x.norm(dim=-1).quantile(0.9).item() for x in seen], carried
 
 
 EXTENT_BLOCK, EXTENT_GAIN = 3, 2.5
@@ -882,7 +988,7 @@ def trained_tower(args: argparse.Namespace, stage: str = "tower") -> tuple[Visio
 
 def train_decoder(args: argparse.Namespace) -> None:
     """Stage `decoder`: projector and decoder on the frozen tower's features."""
-    train = SceneSet(args.work, TRAIN_SEED, args.scenes).keep(args.decoder_scenes)
+    train = SceneSet(args.work, TRAIN_SEED, args.scenes).head(args.decoder_scenes)
     held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
     tower, _ = trained_tower(args)
     features = tower_features(tower, train, args, "train")
@@ -1053,7 +1159,7 @@ def main() -> None:
     parser.add_argument("--tower-steps", type=int, default=2500)
     parser.add_argument("--tower-rate", type=float, default=8e-4)
     parser.add_argument("--questions", type=int, default=14, help="question blocks per image")
-    parser.add_argument("--decoder-scenes", type=int, default=8000, help="scenes with features")
+    parser.add_argument("--decoder-scenes", type=int, default=16000, help="scenes with features")
     parser.add_argument("--decoder-steps", type=int, default=3000)
     parser.add_argument("--decoder-batch", type=int, default=18, help="images")
     parser.add_argument("--decoder-rate", type=float, default=1e-3)
