@@ -212,6 +212,31 @@ def test_carriers_tell_every_patch_where_it_is(train_tiny: ModuleType) -> None:
         assert max(abs(torch.corrcoef(pair)[0, 1].item()) for pair in pairs) > 0.99
 
 
+def test_the_decoder_never_sees_a_scene_twice(train_tiny: ModuleType) -> None:
+    """Nor one that the tower was trained on; at first only those of few objects. Where a run goes
+    on, it gets what it would have got."""
+    args = SimpleNamespace(scenes=50, decoder_batch=4, decoder_steps=8, start_from=None, drawers=0)
+    batches = list(train_tiny.fresh_batches(args, 0))
+    assert len(batches) == 8
+    scenes = [scene for drawn, _ in batches for scene in drawn]
+    assert len({repr(scene) for scene in scenes}) == len(scenes) == 32
+    trained_on = {repr(train_tiny.make_scene(train_tiny.TRAIN_SEED, n)) for n in range(50)}
+    assert not trained_on & {repr(scene) for scene in scenes}
+    for step, (drawn, pixels) in enumerate(batches):
+        most = 2 + int(step / 8 / 0.075)
+        assert max(len(scene.objects) for scene in drawn) <= most
+        assert pixels.shape == (4, 336, 336, 3)
+    tasks = train_tiny.fresh_scenes(args, 7, 6)
+    for task, scene, image in zip(tasks, *batches[7], strict=True):
+        assert scene == train_tiny.make_scene(*task)
+        np.testing.assert_array_equal(image, train_tiny.render(task))
+    [(_, last)] = train_tiny.fresh_batches(args, 7)
+    np.testing.assert_array_equal(last, batches[7][1])
+    late = SimpleNamespace(**{**vars(args), "start_from": "weights"})
+    [(drawn, _), *_] = train_tiny.fresh_batches(late, 0)
+    assert max(len(scene.objects) for scene in drawn) > 2
+
+
 def test_all_stages_in_miniature(
     train_tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +250,7 @@ def test_all_stages_in_miniature(
     )
     pairs = zip(amounts.split()[::2], amounts.split()[1::2], strict=True)
     flags = [text for name, value in pairs for text in (f"--{name}", value)]
-    flags += ["--scenes", "12", "--decoder-scenes", "12", "--questions", "2"]
+    flags += ["--scenes", "12", "--drawers", "0", "--questions", "2"]
     command = ["train_tiny.py", "--work", str(tmp_path), "--out", str(tmp_path / "out"), *flags]
     monkeypatch.setattr(sys, "argv", command)
     train_tiny.main()

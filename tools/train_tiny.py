@@ -8,9 +8,9 @@
 The stages are LLaVA's own in small. `crops` and `tower` teach the vision tower what every patch
 belongs to (shape, color, digit, centre of its object) and where it lies, first on crops around
 objects, which are cheap, then on images of the full size. `decoder` trains projector and decoder on
-the frozen tower's features, computed once, with most background patches left out. `joint` trains
-everything on whole images. `export` writes the folder that `llava_lite.load` reads. The scenes are
-drawn once, at the start.
+the frozen tower's features of scenes that are always new, with most background patches left out.
+`joint` trains everything on whole images. `export` writes the folder that `llava_lite.load` reads.
+The scenes of all other stages are drawn once, at the start.
 
 Every image stands in front of many questions at once: each question block sees the image and
 itself, not its neighbours, and takes the positions it would have alone.
@@ -20,13 +20,16 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import groupby
+from itertools import count as count_from
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -916,29 +919,56 @@ def answer_lengths(targets: Sequence[int]) -> list[int]:
     return lengths
 
 
-def tower_features(
-    tower: VisionTower, scenes: SceneSet, args: argparse.Namespace, name: str
-) -> Tensor:
-    """Features of every patch of every scene, (scenes, 576, C) bfloat16, computed once into a
-    file."""
-    state = args.work / "tower.state.pt"
-    trained = torch.load(state, "cpu", weights_only=True)["step"] if state.exists() else "start"
-    path = args.work / f"{name}_{len(scenes)}_tower{trained}.bf16"
-    shape = (len(scenes), GRID * GRID, TINY.vision.hidden_size)
-    if not path.exists():
-        partial = path.with_suffix(".partial")
-        stored = torch.from_file(
-            str(partial), shared=True, size=math.prod(shape), dtype=torch.bfloat16
-        ).view(shape)
-        with torch.inference_mode(), autocast(args.device):
-            for start in tqdm(range(0, len(scenes), 16), f"features {name}"):
-                pixels = to_pixel_values(np.array(scenes.pixels[start : start + 16]))
-                features = tower(pixels.to(args.device)).image_features
-                stored[start : start + 16] = features.to("cpu", torch.bfloat16)
-        del stored
-        partial.rename(path)
-    flat = torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=torch.bfloat16)
-    return flat.view(shape)
+def see(tower: VisionTower, pixels: np.ndarray, device: str) -> Tensor:
+    """Features of every patch of images (n, S, S, 3), (n, 576, C), without a way back."""
+    with torch.no_grad(), autocast(device):
+        parts = to_pixel_values(np.array(pixels)).split(16)
+        return torch.cat([tower(part.to(device)).image_features for part in parts])
+
+
+def fresh_batches(args: argparse.Namespace, first: int) -> Iterator[tuple[list[Scene], np.ndarray]]:
+    """From step `first` of the decoder stage on: scenes and their pixels (n, S, S, 3). No scene
+    comes twice: 6,000 of them, seen four times each, the decoder had learnt by heart. They are
+    drawn while the step before is computed."""
+    waiting: list[tuple[list[Scene], Iterator[np.ndarray]]] = []
+    with drawers(args.drawers) as draw:
+        for step in range(first, args.decoder_steps):
+            progress = 1.0 if args.start_from else step / args.decoder_steps
+            tasks = fresh_scenes(args, step, curriculum(progress))
+            waiting.append(([make_scene(*task) for task in tasks], draw(render, tasks)))
+            if len(waiting) > 1:
+                scenes, images = waiting.pop(0)
+                yield scenes, np.stack(list(images))
+        for scenes, images in waiting:
+            yield scenes, np.stack(list(images))
+
+
+@contextmanager
+def drawers(count: int) -> Iterator[Callable[..., Iterator[np.ndarray]]]:
+    """`map`, by so many processes; 0: by this one, when the results are wanted."""
+    if count == 0:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=context) as pool:
+        yield pool.map
+
+
+def fresh_scenes(args: argparse.Namespace, step: int, most: int) -> list[tuple[int, int]]:
+    """Seed and index of the scenes of one step, of at most so many objects; those that the tower
+    has seen are not among them."""
+    start = args.scenes + 1000 * step
+    found = (
+        (TRAIN_SEED, index)
+        for index in count_from(start)
+        if len(make_scene(TRAIN_SEED, index).objects) <= most
+    )
+    return list(islice(found, args.decoder_batch))
+
+
+def curriculum(progress: float) -> int:
+    """How many objects a scene may have by now: 2 at first, all from 30 % on."""
+    return 2 + int(progress / 0.075)
 
 
 def object_patches(scene: Scene, rng: np.random.Generator, background: int) -> np.ndarray:
@@ -949,12 +979,6 @@ def object_patches(scene: Scene, rng: np.random.Generator, background: int) -> n
     kept[GRID // 2], kept[:, GRID // 2] = True, True
     others = rng.permutation(np.flatnonzero(~kept))[:background]
     return np.sort(np.concatenate((np.flatnonzero(kept), others)))
-
-
-def curriculum(scenes: SceneSet, progress: float) -> np.ndarray:
-    """Indices of the scenes simple enough by now: up to 2 objects at first, all from 30 % on."""
-    most = 2 + int(progress / 0.075)
-    return np.flatnonzero([len(scene.objects) <= most for scene in scenes.scenes])
 
 
 def new_decoder(args: argparse.Namespace) -> tuple[Projector, LlamaDecoder]:
@@ -987,26 +1011,26 @@ def trained_tower(args: argparse.Namespace, stage: str = "tower") -> tuple[Visio
 
 
 def train_decoder(args: argparse.Namespace) -> None:
-    """Stage `decoder`: projector and decoder on the frozen tower's features."""
-    train = SceneSet(args.work, TRAIN_SEED, args.scenes).head(args.decoder_scenes)
+    """Stage `decoder`: projector and decoder on the frozen tower's features, of scenes that are
+    always new."""
     held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
     tower, _ = trained_tower(args)
-    features = tower_features(tower, train, args, "train")
-    held_out_features = tower_features(tower, held_out, args, "held_out")
+    held_out_features = see(tower, held_out.pixels, args.device)
     writer = Writer(load_tokenizer(args))
     projector, decoder = new_decoder(args)
     rates = {"projector": args.decoder_rate, "decoder": args.decoder_rate}
     modules: dict[str, nn.Module] = {"projector": projector, "decoder": decoder}
     trainer = Trainer("decoder", args.work, modules, rates, args.decoder_steps)
     losses = []
-    for step in trainer.run():
-        rng = np.random.default_rng([step, 8])
-        progress = 1.0 if args.start_from else step / args.decoder_steps
-        indices = rng.choice(curriculum(train, progress), args.decoder_batch)
-        packed = pack_scenes(train, indices, writer, rng, args, BACKGROUND_PATCHES)
-        rows = [features[i][packed.patches[n]] for n, i in enumerate(indices)]
+    batches = fresh_batches(args, trainer.step)
+    for step, (scenes, pixels) in zip(trainer.run(), batches, strict=True):
+        packed = pack_scenes(
+            scenes, writer, np.random.default_rng([step, 8]), args, BACKGROUND_PATCHES
+        )
+        features = see(tower, pixels, args.device)
+        rows = [seen[kept] for seen, kept in zip(features, packed.patches, strict=True)]
         with autocast(args.device), attention(args.device):
-            image_embeds = projector(torch.cat(rows).to(args.device).float())
+            image_embeds = projector(torch.cat(rows).float())
             loss, _, _ = answer_loss(decoder, packed, image_embeds, args.device)
         trainer.update(loss)
         losses.append(loss.item())
@@ -1016,18 +1040,16 @@ def train_decoder(args: argparse.Namespace) -> None:
 
 
 def pack_scenes(
-    scenes: SceneSet,
-    indices: Sequence[int],
+    scenes: Sequence[Scene],
     writer: Writer,
     rng: np.random.Generator,
     args: argparse.Namespace,
     background: Sequence[int],
 ) -> Packed:
-    """Questions about the scenes at `indices`, on their object patches and some background: as many
-    patches as one of the numbers in `background`."""
+    """Questions about scenes, on their object patches and some background: as many patches as one
+    of the numbers in `background`."""
     blocks, patches = [], []
-    for index in indices:
-        scene = scenes.scenes[index]
+    for scene in scenes:
         late = args.start_from is not None
         blocks.append(pick_turns(questions(scene, rng, 0.4), rng, args.questions, late))
         patches.append(object_patches(scene, rng, int(rng.choice(background))))
@@ -1090,7 +1112,8 @@ def train_joint(args: argparse.Namespace) -> None:
         rng = np.random.default_rng([step, 9])
         indices = rng.integers(len(train), size=args.joint_batch)
         pixel_values, labels = whole_batch(train, indices)
-        packed = pack_scenes(train, indices, writer, rng, args, (GRID * GRID,))
+        scenes = [train.scenes[i] for i in indices]
+        packed = pack_scenes(scenes, writer, rng, args, (GRID * GRID,))
         with autocast(args.device), attention(args.device):
             features = tower(pixel_values.to(args.device)).image_features
             loss, _, _ = answer_loss(
@@ -1100,10 +1123,7 @@ def train_joint(args: argparse.Namespace) -> None:
         trainer.update(loss)
         losses.append(loss.item())
         if trainer.step % 100 == 0 or trainer.step == args.joint_steps:
-            with torch.inference_mode(), autocast(args.device):
-                pixels = to_pixel_values(np.array(held_out.pixels))
-                parts = [tower(part.to(args.device)) for part in pixels.split(16)]
-                seen = torch.cat([part.image_features for part in parts])
+            seen = see(tower, held_out.pixels, args.device)
             right = test_answers(projector, decoder, held_out, seen, writer, args)
             trainer.log(loss=round(float(np.mean(losses[-100:])), 4), **right)
 
@@ -1159,7 +1179,13 @@ def main() -> None:
     parser.add_argument("--tower-steps", type=int, default=2500)
     parser.add_argument("--tower-rate", type=float, default=8e-4)
     parser.add_argument("--questions", type=int, default=14, help="question blocks per image")
-    parser.add_argument("--decoder-scenes", type=int, default=16000, help="scenes with features")
+    parser.add_argument(
+        "--drawers",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="processes that draw scenes for the decoder (default: a core each; 0: none)",
+    )
     parser.add_argument("--decoder-steps", type=int, default=3000)
     parser.add_argument("--decoder-batch", type=int, default=18, help="images")
     parser.add_argument("--decoder-rate", type=float, default=1e-3)
