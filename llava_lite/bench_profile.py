@@ -7,7 +7,6 @@ operators, in Python, in the profiler itself, and, on a GPU, where it waited for
 
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
@@ -68,13 +67,11 @@ def profile_case(case: Case, device: str) -> Profile:
         call()
         synchronize(device)
         seconds = perf_counter() - start
-    operators: dict[str, float] = defaultdict(float)
-    for event in seen.key_averages():
-        # Kernels of a GPU count once, with the operator that queued them.
-        if event.device_type == DeviceType.CPU:
-            operators[event.key] += own_microseconds(event, on_gpu) / 1e6 / case.steps
-    longest = sorted(operators.items(), key=lambda item: -item[1])
-    return Profile(*case.key, seconds / case.steps, {k: v for k, v in longest if v > 0})
+    # Kernels of a GPU count once, with the operator that queued them.
+    events = [event for event in seen.key_averages() if event.device_type == DeviceType.CPU]
+    took = {event.key: own_microseconds(event, on_gpu) / 1e6 / case.steps for event in events}
+    longest = sorted((name for name in took if took[name] > 0), key=took.__getitem__, reverse=True)
+    return Profile(*case.key, seconds / case.steps, {name: took[name] for name in longest})
 
 
 def own_microseconds(event: Any, on_gpu: bool) -> float:

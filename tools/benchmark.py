@@ -39,7 +39,7 @@ import llava_lite
 from llava_lite import cli
 from llava_lite.argument_types import positive
 from llava_lite.bench import BenchError, random_model
-from llava_lite.bench_report import check_output
+from llava_lite.bench_report import FEWEST_ROUNDS, check_output
 from llava_lite.cache import KVCache
 from llava_lite.config import LLAVA_1_5_7B, TINY, LlavaConfig
 from llava_lite.hardware import machine, quartiles, time_in_turns
@@ -51,7 +51,6 @@ RunKey = tuple[str, str]  # part, setting
 
 WORDS_BEFORE, WORDS_AFTER = 35, 29
 DECODED = 8  # tokens per timing
-FEWEST_ROUNDS = 5  # for a verdict
 SIZES = {"7b": LLAVA_1_5_7B, "tiny": TINY}
 DECODER_SETTINGS = [name for name, reduction in REDUCTIONS.items() if name != "dymu-72"]
 TOWER_SETTINGS = {

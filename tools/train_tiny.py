@@ -556,7 +556,7 @@ def carry_places(tower: VisionTower, heads: PatchHeads, scenes: SceneSet) -> Non
     changes them much. The channels are those that carried least; the norms' gains grow by as much
     as the new ones make their inputs longer."""
     width = tower.pos_embed.shape[1]
-    lengths, carried = stream(tower, scenes)
+    lengths, carried = measure_stream(tower, scenes)
     channels = carried.argsort()[:4]
     angles = torch.linspace(-1, 1, GRID, device=channels.device) * (0.25 * math.pi)
     line = torch.stack((angles.sin(), angles.cos()), dim=1)  # (GRID, 2)
@@ -615,7 +615,7 @@ def fit_places(tower: VisionTower, heads: PatchHeads, scenes: SceneSet) -> None:
         head.bias.copy_(bias[2 * index : 2 * index + 2])
 
 
-def stream(tower: VisionTower, scenes: SceneSet) -> tuple[list[float], Tensor]:
+def measure_stream(tower: VisionTower, scenes: SceneSet) -> tuple[list[float], Tensor]:
     """How long the vectors of the longest tenth of patches, most of them objects', are in front of
     every norm and at the end, and how much each channel varies, of all that varies there, on
     average over these places (C,)."""
