@@ -31,6 +31,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's job in the background ignores Ctrl-C, and so would the processes that tests stop.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1 and "OMP_NUM_THREADS" not in os.environ:
+    # Processes that each use every core would mostly wait for each other.
+    THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the processes that tests start
+    torch.set_num_threads(THREADS)
+
 SHARED = Path(os.environ.get("LLAVA_LITE_SHARED", ROOT.parent / "shared"))
 
 TINY_VISION = VisionConfig(
