@@ -237,6 +237,19 @@ def test_the_decoder_never_sees_a_scene_twice(train_tiny: ModuleType) -> None:
     assert max(len(scene.objects) for scene in drawn) > 2
 
 
+def test_a_decoder_that_goes_on_sees_mostly_full_scenes(train_tiny: ModuleType) -> None:
+    """Of those with fewer than four objects, half of all, a third."""
+
+    def few(start_from: str | None) -> int:
+        args = SimpleNamespace(scenes=0, decoder_batch=300, start_from=start_from)
+        tasks = train_tiny.fresh_scenes(args, 0, 6)
+        assert len(set(tasks)) == len(tasks) == 300
+        return sum(len(train_tiny.make_scene(*task).objects) < 4 for task in tasks)
+
+    assert 125 < few(None) < 175  # 150 +- 9
+    assert 50 < few("weights") < 100  # 75 +- 8
+
+
 def test_all_stages_in_miniature(
     train_tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
