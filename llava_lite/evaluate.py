@@ -103,9 +103,9 @@ def fresh_scenes(
         scene = sample_scene(rng)
         by_family: dict[str, list[Question]] = {}
         for question in questions(scene, rng):
-            if families is None or question.family in families:
-                by_family.setdefault(question.family, []).append(question)
-        yield scene, [members[rng.integers(len(members))] for members in by_family.values()]
+            by_family.setdefault(question.family, []).append(question)
+        picked = [members[rng.integers(len(members))] for members in by_family.values()]
+        yield scene, [one for one in picked if families is None or one.family in families]
 
 
 # ---- answers -------------------------------------------------------------------------------------

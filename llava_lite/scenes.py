@@ -2,7 +2,7 @@
 
 import colorsys
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
@@ -62,17 +62,13 @@ _PROPORTIONS = {"star": (0.39, 0.46), "ring": (0.48, 0.58), "cross": (0.29, 0.38
 
 @dataclass(frozen=True)
 class DigitStyle:
-    """How a digit is drawn: ink height in pixels, stroke weight, width stretch, ink colour.
-
-    `weight` is the width of a stroke around the face, as a part of the font size. `font` names a
-    TrueType file; None stands for the face that comes with Pillow.
-    """
+    """How a digit is drawn, in the face that comes with Pillow: ink height in pixels, width of a
+    stroke around the face as a part of the font size, width stretch, ink colour."""
 
     height: float
     weight: float = _DIGIT_WEIGHTS[1]
     stretch: float = 1.0
     ink: RGB = (255, 255, 255)
-    font: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,14 +138,12 @@ def sample_scene(
     short_side: tuple[int, int] = (224, 1024),
     confusable: float = 0.5,
     digit_probability: float = 0.5,
-    fonts: Sequence[str | None] = (None,),
 ) -> Scene:
     """Sample a scene with `num_objects` objects (uniform in 1..6 if None).
 
     The short side is uniform in log scale within `short_side`. With probability `confusable` an
-    object after the first takes the shape or the colour of an earlier one. Each digit takes one
-    of `fonts`, bold TrueType files or None for the face that comes with Pillow. Raises ValueError
-    for a number of objects outside 1..6 or an empty size range.
+    object after the first takes the shape or the colour of an earlier one. Raises ValueError for a
+    number of objects outside 1..6 or an empty size range.
     """
     if num_objects is not None and not 1 <= num_objects <= MAX_OBJECTS:
         raise ValueError(f"num_objects must be within 1..{MAX_OBJECTS}, got {num_objects}")
@@ -164,7 +158,7 @@ def sample_scene(
             placed = _place_object(rng, scene, objects, confusable)
             if placed is None:
                 break
-            objects.append(_add_digit(rng, placed, digit_probability, fonts))
+            objects.append(_add_digit(rng, placed, digit_probability))
         else:
             return replace(scene, objects=tuple(objects))
 
@@ -245,21 +239,14 @@ def _jitter(rng: np.random.Generator, rgb: RGB) -> RGB:
     return int(red), int(green), int(blue)
 
 
-def _add_digit(
-    rng: np.random.Generator,
-    bare: SceneObject,
-    probability: float,
-    fonts: Sequence[str | None],
-) -> SceneObject:
+def _add_digit(rng: np.random.Generator, bare: SceneObject, probability: float) -> SceneObject:
     if bare.shape not in DIGIT_SHAPES or rng.random() >= probability:
         return bare
-    font = fonts[int(rng.integers(len(fonts)))]
     style = DigitStyle(
         height=2 * bare.radius * rng.uniform(*DIGIT_HEIGHTS[bare.shape]),
-        weight=_DIGIT_WEIGHTS[rng.integers(len(_DIGIT_WEIGHTS))] if font is None else 0.0,
+        weight=_DIGIT_WEIGHTS[rng.integers(len(_DIGIT_WEIGHTS))],
         stretch=rng.uniform(*_DIGIT_STRETCH),
         ink=_ink(bare.rgb, by_luma=rng.random() < 0.5),
-        font=font,
     )
     return replace(bare, digit=int(rng.integers(10)), digit_style=style)
 
@@ -418,22 +405,21 @@ def _default_style(scene_object: SceneObject) -> DigitStyle:
 
 
 def _scaled_glyph(digit: int, style: DigitStyle, supersample: int) -> Image.Image:
-    glyph = _glyph(digit, style.weight, style.font)
+    glyph = _glyph(digit, style.weight)
     height = max(1, round(style.height * supersample))
     width = max(1, round(style.stretch * height * glyph.width / glyph.height))
     return glyph.resize((width, height), Image.Resampling.BOX)
 
 
 @lru_cache(maxsize=256)
-def _glyph(digit: int, weight: float, font: str | None) -> Image.Image:
+def _glyph(digit: int, weight: float) -> Image.Image:
     """The digit in white on black, cropped to its ink, much larger than ever drawn."""
     canvas = Image.new("L", (2 * _GLYPH_SIZE, 2 * _GLYPH_SIZE))
-    face = ImageFont.truetype(font, _GLYPH_SIZE) if font else ImageFont.load_default(_GLYPH_SIZE)
     ImageDraw.Draw(canvas).text(
         (_GLYPH_SIZE // 2, _GLYPH_SIZE // 2),
         str(digit),
         fill=255,
-        font=face,
+        font=ImageFont.load_default(_GLYPH_SIZE),
         stroke_width=round(weight * _GLYPH_SIZE),
     )
     return canvas.crop(canvas.getbbox())
@@ -567,14 +553,6 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "relation": _YES_NO,
     "digit": tuple("0123456789"),
 }
-
-ANSWER_WORDS: tuple[str, ...] = tuple(
-    sorted(
-        {answer for answers in ANSWERS.values() for answer in answers}
-        | {word for phrase in _PLACE_PHRASES.values() for word in phrase.split()}
-        | {"There", "is", "are", "object", "objects", "a", "an", "and"}
-    )
-)
 
 
 def with_article(name: str) -> str:
@@ -734,19 +712,3 @@ def _cell(scene: Scene, scene_object: SceneObject) -> tuple[int, int]:
     row = min(int(3 * scene_object.y / scene.height), 2)
     column = min(int(3 * scene_object.x / scene.width), 2)
     return row, column
-
-
-def corpus(rng: np.random.Generator, n: int) -> Iterator[str]:
-    """Yield n texts "question answer" about random scenes, one per family and scene, undrawn."""
-    produced = 0
-    while produced < n:
-        asked = questions(sample_scene(rng), rng, paraphrase=0.5)
-        by_family: dict[str, list[Question]] = {}
-        for question in asked:
-            by_family.setdefault(question.family, []).append(question)
-        for members in by_family.values():
-            if produced == n:
-                return
-            question = members[rng.integers(len(members))]
-            produced += 1
-            yield f"{question.text} {question.answer}"

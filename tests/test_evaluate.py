@@ -116,6 +116,14 @@ def test_one_question_of_every_family_that_the_scene_allows() -> None:
     }
 
 
+def test_a_choice_of_families_asks_what_would_have_been_asked_anyway() -> None:
+    for (scene, asked), (same, few) in zip(
+        fresh_scenes(20, 5), fresh_scenes(20, 5, {"where", "color"}), strict=True
+    ):
+        assert scene == same
+        assert few == [question for question in asked if question.family in ("where", "color")]
+
+
 # ---- counting ------------------------------------------------------------------------------------
 
 

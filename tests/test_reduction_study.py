@@ -436,6 +436,35 @@ def abs_difference(one: int, other: int) -> int:
     return abs(one - other)
 
 
+@pytest.mark.parametrize("plot", ["token_plot", "time_plot", "family_plot"])
+def test_plots_show_every_line(study: ModuleType, plot: str) -> None:
+    """With all its points, each where its row says, but for the small shifts sideways."""
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="plots need the extra `viz`")
+    every = study.configurations()
+    rows = [made_up_row(study, one, number) for number, one in enumerate(every)]
+    by_series: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one, row in zip(every, rows, strict=True):
+        by_series.setdefault(one.series, []).append(row)
+    figure = getattr(study, plot)(by_series, {"model": "m", "questions": 90, "scenes": 10})
+    wanted = {
+        "token_plot": [key for key in study.SERIES if key[0] != "none"],
+        "time_plot": [key for key in study.SERIES if key[0] != "random"],
+        "family_plot": list(study.FAMILY_SERIES) * len(FAMILIES),
+    }[plot]
+    x = "time_ratio" if plot == "time_plot" else "kept_tokens"
+    lines = [bars for axes in figure.axes for bars in axes.containers]
+    assert [bars.get_label() for bars in lines] == [study.SERIES[key][0] for key in wanted]
+    family_of = [family for family in FAMILIES for _ in study.FAMILY_SERIES]
+    for number, (key, bars) in enumerate(zip(wanted, lines, strict=True)):
+        prefix = f"{family_of[number]}_" if plot == "family_plot" else ""
+        heights = [100 * row[f"{prefix}accuracy"] for row in by_series[key]]
+        places, drawn = bars.lines[0].get_data()
+        assert list(drawn) == heights and len(heights) >= 2
+        for place, row in zip(places, by_series[key], strict=True):
+            assert row[x] <= place <= 1.1 * row[x]
+    pyplot.close(figure)
+
+
 def made_up_row(study: ModuleType, one: Any, number: int) -> dict[str, Any]:
     marks = {family: "1" * (number % 9) + "0" * (9 - number % 9) for family in FAMILIES}
     line = {"scenes": 10, "image_tokens": 10 * one.target, "kept_tokens": 10 * one.target}

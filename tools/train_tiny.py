@@ -131,8 +131,8 @@ class PatchLabels:
     `third` the place of its object among the nine thirds of the image; `center` (B, P) 0/1;
     `offset` (B, P, 2) from patch to object centre in patches; `spot` (B, P, 2) the object's centre
     in the image without its padding, -1..1 from edge to edge; `extent` (B, P, 2) width and height
-    of that image in sides of the padded square, the same for all patches; `area` (B, P) how many
-    patches belong to its object, 0 in the background."""
+    of that image in sides of the padded square, the same for all patches; both NaN in crops;
+    `area` (B, P) how many patches belong to its object, 0 in the background."""
 
     color: Tensor
     shape: Tensor
@@ -169,8 +169,9 @@ def label_patches(scene: Scene, instances: np.ndarray, corner: tuple[int, int]) 
     digits[~np.isin(shapes, (SHAPES.index("circle"), SHAPES.index("square")))] = IGNORE
     thirds = np.array([PLACES.index(scene.place(o)) for o in objects])
     spots = np.array([(2 * o.x / scene.width - 1, 2 * o.y / scene.height - 1) for o in objects])
-    if grid < GRID:
-        thirds[:] = IGNORE  # a crop does not show where it was cut
+    extent = np.float32([scene.width / side, scene.height / side])
+    if grid < GRID:  # a crop does not show where it was cut
+        thirds[:], spots[:], extent[:] = IGNORE, np.nan, np.nan
     outside = ((centers < 0) | (centers >= grid * PATCH)).any(1)
     shapes[outside], digits[outside] = IGNORE, IGNORE  # half an object need not be recognised
     rows, columns = np.divmod(np.arange(grid * grid), grid)
@@ -187,7 +188,7 @@ def label_patches(scene: Scene, instances: np.ndarray, corner: tuple[int, int]) 
         "center": center,
         "offset": ((centers[owner] - middles) / PATCH).astype(np.float32),
         "spot": spots[owner].astype(np.float32),
-        "extent": np.tile(np.float32([scene.width / side, scene.height / side]), (grid * grid, 1)),
+        "extent": np.tile(extent, (grid * grid, 1)),
         "area": (owner[:, None] == owner).sum(1) * np.float32(~background),
     }
 
@@ -296,6 +297,13 @@ def labelled_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
+def known_loss(read: Tensor, targets: Tensor) -> Tensor:
+    """Sharp distance (smooth L1) to the targets that are numbers; 0 where none is."""
+    known = targets.isfinite()
+    total = F.smooth_l1_loss(read[known], targets[known], beta=0.02, reduction="sum")
+    return total / known.sum().clamp(min=1)
+
+
 def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
     """How badly the heads read the labels."""
     on_object = labels.color > 0
@@ -314,11 +322,9 @@ def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
         # Three objects in four lie within a tenth of the image of a border between thirds: what
         # must become sharp is the centre. It takes the size of the image without its padding, which
         # an object's patches learn from far away.
-        spot = F.smooth_l1_loss(read["spot"][on_object], labels.spot[on_object], beta=0.02)
-        extent = F.smooth_l1_loss(read["extent"], labels.extent, beta=0.02)
-        extent = extent + 3 * F.smooth_l1_loss(
-            read["extent"][on_object], labels.extent[on_object], beta=0.02
-        )
+        spot = known_loss(read["spot"][on_object], labels.spot[on_object])
+        extent = known_loss(read["extent"], labels.extent)
+        extent = extent + 3 * known_loss(read["extent"][on_object], labels.extent[on_object])
         loss = loss + third + 4 * (spot + extent) + place_loss(read["place"], on_object)
         loss = loss + share_loss(read["share"].squeeze(-1), labels.area)
     return loss
