@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,10 +213,84 @@ def test_carriers_tell_every_patch_where_it_is(train_tiny: ModuleType) -> None:
         assert max(abs(torch.corrcoef(pair)[0, 1].item()) for pair in pairs) > 0.99
 
 
+@torch.no_grad()
+def test_crops_have_no_place_in_an_image_to_learn(train_tiny: ModuleType, tmp_path: Path) -> None:
+    """Neither a third nor a spot nor an extent is theirs, also where nine tile an image: what
+    the readers say of these changes no loss."""
+    np.save(tmp_path / "scenes_1_6.npy", np.stack([train_tiny.render((1, n)) for n in range(6)]))
+    scenes = train_tiny.SceneSet(tmp_path, 1, 6)
+    mosaic = train_tiny.mosaic_batch(scenes, np.random.default_rng(0), 2)[1]
+    whole = train_tiny.whole_batch(scenes, [0, 1])[1]
+    torch.manual_seed(0)
+    read = train_tiny.PatchHeads(8)(torch.randn(2, 576, 8))
+    for name in ("third", "spot", "extent"):
+        other = {**read, name: read[name] + torch.randn_like(read[name])}
+        losses = [train_tiny.patch_loss(one, mosaic) for one in (read, other)]
+        assert losses[0].isfinite() and losses[0] == losses[1]
+        assert train_tiny.patch_loss(read, whole) != train_tiny.patch_loss(other, whole)
+    for name in ("color", "shape", "digit", "place", "share", "offset", "center"):
+        other = {**read, name: read[name] + torch.randn_like(read[name])}
+        assert train_tiny.patch_loss(read, mosaic) != train_tiny.patch_loss(other, mosaic)
+
+
+def test_a_stage_goes_on_as_if_nothing_had_happened(train_tiny: ModuleType, tmp_path: Path) -> None:
+    """Ten steps at once, and four, a new process' worth of objects, and the other six."""
+
+    def trainer(name: str) -> Any:
+        torch.manual_seed(0)
+        return train_tiny.Trainer(name, tmp_path, {"m": torch.nn.Linear(3, 2)}, {"m": 0.1}, 10)
+
+    def train(one: Any, until: int) -> Any:
+        for step in one.run():
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            one.update(one.modules["m"](x).square().sum())
+            if one.step == until:
+                break
+        return one
+
+    whole = train(trainer("whole"), 10)
+    train(trainer("parts"), 4).save()
+    parts = train(trainer("parts"), 10)
+    assert whole.step == parts.step == 10
+    for one, other in zip(
+        whole.modules["m"].parameters(), parts.modules["m"].parameters(), strict=True
+    ):
+        assert torch.equal(one, other)
+    lower = train_tiny.Trainer("parts", tmp_path, {"m": torch.nn.Linear(3, 2)}, {"m": 0.01}, 20)
+    train(lower, 11)  # what it is told now counts
+    assert lower.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.51)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--start-from weights", "--start-from goes with --stage decoder, joint or export"),
+        ("--stage tower --start-from weights", "goes with --stage decoder"),
+        ("--scene-seed 1", "--scene-seed must be 3 or more"),
+        ("--scene-seed -1", "--scene-seed must be 3 or more"),
+    ],
+)
+def test_what_would_not_do_what_it_says_is_refused(
+    train_tiny: ModuleType,
+    flags: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    work = tmp_path / "work"
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py", "--work", str(work), *flags.split()])
+    with pytest.raises(SystemExit):
+        train_tiny.main()
+    assert message in capsys.readouterr().err and not work.exists()
+
+
 def test_the_decoder_never_sees_a_scene_twice(train_tiny: ModuleType) -> None:
     """Nor one that the tower was trained on; at first only those of few objects. Where a run goes
     on, it gets what it would have got."""
-    args = SimpleNamespace(scenes=50, decoder_batch=4, decoder_steps=8, start_from=None, drawers=0)
+    args = SimpleNamespace(
+        scene_seed=3, decoder_batch=4, decoder_steps=8, start_from=None, drawers=0
+    )
     batches = list(train_tiny.fresh_batches(args, 0))
     assert len(batches) == 8
     scenes = [scene for drawn, _ in batches for scene in drawn]
@@ -226,7 +301,7 @@ def test_the_decoder_never_sees_a_scene_twice(train_tiny: ModuleType) -> None:
         most = 2 + int(step / 8 / 0.075)
         assert max(len(scene.objects) for scene in drawn) <= most
         assert pixels.shape == (4, 336, 336, 3)
-    tasks = train_tiny.fresh_scenes(args, 7, 6)
+    tasks = train_tiny.scene_tasks(args, 7, 6)
     for task, scene, image in zip(tasks, *batches[7], strict=True):
         assert scene == train_tiny.make_scene(*task)
         np.testing.assert_array_equal(image, train_tiny.render(task))
@@ -241,8 +316,8 @@ def test_a_decoder_that_goes_on_sees_mostly_full_scenes(train_tiny: ModuleType) 
     """Of those with fewer than four objects, half of all, a third."""
 
     def few(start_from: str | None) -> int:
-        args = SimpleNamespace(scenes=0, decoder_batch=300, start_from=start_from)
-        tasks = train_tiny.fresh_scenes(args, 0, 6)
+        args = SimpleNamespace(scene_seed=5, decoder_batch=300, start_from=start_from)
+        tasks = train_tiny.scene_tasks(args, 0, 6)
         assert len(set(tasks)) == len(tasks) == 300
         return sum(len(train_tiny.make_scene(*task).objects) < 4 for task in tasks)
 
@@ -277,3 +352,10 @@ def test_all_stages_in_miniature(
     state = (tmp_path / "joint.state.pt").stat().st_mtime_ns
     train_tiny.main()
     assert (tmp_path / "joint.state.pt").stat().st_mtime_ns == state
+    later = ["--stage", "joint", "--start-from", str(tmp_path / "out"), "--work"]
+    (tmp_path / "later").mkdir()
+    for path in tmp_path.glob("scenes_*"):
+        (tmp_path / "later" / path.name).symlink_to(path)
+    monkeypatch.setattr(sys, "argv", [*command, *later, str(tmp_path / "later")])
+    train_tiny.main()
+    assert sorted(path.name for path in (tmp_path / "later").glob("*.pt")) == ["joint.state.pt"]

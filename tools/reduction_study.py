@@ -94,8 +94,8 @@ TIMED_TOKENS = 2  # a word and the end; or whatever else, but no more
 
 @dataclass(frozen=True)
 class Configuration:
-    """One kind of reduction. `target`: image tokens that all decoder layers see, for thresholds
-    the mean that they should give."""
+    """One kind of reduction. `target`: image tokens that the last decoder layers see, for
+    thresholds the mean that they should give."""
 
     name: str
     kind: str
@@ -557,7 +557,8 @@ def token_axis(axes: Any, ticks: Sequence[int]) -> None:
 
 
 def token_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> Any:
-    """Accuracy against the image tokens that all decoder layers see."""
+    """Accuracy against the image tokens that the last decoder layers see; with pruning in front of
+    layer K, the first K see more."""
     from matplotlib import pyplot
 
     figure, all_axes = pyplot.subplots(
@@ -570,7 +571,7 @@ def token_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> Any
             draw_series(axes, by_series, key, "kept_tokens", shift=1.5 * number)
         token_axis(axes, sorted({*MERGED, *PRUNED}))
         axes.set_title(title)
-        axes.set_xlabel("image tokens left")
+        axes.set_xlabel("image tokens in the last layers")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8)
     all_axes[0].set_ylabel("right answers, %")
     figure.suptitle(title_of(facts), fontsize=10)
@@ -610,7 +611,7 @@ def family_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> An
         token_axis(axes, PRUNED)
         axes.set_title(family)
     for axes in grid[1]:
-        axes.set_xlabel("image tokens")
+        axes.set_xlabel("image tokens in the last layers")
     for axes in grid[:, 0]:
         axes.set_ylabel("right answers, %")
     handles, labels = grid[0, 0].get_legend_handles_labels()

@@ -66,9 +66,12 @@ from llava_lite.vision import VisionTower
 
 SIZE, PATCH, GRID = 336, 14, 24
 CROP = 8  # patches along a crop's side
-TRAIN_SEED, HELD_OUT_SEED = 1, 2
+TRAIN_SEED, HELD_OUT_SEED, DECODER_SEED = 1, 2, 3
+SCENES_OF_A_STEP = 100_000  # numbers kept for a decoder step's
 HELD_OUT_SCENES = 64
 IGNORE = -100
+
+Task = tuple[int, int]  # seed and index of a scene
 
 
 # ------------------------------------------------------------------------------ scenes
@@ -81,7 +84,7 @@ def make_scene(seed: int, index: int) -> Scene:
     return sample_scene(rng, short_side=sizes)
 
 
-def render(task: tuple[int, int]) -> np.ndarray:
+def render(task: Task) -> np.ndarray:
     """Draw one scene and bring it to the model's input size, as image.py does: (S, S, 3) uint8."""
     scene = make_scene(*task)
     image = pad_to_square(draw_scene(scene, supersample=1 + task[1] % 3))
@@ -428,44 +431,46 @@ class Trainer:
     ) -> None:
         self.name, self.modules, self.steps, self.step = name, modules, steps, 0
         self.state_path, self.log_path = work / f"{name}.state.pt", work / "log.jsonl"
-        groups = []
+        groups: list[dict[str, Any]] = []
+        self.rates: list[float] = []
         for key, module in modules.items():
             named = list(module.named_parameters())
             # A decaying position table would fade under patches that get no smaller.
             matrices = [p for name, p in named if p.dim() >= 2 and name != "pos_embed"]
             others = [p for name, p in named if p.dim() < 2 or name == "pos_embed"]
-            groups.append({"params": matrices, "lr": rates[key], "weight_decay": 0.05})
-            groups.append({"params": others, "lr": rates[key], "weight_decay": 0.0})
+            groups.append({"params": matrices, "weight_decay": 0.05})
+            groups.append({"params": others, "weight_decay": 0.0})
+            self.rates += [rates[key]] * 2
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         if self.state_path.exists():
             self._restore(torch.load(self.state_path, "cpu", weights_only=True))
 
-    def _rate(self, step: int) -> float:
+    def share_of_rate(self) -> float:
+        """Warm-up, then cosine down to a fiftieth. It follows from the step alone, so that a stage
+        goes on with the rate and the number of steps that it is given then."""
         warm_up = min(200, self.steps // 10 + 1)
-        done = min(1.0, step / self.steps)
-        return min(1.0, (step + 1) / warm_up) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
+        cosine = 0.02 + 0.49 * (1 + math.cos(math.pi * self.step / self.steps))
+        return min(1.0, (self.step + 1) / warm_up) * cosine
 
     def _restore(self, state: dict[str, Any]) -> None:
         for key, module in self.modules.items():
             module.load_state_dict(state[key])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
         self.step = state["step"]
 
     def save(self) -> None:
         state: dict[str, Any] = {key: module.state_dict() for key, module in self.modules.items()}
-        state |= {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        state |= {"optimizer": self.optimizer.state_dict(), "step": self.step}
         partial = self.state_path.with_suffix(".partial")
-        torch.save(state | {"step": self.step}, partial)
+        torch.save(state, partial)
         partial.rename(self.state_path)
 
     def update(self, loss: Tensor) -> None:
         loss.backward()
-        for group in self.optimizer.param_groups:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             nn.utils.clip_grad_norm_(group["params"], 1.0)
+            group["lr"] = rate * self.share_of_rate()
         self.optimizer.step()
-        self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
@@ -713,12 +718,12 @@ def fit_tower(
         trainer.update(loss)
         losses.append(loss.item())
         if trainer.step % 250 == 0 or trainer.step == steps:
-            seen = test_tower(tower, heads, held_out, args)
+            seen = measure_tower(tower, heads, held_out, args)
             trainer.log(loss=round(float(np.mean(losses[-250:])), 4), **seen)
 
 
 @torch.no_grad()
-def test_tower(
+def measure_tower(
     tower: VisionTower, heads: PatchHeads, scenes: SceneSet, args: argparse.Namespace
 ) -> dict[str, float]:
     """Accuracy of the heads on held-out crops and whole images, over patches that have the
@@ -936,17 +941,22 @@ def fresh_batches(args: argparse.Namespace, first: int) -> Iterator[tuple[list[S
     """From step `first` of the decoder stage on: scenes and their pixels (n, S, S, 3). No scene
     comes twice: 6,000 of them, seen four times each, the decoder had learnt by heart. They are
     drawn while the step before is computed."""
-    waiting: list[tuple[list[Scene], Iterator[np.ndarray]]] = []
+
+    def collect(started: tuple[list[Task], Iterator[np.ndarray]]) -> tuple[list[Scene], np.ndarray]:
+        tasks, images = started
+        return [make_scene(*task) for task in tasks], np.stack(list(images))
+
+    before = None
     with drawers(args.drawers) as draw:
         for step in range(first, args.decoder_steps):
             progress = 1.0 if args.start_from else step / args.decoder_steps
-            tasks = fresh_scenes(args, step, curriculum(progress))
-            waiting.append(([make_scene(*task) for task in tasks], draw(render, tasks)))
-            if len(waiting) > 1:
-                scenes, images = waiting.pop(0)
-                yield scenes, np.stack(list(images))
-        for scenes, images in waiting:
-            yield scenes, np.stack(list(images))
+            tasks = scene_tasks(args, step, curriculum(progress))
+            started = tasks, draw(render, tasks)
+            if before:
+                yield collect(before)
+            before = started
+        if before:
+            yield collect(before)
 
 
 @contextmanager
@@ -960,17 +970,16 @@ def drawers(count: int) -> Iterator[Callable[..., Iterator[np.ndarray]]]:
         yield pool.map
 
 
-def fresh_scenes(args: argparse.Namespace, step: int, most: int) -> list[tuple[int, int]]:
-    """Seed and index of the scenes of one step, of at most so many objects; those that the tower
-    has seen are not among them. A decoder that goes on from weights errs on full images: two thirds
-    of those with few objects are left out."""
-    start = args.scenes + 1000 * step
-    found = []
-    for index in count_from(start):
-        objects = len(make_scene(TRAIN_SEED, index).objects)
+def scene_tasks(args: argparse.Namespace, step: int, most: int) -> list[Task]:
+    """The scenes of one step, of at most so many objects; those that the tower has seen are not
+    among them. A decoder that goes on from weights errs on full images: two thirds of those with
+    few objects are left out."""
+    found: list[Task] = []
+    for index in count_from(step * SCENES_OF_A_STEP):
+        objects = len(make_scene(args.scene_seed, index).objects)
         easy = args.start_from is not None and objects < 4 and index % 3 > 0
         if objects <= most and not easy:
-            found.append((TRAIN_SEED, index))
+            found.append((args.scene_seed, index))
         if len(found) == args.decoder_batch:
             return found
 
@@ -1044,7 +1053,7 @@ def train_decoder(args: argparse.Namespace) -> None:
         trainer.update(loss)
         losses.append(loss.item())
         if trainer.step % 100 == 0 or trainer.step == args.decoder_steps:
-            right = test_answers(projector, decoder, held_out, held_out_features, writer, args)
+            right = measure_answers(projector, decoder, held_out, held_out_features, writer, args)
             trainer.log(loss=round(float(np.mean(losses[-100:])), 4), **right)
 
 
@@ -1066,7 +1075,7 @@ def pack_scenes(
 
 
 @torch.no_grad()
-def test_answers(
+def measure_answers(
     projector: Projector,
     decoder: LlamaDecoder,
     scenes: SceneSet,
@@ -1103,6 +1112,7 @@ def train_joint(args: argparse.Namespace) -> None:
     held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
     writer = Writer(load_tokenizer(args))
     tower, heads = trained_tower(args)
+    has_heads = (args.work / "tower.state.pt").exists()  # a model folder has none: theirs are fresh
     projector, decoder = new_decoder(args)
     if (args.work / "decoder.state.pt").exists() or not args.start_from:
         state = torch.load(args.work / "decoder.state.pt", "cpu", weights_only=True)
@@ -1128,12 +1138,13 @@ def train_joint(args: argparse.Namespace) -> None:
             loss, _, _ = answer_loss(
                 decoder, packed, projector(features).flatten(0, 1), args.device
             )
-            loss = loss + 0.1 * patch_loss(heads(features), labels.to(args.device))
+            if has_heads:
+                loss = loss + 0.1 * patch_loss(heads(features), labels.to(args.device))
         trainer.update(loss)
         losses.append(loss.item())
         if trainer.step % 100 == 0 or trainer.step == args.joint_steps:
             seen = see(tower, held_out.pixels, args.device)
-            right = test_answers(projector, decoder, held_out, seen, writer, args)
+            right = measure_answers(projector, decoder, held_out, seen, writer, args)
             trainer.log(loss=round(float(np.mean(losses[-100:])), 4), **right)
 
 
@@ -1142,8 +1153,9 @@ def train_joint(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Write the newest weights as a model folder in bfloat16."""
-    newest = "joint" if (args.work / "joint.state.pt").exists() else "decoder"
-    state = torch.load(args.work / f"{newest}.state.pt", "cpu", weights_only=True)
+    states = [path for name in ("decoder", "joint") for path in args.work.glob(f"{name}.state.pt")]
+    newest = max(states, key=lambda path: path.stat().st_mtime)
+    state = torch.load(newest, "cpu", weights_only=True)
     tower = state.get("tower") or trained_tower(args)[0].state_dict()
     tokenizer = load_tokenizer(args)
     text = replace(TINY.text, sampled_vocab_size=tokenizer.vocab_size)
@@ -1174,12 +1186,13 @@ STAGES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/tiny"), help="states, features, log"
-    )
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="scenes, states, log")
     parser.add_argument("--out", type=Path, default=Path("weights/tiny"))
     parser.add_argument(
-        "--start-from", type=Path, metavar="DIR", help="model folder whose weights to go on from"
+        "--start-from",
+        type=Path,
+        metavar="DIR",
+        help="model folder that decoder or joint goes on from, where they have no state yet",
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scenes", type=int, default=16000)
@@ -1196,12 +1209,23 @@ def main() -> None:
         help="processes that draw scenes for the decoder (default: a core each; 0: none)",
     )
     parser.add_argument("--decoder-steps", type=int, default=3000)
+    parser.add_argument(
+        "--scene-seed",
+        type=int,
+        default=DECODER_SEED,
+        metavar="N",
+        help="which scenes the decoder sees, from 3 on: others in every run that goes on",
+    )
     parser.add_argument("--decoder-batch", type=int, default=18, help="images")
     parser.add_argument("--decoder-rate", type=float, default=1e-3)
     parser.add_argument("--joint-steps", type=int, default=1200)
     parser.add_argument("--joint-batch", type=int, default=8, help="images")
     parser.add_argument("--joint-rate", type=float, default=2e-4)
     args = parser.parse_args()
+    if args.start_from and args.stage not in ("decoder", "joint", "export"):
+        parser.error("--start-from goes with --stage decoder, joint or export")
+    if args.scene_seed in (TRAIN_SEED, HELD_OUT_SEED) or args.scene_seed < 0:
+        parser.error(f"--scene-seed must be {DECODER_SEED} or more")
     args.work.mkdir(parents=True, exist_ok=True)
     for name in STAGES if args.stage == "all" else [args.stage]:
         STAGES[name](args)
