@@ -1198,7 +1198,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=16000)
     parser.add_argument("--crop-steps", type=int, default=4000)
     parser.add_argument("--crop-rate", type=float, default=1.2e-3)
-    parser.add_argument("--tower-steps", type=int, default=2500)
+    parser.add_argument("--tower-steps", type=int, default=15000)
     parser.add_argument("--tower-rate", type=float, default=8e-4)
     parser.add_argument("--questions", type=int, default=14, help="question blocks per image")
     parser.add_argument(
@@ -1208,7 +1208,7 @@ def main() -> None:
         metavar="N",
         help="processes that draw scenes for the decoder (default: a core each; 0: none)",
     )
-    parser.add_argument("--decoder-steps", type=int, default=3000)
+    parser.add_argument("--decoder-steps", type=int, default=7000)
     parser.add_argument(
         "--scene-seed",
         type=int,
@@ -1216,7 +1216,7 @@ def main() -> None:
         metavar="N",
         help="which scenes the decoder sees, from 3 on: others in every run that goes on",
     )
-    parser.add_argument("--decoder-batch", type=int, default=18, help="images")
+    parser.add_argument("--decoder-batch", type=int, default=20, help="images")
     parser.add_argument("--decoder-rate", type=float, default=1e-3)
     parser.add_argument("--joint-steps", type=int, default=1200)
     parser.add_argument("--joint-batch", type=int, default=8, help="images")
