@@ -22,7 +22,7 @@ FLOORS = {
     "where": 0.86,
     "relation": 0.92,
     "digit": 0.7,
-    "describe": 0.45,
+    "describe": 0.65,
 }
 
 

@@ -14,6 +14,7 @@ from conftest import TINY_TEXT, TINY_VISION, load_tool, random_llava
 from numpy.typing import NDArray
 from PIL import Image
 
+import llava_lite
 from llava_lite import cli, evaluate, smooth_scenes
 from llava_lite.checkpoint import save_model
 from llava_lite.config import LlavaConfig
@@ -455,6 +456,17 @@ def test_command_prints_json(folder: str, capsys: pytest.CaptureFixture[str]) ->
     }
     wrong = content["mistakes"]["count"]
     assert len(wrong) == 2 and set(wrong[0]) == {"question", "right", "given"}
+
+
+def test_command_says_how_weights_are_quantized(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--n", "1", "--families", "count", "--quantize", "int8")
+    folder = str(llava_lite.embedded_model())
+    assert run_eval(*words, model=folder) == 0
+    assert "dtype bfloat16, quantize int8, reduction none," in capsys.readouterr().out
+    assert run_eval(*words, "--json", model=folder) == 0
+    assert json.loads(capsys.readouterr().out)["quantize"] == "int8"
+    assert run_eval(*words[:-2], "--json", model=folder) == 0
+    assert "quantize" not in json.loads(capsys.readouterr().out)
 
 
 def test_command_measures_what_the_function_does(
