@@ -68,7 +68,7 @@ from llava_lite.kernels import choose_kernels
 from llava_lite.llava import Llava
 from llava_lite.meta import meta_model
 from llava_lite.peer import Peer, import_transformers
-from llava_lite.quantize import QuantizedLinear
+from llava_lite.quantize import method_of
 from llava_lite.quantize import quantize as quantize_model
 from llava_lite.quantized_checkpoint import stored_method
 from llava_lite.reduction import NO_REDUCTION, REDUCTIONS
@@ -515,12 +515,6 @@ def peer_footprint(settings: Settings, plain: Footprint, folder: Path, answer: b
     weights = stored_bytes(peer.model)
     memory = private, watch.anonymous, answering.resident
     return Footprint(plain.config, plain.dtype, weights, seconds, *memory)
-
-
-def method_of(llava: Llava) -> str | None:
-    """How the decoder's weights are quantized, None where they are plain."""
-    found = (part.method for part in llava.decoder.modules() if isinstance(part, QuantizedLinear))
-    return next(found, None)
 
 
 # ---- contenders --------------------------------------------------------------------------------

@@ -477,7 +477,7 @@ def run_scenes(args: argparse.Namespace, program: Program) -> int:
     from tqdm import tqdm
 
     from llava_lite import evaluate
-    from llava_lite.quantize import QuantizedLinear
+    from llava_lite.quantize import method_of
 
     scenes = list(evaluate.fresh_scenes(args.n, args.seed, args.families))
     model = program.load_model(args)
@@ -493,8 +493,7 @@ def run_scenes(args: argparse.Namespace, program: Program) -> int:
             reuse_prefix=True,
             on_answer=bar.update,
         )
-    layers = [layer for layer in model.llava.modules() if isinstance(layer, QuantizedLinear)]
-    method = layers[0].method if layers else None
+    method = method_of(model.llava)
     settings = {
         "model": model.config.name,
         "dtype": str(model.llava.dtype).removeprefix("torch."),

@@ -432,10 +432,10 @@ def quantize(model: "Model | Llava", method: str) -> None:
     llava = model if isinstance(model, Llava) else model.llava
     kind = method_named(method)
     shapes = decoder_linears(llava)
-    there = next((m for m in llava.modules() if isinstance(m, QuantizedLinear)), None)
+    there = method_of(llava)
     # Where an error ended it halfway, the same call goes on.
-    if there is not None and not (shapes and there.method == method):
-        raise ValueError(f"the model is {there.method} already, it cannot be quantised again")
+    if there is not None and not (shapes and there == method):
+        raise ValueError(f"the model is {there} already, it cannot be quantised again")
     check_shapes(shapes, kind)
     check_operator(method, llava.device, llava.dtype)
     for name in shapes:  # all of them, before the first is replaced
@@ -443,6 +443,12 @@ def quantize(model: "Model | Llava", method: str) -> None:
     for name in shapes:
         weight = llava.get_parameter(f"{name}.weight").detach()
         llava.set_submodule(name, kind(rounded(name, weight, kind, llava.dtype), own=True))
+
+
+def method_of(llava: Llava) -> str | None:
+    """How the decoder's weights are quantised, None where they are plain."""
+    found = (part.method for part in llava.decoder.modules() if isinstance(part, QuantizedLinear))
+    return next(found, None)
 
 
 def method_named(method: str) -> type[QuantizedLinear]:

@@ -67,7 +67,7 @@ from llava_lite.vision import VisionTower
 SIZE, PATCH, GRID = 336, 14, 24
 CROP = 8  # patches along a crop's side
 TRAIN_SEED, HELD_OUT_SEED, DECODER_SEED = 1, 2, 3
-SCENES_OF_A_STEP = 100_000  # numbers kept for a decoder step's
+SCENES_OF_A_STEP = 100_000  # how far apart the decoder's steps look for scenes
 HELD_OUT_SCENES = 64
 IGNORE = -100
 
@@ -545,7 +545,10 @@ def train_tower(args: argparse.Namespace) -> None:
         if rng.random() < 0.3:
             pixel_values, labels = mosaic_batch(scenes, rng, 8)
         else:
-            pixel_values, labels = whole_batch(scenes, rng.integers(len(scenes), size=8))
+            # A scene comes as often as it has objects: there is little else to learn from it.
+            objects = np.array([len(scene.objects) for scene in scenes.scenes])
+            indices = rng.choice(len(scenes), 8, p=objects / objects.sum())
+            pixel_values, labels = whole_batch(scenes, indices)
         return tower(pixel_values.to(args.device)).image_features, labels
 
     fit_tower("tower", tower, heads, batch, args.tower_steps, args.tower_rate, args)
@@ -1112,18 +1115,16 @@ def train_joint(args: argparse.Namespace) -> None:
     held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
     writer = Writer(load_tokenizer(args))
     tower, heads = trained_tower(args)
-    has_heads = (args.work / "tower.state.pt").exists()  # a model folder has none: theirs are fresh
+    # With a tower from a model folder the heads are fresh, and would teach it nothing.
+    has_heads = (args.work / "tower.state.pt").exists()
     projector, decoder = new_decoder(args)
     if (args.work / "decoder.state.pt").exists() or not args.start_from:
         state = torch.load(args.work / "decoder.state.pt", "cpu", weights_only=True)
         projector.load_state_dict(state["projector"])
         decoder.load_state_dict(state["decoder"])
-    modules: dict[str, nn.Module] = {
-        "tower": tower,
-        "heads": heads,
-        "projector": projector,
-        "decoder": decoder,
-    }
+    modules: dict[str, nn.Module] = {"tower": tower, "projector": projector, "decoder": decoder}
+    if has_heads:
+        modules["heads"] = heads
     rates = dict.fromkeys(modules, args.joint_rate)
     trainer = Trainer("joint", args.work, modules, rates, args.joint_steps)
     losses = []
