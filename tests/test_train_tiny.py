@@ -181,20 +181,110 @@ def test_half_an_object_has_no_shape(train_tiny: ModuleType) -> None:
 def test_place_loss_is_zero_where_every_patch_knows_its_place(train_tiny: ModuleType) -> None:
     rows, columns = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
     places = torch.stack((rows, columns), -1).flatten(0, 1) / 11.5 - 1
-    on_object = torch.zeros(1, 576, dtype=torch.bool)
-    on_object[0, 100:120] = True
-    assert train_tiny.place_loss(places[None], on_object).item() < 1e-6
-    assert train_tiny.place_loss(places.flip(-1)[None], on_object).item() > 0.3
+    circle = SceneObject("circle", "red", COLORS["red"], 100.0, 60.0, 30.0, 0.0)
+    scene = Scene(336, 336, (200, 200, 200), (circle,))
+    labels = train_tiny.stack_labels(
+        [train_tiny.label_patches(scene, draw_instances(scene, 336), (0, 0))]
+    )
+    on_object = labels.color > 0
+    assert train_tiny.place_loss(places[None], labels).item() < 1e-6
+    assert train_tiny.place_loss(places.flip(-1)[None], labels).item() > 0.3
     lost = torch.where(on_object[0, :, None], torch.zeros(2), places)
-    assert train_tiny.place_loss(lost[None], on_object).item() > 0.3
+    assert train_tiny.place_loss(lost[None], labels).item() > 0.3
+
+
+def random_tower(train_tiny: ModuleType) -> Any:
+    torch.manual_seed(0)
+    tower = train_tiny.VisionTower(TINY.vision)
+    train_tiny.initialise(tower, TINY.vision.num_blocks)
+    train_tiny.start_local(tower)
+    return tower
+
+
+def scenes_in(folder: Path, train_tiny: ModuleType, count: int) -> Any:
+    images = [train_tiny.render((1, index)) for index in range(count)]
+    np.save(folder / f"scenes_1_{count}.npy", np.stack(images))
+    return train_tiny.SceneSet(folder, 1, count)
+
+
+@torch.no_grad()
+def test_few_patches_are_seen_as_in_the_whole_image(
+    train_tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all that is left out looks like what stands for it, nothing changes."""
+    circle = SceneObject("circle", "red", COLORS["red"], 100.0, 60.0, 30.0, 0.0)
+    star = SceneObject("star", "blue", COLORS["blue"], 250.0, 200.0, 45.0, 0.4)
+    scene = Scene(336, 336, (200, 200, 200), (circle, star))
+    image = np.array(draw_scene(scene, supersample=1))[None]
+    pixels = train_tiny.to_pixel_values(image)
+    labels = train_tiny.stack_labels(
+        [train_tiny.label_patches(scene, draw_instances(scene, 336), (0, 0))]
+    )
+    tower = random_tower(train_tiny)
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(train_tiny, "FEW_PATCHES", 576)
+    features, same = train_tiny.see_few(tower, pixels, labels, rng)
+    everything = tower(pixels).image_features
+    torch.testing.assert_close(features, everything, atol=1e-4, rtol=1e-4)
+    assert torch.equal(same.color, labels.color)
+
+    monkeypatch.setattr(train_tiny, "FEW_PATCHES", 160)
+    tower.pos_embed.zero_()  # one background patch is like another now
+    everything = tower(pixels).image_features
+    patches, size = train_tiny.few_patches(labels, np.random.default_rng(1))
+    features, some = train_tiny.see_few(tower, pixels, labels, np.random.default_rng(1))
+    assert features.shape == (1, 160, 192)
+    torch.testing.assert_close(features, everything[:, patches[0]], atol=1e-4, rtol=1e-4)
+    assert torch.equal(some.color, labels.color[:, patches[0]])
+    assert torch.equal(some.own, labels.own[:, patches[0]])
+    monkeypatch.setattr(
+        train_tiny, "few_patches", lambda *_: (patches, torch.ones_like(size))
+    )  # the test would see it
+    unweighted, _ = train_tiny.see_few(tower, pixels, labels, rng)
+    assert (unweighted - features).abs().max() > 0.01
+
+
+def test_few_patches_hold_the_objects_and_stand_for_all(train_tiny: ModuleType) -> None:
+    area = torch.zeros(2, 576)
+    area[0, [24 * 5 + 5, 24 * 5 + 6]] = 2
+    area[1, :500] = 500  # more than there is room for
+    labels = SimpleNamespace(area=area)
+    patches, size = train_tiny.few_patches(labels, np.random.default_rng(0))
+    assert patches.shape == size.shape == (2, train_tiny.FEW_PATCHES)
+    assert (patches.diff(dim=1) > 0).all()
+    torch.testing.assert_close(size.sum(1), torch.tensor([576.0, 576.0]))
+    ring = {24 * row + column for row in (4, 5, 6) for column in (4, 5, 6, 7)}
+    assert ring <= set(patches[0].tolist())
+    assert set(patches[0][size[0] == 1].tolist()) == ring
+    far = patches[1] >= 500 + 25  # the last object patch is number 499
+    assert far.sum() == 32
+    assert size[1][far].unique().tolist() == [pytest.approx(51 / 32)]
+    other = train_tiny.few_patches(labels, np.random.default_rng(1))[0]
+    assert not torch.equal(other[0], patches[0])
+
+
+def test_fresh_readers_learn_from_a_tower_that_stays_as_it_is(
+    train_tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes = scenes_in(tmp_path, train_tiny, 4)
+    tower, heads = random_tower(train_tiny), train_tiny.PatchHeads(192)
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    features = train_tiny.see(tower, scenes.pixels, "cpu").float()
+    labels = train_tiny.whole_batch(scenes, range(4))[1]
+    with torch.no_grad():
+        untrained = train_tiny.patch_loss(heads(features), labels)
+    monkeypatch.setattr(train_tiny, "HEAD_STEPS", 40)
+    train_tiny.fit_heads(tower, heads, scenes)
+    with torch.no_grad():
+        assert train_tiny.patch_loss(heads(features), labels) < 0.7 * untrained
+    for name, value in tower.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(parameter.grad is None for parameter in tower.parameters())
 
 
 def test_carriers_tell_every_patch_where_it_is(train_tiny: ModuleType) -> None:
     """Through all blocks, whatever the image shows."""
-    torch.manual_seed(0)
-    tower, heads = train_tiny.VisionTower(TINY.vision), train_tiny.PatchHeads(192)
-    train_tiny.initialise(tower, TINY.vision.num_blocks)
-    train_tiny.start_local(tower)
+    tower, heads = random_tower(train_tiny), train_tiny.PatchHeads(192)
     images = np.stack([train_tiny.render((7, index)) for index in range(8)])
     scenes = SimpleNamespace(pixels=images)
     train_tiny.carry_places(tower, heads, scenes)
@@ -217,8 +307,7 @@ def test_carriers_tell_every_patch_where_it_is(train_tiny: ModuleType) -> None:
 def test_crops_have_no_place_in_an_image_to_learn(train_tiny: ModuleType, tmp_path: Path) -> None:
     """Neither a third nor a spot nor an extent is theirs, also where nine tile an image: what
     the readers say of these changes no loss."""
-    np.save(tmp_path / "scenes_1_6.npy", np.stack([train_tiny.render((1, n)) for n in range(6)]))
-    scenes = train_tiny.SceneSet(tmp_path, 1, 6)
+    scenes = scenes_in(tmp_path, train_tiny, 6)
     mosaic = train_tiny.mosaic_batch(scenes, np.random.default_rng(0), 2)[1]
     whole = train_tiny.whole_batch(scenes, [0, 1])[1]
     torch.manual_seed(0)
@@ -264,8 +353,8 @@ def test_a_stage_goes_on_as_if_nothing_had_happened(train_tiny: ModuleType, tmp_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--start-from weights", "--start-from goes with --stage decoder, joint or export"),
-        ("--stage tower --start-from weights", "goes with --stage decoder"),
+        ("--start-from weights", "--start-from goes with --stage tower, decoder, joint or export"),
+        ("--stage crops --start-from weights", "goes with --stage tower"),
         ("--scene-seed 1", "--scene-seed must be 3 or more"),
         ("--scene-seed -1", "--scene-seed must be 3 or more"),
     ],
@@ -359,3 +448,9 @@ def test_all_stages_in_miniature(
     monkeypatch.setattr(sys, "argv", [*command, *later, str(tmp_path / "later")])
     train_tiny.main()
     assert sorted(path.name for path in (tmp_path / "later").glob("*.pt")) == ["joint.state.pt"]
+    monkeypatch.setattr(train_tiny, "HEAD_STEPS", 2)
+    again = ["--stage", "tower", *later[2:], str(tmp_path / "later")]
+    monkeypatch.setattr(sys, "argv", [*command, *again])
+    train_tiny.main()
+    states = sorted(path.name for path in (tmp_path / "later").glob("*.pt"))
+    assert states == ["joint.state.pt", "tower.state.pt"]

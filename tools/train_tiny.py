@@ -62,6 +62,7 @@ from llava_lite.scenes import (
     sample_scene,
 )
 from llava_lite.tokenizer import Tokenizer, train_tokenizer
+from llava_lite.tome import Merged
 from llava_lite.vision import VisionTower
 
 SIZE, PATCH, GRID = 336, 14, 24
@@ -135,7 +136,9 @@ class PatchLabels:
     `offset` (B, P, 2) from patch to object centre in patches; `spot` (B, P, 2) the object's centre
     in the image without its padding, -1..1 from edge to edge; `extent` (B, P, 2) width and height
     of that image in sides of the padded square, the same for all patches; both NaN in crops;
-    `area` (B, P) how many patches belong to its object, 0 in the background."""
+    `area` (B, P) how many patches belong to its object, 0 in the background; `own` (B, P, 2) the
+    row and column of the patch itself, -1..1 from edge to edge of the padded image, NaN in crops,
+    which may lie anywhere."""
 
     color: Tensor
     shape: Tensor
@@ -146,6 +149,17 @@ class PatchLabels:
     spot: Tensor
     extent: Tensor
     area: Tensor
+    own: Tensor
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are images of the full size, or some of their patches; not crops."""
+        return bool(self.own.isfinite().all())
+
+    def at(self, patches: Tensor) -> "PatchLabels":
+        """Only the labels of some patches of each image, (B, N) by number."""
+        index = torch.arange(len(patches))[:, None], patches
+        return PatchLabels(**{name: value[index] for name, value in vars(self).items()})
 
     def to(self, device: str) -> "PatchLabels":
         """The same labels on another device."""
@@ -193,12 +207,15 @@ def label_patches(scene: Scene, instances: np.ndarray, corner: tuple[int, int]) 
         "spot": spots[owner].astype(np.float32),
         "extent": np.tile(extent, (grid * grid, 1)),
         "area": (owner[:, None] == owner).sum(1) * np.float32(~background),
+        "own": np.full((grid * grid, 2), np.nan, np.float32),
     }
 
 
 def stack_labels(labels: Sequence[dict[str, Any]]) -> PatchLabels:
     """Labels of a batch as tensors."""
     stacked = {key: torch.from_numpy(np.stack([one[key] for one in labels])) for key in labels[0]}
+    if stacked["own"].shape[1] == GRID * GRID:
+        stacked["own"] = patch_places().repeat(len(labels), 1, 1)
     return PatchLabels(**stacked)
 
 
@@ -320,7 +337,7 @@ def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
     )
     offset = F.smooth_l1_loss(read["offset"][on_object], labels.offset[on_object], beta=0.1)
     loss = color + shape + 0.7 * digit + center + 0.5 * offset
-    if labels.color.shape[1] == GRID * GRID:
+    if labels.whole:
         third = labelled_loss(read["third"], labels.third)
         # Three objects in four lie within a tenth of the image of a border between thirds: what
         # must become sharp is the centre. It takes the size of the image without its padding, which
@@ -328,7 +345,7 @@ def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
         spot = known_loss(read["spot"][on_object], labels.spot[on_object])
         extent = known_loss(read["extent"], labels.extent)
         extent = extent + 3 * known_loss(read["extent"][on_object], labels.extent[on_object])
-        loss = loss + third + 4 * (spot + extent) + place_loss(read["place"], on_object)
+        loss = loss + third + 4 * (spot + extent) + place_loss(read["place"], labels)
         loss = loss + share_loss(read["share"].squeeze(-1), labels.area)
     return loss
 
@@ -345,18 +362,17 @@ def share_loss(read: Tensor, area: Tensor) -> Tensor:
     return 0.05 * each + 0.01 * total
 
 
-def place_loss(read: Tensor, on_object: Tensor) -> Tensor:
+def place_loss(read: Tensor, labels: PatchLabels) -> Tensor:
     """How far from its own row and column each patch of a whole image (B, P, 2) believes to be, in
-    halves of the image. Left to themselves, the tower's features forget it, those of objects (B, P)
-    first, and then the decoder cannot say where anything is."""
-    places = patch_places(read.device).expand_as(read)  # (B, P, 2)
-    distances = F.smooth_l1_loss(read, places, beta=0.02, reduction="none").mean(-1)
-    return distances.mean() + 3 * distances[on_object].mean()
+    halves of the image. Left to themselves, the tower's features forget it, those of objects first,
+    and then the decoder cannot say where anything is."""
+    distances = F.smooth_l1_loss(read, labels.own, beta=0.02, reduction="none").mean(-1)
+    return distances.mean() + 3 * distances[labels.color > 0].mean()
 
 
-def patch_places(device: torch.device) -> Tensor:
+def patch_places() -> Tensor:
     """Row and column of every patch, -1..1 from edge to edge, (P, 2)."""
-    steps = torch.linspace(-1, 1, GRID, device=device)
+    steps = torch.linspace(-1, 1, GRID)
     return torch.cartesian_prod(steps, steps)
 
 
@@ -524,7 +540,9 @@ def train_crops(args: argparse.Namespace) -> None:
     initialise(tower, TINY.vision.num_blocks)
     start_local(tower)
 
-    def batch(scenes: SceneSet, rng: np.random.Generator) -> tuple[Tensor, PatchLabels]:
+    def batch(
+        scenes: SceneSet, rng: np.random.Generator, progress: float
+    ) -> tuple[Tensor, PatchLabels]:
         pixel_values, labels = crop_batch(scenes, rng, 64)
         return see_crops(tower, pixel_values.to(args.device), rng), labels
 
@@ -537,22 +555,91 @@ def train_tower(args: argparse.Namespace) -> None:
     tower, heads = trained_tower(args, "crops")
     if not (args.work / "tower.state.pt").exists():
         scenes = SceneSet(args.work, TRAIN_SEED, args.scenes).head(2048)
-        carry_places(tower, heads, scenes)
-        show_extent(tower, scenes)
+        if args.start_from:
+            fit_heads(tower, heads, scenes.head(512))
+        else:
+            carry_places(tower, heads, scenes)
+            show_extent(tower, scenes)
         fit_places(tower, heads, scenes.head(256))
 
-    def batch(scenes: SceneSet, rng: np.random.Generator) -> tuple[Tensor, PatchLabels]:
-        if rng.random() < 0.3:
+    def batch(
+        scenes: SceneSet, rng: np.random.Generator, progress: float
+    ) -> tuple[Tensor, PatchLabels]:
+        if rng.random() < 0.2:
             pixel_values, labels = mosaic_batch(scenes, rng, 8)
-        else:
-            # A scene comes as often as it has objects: there is little else to learn from it.
-            objects = np.array([len(scene.objects) for scene in scenes.scenes])
-            indices = rng.choice(len(scenes), 8, p=objects / objects.sum())
-            pixel_values, labels = whole_batch(scenes, indices)
+            return tower(pixel_values.to(args.device)).image_features, labels
+        # A scene comes as often as it has objects: there is little else to learn from it.
+        objects = np.array([len(scene.objects) for scene in scenes.scenes])
+        few = progress < FEW_PATCHES_UNTIL
+        indices = rng.choice(len(scenes), 16 if few else 8, p=objects / objects.sum())
+        pixel_values, labels = whole_batch(scenes, indices)
+        if few:
+            return see_few(tower, pixel_values.to(args.device), labels, rng)
         return tower(pixel_values.to(args.device)).image_features, labels
 
     fit_tower("tower", tower, heads, batch, args.tower_steps, args.tower_rate, args)
 
+
+# Of most images the tower sees few patches, which takes a third of the time. It ends with all.
+FEW_PATCHES, FEW_PATCHES_UNTIL = 191, 0.75
+
+
+def see_few(
+    tower: VisionTower, pixel_values: Tensor, labels: PatchLabels, rng: np.random.Generator
+) -> tuple[Tensor, PatchLabels]:
+    """The tower on FEW_PATCHES patches of each image, and their labels: those of objects and next
+    to them, and some of the others, each of which stands for those left out. Attention counts them
+    as often, as if they had merged (tome.py), and so sees on average what it would in all."""
+    patches, size = few_patches(labels, rng)
+    x = tower.embed(pixel_values)
+    tokens = F.pad(patches + 1, (1, 0)).to(x.device)  # the class token in front
+    merged = Merged(tokens, F.pad(size, (1, 0), value=1.0).to(x.device))
+    x = tower.pre_norm(x.gather(1, tokens[..., None].expand(-1, -1, x.shape[2])))
+    for block in tower.blocks:
+        x, _ = block(x, merged, step=None)
+    return x[:, 1:], labels.at(patches)
+
+
+def few_patches(labels: PatchLabels, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Which patches `see_few` takes, ascending (B, FEW_PATCHES), and how many each stands for."""
+    area = rearrange(labels.area, "b (r c) -> b 1 r c", r=GRID)
+    near = F.max_pool2d(area, 3, stride=1, padding=1).flatten(1) > 0
+    chosen, sizes = [], []
+    for is_near in near.numpy():
+        size = np.ones(GRID * GRID, np.float32)
+        kept, room = [], FEW_PATCHES
+        # Objects may fill an image; some background must be seen all the same.
+        for kind, most in ((is_near, FEW_PATCHES - 32), (~is_near, FEW_PATCHES)):
+            numbers = np.flatnonzero(kind)
+            some = rng.permutation(numbers)[: min(most, room)]
+            size[some] = len(numbers) / max(len(some), 1)
+            kept.append(some)
+            room -= len(some)
+        chosen.append(np.sort(np.concatenate(kept)))
+        sizes.append(size[chosen[-1]])
+    return torch.from_numpy(np.stack(chosen)), torch.from_numpy(np.stack(sizes))
+
+
+def fit_heads(tower: VisionTower, heads: PatchHeads, scenes: SceneSet) -> None:
+    """Let fresh readers learn what a given tower knows, which stays as it is: what they pulled it
+    by before they can read would only harm it."""
+    device = str(tower.pos_embed.device)
+    seen = []
+    for start in range(0, len(scenes), 16):
+        stop = min(start + 16, len(scenes))
+        _, labels = whole_batch(scenes, range(start, stop))
+        seen.append((see(tower, scenes.pixels[start:stop], device).float(), labels.to(device)))
+    optimizer = torch.optim.Adam(heads.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, HEAD_STEPS)
+    for step in tqdm(range(HEAD_STEPS), "heads"):
+        features, labels = seen[step % len(seen)]
+        patch_loss(heads(features), labels).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+HEAD_STEPS = 600
 
 # Of the position table in front of its norm, and of what leaves it: a patch of an image has there a
 # length of 25, what passes the blocks one of 15 to 100.
@@ -615,9 +702,8 @@ def fit_places(tower: VisionTower, heads: PatchHeads, scenes: SceneSet) -> None:
         pixels, labels = whole_batch(scenes, range(start, min(start + 16, len(scenes))))
         features = heads.norm(tower(pixels.to(tower.pos_embed.device)).image_features)
         on_object = labels.color > 0
-        own = patch_places(features.device).expand(len(pixels), -1, -1)
         inputs.append(features[on_object])
-        known = torch.cat((own, labels.spot.to(own), labels.extent.to(own)), dim=-1)
+        known = torch.cat((labels.own, labels.spot, labels.extent), dim=-1).to(features)
         targets.append(known[on_object])
     x, wanted = torch.cat(inputs).double(), torch.cat(targets).double()
     centered = x - x.mean(0)
@@ -703,12 +789,13 @@ def fit_tower(
     name: str,
     tower: VisionTower,
     heads: PatchHeads,
-    batch: Callable[[SceneSet, np.random.Generator], tuple[Tensor, PatchLabels]],
+    batch: Callable[[SceneSet, np.random.Generator, float], tuple[Tensor, PatchLabels]],
     steps: int,
     rate: float,
     args: argparse.Namespace,
 ) -> None:
-    """Train tower and heads on the features and labels that `batch` gives."""
+    """Train tower and heads on the features and labels that `batch` gives, told how far the stage
+    is, 0..1."""
     train = SceneSet(args.work, TRAIN_SEED, args.scenes)
     held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
     modules: dict[str, nn.Module] = {"tower": tower.to(args.device), "heads": heads.to(args.device)}
@@ -716,7 +803,9 @@ def fit_tower(
     losses = []
     for step in trainer.run():
         with autocast(args.device), attention(args.device):
-            features, labels = batch(train, np.random.default_rng([step, *name.encode()]))
+            features, labels = batch(
+                train, np.random.default_rng([step, *name.encode()]), step / steps
+            )
             loss = patch_loss(heads(features), labels.to(args.device))
         trainer.update(loss)
         losses.append(loss.item())
@@ -752,13 +841,14 @@ def measure_tower(
         results[f"{name}_center_iou"] = round(
             float((found & (labels.center > 0)).sum() / (found | (labels.center > 0)).sum()), 3
         )
-    on_object = (labels.color > 0).to(args.device)
-    results["whole_place_loss"] = round(place_loss(read["place"], on_object).item(), 4)
+    labels = labels.to(args.device)
+    on_object = labels.color > 0
+    results["whole_place_loss"] = round(place_loss(read["place"], labels).item(), 4)
     counted = read["share"].squeeze(-1).sum(1).cpu().round()
     objects = torch.tensor([len(scene.objects) for scene in scenes.scenes[: len(counted)]])
     results["whole_count"] = round((counted == objects).float().mean().item(), 3)
     for key in ("spot", "extent"):
-        misses = (read[key] - getattr(labels, key).to(args.device)).abs()[on_object]
+        misses = (read[key] - getattr(labels, key)).abs()[on_object]
         results[f"whole_{key}_error"] = round(misses.mean().item(), 4)
     return results
 
@@ -1193,7 +1283,7 @@ def main() -> None:
         "--start-from",
         type=Path,
         metavar="DIR",
-        help="model folder that decoder or joint goes on from, where they have no state yet",
+        help="model folder that tower, decoder or joint goes on from, where there is no state yet",
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scenes", type=int, default=16000)
@@ -1223,8 +1313,8 @@ def main() -> None:
     parser.add_argument("--joint-batch", type=int, default=8, help="images")
     parser.add_argument("--joint-rate", type=float, default=2e-4)
     args = parser.parse_args()
-    if args.start_from and args.stage not in ("decoder", "joint", "export"):
-        parser.error("--start-from goes with --stage decoder, joint or export")
+    if args.start_from and args.stage not in ("tower", "decoder", "joint", "export"):
+        parser.error("--start-from goes with --stage tower, decoder, joint or export")
     if args.scene_seed in (TRAIN_SEED, HELD_OUT_SEED) or args.scene_seed < 0:
         parser.error(f"--scene-seed must be {DECODER_SEED} or more")
     args.work.mkdir(parents=True, exist_ok=True)
