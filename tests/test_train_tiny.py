@@ -4,6 +4,7 @@ the same to the decoder as one question alone; and all of its stages, in miniatu
 import json
 import math
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -183,9 +184,7 @@ def test_place_loss_is_zero_where_every_patch_knows_its_place(train_tiny: Module
     places = torch.stack((rows, columns), -1).flatten(0, 1) / 11.5 - 1
     circle = SceneObject("circle", "red", COLORS["red"], 100.0, 60.0, 30.0, 0.0)
     scene = Scene(336, 336, (200, 200, 200), (circle,))
-    labels = train_tiny.stack_labels(
-        [train_tiny.label_patches(scene, draw_instances(scene, 336), (0, 0))]
-    )
+    labels = train_tiny.label_scenes([scene])
     on_object = labels.color > 0
     assert train_tiny.place_loss(places[None], labels).item() < 1e-6
     assert train_tiny.place_loss(places.flip(-1)[None], labels).item() > 0.3
@@ -208,57 +207,81 @@ def scenes_in(folder: Path, train_tiny: ModuleType, count: int) -> Any:
 
 
 @torch.no_grad()
-def test_few_patches_are_seen_as_in_the_whole_image(
-    train_tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_patches_are_seen_as_in_the_whole_image(train_tiny: ModuleType) -> None:
     """Where all that is left out looks like what stands for it, nothing changes."""
     circle = SceneObject("circle", "red", COLORS["red"], 100.0, 60.0, 30.0, 0.0)
     star = SceneObject("star", "blue", COLORS["blue"], 250.0, 200.0, 45.0, 0.4)
     scene = Scene(336, 336, (200, 200, 200), (circle, star))
     image = np.array(draw_scene(scene, supersample=1))[None]
     pixels = train_tiny.to_pixel_values(image)
-    labels = train_tiny.stack_labels(
-        [train_tiny.label_patches(scene, draw_instances(scene, 336), (0, 0))]
+    patches, size = train_tiny.few_patches(
+        train_tiny.label_scenes([scene]), np.random.default_rng(0)
     )
     tower = random_tower(train_tiny)
-    rng = np.random.default_rng(0)
-    monkeypatch.setattr(train_tiny, "FEW_PATCHES", 576)
-    features, same = train_tiny.see_few(tower, pixels, labels, rng)
     everything = tower(pixels).image_features
-    torch.testing.assert_close(features, everything, atol=1e-4, rtol=1e-4)
-    assert torch.equal(same.color, labels.color)
+    for size_of_all in (torch.ones(1, 576), None):
+        seen = train_tiny.see_patches(tower, pixels, torch.arange(576)[None], size_of_all)
+        torch.testing.assert_close(seen, everything, atol=1e-4, rtol=1e-4)
 
-    monkeypatch.setattr(train_tiny, "FEW_PATCHES", 160)
     tower.pos_embed.zero_()  # one background patch is like another now
-    everything = tower(pixels).image_features
-    patches, size = train_tiny.few_patches(labels, np.random.default_rng(1))
-    features, some = train_tiny.see_few(tower, pixels, labels, np.random.default_rng(1))
-    assert features.shape == (1, 160, 192)
-    torch.testing.assert_close(features, everything[:, patches[0]], atol=1e-4, rtol=1e-4)
-    assert torch.equal(some.color, labels.color[:, patches[0]])
-    assert torch.equal(some.own, labels.own[:, patches[0]])
-    monkeypatch.setattr(
-        train_tiny, "few_patches", lambda *_: (patches, torch.ones_like(size))
-    )  # the test would see it
-    unweighted, _ = train_tiny.see_few(tower, pixels, labels, rng)
-    assert (unweighted - features).abs().max() > 0.01
+    everything = tower(pixels).image_features[:, patches[0]]
+    seen = train_tiny.see_patches(tower, pixels, patches, size)
+    torch.testing.assert_close(seen, everything, atol=1e-4, rtol=1e-4)
+    unweighted = train_tiny.see_patches(tower, pixels, patches, torch.ones_like(size))
+    assert (unweighted - everything).abs().max() > 0.01  # the test would see it
+
+
+def test_only_the_end_of_a_stage_sees_all_patches(
+    train_tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes = [train_tiny.make_scene(5, index) for index in range(2)]
+    labels = train_tiny.label_scenes(scenes)
+    patches, size = train_tiny.choose_patches(labels, 0.84, np.random.default_rng(0))
+    assert patches.shape == size.shape == (2, train_tiny.FEW_PATCHES)
+    everything, size = train_tiny.choose_patches(labels, 0.85, np.random.default_rng(0))
+    assert size is None and everything.tolist() == [list(range(576))] * 2
+
+    for background in (0, 576):
+        monkeypatch.setattr(train_tiny, "JOINT_PATCHES", (background,))
+        shown = train_tiny.show_patches(scenes, patches.numpy(), np.random.default_rng(0))
+        for scene, seen, some in zip(scenes, patches.numpy(), shown, strict=True):
+            cells = draw_instances(scene, 336).reshape(24, 14, 24, 14).any(axis=(1, 3))
+            cells[12], cells[:, 12] = True, True  # where the padding begins
+            expected = set(np.flatnonzero(cells)) if background == 0 else set(range(576))
+            assert set(seen[some]) == expected & set(seen)
+
+
+def test_labels_of_some_patches(train_tiny: ModuleType) -> None:
+    labels = train_tiny.label_scenes([train_tiny.make_scene(5, index) for index in range(2)])
+    assert labels.whole
+    some = labels.at(torch.tensor([[3, 200], [0, 575]]))
+    assert some.whole
+    for name, value in vars(labels).items():
+        expected = torch.stack([value[0, [3, 200]], value[1, [0, 575]]])
+        torch.testing.assert_close(getattr(some, name), expected, equal_nan=True)
 
 
 def test_few_patches_hold_the_objects_and_stand_for_all(train_tiny: ModuleType) -> None:
-    area = torch.zeros(2, 576)
+    few = train_tiny.FEW_PATCHES
+    area = torch.zeros(3, 576)
     area[0, [24 * 5 + 5, 24 * 5 + 6]] = 2
-    area[1, :500] = 500  # more than there is room for
+    area[1, : 24 * 7] = 24 * 7  # with the row below more than there is room for
+    area[2, :500] = 500
     labels = SimpleNamespace(area=area)
     patches, size = train_tiny.few_patches(labels, np.random.default_rng(0))
-    assert patches.shape == size.shape == (2, train_tiny.FEW_PATCHES)
+    assert patches.shape == size.shape == (3, few)
     assert (patches.diff(dim=1) > 0).all()
-    torch.testing.assert_close(size.sum(1), torch.tensor([576.0, 576.0]))
     ring = {24 * row + column for row in (4, 5, 6) for column in (4, 5, 6, 7)}
-    assert ring <= set(patches[0].tolist())
     assert set(patches[0][size[0] == 1].tolist()) == ring
-    far = patches[1] >= 500 + 25  # the last object patch is number 499
-    assert far.sum() == 32
-    assert size[1][far].unique().tolist() == [pytest.approx(51 / 32)]
+    assert patches[1][: 24 * 7].tolist() == list(range(24 * 7))  # objects go before the ring
+    for row, objects, around in ((1, 24 * 7, 24 * 8), (2, 500, 525)):
+        far = patches[row] >= around
+        assert far.sum() == few - max(few - 32, 0) == 32
+        assert size[row][far].unique().tolist() == [pytest.approx((576 - around) / 32)]
+        near = size[row][patches[row] < objects].unique().tolist()
+        assert near == [pytest.approx(max(1, objects / (few - 32)))]
+    # What has no room at all is stood for by nothing: the ring of the fullest image.
+    assert size.sum(1).tolist() == [pytest.approx(total) for total in (576, 576, 551)]
     other = train_tiny.few_patches(labels, np.random.default_rng(1))[0]
     assert not torch.equal(other[0], patches[0])
 
@@ -377,10 +400,8 @@ def test_what_would_not_do_what_it_says_is_refused(
 def test_the_decoder_never_sees_a_scene_twice(train_tiny: ModuleType) -> None:
     """Nor one that the tower was trained on; at first only those of few objects. Where a run goes
     on, it gets what it would have got."""
-    args = SimpleNamespace(
-        scene_seed=3, decoder_batch=4, decoder_steps=8, start_from=None, drawers=0
-    )
-    batches = list(train_tiny.fresh_batches(args, 0))
+    args = SimpleNamespace(scene_seed=3, drawers=0)
+    batches = list(train_tiny.fresh_batches(args, range(8), 4, late=False))
     assert len(batches) == 8
     scenes = [scene for drawn, _ in batches for scene in drawn]
     assert len({repr(scene) for scene in scenes}) == len(scenes) == 32
@@ -390,28 +411,30 @@ def test_the_decoder_never_sees_a_scene_twice(train_tiny: ModuleType) -> None:
         most = 2 + int(step / 8 / 0.075)
         assert max(len(scene.objects) for scene in drawn) <= most
         assert pixels.shape == (4, 336, 336, 3)
-    tasks = train_tiny.scene_tasks(args, 7, 6)
+    tasks = train_tiny.scene_tasks(3, 7, 4, 6, late=False)
     for task, scene, image in zip(tasks, *batches[7], strict=True):
         assert scene == train_tiny.make_scene(*task)
         np.testing.assert_array_equal(image, train_tiny.render(task))
-    [(_, last)] = train_tiny.fresh_batches(args, 7)
+    [(_, last)] = train_tiny.fresh_batches(args, range(7, 8), 4, late=False)
     np.testing.assert_array_equal(last, batches[7][1])
-    late = SimpleNamespace(**{**vars(args), "start_from": "weights"})
-    [(drawn, _), *_] = train_tiny.fresh_batches(late, 0)
+    [(drawn, _), *_] = train_tiny.fresh_batches(args, range(8), 4, late=True)
     assert max(len(scene.objects) for scene in drawn) > 2
 
 
-def test_a_decoder_that_goes_on_sees_mostly_full_scenes(train_tiny: ModuleType) -> None:
-    """Of those with fewer than four objects, half of all, a third."""
+def test_late_scenes_are_mostly_full_and_have_digits(train_tiny: ModuleType) -> None:
+    """Of those with fewer than four objects, half of all, a third; of those without a digit,
+    half."""
 
-    def few(start_from: str | None) -> int:
-        args = SimpleNamespace(scene_seed=5, decoder_batch=300, start_from=start_from)
-        tasks = train_tiny.scene_tasks(args, 0, 6)
+    def counts(late: bool) -> tuple[int, int]:
+        tasks = train_tiny.scene_tasks(5, 0, 300, 6, late)
         assert len(set(tasks)) == len(tasks) == 300
-        return sum(len(train_tiny.make_scene(*task).objects) < 4 for task in tasks)
+        scenes = [train_tiny.make_scene(*task).objects for task in tasks]
+        few = sum(len(objects) < 4 for objects in scenes)
+        return few, sum(any(one.digit is not None for one in objects) for objects in scenes)
 
-    assert 125 < few(None) < 175  # 150 +- 9
-    assert 50 < few("weights") < 100  # 75 +- 8
+    early, late = counts(False), counts(True)
+    assert 125 < early[0] < 175 and 35 < late[0] < 85
+    assert 90 < early[1] < 140 and 165 < late[1] < 225
 
 
 def test_all_stages_in_miniature(
@@ -419,15 +442,23 @@ def test_all_stages_in_miniature(
 ) -> None:
     """From nothing to a folder that loads and answers; run again, it has nothing left to do."""
     monkeypatch.setattr(train_tiny, "HELD_OUT_SCENES", 2)
+    monkeypatch.setattr(train_tiny, "FEW_PATCHES_UNTIL", 0.5)  # both ways to see are taken
+    asked, fresh_batches = [], train_tiny.fresh_batches
+
+    def spy(args: Any, steps: range, batch: int, late: bool) -> Any:
+        asked.append(steps)
+        return fresh_batches(args, steps, batch, late)
+
+    monkeypatch.setattr(train_tiny, "fresh_batches", spy)
     for seed, count in ((1, 12), (2, 2)):
         images = np.stack([train_tiny.render((seed, index)) for index in range(count)])
         np.save(tmp_path / f"scenes_{seed}_{count}.npy", images)
     amounts = (
-        "crop-steps 1 tower-steps 2 decoder-steps 1 joint-steps 1 decoder-batch 1 joint-batch 1"
+        "crop-steps 1 tower-steps 2 decoder-steps 1 joint-steps 2 decoder-batch 1 joint-batch 2"
     )
     pairs = zip(amounts.split()[::2], amounts.split()[1::2], strict=True)
     flags = [text for name, value in pairs for text in (f"--{name}", value)]
-    flags += ["--scenes", "12", "--drawers", "0", "--questions", "2"]
+    flags += "--scenes 12 --drawers 0 --questions 2 --joint-questions 2".split()
     command = ["train_tiny.py", "--work", str(tmp_path), "--out", str(tmp_path / "out"), *flags]
     monkeypatch.setattr(sys, "argv", command)
     train_tiny.main()
@@ -441,6 +472,8 @@ def test_all_stages_in_miniature(
     state = (tmp_path / "joint.state.pt").stat().st_mtime_ns
     train_tiny.main()
     assert (tmp_path / "joint.state.pt").stat().st_mtime_ns == state
+    steps = [line["step"] for line in lines]
+    assert steps == [1, 2, 1, 2] and asked[:2] == [range(0, 1), range(1, 3)]
     later = ["--stage", "joint", "--start-from", str(tmp_path / "out"), "--work"]
     (tmp_path / "later").mkdir()
     for path in tmp_path.glob("scenes_*"):
@@ -448,9 +481,22 @@ def test_all_stages_in_miniature(
     monkeypatch.setattr(sys, "argv", [*command, *later, str(tmp_path / "later")])
     train_tiny.main()
     assert sorted(path.name for path in (tmp_path / "later").glob("*.pt")) == ["joint.state.pt"]
-    monkeypatch.setattr(train_tiny, "HEAD_STEPS", 2)
+    # A tower that goes on is the one of the folder, whatever the work folder holds of crops.
+    (tmp_path / "later" / "crops.state.pt").symlink_to(tmp_path / "crops.state.pt")
+    given = {}
+    monkeypatch.setattr(
+        train_tiny, "fit_heads", lambda tower, *_: given.update(deepcopy(tower.state_dict()))
+    )
     again = ["--stage", "tower", *later[2:], str(tmp_path / "later")]
     monkeypatch.setattr(sys, "argv", [*command, *again])
     train_tiny.main()
-    states = sorted(path.name for path in (tmp_path / "later").glob("*.pt"))
-    assert states == ["joint.state.pt", "tower.state.pt"]
+    assert (tmp_path / "later" / "tower.state.pt").exists()
+    for name, value in model.llava.vision.state_dict().items():
+        assert torch.equal(given[name], value.float()), name
+    # A joint stage begun without readers goes on without them.
+    monkeypatch.setattr(
+        sys, "argv", [*command, *later, str(tmp_path / "later"), "--joint-steps", "3"]
+    )
+    train_tiny.main()
+    joint = torch.load(tmp_path / "later" / "joint.state.pt", weights_only=True)
+    assert joint["step"] == 3 and "heads" not in joint

@@ -7,10 +7,11 @@
 
 The stages are LLaVA's own in small. `crops` and `tower` teach the vision tower what every patch
 belongs to (shape, color, digit, centre of its object) and where it lies, first on crops around
-objects, which are cheap, then on images of the full size. `decoder` trains projector and decoder on
-the frozen tower's features of scenes that are always new, with most background patches left out.
-`joint` trains everything on whole images. `export` writes the folder that `llava_lite.load` reads.
-The scenes of all other stages are drawn once, at the start.
+objects, which are cheap, then on images of the full size, most of them by few of their patches.
+`decoder` trains projector and decoder on the frozen tower's features of scenes that are always new,
+with most background patches left out. `joint` trains everything on other new scenes, of which the
+tower sees few patches until shortly before the end. `export` writes the folder that
+`llava_lite.load` reads. The scenes of crops and tower are drawn once, at the start.
 
 Every image stands in front of many questions at once: each question block sees the image and
 itself, not its neighbours, and takes the positions it would have alone.
@@ -68,7 +69,7 @@ from llava_lite.vision import VisionTower
 SIZE, PATCH, GRID = 336, 14, 24
 CROP = 8  # patches along a crop's side
 TRAIN_SEED, HELD_OUT_SEED, DECODER_SEED = 1, 2, 3
-SCENES_OF_A_STEP = 100_000  # how far apart the decoder's steps look for scenes
+SCENES_OF_A_STEP = 100_000  # how far apart the steps of decoder and joint look for scenes
 HELD_OUT_SCENES = 64
 IGNORE = -100
 
@@ -276,11 +277,13 @@ def mosaic_batch(
 
 def whole_batch(scenes: SceneSet, indices: Sequence[int]) -> tuple[Tensor, PatchLabels]:
     """Whole images with the labels of their 576 patches."""
-    labels = [
-        label_patches(scenes.scenes[i], draw_instances(scenes.scenes[i], SIZE), (0, 0))
-        for i in indices
-    ]
-    return to_pixel_values(scenes.pixels[np.asarray(indices)]), stack_labels(labels)
+    pixel_values = to_pixel_values(scenes.pixels[np.asarray(indices)])
+    return pixel_values, label_scenes([scenes.scenes[i] for i in indices])
+
+
+def label_scenes(scenes: Sequence[Scene]) -> PatchLabels:
+    """The labels of all 576 patches of scenes."""
+    return stack_labels([label_patches(one, draw_instances(one, SIZE), (0, 0)) for one in scenes])
 
 
 # ------------------------------------------------------------------------------- tower
@@ -501,7 +504,7 @@ class Trainer:
         bar = tqdm(range(self.step, self.steps), self.name, initial=self.step, total=self.steps)
         for step in bar:
             yield step
-            if self.step % 250 == 0 or self.step == self.steps:
+            if self.step % 100 == 0 or self.step == self.steps:
                 self.save()
 
 
@@ -552,8 +555,9 @@ def train_crops(args: argparse.Namespace) -> None:
 def train_tower(args: argparse.Namespace) -> None:
     """Stage `tower`: on images of the full size, mosaics of crops and whole scenes. Among
     576 patches attention must be sharper than among the 64 of a crop."""
-    tower, heads = trained_tower(args, "crops")
-    if not (args.work / "tower.state.pt").exists():
+    begins = not (args.work / "tower.state.pt").exists()
+    tower, heads = trained_tower(args, "crops" if begins and not args.start_from else "tower")
+    if begins:
         scenes = SceneSet(args.work, TRAIN_SEED, args.scenes).head(2048)
         if args.start_from:
             fit_heads(tower, heads, scenes.head(512))
@@ -570,54 +574,74 @@ def train_tower(args: argparse.Namespace) -> None:
             return tower(pixel_values.to(args.device)).image_features, labels
         # A scene comes as often as it has objects: there is little else to learn from it.
         objects = np.array([len(scene.objects) for scene in scenes.scenes])
-        few = progress < FEW_PATCHES_UNTIL
-        indices = rng.choice(len(scenes), 16 if few else 8, p=objects / objects.sum())
+        count = 16 if progress < FEW_PATCHES_UNTIL else 8
+        indices = rng.choice(len(scenes), count, p=objects / objects.sum())
         pixel_values, labels = whole_batch(scenes, indices)
-        if few:
-            return see_few(tower, pixel_values.to(args.device), labels, rng)
-        return tower(pixel_values.to(args.device)).image_features, labels
+        patches, size = choose_patches(labels, progress, rng)
+        features = see_patches(tower, pixel_values.to(args.device), patches, size)
+        return features, labels.at(patches)
 
     fit_tower("tower", tower, heads, batch, args.tower_steps, args.tower_rate, args)
 
 
-# Of most images the tower sees few patches, which takes a third of the time. It ends with all.
-FEW_PATCHES, FEW_PATCHES_UNTIL = 191, 0.75
+# Of most images the tower sees few patches, with the class token a multiple of vision.KEY_BLOCK,
+# which takes less than half of the time. It ends with all.
+FEW_PATCHES, FEW_PATCHES_UNTIL = 223, 0.85
 
 
-def see_few(
-    tower: VisionTower, pixel_values: Tensor, labels: PatchLabels, rng: np.random.Generator
-) -> tuple[Tensor, PatchLabels]:
-    """The tower on FEW_PATCHES patches of each image, and their labels: those of objects and next
-    to them, and some of the others, each of which stands for those left out. Attention counts them
-    as often, as if they had merged (tome.py), and so sees on average what it would in all."""
-    patches, size = few_patches(labels, rng)
+def choose_patches(
+    labels: PatchLabels, progress: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Which patches of each image the tower sees (B, N), ascending, and how many each stands for
+    (None: all of them, each for itself)."""
+    if progress < FEW_PATCHES_UNTIL:
+        return few_patches(labels, rng)
+    return torch.arange(GRID * GRID).expand(len(labels.area), -1), None
+
+
+def few_patches(labels: PatchLabels, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """The patches of objects, those next to them, and some of the others, which stand for those
+    left out: which, ascending (B, FEW_PATCHES), and how many each stands for."""
+    area = rearrange(labels.area, "b (r c) -> b 1 r c", r=GRID)
+    near = F.max_pool2d(area, 3, stride=1, padding=1).flatten(1) > 0
+    chosen, sizes = [], []
+    for objects, around in zip((labels.area > 0).numpy(), near.numpy(), strict=True):
+        size = np.ones(GRID * GRID, np.float32)
+        kept: list[np.ndarray] = []
+        # Objects and what is next to them may fill an image; the rest must be seen all the same.
+        for kind, most in (
+            (objects, FEW_PATCHES - 32),
+            (around & ~objects, FEW_PATCHES - 32),
+            (~around, FEW_PATCHES),
+        ):
+            numbers = rng.permutation(np.flatnonzero(kind))
+            some = numbers[: max(0, most - sum(map(len, kept)))]
+            size[some] = len(numbers) / max(len(some), 1)
+            kept.append(some)
+        chosen.append(np.sort(np.concatenate(kept)))
+        sizes.append(size[chosen[-1]])
+    return torch.from_numpy(np.stack(chosen)), torch.from_numpy(np.stack(sizes))
+
+
+def see_patches(
+    tower: VisionTower, pixel_values: Tensor, patches: Tensor, size: Tensor | None
+) -> Tensor:
+    """The tower's features (B, N, C) where it sees but some patches (B, N) of each image, which
+    stand for `size` (B, N) patches each. Attention counts them as often, as if they had merged
+    (tome.py), and so sees on average what it would in all."""
+    if size is None:
+        return tower(pixel_values).image_features
     x = tower.embed(pixel_values)
     tokens = F.pad(patches + 1, (1, 0)).to(x.device)  # the class token in front
+    # No block merges on, so only the sizes are read.
     merged = Merged(tokens, F.pad(size, (1, 0), value=1.0).to(x.device))
     x = tower.pre_norm(x.gather(1, tokens[..., None].expand(-1, -1, x.shape[2])))
     for block in tower.blocks:
         x, _ = block(x, merged, step=None)
-    return x[:, 1:], labels.at(patches)
+    return x[:, 1:]
 
 
-def few_patches(labels: PatchLabels, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Which patches `see_few` takes, ascending (B, FEW_PATCHES), and how many each stands for."""
-    area = rearrange(labels.area, "b (r c) -> b 1 r c", r=GRID)
-    near = F.max_pool2d(area, 3, stride=1, padding=1).flatten(1) > 0
-    chosen, sizes = [], []
-    for is_near in near.numpy():
-        size = np.ones(GRID * GRID, np.float32)
-        kept, room = [], FEW_PATCHES
-        # Objects may fill an image; some background must be seen all the same.
-        for kind, most in ((is_near, FEW_PATCHES - 32), (~is_near, FEW_PATCHES)):
-            numbers = np.flatnonzero(kind)
-            some = rng.permutation(numbers)[: min(most, room)]
-            size[some] = len(numbers) / max(len(some), 1)
-            kept.append(some)
-            room -= len(some)
-        chosen.append(np.sort(np.concatenate(kept)))
-        sizes.append(size[chosen[-1]])
-    return torch.from_numpy(np.stack(chosen)), torch.from_numpy(np.stack(sizes))
+HEAD_STEPS = 600
 
 
 def fit_heads(tower: VisionTower, heads: PatchHeads, scenes: SceneSet) -> None:
@@ -627,7 +651,7 @@ def fit_heads(tower: VisionTower, heads: PatchHeads, scenes: SceneSet) -> None:
     seen = []
     for start in range(0, len(scenes), 16):
         stop = min(start + 16, len(scenes))
-        _, labels = whole_batch(scenes, range(start, stop))
+        labels = label_scenes(scenes.scenes[start:stop])
         seen.append((see(tower, scenes.pixels[start:stop], device).float(), labels.to(device)))
     optimizer = torch.optim.Adam(heads.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, HEAD_STEPS)
@@ -638,8 +662,6 @@ def fit_heads(tower: VisionTower, heads: PatchHeads, scenes: SceneSet) -> None:
         schedule.step()
         optimizer.zero_grad()
 
-
-HEAD_STEPS = 600
 
 # Of the position table in front of its norm, and of what leaves it: a patch of an image has there a
 # length of 25, what passes the blocks one of 15 to 100.
@@ -1030,10 +1052,12 @@ def see(tower: VisionTower, pixels: np.ndarray, device: str) -> Tensor:
         return torch.cat([tower(part.to(device)).image_features for part in parts])
 
 
-def fresh_batches(args: argparse.Namespace, first: int) -> Iterator[tuple[list[Scene], np.ndarray]]:
-    """From step `first` of the decoder stage on: scenes and their pixels (n, S, S, 3). No scene
-    comes twice: 6,000 of them, seen four times each, the decoder had learnt by heart. They are
-    drawn while the step before is computed."""
+def fresh_batches(
+    args: argparse.Namespace, steps: range, batch: int, late: bool
+) -> Iterator[tuple[list[Scene], np.ndarray]]:
+    """For each step `batch` scenes and their pixels (batch, S, S, 3). No scene comes twice: 6,000
+    of them, seen four times each, the decoder had learnt by heart. They are drawn while the step
+    before is computed. Unless it is late, the first scenes have few objects."""
 
     def collect(started: tuple[list[Task], Iterator[np.ndarray]]) -> tuple[list[Scene], np.ndarray]:
         tasks, images = started
@@ -1041,9 +1065,9 @@ def fresh_batches(args: argparse.Namespace, first: int) -> Iterator[tuple[list[S
 
     before = None
     with drawers(args.drawers) as draw:
-        for step in range(first, args.decoder_steps):
-            progress = 1.0 if args.start_from else step / args.decoder_steps
-            tasks = scene_tasks(args, step, curriculum(progress))
+        for step in steps:
+            most = curriculum(1.0 if late else step / steps.stop)
+            tasks = scene_tasks(args.scene_seed, step, batch, most, late)
             started = tasks, draw(render, tasks)
             if before:
                 yield collect(before)
@@ -1063,17 +1087,19 @@ def drawers(count: int) -> Iterator[Callable[..., Iterator[np.ndarray]]]:
         yield pool.map
 
 
-def scene_tasks(args: argparse.Namespace, step: int, most: int) -> list[Task]:
-    """The scenes of one step, of at most so many objects; those that the tower has seen are not
-    among them. A decoder that goes on from weights errs on full images: two thirds of those with
-    few objects are left out."""
+def scene_tasks(seed: int, step: int, batch: int, most: int, late: bool) -> list[Task]:
+    """The `batch` scenes of one step, of at most so many objects; those that the tower has seen are
+    not among them. Late, a model errs on full images and on digits: two thirds of the images with
+    few objects are left out, and half of those without a digit."""
     found: list[Task] = []
     for index in count_from(step * SCENES_OF_A_STEP):
-        objects = len(make_scene(args.scene_seed, index).objects)
-        easy = args.start_from is not None and objects < 4 and index % 3 > 0
-        if objects <= most and not easy:
-            found.append((args.scene_seed, index))
-        if len(found) == args.decoder_batch:
+        objects = make_scene(seed, index).objects
+        # Not by the last digits of the index: how sharply a scene is drawn follows from those.
+        easy = len(objects) < 4 and index // 6 % 3 > 0
+        easy = easy or (index // 18 % 2 > 0 and all(one.digit is None for one in objects))
+        if len(objects) <= most and not (late and easy):
+            found.append((seed, index))
+        if len(found) == batch:
             return found
 
 
@@ -1110,6 +1136,7 @@ def new_decoder(args: argparse.Namespace) -> tuple[Projector, LlamaDecoder]:
 def trained_tower(args: argparse.Namespace, stage: str = "tower") -> tuple[VisionTower, PatchHeads]:
     """The tower and its readers as the stage left them; where it never ran, the tower of
     `--start-from` with fresh readers."""
+    torch.manual_seed(0)
     tower, heads = VisionTower(TINY.vision), PatchHeads(TINY.vision.hidden_size)
     path = args.work / f"{stage}.state.pt"
     if args.start_from and not path.exists():
@@ -1133,13 +1160,15 @@ def train_decoder(args: argparse.Namespace) -> None:
     modules: dict[str, nn.Module] = {"projector": projector, "decoder": decoder}
     trainer = Trainer("decoder", args.work, modules, rates, args.decoder_steps)
     losses = []
-    batches = fresh_batches(args, trainer.step)
+    late = args.start_from is not None
+    steps = range(trainer.step, args.decoder_steps)
+    batches = fresh_batches(args, steps, args.decoder_batch, late)
     for step, (scenes, pixels) in zip(trainer.run(), batches, strict=True):
-        packed = pack_scenes(
-            scenes, writer, np.random.default_rng([step, 8]), args, BACKGROUND_PATCHES
-        )
+        rng = np.random.default_rng([step, 8])
+        kept = [object_patches(one, rng, int(rng.choice(BACKGROUND_PATCHES))) for one in scenes]
+        packed = pack_scenes(scenes, kept, writer, rng, args.questions, late, args.device)
         features = see(tower, pixels, args.device)
-        rows = [seen[kept] for seen, kept in zip(features, packed.patches, strict=True)]
+        rows = [seen[some] for seen, some in zip(features, packed.patches, strict=True)]
         with autocast(args.device), attention(args.device):
             image_embeds = projector(torch.cat(rows).float())
             loss, _, _ = answer_loss(decoder, packed, image_embeds, args.device)
@@ -1152,19 +1181,18 @@ def train_decoder(args: argparse.Namespace) -> None:
 
 def pack_scenes(
     scenes: Sequence[Scene],
+    patches: list[np.ndarray],
     writer: Writer,
     rng: np.random.Generator,
-    args: argparse.Namespace,
-    background: Sequence[int],
+    count: int,
+    late: bool,
+    device: str,
 ) -> Packed:
-    """Questions about scenes, on their object patches and some background: as many patches as one
-    of the numbers in `background`."""
-    blocks, patches = [], []
-    for scene in scenes:
-        late = args.start_from is not None
-        blocks.append(pick_turns(questions(scene, rng, 0.4), rng, args.questions, late))
-        patches.append(object_patches(scene, rng, int(rng.choice(background))))
-    return pack(writer, blocks, patches, args.device)
+    """A description and `count` question blocks about each scene, of which the decoder sees some
+    patches."""
+    asked = [questions(scene, rng, 0.4) for scene in scenes]
+    blocks = [pick_turns(one, rng, count, late) for one in asked]
+    return pack(writer, blocks, patches, device)
 
 
 @torch.no_grad()
@@ -1199,44 +1227,68 @@ def measure_answers(
 # ------------------------------------------------------------------------------- joint
 
 
+# Of how many background patches the decoder is shown those that the tower sees, and how much what
+# the tower's readers say counts beside the answers.
+JOINT_PATCHES, HEADS_SHARE = (64, 64, GRID * GRID), 0.3
+
+
 def train_joint(args: argparse.Namespace) -> None:
-    """Stage `joint`: tower, projector and decoder together on whole images and all 576 patches."""
-    train = SceneSet(args.work, TRAIN_SEED, args.scenes)
+    """Stage `joint`: tower, projector and decoder together, on scenes that are always new. Of most
+    of them the tower sees few patches, of the last ones all 576; the decoder is shown those of
+    objects with a few others, or all that the tower has seen."""
     held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
     writer = Writer(load_tokenizer(args))
     tower, heads = trained_tower(args)
-    # With a tower from a model folder the heads are fresh, and would teach it nothing.
-    has_heads = (args.work / "tower.state.pt").exists()
+    begun = args.work / "joint.state.pt"
+    if begun.exists():
+        has_heads = "heads" in torch.load(begun, "cpu", weights_only=True)
+    else:  # with a tower from a model folder the heads are fresh, and would teach it nothing
+        has_heads = (args.work / "tower.state.pt").exists()
     projector, decoder = new_decoder(args)
+    first = args.decoder_steps
     if (args.work / "decoder.state.pt").exists() or not args.start_from:
         state = torch.load(args.work / "decoder.state.pt", "cpu", weights_only=True)
         projector.load_state_dict(state["projector"])
         decoder.load_state_dict(state["decoder"])
+        first = state["step"]
     modules: dict[str, nn.Module] = {"tower": tower, "projector": projector, "decoder": decoder}
     if has_heads:
         modules["heads"] = heads
     rates = dict.fromkeys(modules, args.joint_rate)
     trainer = Trainer("joint", args.work, modules, rates, args.joint_steps)
+    # Its scenes are those that the decoder would have seen next.
+    steps = range(first + trainer.step, first + args.joint_steps)
+    batches = fresh_batches(args, steps, args.joint_batch, late=True)
     losses = []
-    for step in trainer.run():
+    for step, (scenes, pixels) in zip(trainer.run(), batches, strict=True):
         rng = np.random.default_rng([step, 9])
-        indices = rng.integers(len(train), size=args.joint_batch)
-        pixel_values, labels = whole_batch(train, indices)
-        scenes = [train.scenes[i] for i in indices]
-        packed = pack_scenes(scenes, writer, rng, args, (GRID * GRID,))
+        pixel_values, labels = to_pixel_values(pixels).to(args.device), label_scenes(scenes)
+        patches, size = choose_patches(labels, step / args.joint_steps, rng)
+        shown = show_patches(scenes, patches.numpy(), rng)
+        kept = [seen[some] for seen, some in zip(patches.numpy(), shown, strict=True)]
+        asked = args.joint_questions
+        packed = pack_scenes(scenes, kept, writer, rng, asked, True, args.device)
         with autocast(args.device), attention(args.device):
-            features = tower(pixel_values.to(args.device)).image_features
-            loss, _, _ = answer_loss(
-                decoder, packed, projector(features).flatten(0, 1), args.device
-            )
+            features = see_patches(tower, pixel_values, patches, size)
+            image_embeds = projector(features[torch.from_numpy(shown)])
+            loss, _, _ = answer_loss(decoder, packed, image_embeds, args.device)
             if has_heads:
-                loss = loss + 0.1 * patch_loss(heads(features), labels.to(args.device))
+                read = heads(features)
+                loss = loss + HEADS_SHARE * patch_loss(read, labels.at(patches).to(args.device))
         trainer.update(loss)
         losses.append(loss.item())
         if trainer.step % 100 == 0 or trainer.step == args.joint_steps:
             seen = see(tower, held_out.pixels, args.device)
             right = measure_answers(projector, decoder, held_out, seen, writer, args)
             trainer.log(loss=round(float(np.mean(losses[-100:])), 4), **right)
+
+
+def show_patches(
+    scenes: Sequence[Scene], patches: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Which of the patches that the tower sees (B, N) the decoder is shown: (B, N) bool."""
+    chosen = [object_patches(one, rng, int(rng.choice(JOINT_PATCHES))) for one in scenes]
+    return np.stack([np.isin(seen, some) for seen, some in zip(patches, chosen, strict=True)])
 
 
 # ------------------------------------------------------------------------------ export
@@ -1291,13 +1343,15 @@ def main() -> None:
     parser.add_argument("--crop-rate", type=float, default=1.2e-3)
     parser.add_argument("--tower-steps", type=int, default=15000)
     parser.add_argument("--tower-rate", type=float, default=8e-4)
-    parser.add_argument("--questions", type=int, default=14, help="question blocks per image")
+    parser.add_argument(
+        "--questions", type=int, default=14, help="question blocks per image of the decoder stage"
+    )
     parser.add_argument(
         "--drawers",
         type=int,
         default=os.cpu_count(),
         metavar="N",
-        help="processes that draw scenes for the decoder (default: a core each; 0: none)",
+        help="processes that draw scenes for decoder and joint (default: a core each; 0: none)",
     )
     parser.add_argument("--decoder-steps", type=int, default=7000)
     parser.add_argument(
@@ -1305,13 +1359,14 @@ def main() -> None:
         type=int,
         default=DECODER_SEED,
         metavar="N",
-        help="which scenes the decoder sees, from 3 on: others in every run that goes on",
+        help="which scenes decoder and joint see, from 3 on: others in every run that goes on",
     )
     parser.add_argument("--decoder-batch", type=int, default=20, help="images")
     parser.add_argument("--decoder-rate", type=float, default=1e-3)
-    parser.add_argument("--joint-steps", type=int, default=1200)
-    parser.add_argument("--joint-batch", type=int, default=8, help="images")
-    parser.add_argument("--joint-rate", type=float, default=2e-4)
+    parser.add_argument("--joint-steps", type=int, default=1500)
+    parser.add_argument("--joint-batch", type=int, default=24, help="images")
+    parser.add_argument("--joint-questions", type=int, default=5, help="the same of joint")
+    parser.add_argument("--joint-rate", type=float, default=3e-4)
     args = parser.parse_args()
     if args.start_from and args.stage not in ("tower", "decoder", "joint", "export"):
         parser.error("--start-from goes with --stage tower, decoder, joint or export")
