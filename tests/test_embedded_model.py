@@ -19,10 +19,10 @@ FLOORS = {
     "color": 0.95,
     "shape": 0.95,
     "exists": 0.95,
-    "where": 0.86,
+    "where": 0.9,
     "relation": 0.92,
     "digit": 0.7,
-    "describe": 0.65,
+    "describe": 0.7,
 }
 
 
