@@ -421,20 +421,38 @@ def test_the_decoder_never_sees_a_scene_twice(train_tiny: ModuleType) -> None:
     assert max(len(scene.objects) for scene in drawn) > 2
 
 
-def test_late_scenes_are_mostly_full_and_have_digits(train_tiny: ModuleType) -> None:
-    """Of those with fewer than four objects, half of all, a third; of those without a digit,
-    half."""
+def test_difficulty_counts_objects_and_hard_ones_thrice(train_tiny: ModuleType) -> None:
+    """With a digit, small in the model's 336 pixels, or close to a border between thirds."""
+    plain = SceneObject("circle", "red", (220, 40, 40), 100, 100, 40, 0.0)
+    digit, small = replace(plain, digit=7), replace(plain, radius=20)
+    for objects, expected in (
+        ((), 0),
+        ((plain,), 1),
+        ((plain, plain, digit), 5),
+        ((plain, small), 4),
+        ((replace(small, digit=7),), 3),
+        ((replace(plain, x=800 / 3 + 15),), 3),
+        ((replace(plain, y=2 * 500 / 3 - 9),), 3),
+        ((replace(plain, x=800 / 3 + 17, y=2 * 500 / 3 - 11),), 1),
+    ):
+        scene = Scene(800, 500, (90, 90, 90), objects)
+        assert train_tiny.difficulty(scene) == expected
+    assert train_tiny.difficulty(Scene(336, 336, (90, 90, 90), (small,))) == 1
 
-    def counts(late: bool) -> tuple[int, int]:
-        tasks = train_tiny.scene_tasks(5, 0, 300, 6, late)
-        assert len(set(tasks)) == len(tasks) == 300
-        scenes = [train_tiny.make_scene(*task).objects for task in tasks]
-        few = sum(len(objects) < 4 for objects in scenes)
-        return few, sum(any(one.digit is not None for one in objects) for objects in scenes)
 
-    early, late = counts(False), counts(True)
-    assert 125 < early[0] < 175 and 35 < late[0] < 85
-    assert 90 < early[1] < 140 and 165 < late[1] < 225
+def test_late_scenes_come_as_often_as_they_are_difficult(train_tiny: ModuleType) -> None:
+    """From 12 on all of them, below in proportion: the same scenes, early and late."""
+    early = [train_tiny.make_scene(5, index) for index in range(1200)]
+    late = train_tiny.scene_tasks(5, 0, 400, 6, True)
+    last = late[-1][1]
+    assert len(set(late)) == 400 and last < len(early)
+
+    def kept(low: int, high: int) -> float:
+        tried = [i for i in range(last + 1) if low <= train_tiny.difficulty(early[i]) < high]
+        return len(set(tried) & {index for _, index in late}) / len(tried)
+
+    assert kept(12, 99) == 1
+    assert 0.1 < kept(1, 4) < 0.3 and 0.4 < kept(4, 8) < 0.6 and 0.7 < kept(8, 12) < 0.95
 
 
 def test_all_stages_in_miniature(

@@ -57,6 +57,7 @@ from llava_lite.scenes import (
     SHAPES,
     Question,
     Scene,
+    SceneObject,
     draw_instances,
     draw_scene,
     questions,
@@ -84,6 +85,21 @@ def make_scene(seed: int, index: int) -> Scene:
     rng = np.random.default_rng([seed, index])
     sizes = (224, 480) if rng.random() < 0.8 else (480, 1024)
     return sample_scene(rng, short_side=sizes)
+
+
+def difficulty(scene: Scene) -> int:
+    """How much there is to learn from a scene: as much as it has objects, three times as much from
+    a hard one. That is one with a digit, one that is small in the model's image (of these one shape
+    in ten was still taken for another, of the others one in a hundred), or one close to a border
+    between thirds, where all wrong places are."""
+
+    def hard(one: SceneObject) -> bool:
+        small = one.radius * SIZE / max(scene.width, scene.height) < 16
+        spot = one.x / scene.width, one.y / scene.height
+        border = min(abs(value - third / 3) for value in spot for third in (1, 2))
+        return one.digit is not None or small or border < 0.02
+
+    return sum(3 if hard(one) else 1 for one in scene.objects)
 
 
 def render(task: Task) -> np.ndarray:
@@ -320,10 +336,15 @@ def labelled_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
+# Below this, in halves of the image (0.8 pixels), a distance counts quadratically, that is less and
+# less. A good tower errs by two or three times as much: a wider one would no longer ask for more.
+SHARP = 0.005
+
+
 def known_loss(read: Tensor, targets: Tensor) -> Tensor:
     """Sharp distance (smooth L1) to the targets that are numbers; 0 where none is."""
     known = targets.isfinite()
-    total = F.smooth_l1_loss(read[known], targets[known], beta=0.02, reduction="sum")
+    total = F.smooth_l1_loss(read[known], targets[known], beta=SHARP, reduction="sum")
     return total / known.sum().clamp(min=1)
 
 
@@ -338,7 +359,7 @@ def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
     center = F.binary_cross_entropy_with_logits(
         read["center"].squeeze(-1), labels.center, pos_weight=labels.center.new_tensor(5.0)
     )
-    offset = F.smooth_l1_loss(read["offset"][on_object], labels.offset[on_object], beta=0.1)
+    offset = F.smooth_l1_loss(read["offset"][on_object], labels.offset[on_object], beta=0.03)
     loss = color + shape + 0.7 * digit + center + 0.5 * offset
     if labels.whole:
         third = labelled_loss(read["third"], labels.third)
@@ -348,7 +369,7 @@ def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
         spot = known_loss(read["spot"][on_object], labels.spot[on_object])
         extent = known_loss(read["extent"], labels.extent)
         extent = extent + 3 * known_loss(read["extent"][on_object], labels.extent[on_object])
-        loss = loss + third + 4 * (spot + extent) + place_loss(read["place"], labels)
+        loss = loss + third + 8 * (spot + extent) + place_loss(read["place"], labels)
         loss = loss + share_loss(read["share"].squeeze(-1), labels.area)
     return loss
 
@@ -369,7 +390,7 @@ def place_loss(read: Tensor, labels: PatchLabels) -> Tensor:
     """How far from its own row and column each patch of a whole image (B, P, 2) believes to be, in
     halves of the image. Left to themselves, the tower's features forget it, those of objects first,
     and then the decoder cannot say where anything is."""
-    distances = F.smooth_l1_loss(read, labels.own, beta=0.02, reduction="none").mean(-1)
+    distances = F.smooth_l1_loss(read, labels.own, beta=SHARP, reduction="none").mean(-1)
     return distances.mean() + 3 * distances[labels.color > 0].mean()
 
 
@@ -543,10 +564,10 @@ def train_crops(args: argparse.Namespace) -> None:
     initialise(tower, TINY.vision.num_blocks)
     start_local(tower)
 
-    def batch(
-        scenes: SceneSet, rng: np.random.Generator, progress: float
-    ) -> tuple[Tensor, PatchLabels]:
-        pixel_values, labels = crop_batch(scenes, rng, 64)
+    train = SceneSet(args.work, TRAIN_SEED, args.scenes)
+
+    def batch(rng: np.random.Generator, progress: float) -> tuple[Tensor, PatchLabels]:
+        pixel_values, labels = crop_batch(train, rng, 64)
         return see_crops(tower, pixel_values.to(args.device), rng), labels
 
     fit_tower("crops", tower, heads, batch, args.crop_steps, args.crop_rate, args)
@@ -557,8 +578,9 @@ def train_tower(args: argparse.Namespace) -> None:
     576 patches attention must be sharper than among the 64 of a crop."""
     begins = not (args.work / "tower.state.pt").exists()
     tower, heads = trained_tower(args, "crops" if begins and not args.start_from else "tower")
+    train = SceneSet(args.work, TRAIN_SEED, args.scenes)
     if begins:
-        scenes = SceneSet(args.work, TRAIN_SEED, args.scenes).head(2048)
+        scenes = train.head(2048)
         if args.start_from:
             fit_heads(tower, heads, scenes.head(512))
         else:
@@ -566,17 +588,15 @@ def train_tower(args: argparse.Namespace) -> None:
             show_extent(tower, scenes)
         fit_places(tower, heads, scenes.head(256))
 
-    def batch(
-        scenes: SceneSet, rng: np.random.Generator, progress: float
-    ) -> tuple[Tensor, PatchLabels]:
+    difficulties = np.array([difficulty(scene) for scene in train.scenes])
+
+    def batch(rng: np.random.Generator, progress: float) -> tuple[Tensor, PatchLabels]:
         if rng.random() < 0.2:
-            pixel_values, labels = mosaic_batch(scenes, rng, 8)
+            pixel_values, labels = mosaic_batch(train, rng, 8)
             return tower(pixel_values.to(args.device)).image_features, labels
-        # A scene comes as often as it has objects: there is little else to learn from it.
-        objects = np.array([len(scene.objects) for scene in scenes.scenes])
         count = 16 if progress < FEW_PATCHES_UNTIL else 8
-        indices = rng.choice(len(scenes), count, p=objects / objects.sum())
-        pixel_values, labels = whole_batch(scenes, indices)
+        indices = rng.choice(len(train), count, p=difficulties / difficulties.sum())
+        pixel_values, labels = whole_batch(train, indices)
         patches, size = choose_patches(labels, progress, rng)
         features = see_patches(tower, pixel_values.to(args.device), patches, size)
         return features, labels.at(patches)
@@ -811,23 +831,20 @@ def fit_tower(
     name: str,
     tower: VisionTower,
     heads: PatchHeads,
-    batch: Callable[[SceneSet, np.random.Generator, float], tuple[Tensor, PatchLabels]],
+    batch: Callable[[np.random.Generator, float], tuple[Tensor, PatchLabels]],
     steps: int,
     rate: float,
     args: argparse.Namespace,
 ) -> None:
     """Train tower and heads on the features and labels that `batch` gives, told how far the stage
     is, 0..1."""
-    train = SceneSet(args.work, TRAIN_SEED, args.scenes)
     held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
     modules: dict[str, nn.Module] = {"tower": tower.to(args.device), "heads": heads.to(args.device)}
     trainer = Trainer(name, args.work, modules, dict.fromkeys(modules, rate), steps)
     losses = []
     for step in trainer.run():
         with autocast(args.device), attention(args.device):
-            features, labels = batch(
-                train, np.random.default_rng([step, *name.encode()]), step / steps
-            )
+            features, labels = batch(np.random.default_rng([step, *name.encode()]), step / steps)
             loss = patch_loss(heads(features), labels.to(args.device))
         trainer.update(loss)
         losses.append(loss.item())
@@ -1089,15 +1106,13 @@ def drawers(count: int) -> Iterator[Callable[..., Iterator[np.ndarray]]]:
 
 def scene_tasks(seed: int, step: int, batch: int, most: int, late: bool) -> list[Task]:
     """The `batch` scenes of one step, of at most so many objects; those that the tower has seen are
-    not among them. Late, a model errs on full images and on digits: two thirds of the images with
-    few objects are left out, and half of those without a digit."""
+    not among them. Late, the more difficult a scene is, the more often it comes."""
     found: list[Task] = []
     for index in count_from(step * SCENES_OF_A_STEP):
-        objects = make_scene(seed, index).objects
+        scene = make_scene(seed, index)
         # Not by the last digits of the index: how sharply a scene is drawn follows from those.
-        easy = len(objects) < 4 and index // 6 % 3 > 0
-        easy = easy or (index // 18 % 2 > 0 and all(one.digit is None for one in objects))
-        if len(objects) <= most and not (late and easy):
+        easy = difficulty(scene) <= index // 6 % 12
+        if len(scene.objects) <= most and not (late and easy):
             found.append((seed, index))
         if len(found) == batch:
             return found
