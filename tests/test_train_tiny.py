@@ -378,6 +378,7 @@ def test_a_stage_goes_on_as_if_nothing_had_happened(train_tiny: ModuleType, tmp_
     [
         ("--start-from weights", "--start-from goes with --stage tower, decoder, joint or export"),
         ("--stage crops --start-from weights", "goes with --stage tower"),
+        ("--average-with weights", "--average-with goes with --stage export"),
         ("--scene-seed 1", "--scene-seed must be 3 or more"),
         ("--scene-seed -1", "--scene-seed must be 3 or more"),
     ],
@@ -518,3 +519,13 @@ def test_all_stages_in_miniature(
     train_tiny.main()
     joint = torch.load(tmp_path / "later" / "joint.state.pt", weights_only=True)
     assert joint["step"] == 3 and "heads" not in joint
+    mean = ["--average-with", str(tmp_path / "out"), "--out", str(tmp_path / "mean")]
+    work = ["--stage", "export", "--work", str(tmp_path / "later")]
+    monkeypatch.setattr(sys, "argv", [*command, *work, *mean])
+    train_tiny.main()
+    averaged = llava_lite.load(tmp_path / "mean").llava
+    for part, module in (("vision", "tower"), ("projector", "projector"), ("decoder", "decoder")):
+        other = getattr(model.llava, part).state_dict()
+        for name, value in getattr(averaged, part).state_dict().items():
+            expected = ((joint[module][name] + other[name].float()) / 2).bfloat16()
+            assert torch.equal(value.bfloat16(), expected), name

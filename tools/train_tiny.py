@@ -1310,7 +1310,9 @@ def show_patches(
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the newest weights as a model folder in bfloat16."""
+    """Write the newest weights as a model folder in bfloat16, or the mean of them and those of
+    `--average-with`: of two ends of a training that went on, it is often better than either
+    (Wortsman et al. 2022, Model soups)."""
     states = [path for name in ("decoder", "joint") for path in args.work.glob(f"{name}.state.pt")]
     newest = max(states, key=lambda path: path.stat().st_mtime)
     state = torch.load(newest, "cpu", weights_only=True)
@@ -1322,6 +1324,9 @@ def export(args: argparse.Namespace) -> None:
     model.vision.load_state_dict(tower)
     model.projector.load_state_dict(state["projector"])
     model.decoder.load_state_dict(state["decoder"])
+    if args.average_with:
+        others = load_model(args.average_with, dtype="float32").state_dict()
+        model.load_state_dict({k: (v + others[k]) / 2 for k, v in model.state_dict().items()})
     save_model(
         model.to(torch.bfloat16),
         config,
@@ -1351,6 +1356,12 @@ def main() -> None:
         type=Path,
         metavar="DIR",
         help="model folder that tower, decoder or joint goes on from, where there is no state yet",
+    )
+    parser.add_argument(
+        "--average-with",
+        type=Path,
+        metavar="DIR",
+        help="model folder that the weights are averaged with, where they are exported",
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scenes", type=int, default=16000)
@@ -1385,6 +1396,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.start_from and args.stage not in ("tower", "decoder", "joint", "export"):
         parser.error("--start-from goes with --stage tower, decoder, joint or export")
+    if args.average_with and args.stage != "export":
+        parser.error("--average-with goes with --stage export")
     if args.scene_seed in (TRAIN_SEED, HELD_OUT_SEED) or args.scene_seed < 0:
         parser.error(f"--scene-seed must be {DECODER_SEED} or more")
     args.work.mkdir(parents=True, exist_ok=True)
