@@ -44,6 +44,7 @@ MARGIN, COLUMN, GAP = 40, 288, 28
 COLUMNS = tuple(MARGIN + index * (COLUMN + GAP) for index in range(3))
 WIDTH = COLUMNS[2] + COLUMN + MARGIN
 INDENT = 72  # of prompt and answer, behind their labels
+MOST_LINES = 8  # of each of them
 PLOT = 130  # height of a chart
 
 GREY: Color = (101, 109, 118)
@@ -161,7 +162,8 @@ def token_counts(trace: Trace) -> str:
 
 
 def question(prompt: str, answer: Answer, y: float) -> Section:
-    """Prompt and answer, in full, smaller where they are long."""
+    """Prompt and answer, smaller where they are long, and no more than fits above the panels: the
+    drawing's title has all of it."""
     shapes: list[Shape] = []
     length = len(prompt) + len(answer)
     size = 20 if length < 300 else 15
@@ -170,7 +172,10 @@ def question(prompt: str, answer: Answer, y: float) -> Section:
     for label, text, bold in texts:
         y += 8
         width = WIDTH - 2 * MARGIN - INDENT
-        for index, line in enumerate(wrap(text, width, size)):
+        lines = wrap(text, width, size)
+        if len(lines) > MOST_LINES:
+            lines = [*lines[: MOST_LINES - 1], f"... ({len(lines) - MOST_LINES + 1} more lines)"]
+        for index, line in enumerate(lines):
             y += 1.4 * size
             if index == 0:
                 shapes.append(Text(MARGIN, y, label, 15, GREY))
@@ -496,6 +501,8 @@ def costs(answer: Answer, trace: Trace, y: float) -> Section:
     longest = max(seconds.values()) or 1.0
     tokens = answer.usage.get("completion_tokens", 0)
     total = f"Time: {duration(sum(seconds.values()))} for {count(tokens, 'new token')}"
+    if answer.finish_reason == "length":
+        total += ", then cut"
     times = [(name, value / longest, duration(value)) for name, value in seconds.items()]
     tower, decoder = trace.tower_flops, trace.decoder_flops["gated"]
     kv_ratio = trace.kv_bytes / trace.kv_bytes_unreduced
@@ -506,7 +513,7 @@ def costs(answer: Answer, trace: Trace, y: float) -> Section:
     ]
     shapes, y = bars(total, times, y)
     rest = [(name, share, f"{100 * share:.0f} %, {text}") for name, share, text in shares]
-    more, y = bars("Left of the unreduced cost", rest, y + 20, EMPTY)
+    more, y = bars("Left of the prompt's unreduced cost", rest, y + 20, EMPTY)
     return shapes + more, y
 
 

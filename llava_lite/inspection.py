@@ -92,6 +92,8 @@ def inspect(model: Model, image: Any, prompt: str, **options: Any) -> Inspection
     if any(isinstance(source, EncodedImage) for source in sources):
         raise ImageError("an encoded image has no pixels to show: inspect the image itself")
     images = [load_image(source, exif=model.exif) for source in sources]
+    # The first run of a process is the slowest, and says little of the time that any other takes.
+    model.generate(images, prompt, **{**options, "max_new_tokens": 1})
     answer = model.generate(images, prompt, **{**options, "trace": True})
     vision, pad = model.config.vision, model.config.pad
     squares = tuple(to_square(loaded, vision.image_size, pad) for loaded in images)

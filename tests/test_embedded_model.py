@@ -4,9 +4,16 @@ import pytest
 from PIL import Image
 
 import llava_lite
-from llava_lite.evaluate import Tally, evaluate_scenes, fresh_scenes, overall
+from llava_lite.evaluate import (
+    MAX_NEW_TOKENS,
+    RENDERERS,
+    Tally,
+    evaluate_scenes,
+    fresh_scenes,
+    overall,
+)
 from llava_lite.generation import Model
-from llava_lite.scenes import ANSWERS
+from llava_lite.scenes import ANSWERS, draw_scene
 
 FOLDER = llava_lite.embedded_model()
 EXAMPLES = FOLDER / "examples"
@@ -48,6 +55,45 @@ def test_answers_about_fresh_scenes_are_above_chance(
     assert tallies[family].accuracy >= FLOORS[family], tallies[family].mistakes
 
 
+def test_nine_of_ten_answers_are_right_when_asked_one_by_one(model: Model) -> None:
+    """Through `generate`, a list of images and prompts at once; another family for each image."""
+    asked = [
+        (scene, some[index % len(some)])
+        for index, (scene, some) in enumerate(fresh_scenes(SCENES, SEED))
+    ]
+    answers = model.generate(
+        [draw_scene(scene) for scene, _ in asked],
+        [question.text for _, question in asked],
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    right = [
+        answer == question.answer for answer, (_, question) in zip(answers, asked, strict=True)
+    ]
+    assert len({question.family for _, question in asked}) == len(FLOORS)
+    assert sum(right) >= 0.9 * SCENES
+
+
+@pytest.mark.parametrize(
+    ("reduction", "floor", "spared"),
+    [("tome-72", 0.88, 0.9), ("hybrid-72-36", 0.65, 0.9), ("fastv-50", 0.85, 0.9)],
+)
+def test_reduced_images_are_answered_about(
+    model: Model, reduction: str, floor: float, spared: float
+) -> None:
+    """As the README's figures say: counting and descriptions suffer, the rest hardly."""
+    scenes = fresh_scenes(30, SEED)
+    tallies = evaluate_scenes(model, scenes, reduction=reduction, reuse_prefix=True)
+    assert overall(tallies).accuracy >= floor, tallies
+    for family in ("color", "shape", "exists"):
+        assert tallies[family].accuracy >= spared, (family, tallies[family].mistakes)
+
+
+def test_a_drawing_by_other_code_is_understood(model: Model) -> None:
+    scenes = fresh_scenes(30, SEED)
+    tallies = evaluate_scenes(model, scenes, draw=RENDERERS["smooth"], reuse_prefix=True)
+    assert overall(tallies).accuracy >= 0.88, tallies
+
+
 def test_wrong_short_answers_are_words_that_the_question_allows(tallies: dict[str, Tally]) -> None:
     wrong = [
         (answer, ANSWERS[family])
@@ -55,7 +101,7 @@ def test_wrong_short_answers_are_words_that_the_question_allows(tallies: dict[st
         if family in ANSWERS
         for _, _, answer in tally.mistakes
     ]
-    assert len(wrong) > 10
+    assert wrong  # else there is nothing to look at
     assert len([answer for answer, allowed in wrong if answer not in allowed]) <= 1, wrong
 
 

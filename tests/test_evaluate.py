@@ -82,6 +82,10 @@ def test_fresh_scenes_share_no_random_state_with_training(seed: int) -> None:
         lists = [[trained, index] for index in range(200)]
         lists += [[index, last] for index in range(200) for last in (8, 9)]
         lists += [[*entry, *zeros] for entry in lists for zeros in ([0], [0, 0])]
+        lists += [[trained, 100_000 * step + n] for step in range(20) for n in range(10)]
+        lists += [[*entry, 1] for entry in lists[-200:]]
+        names = (b"crops", b"tower")
+        lists += [[trained, step, *name] for step in range(100) for name in names]
         assert not fresh & {state_of(np.random.default_rng(entry)) for entry in lists}
 
 

@@ -306,7 +306,8 @@ def test_charts_and_numbers_are_those_of_the_trace(tiny_model: Model, wish: str)
     total = sum(answer.timings[p] for p in ("preprocess", "vision", "prefill", "decode"))
     number = answer.usage["completion_tokens"]
     tokens_made = "1 new token" if number == 1 else f"{number} new tokens"
-    assert f"Time: {figure.duration(total)} for {tokens_made}" in shown
+    cut = ", then cut" if answer.finish_reason == "length" else ""
+    assert f"Time: {figure.duration(total)} for {tokens_made}{cut}" in shown
 
 
 def test_positions_are_shown_where_they_are_not_the_rows(tiny_model: Model) -> None:
@@ -404,26 +405,36 @@ def test_any_text_is_escaped_and_drawn(tiny_model: Model, name: str) -> None:
         assert words.count(invalid.sub("\ufffd", word)) >= 2
     assert not list(svg.iter(f"{SVG}script"))
     strange.html().encode()  # raises where half a surrogate pair is left
-    blank = replace(strange, prompt="", answer=Answer("", trace=seen.answer.trace))
+    nothing = Answer("", seen.answer.finish_reason, trace=seen.answer.trace)
+    blank = replace(strange, prompt="", answer=nothing)
     assert strange.png(1).width == figure.WIDTH
     assert (strange.png(1) == replace(blank, model=text).png(1)) == (text == "")
 
 
-def test_long_texts_are_wrapped_and_complete(tiny_model: Model) -> None:
+@pytest.mark.parametrize("words", [60, 900])
+def test_long_texts_are_wrapped_and_the_longest_are_cut(tiny_model: Model, words: int) -> None:
+    """The page's title has all of them."""
     seen = inspect(tiny_model, photo(60, 60), QUESTION, max_new_tokens=1)
-    prompt = " ".join(f"word{number}" for number in range(900)) + " " + "x" * 3000
-    long = replace(seen, prompt=prompt, answer=Answer("yes " * 500, trace=seen.answer.trace))
+    prompt = " ".join(f"word{number}" for number in range(words)) + " " + "x" * words
+    long = replace(seen, prompt=prompt, answer=Answer("yes " * words, trace=seen.answer.trace))
     drawn = long.drawing()
     lines = [text for text in shapes_of(drawn.shapes, Text) if text.x == 40 + figure.INDENT]
-    assert "".join(line.text for line in lines).replace(" ", "") == (
-        (prompt + "yes" * 500).replace(" ", "")
-    )
+    shown = [line.text for line in lines]
+    if words == 60:
+        assert "".join(shown).replace(" ", "") == (prompt + "yes" * words).replace(" ", "")
+    else:
+        width = figure.WIDTH - 2 * 40 - figure.INDENT
+        for part, text in ((shown[:8], prompt), (shown[8:], "yes " * words)):
+            every = drawing.wrap(text, width, lines[0].size)
+            assert part == [*every[:7], f"... ({len(every) - 7} more lines)"]
+    for text in (prompt, "yes " * words):
+        assert text in drawn.title
     for line in lines:
         assert line.x + drawing.text_width(line.text, line.size) <= figure.WIDTH - 40
     bases = [line.y for line in lines]
     assert bases == sorted(set(bases))
     assert bases[-1] < panel_tops(drawn)[0] - 30
-    assert drawn.height > seen.drawing().height + 500
+    assert seen.drawing().height + 60 < drawn.height < seen.drawing().height + 350
 
 
 def test_wrap() -> None:

@@ -4,11 +4,13 @@ the same to the decoder as one question alone; and all of its stages, in miniatu
 import json
 import math
 import sys
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import torch
 from conftest import TINY_TEXT, TINY_VISION, load_tool, random_llava
 
 import llava_lite
+from llava_lite.checkpoint import load_model
 from llava_lite.config import TINY, LlavaConfig
 from llava_lite.generation import Model
 from llava_lite.image import preprocess
@@ -379,7 +382,8 @@ def test_a_stage_goes_on_as_if_nothing_had_happened(train_tiny: ModuleType, tmp_
         ("--start-from weights", "--start-from goes with --stage tower, decoder, joint or export"),
         ("--stage crops --start-from weights", "goes with --stage tower"),
         ("--average-with weights", "--average-with goes with --stage export"),
-        ("--scene-seed 1", "--scene-seed must be 3 or more"),
+        ("--scene-seed 0", "--scene-seed must be 3 or more"),
+        ("--scene-seed 2", "--scene-seed must be 3 or more"),
         ("--scene-seed -1", "--scene-seed must be 3 or more"),
     ],
 )
@@ -396,6 +400,35 @@ def test_what_would_not_do_what_it_says_is_refused(
     with pytest.raises(SystemExit):
         train_tiny.main()
     assert message in capsys.readouterr().err and not work.exists()
+
+
+def test_a_work_folder_holds_one_training(train_tiny: ModuleType, tmp_path: Path) -> None:
+    """Else a stage would train on another one's tower or export another one's tokenizer."""
+    problem = train_tiny.misplaced
+    assert problem(tmp_path, "tower", tmp_path / "given") is None
+    train_tiny.origin(tmp_path).write_text(train_tiny.name_of(tmp_path / "given"))
+    assert problem(tmp_path, "joint", tmp_path / "given") is None
+    assert "that started from /" in problem(tmp_path, "export", None)
+    assert "given, not from /" in problem(tmp_path, "joint", tmp_path / "other")
+    (tmp_path / "joint.state.pt").touch()
+    assert problem(tmp_path, "joint", tmp_path / "given") is None
+    assert problem(tmp_path, "export", tmp_path / "given") is None
+    for stage in ("tower", "decoder"):
+        assert f"at joint, past {stage}" in problem(tmp_path, stage, tmp_path / "given")
+    (tmp_path / "decoder.state.pt").touch()
+    assert problem(tmp_path, "decoder", tmp_path / "given") is None
+
+
+@pytest.mark.parametrize("stage", ["crops", "decoder", "joint"])
+def test_what_a_stage_needs_is_said(train_tiny: ModuleType, tmp_path: Path, stage: str) -> None:
+    args = SimpleNamespace(work=tmp_path, start_from=None)
+    with pytest.raises(SystemExit, match=rf"no .*{stage}.state.pt: run --stage {stage} first"):
+        train_tiny.trained_tower(args, stage)
+
+
+def test_nothing_to_export_is_said(train_tiny: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="nothing to export: no decoder.state.pt"):
+        train_tiny.export(SimpleNamespace(work=tmp_path))
 
 
 def test_the_decoder_never_sees_a_scene_twice(train_tiny: ModuleType) -> None:
@@ -442,18 +475,90 @@ def test_difficulty_counts_objects_and_hard_ones_thrice(train_tiny: ModuleType) 
 
 
 def test_late_scenes_come_as_often_as_they_are_difficult(train_tiny: ModuleType) -> None:
-    """From 12 on all of them, below in proportion: the same scenes, early and late."""
-    early = [train_tiny.make_scene(5, index) for index in range(1200)]
-    late = train_tiny.scene_tasks(5, 0, 400, 6, True)
-    last = late[-1][1]
-    assert len(set(late)) == 400 and last < len(early)
+    """From 12 on all of them, below in proportion, whatever the step."""
+    tried: list[int] = []
+    kept: set[tuple[int, int]] = set()
+    for step in range(60):
+        late = train_tiny.scene_tasks(5, step, 24, 6, True)
+        assert late[0][1] >= step * train_tiny.SCENES_OF_A_STEP
+        assert len(set(late)) == 24 and late == sorted(late)
+        tried += range(step * train_tiny.SCENES_OF_A_STEP, late[-1][1] + 1)
+        kept |= set(late)
+    difficulties = {
+        index: train_tiny.difficulty(train_tiny.make_scene(5, index)) for index in tried
+    }
+    for low, high in ((1, 4), (4, 8), (8, 12), (12, 99)):
+        some = [index for index in tried if low <= difficulties[index] < high]
+        expected = np.mean([min(difficulties[index] / 12, 1) for index in some])
+        share = np.mean([(5, index) in kept for index in some])
+        assert abs(share - expected) <= 4 * np.sqrt(expected * (1 - expected) / len(some))
 
-    def kept(low: int, high: int) -> float:
-        tried = [i for i in range(last + 1) if low <= train_tiny.difficulty(early[i]) < high]
-        return len(set(tried) & {index for _, index in late}) / len(tried)
 
-    assert kept(12, 99) == 1
-    assert 0.1 < kept(1, 4) < 0.3 and 0.4 < kept(4, 8) < 0.6 and 0.7 < kept(8, 12) < 0.95
+def test_a_tower_sees_scenes_as_often_as_they_are_difficult(
+    train_tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes = [train_tiny.make_scene(1, index) for index in range(30)]
+    seen = np.zeros(30)
+
+    class Seen(Exception):
+        pass
+
+    def whole_batch(_: Any, indices: Any) -> Any:
+        np.add.at(seen, indices, 1)
+        raise Seen
+
+    def fit_tower(name: str, tower: Any, heads: Any, batch: Any, *rest: Any) -> None:
+        for seed in range(500):
+            with suppress(Seen):
+                batch(np.random.default_rng(seed), 0.0)
+
+    class Scenes(list[Any]):
+        scenes = property(lambda self: self)
+
+    monkeypatch.setattr(train_tiny, "SceneSet", lambda *_: Scenes(scenes))
+    monkeypatch.setattr(train_tiny, "trained_tower", lambda *_: (lambda x: Mock(), None))
+    monkeypatch.setattr(train_tiny, "mosaic_batch", lambda *_: (Mock(), None))
+    monkeypatch.setattr(train_tiny, "whole_batch", whole_batch)
+    monkeypatch.setattr(train_tiny, "fit_tower", fit_tower)
+    (tmp_path / "tower.state.pt").touch()
+    amounts = {"scenes": 30, "tower_steps": 1, "tower_rate": 1.0}
+    args = SimpleNamespace(work=tmp_path, start_from=None, device="cpu", **amounts)
+    train_tiny.train_tower(args)
+    difficulties = np.array([train_tiny.difficulty(scene) for scene in scenes])
+    assert seen.sum() > 5000 and difficulties.max() >= 4 * difficulties.min()
+    np.testing.assert_allclose(seen / seen.sum(), difficulties / difficulties.sum(), atol=0.01)
+
+
+def test_export_averages_with_given_weights(train_tiny: ModuleType, tmp_path: Path) -> None:
+    """A decoder's state has no tower: that is the tower stage's, or the one it started from."""
+    given = llava_lite.embedded_model()
+    model, mine = load_model(given, dtype="float32"), load_model(given, dtype="float32")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in mine.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    heads = train_tiny.PatchHeads(train_tiny.TINY.vision.hidden_size).state_dict()
+    tower = {"tower": mine.vision.state_dict(), "heads": heads}
+    rest = {"projector": mine.projector.state_dict(), "decoder": mine.decoder.state_dict()}
+    torch.save(rest, tmp_path / "decoder.state.pt")
+    folders = {"work": tmp_path, "out": tmp_path / "out", "start_from": given}
+    args = SimpleNamespace(**folders, average_with=[given], device="cpu")
+    for has_tower in (False, True):
+        if has_tower:
+            torch.save(tower, tmp_path / "tower.state.pt")
+        train_tiny.export(args)
+        written = llava_lite.load(tmp_path / "out", dtype="float32").llava.state_dict()
+        for name, value in model.state_dict().items():
+            other = mine.state_dict()[name]
+            if name.startswith("vision.") and not has_tower:
+                other = value
+            assert torch.equal(written[name], ((value + other) / 2).bfloat16().float()), name
+    args.average_with = [given, given]
+    train_tiny.export(args)
+    written = llava_lite.load(tmp_path / "out", dtype="float32").llava.state_dict()
+    for name, value in model.state_dict().items():
+        expected = (2 * value + mine.state_dict()[name]) / 3
+        torch.testing.assert_close(written[name], expected, rtol=2**-8, atol=1e-6)
 
 
 def test_all_stages_in_miniature(
@@ -501,15 +606,17 @@ def test_all_stages_in_miniature(
     train_tiny.main()
     assert sorted(path.name for path in (tmp_path / "later").glob("*.pt")) == ["joint.state.pt"]
     # A tower that goes on is the one of the folder, whatever the work folder holds of crops.
-    (tmp_path / "later" / "crops.state.pt").symlink_to(tmp_path / "crops.state.pt")
+    (tmp_path / "again").mkdir()
+    for path in (*tmp_path.glob("scenes_*"), tmp_path / "crops.state.pt"):
+        (tmp_path / "again" / path.name).symlink_to(path)
     given = {}
     monkeypatch.setattr(
         train_tiny, "fit_heads", lambda tower, *_: given.update(deepcopy(tower.state_dict()))
     )
-    again = ["--stage", "tower", *later[2:], str(tmp_path / "later")]
+    again = ["--stage", "tower", *later[2:], str(tmp_path / "again")]
     monkeypatch.setattr(sys, "argv", [*command, *again])
     train_tiny.main()
-    assert (tmp_path / "later" / "tower.state.pt").exists()
+    assert (tmp_path / "again" / "tower.state.pt").exists()
     for name, value in model.llava.vision.state_dict().items():
         assert torch.equal(given[name], value.float()), name
     # A joint stage begun without readers goes on without them.
@@ -519,13 +626,3 @@ def test_all_stages_in_miniature(
     train_tiny.main()
     joint = torch.load(tmp_path / "later" / "joint.state.pt", weights_only=True)
     assert joint["step"] == 3 and "heads" not in joint
-    mean = ["--average-with", str(tmp_path / "out"), "--out", str(tmp_path / "mean")]
-    work = ["--stage", "export", "--work", str(tmp_path / "later")]
-    monkeypatch.setattr(sys, "argv", [*command, *work, *mean])
-    train_tiny.main()
-    averaged = llava_lite.load(tmp_path / "mean").llava
-    for part, module in (("vision", "tower"), ("projector", "projector"), ("decoder", "decoder")):
-        other = getattr(model.llava, part).state_dict()
-        for name, value in getattr(averaged, part).state_dict().items():
-            expected = ((joint[module][name] + other[name].float()) / 2).bfloat16()
-            assert torch.equal(value.bfloat16(), expected), name

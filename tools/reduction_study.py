@@ -21,7 +21,7 @@ accuracy, and for the difference to `none` that of the paired differences. `--ou
     answers.jsonl            right and wrong of every question, one line per configuration and chunk
                              of scenes; what is there is not done again
     settings.json            what must stay the same for that, and the thresholds found
-    times.json               of the latest `--time`
+    times.json               of `--time`, the latest of each configuration
     study.csv, study.json    a row for each configuration that has all scenes
     accuracy_tokens.png, accuracy_time.png, families.png
 
@@ -55,6 +55,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import llava_lite
+from llava_lite.errors import LlavaLiteError, reason_of
 from llava_lite.evaluate import (
     FAMILIES,
     FRESH_SEED,
@@ -321,6 +322,14 @@ def measure_times(
     }
 
 
+def with_earlier(times: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """These times, and of other configurations those measured earlier on the same machine. Every
+    ratio is to `none` of its own run."""
+    if any(times[name] != earlier.get(name) for name in ("machine", "dtype")):
+        return times
+    return times | {"measurements": earlier["measurements"] | times["measurements"]}
+
+
 def ask_once(model: Model, images: Sequence[Image.Image], reduction: Reduction) -> None:
     """One question about each image, from its pixels on."""
     for image in images:
@@ -441,10 +450,29 @@ SERIES: dict[tuple[str, str], tuple[str, str, str, str]] = {  # label, color, ma
 }
 PANELS = {
     "merging in the tower": ("tome", "dtome"),
-    "pruning in the decoder": ("fastv", "random"),
+    "pruning in front of decoder layer K": ("fastv", "random"),
     "both: merged, then pruned (K = 3)": ("hybrid",),
 }
-FAMILY_SERIES = (("tome", "vtu"), ("tome", "logical"), ("fastv", "K = 3"), ("random", "K = 3"))
+FAMILY_SERIES = (
+    ("tome", "vtu"),
+    ("tome", "logical"),
+    ("tome", "plain"),
+    ("fastv", "K = 3"),
+    ("random", "K = 3"),
+    ("hybrid", "72, logical"),
+)
+FAMILY_TITLES = {
+    "count": "How many objects?",
+    "count_color": "How many red objects?",
+    "count_shape": "How many circles?",
+    "color": "What color is the star?",
+    "shape": "What is the green object?",
+    "exists": "Is there a blue square?",
+    "where": "Where is the red ring?",
+    "relation": "Is it left of the star?",
+    "digit": "What digit is on it?",
+    "describe": "Describe the image.",
+}
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -536,15 +564,16 @@ def draw_series(
 
 
 def draw_reference(
-    axes: Any, by_series: dict[tuple[str, str], list[Line]], prefix: str = ""
+    axes: Any, by_series: dict[tuple[str, str], list[Line]], prefix: str = "", named: bool = True
 ) -> None:
-    """The accuracy without reduction as a line across, its interval as a band."""
+    """The accuracy without reduction as a line across, its interval as a band; in the legend if
+    named."""
     for row in by_series.get(("none", ""), ()):
         if row[f"{prefix}accuracy"] is None:
             continue
         axes.axhspan(100 * row[f"{prefix}low"], 100 * row[f"{prefix}high"], color="0.9", zorder=0)
-        accuracy, label = 100 * row[f"{prefix}accuracy"], f"no reduction ({row['target']})"
-        axes.axhline(accuracy, color="0.45", linewidth=1, label=label)
+        label = f"no reduction ({row['target']})" if named else None
+        axes.axhline(100 * row[f"{prefix}accuracy"], color="0.45", linewidth=1, label=label)
 
 
 def token_axis(axes: Any, ticks: Sequence[int]) -> None:
@@ -556,45 +585,61 @@ def token_axis(axes: Any, ticks: Sequence[int]) -> None:
     axes.set_xticklabels([str(tick) for tick in ticks])
 
 
+def panel_plot(
+    by_series: dict[tuple[str, str], list[Line]], keys: Sequence[tuple[str, str]], x: str
+) -> tuple[Any, Sequence[Any]]:
+    """A panel for each kind of reduction, its lines on the same axes: the figure and its panels."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, 3, figsize=(11.5, 5), sharex=True, sharey=True, layout="constrained"
+    )
+    for axes, (title, kinds) in zip(panels, PANELS.items(), strict=True):
+        draw_reference(axes, by_series, named=axes is panels[0])
+        shift = 1.5 if x == "kept_tokens" else 0.0
+        for number, key in enumerate(key for key in keys if key[0] in kinds):
+            draw_series(axes, by_series, key, x, shift=shift * number)
+        axes.set_title(title)
+        if axes.containers:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8)
+    panels[0].set_ylabel("right answers, %")
+    return figure, panels
+
+
 def token_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> Any:
     """Accuracy against the image tokens that the last decoder layers see; with pruning in front of
     layer K, the first K see more."""
-    from matplotlib import pyplot
-
-    figure, all_axes = pyplot.subplots(
-        1, 3, figsize=(11.5, 5), sharex=True, sharey=True, layout="constrained"
-    )
-    for axes, (title, kinds) in zip(all_axes, PANELS.items(), strict=True):
-        draw_reference(axes, by_series)
-        keys = [key for key in SERIES if key[0] in kinds]
-        for number, key in enumerate(keys):
-            draw_series(axes, by_series, key, "kept_tokens", shift=1.5 * number)
+    figure, panels = panel_plot(by_series, list(SERIES), "kept_tokens")
+    for axes in panels:
         token_axis(axes, sorted({*MERGED, *PRUNED}))
-        axes.set_title(title)
         axes.set_xlabel("image tokens in the last layers")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8)
-    all_axes[0].set_ylabel("right answers, %")
     figure.suptitle(title_of(facts), fontsize=10)
     return figure
 
 
 def time_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> Any:
-    """Accuracy against the measured time of a question."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8.6, 4.6), layout="constrained")
-    draw_reference(axes, by_series)
-    for key in SERIES:
-        if key[0] != "random":
-            draw_series(axes, by_series, key, "time_ratio")
-    for row in by_series.get(("none", ""), ()):
-        axes.plot(1, 100 * row["accuracy"], color="0.45", marker="o", markersize=7)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("time per question, 1 = no reduction (tower, prompt and answer)")
-    axes.set_ylabel("right answers, %")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    """Accuracy against the measured time of a question; the ends of each line say how many tokens
+    they are."""
+    keys = [key for key in SERIES if key[0] != "random"]
+    figure, panels = panel_plot(by_series, keys, "time_ratio")
+    for axes, kinds in zip(panels, PANELS.values(), strict=True):
+        for row in by_series.get(("none", ""), ()):
+            axes.plot(1, 100 * row["accuracy"], color="0.45", marker="o", markersize=7)
+        for key in keys:
+            rows = [row for row in by_series.get(key, ()) if row["time_ratio"] is not None]
+            for row in {id(row): row for row in (*rows[:1], *rows[-1:])}.values():
+                if key[0] in kinds:
+                    write_tokens(axes, row, SERIES[key][1])
+        axes.set_xlabel("time per question, 1 = no reduction")
     figure.suptitle(f"{title_of(facts)}\n{facts.get('timed_on', '')}", fontsize=10)
     return figure
+
+
+def write_tokens(axes: Any, row: Line, color: str) -> None:
+    """How many tokens a point of the time plot has, beside it."""
+    place = row["time_ratio"], 100 * row["accuracy"]
+    beside = {"xytext": (5, -9), "textcoords": "offset points"}
+    axes.annotate(str(row["target"]), place, **beside, fontsize=7, color=color)
 
 
 def family_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> Any:
@@ -609,13 +654,13 @@ def family_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> An
         for number, key in enumerate(FAMILY_SERIES):
             draw_series(axes, by_series, key, "kept_tokens", f"{family}_", 2.0 * number)
         token_axis(axes, PRUNED)
-        axes.set_title(family)
+        axes.set_title(FAMILY_TITLES[family])
     for axes in grid[1]:
         axes.set_xlabel("image tokens in the last layers")
     for axes in grid[:, 0]:
         axes.set_ylabel("right answers, %")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8)
     figure.suptitle(title_of(facts), fontsize=10)
     return figure
 
@@ -672,6 +717,7 @@ def write_results(every: Sequence[Configuration], settings: Line, args: argparse
     times = read_json(path) if path.exists() else {}
     rows = summarize(read_lines(args.out / "answers.jsonl"), every, args.n, times)
     if not rows:
+        print(f"no configuration has all {args.n} scenes yet (--n); what was found is kept")
         return
     write_csv(args.out / "study.csv", rows)
     replace_json(args.out / "study.json", {"settings": settings, "times": times, "rows": rows})
@@ -738,6 +784,16 @@ def main(argv: list[str] | None = None) -> int:
         check_matplotlib()
     if args.threads:
         torch.set_num_threads(args.threads)
+    try:
+        return run(every, chosen, args)
+    except (LlavaLiteError, OSError, ValueError) as error:
+        raise SystemExit(f"{parser.prog}: error: {reason_of(error)}") from None
+
+
+def run(
+    every: Sequence[Configuration], chosen: list[Configuration], args: argparse.Namespace
+) -> int:
+    """Answers or times, then the results."""
     args.out.mkdir(parents=True, exist_ok=True)
     source = args.model or llava_lite.embedded_model()
     model = llava_lite.load(source, device=args.device, dtype=args.dtype)
@@ -745,7 +801,9 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [one for one in chosen if possible(one, model)]
     chosen = calibrated(chosen, model, settings, args.out, args.calibration_scenes)
     if args.time:
-        replace_json(args.out / "times.json", measure_times(model, chosen, args))
+        path = args.out / "times.json"
+        earlier = read_json(path) if path.exists() else {}
+        replace_json(path, with_earlier(measure_times(model, chosen, args), earlier))
     else:
         run_answers(model, chosen, args)
     write_results(every, settings, args)

@@ -89,9 +89,10 @@ def make_scene(seed: int, index: int) -> Scene:
 
 def difficulty(scene: Scene) -> int:
     """How much there is to learn from a scene: as much as it has objects, three times as much from
-    a hard one. That is one with a digit, one that is small in the model's image (of these one shape
-    in ten was still taken for another, of the others one in a hundred), or one close to a border
-    between thirds, where all wrong places are."""
+    a hard one. That is one with a digit, one that is small in the model's image, or one close to a
+    border between thirds. (Weights with 95.8 % of all answers right took one shape in ten of the
+    small objects for another, and one in a hundred of the others; their wrong places were almost
+    all of objects within a fiftieth of the image of a border.)"""
 
     def hard(one: SceneObject) -> bool:
         small = one.radius * SIZE / max(scene.width, scene.height) < 16
@@ -336,15 +337,16 @@ def labelled_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
-# Below this, in halves of the image (0.8 pixels), a distance counts quadratically, that is less and
-# less. A good tower errs by two or three times as much: a wider one would no longer ask for more.
-SHARP = 0.005
+# Smooth L1 counts a distance below its beta quadratically, that is less and less. A tower gets as
+# exact as that and not much more, so these are below a pixel or two: 0.8 pixels of a place and 1.7
+# of an extent, whose units are half and whole sides of the image, and 0.4 of an offset, in patches.
+SMOOTH_L1_BETA, OFFSET_BETA = 0.005, 0.03
 
 
 def known_loss(read: Tensor, targets: Tensor) -> Tensor:
-    """Sharp distance (smooth L1) to the targets that are numbers; 0 where none is."""
+    """Smooth L1 distance to the targets that are numbers; 0 where none is."""
     known = targets.isfinite()
-    total = F.smooth_l1_loss(read[known], targets[known], beta=SHARP, reduction="sum")
+    total = F.smooth_l1_loss(read[known], targets[known], beta=SMOOTH_L1_BETA, reduction="sum")
     return total / known.sum().clamp(min=1)
 
 
@@ -359,13 +361,14 @@ def patch_loss(read: dict[str, Tensor], labels: PatchLabels) -> Tensor:
     center = F.binary_cross_entropy_with_logits(
         read["center"].squeeze(-1), labels.center, pos_weight=labels.center.new_tensor(5.0)
     )
-    offset = F.smooth_l1_loss(read["offset"][on_object], labels.offset[on_object], beta=0.03)
+    offset = F.smooth_l1_loss(read["offset"][on_object], labels.offset[on_object], beta=OFFSET_BETA)
     loss = color + shape + 0.7 * digit + center + 0.5 * offset
     if labels.whole:
         third = labelled_loss(read["third"], labels.third)
         # Three objects in four lie within a tenth of the image of a border between thirds: what
         # must become sharp is the centre. It takes the size of the image without its padding, which
-        # an object's patches learn from far away.
+        # an object's patches learn from far away. Both are small numbers beside the others,
+        # which are about kinds: hence 8.
         spot = known_loss(read["spot"][on_object], labels.spot[on_object])
         extent = known_loss(read["extent"], labels.extent)
         extent = extent + 3 * known_loss(read["extent"][on_object], labels.extent[on_object])
@@ -390,7 +393,7 @@ def place_loss(read: Tensor, labels: PatchLabels) -> Tensor:
     """How far from its own row and column each patch of a whole image (B, P, 2) believes to be, in
     halves of the image. Left to themselves, the tower's features forget it, those of objects first,
     and then the decoder cannot say where anything is."""
-    distances = F.smooth_l1_loss(read, labels.own, beta=SHARP, reduction="none").mean(-1)
+    distances = F.smooth_l1_loss(read, labels.own, beta=SMOOTH_L1_BETA, reduction="none").mean(-1)
     return distances.mean() + 3 * distances[labels.color > 0].mean()
 
 
@@ -522,6 +525,8 @@ class Trainer:
 
     def run(self) -> Iterator[int]:
         """Step numbers from where the stage stands, with a progress bar; saves on the way."""
+        if self.step >= self.steps:
+            print(f"{self.name} has had its {self.step} steps ({self.state_path})")
         bar = tqdm(range(self.step, self.steps), self.name, initial=self.step, total=self.steps)
         for step in bar:
             yield step
@@ -588,14 +593,15 @@ def train_tower(args: argparse.Namespace) -> None:
             show_extent(tower, scenes)
         fit_places(tower, heads, scenes.head(256))
 
-    difficulties = np.array([difficulty(scene) for scene in train.scenes])
+    weights = np.array([difficulty(scene) for scene in train.scenes], float)
+    weights /= weights.sum()
 
     def batch(rng: np.random.Generator, progress: float) -> tuple[Tensor, PatchLabels]:
         if rng.random() < 0.2:
             pixel_values, labels = mosaic_batch(train, rng, 8)
             return tower(pixel_values.to(args.device)).image_features, labels
         count = 16 if progress < FEW_PATCHES_UNTIL else 8
-        indices = rng.choice(len(train), count, p=difficulties / difficulties.sum())
+        indices = rng.choice(len(train), count, p=weights)
         pixel_values, labels = whole_batch(train, indices)
         patches, size = choose_patches(labels, progress, rng)
         features = see_patches(tower, pixel_values.to(args.device), patches, size)
@@ -844,7 +850,8 @@ def fit_tower(
     losses = []
     for step in trainer.run():
         with autocast(args.device), attention(args.device):
-            features, labels = batch(np.random.default_rng([step, *name.encode()]), step / steps)
+            rng = np.random.default_rng([args.scene_seed, step, *name.encode()])
+            features, labels = batch(rng, step / steps)
             loss = patch_loss(heads(features), labels.to(args.device))
         trainer.update(loss)
         losses.append(loss.item())
@@ -1104,15 +1111,17 @@ def drawers(count: int) -> Iterator[Callable[..., Iterator[np.ndarray]]]:
         yield pool.map
 
 
+EVERY_TIME = 12  # the difficulty from which on no scene is skipped
+
+
 def scene_tasks(seed: int, step: int, batch: int, most: int, late: bool) -> list[Task]:
-    """The `batch` scenes of one step, of at most so many objects; those that the tower has seen are
-    not among them. Late, the more difficult a scene is, the more often it comes."""
+    """The `batch` scenes of one step, of at most `most` objects. Late, in a training that goes on,
+    a scene comes the more often the more difficult it is, up to EVERY_TIME."""
     found: list[Task] = []
     for index in count_from(step * SCENES_OF_A_STEP):
         scene = make_scene(seed, index)
-        # Not by the last digits of the index: how sharply a scene is drawn follows from those.
-        easy = difficulty(scene) <= index // 6 % 12
-        if len(scene.objects) <= most and not (late and easy):
+        skipped = difficulty(scene) <= np.random.default_rng([seed, index, 1]).random() * EVERY_TIME
+        if len(scene.objects) <= most and not (late and skipped):
             found.append((seed, index))
         if len(found) == batch:
             return found
@@ -1157,6 +1166,8 @@ def trained_tower(args: argparse.Namespace, stage: str = "tower") -> tuple[Visio
     if args.start_from and not path.exists():
         tower.load_state_dict(load_model(args.start_from, dtype="float32").vision.state_dict())
         return tower.to(args.device), heads.to(args.device)
+    if not path.exists():
+        raise SystemExit(f"no {path}: run --stage {stage} first, or give --start-from")
     state = torch.load(path, "cpu", weights_only=True)
     tower.load_state_dict(state["tower"])
     heads.load_state_dict(state["heads"])
@@ -1311,10 +1322,12 @@ def show_patches(
 
 def export(args: argparse.Namespace) -> None:
     """Write the newest weights as a model folder in bfloat16, or the mean of them and those of
-    `--average-with`: of two ends of a training that went on, it is often better than either
-    (Wortsman et al. 2022, Model soups)."""
-    states = [path for name in ("decoder", "joint") for path in args.work.glob(f"{name}.state.pt")]
-    newest = max(states, key=lambda path: path.stat().st_mtime)
+    `--average-with`, such as earlier ends of the same training (Izmailov et al. 2018, Averaging
+    weights leads to wider optima and better generalization)."""
+    begun = [path for name in ("decoder", "joint") for path in args.work.glob(f"{name}.state.pt")]
+    if not begun:
+        raise SystemExit(f"nothing to export: no decoder.state.pt or joint.state.pt in {args.work}")
+    newest = max(begun, key=lambda path: path.stat().st_mtime)
     state = torch.load(newest, "cpu", weights_only=True)
     tower = state.get("tower") or trained_tower(args)[0].state_dict()
     tokenizer = load_tokenizer(args)
@@ -1325,8 +1338,10 @@ def export(args: argparse.Namespace) -> None:
     model.projector.load_state_dict(state["projector"])
     model.decoder.load_state_dict(state["decoder"])
     if args.average_with:
-        others = load_model(args.average_with, dtype="float32").state_dict()
-        model.load_state_dict({k: (v + others[k]) / 2 for k, v in model.state_dict().items()})
+        every = [model, *(load_model(folder, dtype="float32") for folder in args.average_with)]
+        states = [one.state_dict() for one in every]
+        mean = {name: sum(state[name] for state in states) / len(states) for name in states[0]}
+        model.load_state_dict(mean)
     save_model(
         model.to(torch.bfloat16),
         config,
@@ -1355,13 +1370,14 @@ def main() -> None:
         "--start-from",
         type=Path,
         metavar="DIR",
-        help="model folder that tower, decoder or joint goes on from, where there is no state yet",
+        help="model folder that tower, decoder or joint goes on from, in a work folder of its own",
     )
     parser.add_argument(
         "--average-with",
         type=Path,
+        nargs="+",
         metavar="DIR",
-        help="model folder that the weights are averaged with, where they are exported",
+        help="export the mean of the trained weights and those of these model folders",
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scenes", type=int, default=16000)
@@ -1385,7 +1401,8 @@ def main() -> None:
         type=int,
         default=DECODER_SEED,
         metavar="N",
-        help="which scenes decoder and joint see, from 3 on: others in every run that goes on",
+        help="which scenes decoder and joint see, and in which order the tower; 3 or more, another "
+        "in every run that goes on",
     )
     parser.add_argument("--decoder-batch", type=int, default=20, help="images")
     parser.add_argument("--decoder-rate", type=float, default=1e-3)
@@ -1398,11 +1415,37 @@ def main() -> None:
         parser.error("--start-from goes with --stage tower, decoder, joint or export")
     if args.average_with and args.stage != "export":
         parser.error("--average-with goes with --stage export")
-    if args.scene_seed in (TRAIN_SEED, HELD_OUT_SEED) or args.scene_seed < 0:
+    if args.scene_seed < DECODER_SEED:  # the ones below are the tower's and held out
         parser.error(f"--scene-seed must be {DECODER_SEED} or more")
+    stages = list(STAGES) if args.stage == "all" else [args.stage]
     args.work.mkdir(parents=True, exist_ok=True)
-    for name in STAGES if args.stage == "all" else [args.stage]:
+    if problem := misplaced(args.work, stages[0], args.start_from):
+        parser.error(f"{problem}; give another --work")
+    origin(args.work).write_text(name_of(args.start_from))
+    for name in stages:
         STAGES[name](args)
+
+
+def origin(work: Path) -> Path:
+    """Where a work folder notes what its training started from."""
+    return work / "started_from.txt"
+
+
+def name_of(start_from: Path | None) -> str:
+    return str(start_from.resolve()) if start_from else "nothing"
+
+
+def misplaced(work: Path, stage: str, start_from: Path | None) -> str | None:
+    """Why the stage must not run in this work folder, which holds one training from its beginning:
+    else it would go on from another one's tower, or export another one's tokenizer."""
+    later = list(STAGES)[list(STAGES).index(stage) + 1 :]
+    begun = [name for name in later if (work / f"{name}.state.pt").exists()]
+    if begun and stage != "export" and not (work / f"{stage}.state.pt").exists():
+        return f"{work} has a training that is at {begun[-1]}, past {stage}"
+    before = origin(work).read_text() if origin(work).exists() else None
+    if before not in (None, name_of(start_from)):
+        return f"{work} has a training that started from {before}, not from {name_of(start_from)}"
+    return None
 
 
 if __name__ == "__main__":
