@@ -5,12 +5,11 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_TEXT, TINY_VISION, load_tool, random_llava
+from conftest import TINY_TEXT, TINY_VISION, random_llava
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -49,6 +48,7 @@ from llava_lite.scenes import (
 )
 from llava_lite.smooth_scenes import draw_smooth_scene
 from llava_lite.tokenizer import Tokenizer
+from training.scenes import HELD_OUT_SEED, TRAIN_SEED, make_scene
 
 WISHES = [
     Reduction(),
@@ -61,11 +61,6 @@ WISHES = [
 
 
 # ---- fresh scenes --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def train_tiny() -> ModuleType:
-    return load_tool("train_tiny")
 
 
 def state_of(rng: np.random.Generator) -> int:
@@ -89,9 +84,9 @@ def test_fresh_scenes_share_no_random_state_with_training(seed: int) -> None:
         assert not fresh & {state_of(np.random.default_rng(entry)) for entry in lists}
 
 
-def test_fresh_scenes_are_none_that_training_has_seen(train_tiny: ModuleType) -> None:
-    seeds = (train_tiny.TRAIN_SEED, train_tiny.HELD_OUT_SEED)
-    seen = {train_tiny.make_scene(seed, index) for seed in seeds for index in range(100)}
+def test_fresh_scenes_are_none_that_training_has_seen() -> None:
+    seeds = (TRAIN_SEED, HELD_OUT_SEED)
+    seen = {make_scene(seed, index) for seed in seeds for index in range(100)}
     for seed in (*seeds, FRESH_SEED):
         assert not seen & {scene for scene, _ in fresh_scenes(100, seed)}
 

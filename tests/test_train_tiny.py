@@ -8,22 +8,47 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_TEXT, TINY_VISION, load_tool, random_llava
+from conftest import TINY_TEXT, TINY_VISION, random_llava
 
 import llava_lite
+import train_tiny
 from llava_lite.checkpoint import load_model
 from llava_lite.config import TINY, LlavaConfig
 from llava_lite.generation import Model
 from llava_lite.image import preprocess
 from llava_lite.scenes import COLORS, PLACES, SHAPES, Scene, SceneObject, draw_instances, draw_scene
 from llava_lite.tokenizer import Tokenizer
+from llava_lite.vision import VisionTower
+from training.labels import (
+    IGNORE,
+    label_patches,
+    label_scenes,
+    mosaic_batch,
+    to_pixel_values,
+    whole_batch,
+)
+from training.questions import Writer, answer_loss, pack
+from training.readers import PatchHeads, patch_loss, place_loss
+from training.scenes import (
+    SCENES_OF_A_STEP,
+    TRAIN_SEED,
+    SceneSet,
+    difficulty,
+    fresh_batches,
+    make_scene,
+    render,
+    scene_tasks,
+)
+from training.seeing import FEW_PATCHES, choose_patches, few_patches, see, see_patches
+from training.start import carry_places, fit_heads, start_local
+from training.trainer import Trainer, initialise
 
 Turns = tuple[tuple[str, str], ...]
 
@@ -36,11 +61,6 @@ BLOCKS: list[list[Turns]] = [
     ],
     [(("How many squares?", "two"),), (("What color is the ring?", "orange and purple"),)],
 ]
-
-
-@pytest.fixture(scope="module")
-def train_tiny() -> ModuleType:
-    return load_tool("train_tiny")
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +91,9 @@ def expected_logprobs(model: Model, image: torch.Tensor, turns: Turns) -> list[l
     return [list(score.token_logprobs) for score in scores]
 
 
-def test_packed_blocks_have_the_logprobs_of_single_questions(
-    train_tiny: ModuleType, model: Model
-) -> None:
-    writer = train_tiny.Writer(model.tokenizer)
-    packed = train_tiny.pack(writer, BLOCKS, [np.arange(576)] * len(BLOCKS), "cpu")
+def test_packed_blocks_have_the_logprobs_of_single_questions(model: Model) -> None:
+    writer = Writer(model.tokenizer)
+    packed = pack(writer, BLOCKS, [np.arange(576)] * len(BLOCKS), "cpu")
     packed.masks = [mask.float() for mask in packed.masks]  # to compare in float32
     embeds = torch.cat([model.encode(image).image_embeds for image in pictures()])
     expected = [
@@ -85,26 +103,26 @@ def test_packed_blocks_have_the_logprobs_of_single_questions(
         for logprobs in expected_logprobs(model, image, turns)
     ]
     everything = packed.targets
-    rows = [row for row, target in enumerate(everything) if target != train_tiny.IGNORE]
+    rows = [row for row, target in enumerate(everything) if target != IGNORE]
     assert len(rows) == sum(map(len, expected))
     flat = [logprob for logprobs in expected for logprob in logprobs]
     with torch.inference_mode():
         for row, logprob in zip(rows, flat, strict=True):  # one token at a time
-            packed.targets = [train_tiny.IGNORE] * len(everything)
+            packed.targets = [IGNORE] * len(everything)
             packed.targets[row] = everything[row]
-            loss, _, seen = train_tiny.answer_loss(model.llava.decoder, packed, embeds, "cpu")
+            loss, _, seen = answer_loss(model.llava.decoder, packed, embeds, "cpu")
             assert seen.tolist() == [row]
             assert -loss.item() == pytest.approx(logprob, abs=1e-3)
 
 
-def test_loss_weighs_long_answers_less(train_tiny: ModuleType, model: Model) -> None:
-    writer = train_tiny.Writer(model.tokenizer)
-    packed = train_tiny.pack(writer, BLOCKS[:1], [np.arange(576)], "cpu")
+def test_loss_weighs_long_answers_less(model: Model) -> None:
+    writer = Writer(model.tokenizer)
+    packed = pack(writer, BLOCKS[:1], [np.arange(576)], "cpu")
     packed.masks = [mask.float() for mask in packed.masks]
     image = pictures()[0]
     with torch.inference_mode():
         embeds = model.encode(image).image_embeds
-        loss, right, _ = train_tiny.answer_loss(model.llava.decoder, packed, embeds, "cpu")
+        loss, right, _ = answer_loss(model.llava.decoder, packed, embeds, "cpu")
     answers = [each for turns in BLOCKS[0] for each in expected_logprobs(model, image, turns)]
     weights = [max(3, len(answer)) ** -0.5 for answer in answers]
     total = sum(weight * -sum(answer) for weight, answer in zip(weights, answers, strict=True))
@@ -113,12 +131,10 @@ def test_loss_weighs_long_answers_less(train_tiny: ModuleType, model: Model) -> 
     assert len(right) == sum(map(len, answers))
 
 
-def test_left_out_patches_leave_the_positions_of_the_rest(
-    train_tiny: ModuleType, model: Model
-) -> None:
-    writer = train_tiny.Writer(model.tokenizer)
+def test_left_out_patches_leave_the_positions_of_the_rest(model: Model) -> None:
+    writer = Writer(model.tokenizer)
     kept, head = np.array([0, 5, 575]), len(writer.head)
-    packed = train_tiny.pack(writer, [BLOCKS[0][:2]], [kept], "cpu")
+    packed = pack(writer, [BLOCKS[0][:2]], [kept], "cpu")
     block_ids = [writer.block(turns)[0] for turns in BLOCKS[0][:2]]
     positions = [*range(head), head, head + 5, head + 575]
     for ids in block_ids:
@@ -131,22 +147,22 @@ def test_left_out_patches_leave_the_positions_of_the_rest(
     assert (mask[second:, :first] == 0).all()
 
 
-def test_pixels_are_those_of_the_model(train_tiny: ModuleType) -> None:
+def test_pixels_are_those_of_the_model() -> None:
     for index in range(2):
-        drawn = draw_scene(train_tiny.make_scene(5, index), supersample=1 + index % 3)
-        rendered = np.array(train_tiny.render((5, index)))
-        pixels = train_tiny.to_pixel_values(rendered[None])
+        drawn = draw_scene(make_scene(5, index), supersample=1 + index % 3)
+        rendered = np.array(render((5, index)))
+        pixels = to_pixel_values(rendered[None])
         assert torch.equal(pixels, preprocess(drawn, 336))
 
 
-def test_patch_labels_of_a_known_scene(train_tiny: ModuleType) -> None:
+def test_patch_labels_of_a_known_scene() -> None:
     """A landscape of half the model's size: 42 pixels of padding above, everything twice as
     large."""
     red, blue = COLORS["red"], COLORS["blue"]
     circle = SceneObject("circle", "red", red, 41.0, 20.0, 14.0, 0.0, digit=7)
     star = SceneObject("star", "blue", blue, 126.0, 62.0, 20.0, 0.0)
     scene = Scene(168, 84, (200, 200, 200), (circle, star))
-    labels = train_tiny.label_patches(scene, draw_instances(scene, 336), (0, 0))
+    labels = label_patches(scene, draw_instances(scene, 336), (0, 0))
     # The circle's centre is at (82, 124) of the model's image, the star's at (252, 208).
     on_circle, on_star = 124 // 14 * 24 + 82 // 14, 208 // 14 * 24 + 252 // 14
     assert np.flatnonzero(labels["center"]).tolist() == [on_circle, on_star]
@@ -156,7 +172,7 @@ def test_patch_labels_of_a_known_scene(train_tiny: ModuleType) -> None:
     assert labels["shape"][on_circle] == SHAPES.index("circle")
     assert labels["shape"][on_star] == SHAPES.index("star")
     assert labels["digit"][on_circle] == 1 + 7
-    assert labels["digit"][on_star] == train_tiny.IGNORE  # stars never carry one
+    assert labels["digit"][on_star] == IGNORE  # stars never carry one
     places = [PLACES[labels["third"][patch]] for patch in (on_circle, on_star)]
     assert places == ["top left", "bottom right"]  # of the image, not of the padded square
     middle = np.array([82 // 14 + 0.5, 124 // 14 + 0.5])
@@ -165,83 +181,79 @@ def test_patch_labels_of_a_known_scene(train_tiny: ModuleType) -> None:
     np.testing.assert_allclose(labels["offset"][on_circle - 1], offset + (1, 0), atol=1e-6)
     corners = [0, 23, 24 * 23, 575]
     assert labels["color"][corners].tolist() == [0] * 4
-    assert labels["shape"][corners].tolist() == [train_tiny.IGNORE] * 4
+    assert labels["shape"][corners].tolist() == [IGNORE] * 4
     area = np.pi * 28**2 / 14**2  # of the circle, in patches; its edge touches some more
     assert area < (labels["color"] == 1 + names.index("red")).sum() < 2 * area
 
 
-def test_half_an_object_has_no_shape(train_tiny: ModuleType) -> None:
+def test_half_an_object_has_no_shape() -> None:
     """In a crop that cuts an object's centre off, only its colour is asked for."""
     circle = SceneObject("circle", "red", COLORS["red"], 168.0, 168.0, 60.0, 0.0)
     scene = Scene(336, 336, (200, 200, 200), (circle,))
     window = draw_instances(scene, 336)[112:224, 180:292]
-    labels = train_tiny.label_patches(scene, window, (180, 112))
+    labels = label_patches(scene, window, (180, 112))
     assert set(labels["color"].tolist()) == {0, 1 + list(COLORS).index("red")}
-    assert set(labels["shape"].tolist()) == {train_tiny.IGNORE}
+    assert set(labels["shape"].tolist()) == {IGNORE}
     assert not labels["center"].any()
-    assert set(labels["third"].tolist()) == {train_tiny.IGNORE}
+    assert set(labels["third"].tolist()) == {IGNORE}
 
 
-def test_place_loss_is_zero_where_every_patch_knows_its_place(train_tiny: ModuleType) -> None:
+def test_place_loss_is_zero_where_every_patch_knows_its_place() -> None:
     rows, columns = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
     places = torch.stack((rows, columns), -1).flatten(0, 1) / 11.5 - 1
     circle = SceneObject("circle", "red", COLORS["red"], 100.0, 60.0, 30.0, 0.0)
     scene = Scene(336, 336, (200, 200, 200), (circle,))
-    labels = train_tiny.label_scenes([scene])
+    labels = label_scenes([scene])
     on_object = labels.color > 0
-    assert train_tiny.place_loss(places[None], labels).item() < 1e-6
-    assert train_tiny.place_loss(places.flip(-1)[None], labels).item() > 0.3
+    assert place_loss(places[None], labels).item() < 1e-6
+    assert place_loss(places.flip(-1)[None], labels).item() > 0.3
     lost = torch.where(on_object[0, :, None], torch.zeros(2), places)
-    assert train_tiny.place_loss(lost[None], labels).item() > 0.3
+    assert place_loss(lost[None], labels).item() > 0.3
 
 
-def random_tower(train_tiny: ModuleType) -> Any:
+def random_tower() -> Any:
     torch.manual_seed(0)
-    tower = train_tiny.VisionTower(TINY.vision)
-    train_tiny.initialise(tower, TINY.vision.num_blocks)
-    train_tiny.start_local(tower)
+    tower = VisionTower(TINY.vision)
+    initialise(tower, TINY.vision.num_blocks)
+    start_local(tower)
     return tower
 
 
-def scenes_in(folder: Path, train_tiny: ModuleType, count: int) -> Any:
-    images = [train_tiny.render((1, index)) for index in range(count)]
+def scenes_in(folder: Path, count: int) -> Any:
+    images = [render((1, index)) for index in range(count)]
     np.save(folder / f"scenes_1_{count}.npy", np.stack(images))
-    return train_tiny.SceneSet(folder, 1, count)
+    return SceneSet(folder, 1, count)
 
 
 @torch.no_grad()
-def test_few_patches_are_seen_as_in_the_whole_image(train_tiny: ModuleType) -> None:
+def test_few_patches_are_seen_as_in_the_whole_image() -> None:
     """Where all that is left out looks like what stands for it, nothing changes."""
     circle = SceneObject("circle", "red", COLORS["red"], 100.0, 60.0, 30.0, 0.0)
     star = SceneObject("star", "blue", COLORS["blue"], 250.0, 200.0, 45.0, 0.4)
     scene = Scene(336, 336, (200, 200, 200), (circle, star))
     image = np.array(draw_scene(scene, supersample=1))[None]
-    pixels = train_tiny.to_pixel_values(image)
-    patches, size = train_tiny.few_patches(
-        train_tiny.label_scenes([scene]), np.random.default_rng(0)
-    )
-    tower = random_tower(train_tiny)
+    pixels = to_pixel_values(image)
+    patches, size = few_patches(label_scenes([scene]), np.random.default_rng(0))
+    tower = random_tower()
     everything = tower(pixels).image_features
     for size_of_all in (torch.ones(1, 576), None):
-        seen = train_tiny.see_patches(tower, pixels, torch.arange(576)[None], size_of_all)
+        seen = see_patches(tower, pixels, torch.arange(576)[None], size_of_all)
         torch.testing.assert_close(seen, everything, atol=1e-4, rtol=1e-4)
 
     tower.pos_embed.zero_()  # one background patch is like another now
     everything = tower(pixels).image_features[:, patches[0]]
-    seen = train_tiny.see_patches(tower, pixels, patches, size)
+    seen = see_patches(tower, pixels, patches, size)
     torch.testing.assert_close(seen, everything, atol=1e-4, rtol=1e-4)
-    unweighted = train_tiny.see_patches(tower, pixels, patches, torch.ones_like(size))
+    unweighted = see_patches(tower, pixels, patches, torch.ones_like(size))
     assert (unweighted - everything).abs().max() > 0.01  # the test would see it
 
 
-def test_only_the_end_of_a_stage_sees_all_patches(
-    train_tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scenes = [train_tiny.make_scene(5, index) for index in range(2)]
-    labels = train_tiny.label_scenes(scenes)
-    patches, size = train_tiny.choose_patches(labels, 0.84, np.random.default_rng(0))
-    assert patches.shape == size.shape == (2, train_tiny.FEW_PATCHES)
-    everything, size = train_tiny.choose_patches(labels, 0.85, np.random.default_rng(0))
+def test_only_the_end_of_a_stage_sees_all_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = [make_scene(5, index) for index in range(2)]
+    labels = label_scenes(scenes)
+    patches, size = choose_patches(labels, 0.84, np.random.default_rng(0))
+    assert patches.shape == size.shape == (2, FEW_PATCHES)
+    everything, size = choose_patches(labels, 0.85, np.random.default_rng(0))
     assert size is None and everything.tolist() == [list(range(576))] * 2
 
     for background in (0, 576):
@@ -254,8 +266,8 @@ def test_only_the_end_of_a_stage_sees_all_patches(
             assert set(seen[some]) == expected & set(seen)
 
 
-def test_labels_of_some_patches(train_tiny: ModuleType) -> None:
-    labels = train_tiny.label_scenes([train_tiny.make_scene(5, index) for index in range(2)])
+def test_labels_of_some_patches() -> None:
+    labels = label_scenes([make_scene(5, index) for index in range(2)])
     assert labels.whole
     some = labels.at(torch.tensor([[3, 200], [0, 575]]))
     assert some.whole
@@ -264,14 +276,14 @@ def test_labels_of_some_patches(train_tiny: ModuleType) -> None:
         torch.testing.assert_close(getattr(some, name), expected, equal_nan=True)
 
 
-def test_few_patches_hold_the_objects_and_stand_for_all(train_tiny: ModuleType) -> None:
-    few = train_tiny.FEW_PATCHES
+def test_few_patches_hold_the_objects_and_stand_for_all() -> None:
+    few = FEW_PATCHES
     area = torch.zeros(3, 576)
     area[0, [24 * 5 + 5, 24 * 5 + 6]] = 2
     area[1, : 24 * 7] = 24 * 7  # with the row below more than there is room for
     area[2, :500] = 500
     labels = SimpleNamespace(area=area)
-    patches, size = train_tiny.few_patches(labels, np.random.default_rng(0))
+    patches, size = few_patches(labels, np.random.default_rng(0))
     assert patches.shape == size.shape == (3, few)
     assert (patches.diff(dim=1) > 0).all()
     ring = {24 * row + column for row in (4, 5, 6) for column in (4, 5, 6, 7)}
@@ -285,36 +297,36 @@ def test_few_patches_hold_the_objects_and_stand_for_all(train_tiny: ModuleType) 
         assert near == [pytest.approx(max(1, objects / (few - 32)))]
     # What has no room at all is stood for by nothing: the ring of the fullest image.
     assert size.sum(1).tolist() == [pytest.approx(total) for total in (576, 576, 551)]
-    other = train_tiny.few_patches(labels, np.random.default_rng(1))[0]
+    other = few_patches(labels, np.random.default_rng(1))[0]
     assert not torch.equal(other[0], patches[0])
 
 
 def test_fresh_readers_learn_from_a_tower_that_stays_as_it_is(
-    train_tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scenes = scenes_in(tmp_path, train_tiny, 4)
-    tower, heads = random_tower(train_tiny), train_tiny.PatchHeads(192)
+    scenes = scenes_in(tmp_path, 4)
+    tower, heads = random_tower(), PatchHeads(192)
     before = {name: value.clone() for name, value in tower.state_dict().items()}
-    features = train_tiny.see(tower, scenes.pixels, "cpu").float()
-    labels = train_tiny.whole_batch(scenes, range(4))[1]
+    features = see(tower, scenes.pixels, "cpu").float()
+    labels = whole_batch(scenes, range(4))[1]
     with torch.no_grad():
-        untrained = train_tiny.patch_loss(heads(features), labels)
-    monkeypatch.setattr(train_tiny, "HEAD_STEPS", 40)
-    train_tiny.fit_heads(tower, heads, scenes)
+        untrained = patch_loss(heads(features), labels)
+    monkeypatch.setattr("training.start.HEAD_STEPS", 40)
+    fit_heads(tower, heads, scenes)
     with torch.no_grad():
-        assert train_tiny.patch_loss(heads(features), labels) < 0.7 * untrained
+        assert patch_loss(heads(features), labels) < 0.7 * untrained
     for name, value in tower.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(parameter.grad is None for parameter in tower.parameters())
 
 
-def test_carriers_tell_every_patch_where_it_is(train_tiny: ModuleType) -> None:
+def test_carriers_tell_every_patch_where_it_is() -> None:
     """Through all blocks, whatever the image shows."""
-    tower, heads = random_tower(train_tiny), train_tiny.PatchHeads(192)
-    images = np.stack([train_tiny.render((7, index)) for index in range(8)])
+    tower, heads = random_tower(), PatchHeads(192)
+    images = np.stack([render((7, index)) for index in range(8)])
     scenes = SimpleNamespace(pixels=images)
-    train_tiny.carry_places(tower, heads, scenes)
-    pixels = train_tiny.to_pixel_values(images)
+    carry_places(tower, heads, scenes)
+    pixels = to_pixel_values(images)
     with torch.inference_mode():
         entered = tower.pre_norm(tower.embed(pixels))[:, 1:]
         features = tower(pixels).image_features
@@ -330,30 +342,30 @@ def test_carriers_tell_every_patch_where_it_is(train_tiny: ModuleType) -> None:
 
 
 @torch.no_grad()
-def test_crops_have_no_place_in_an_image_to_learn(train_tiny: ModuleType, tmp_path: Path) -> None:
+def test_crops_have_no_place_in_an_image_to_learn(tmp_path: Path) -> None:
     """Neither a third nor a spot nor an extent is theirs, also where nine tile an image: what
     the readers say of these changes no loss."""
-    scenes = scenes_in(tmp_path, train_tiny, 6)
-    mosaic = train_tiny.mosaic_batch(scenes, np.random.default_rng(0), 2)[1]
-    whole = train_tiny.whole_batch(scenes, [0, 1])[1]
+    scenes = scenes_in(tmp_path, 6)
+    mosaic = mosaic_batch(scenes, np.random.default_rng(0), 2)[1]
+    whole = whole_batch(scenes, [0, 1])[1]
     torch.manual_seed(0)
-    read = train_tiny.PatchHeads(8)(torch.randn(2, 576, 8))
+    read = PatchHeads(8)(torch.randn(2, 576, 8))
     for name in ("third", "spot", "extent"):
         other = {**read, name: read[name] + torch.randn_like(read[name])}
-        losses = [train_tiny.patch_loss(one, mosaic) for one in (read, other)]
+        losses = [patch_loss(one, mosaic) for one in (read, other)]
         assert losses[0].isfinite() and losses[0] == losses[1]
-        assert train_tiny.patch_loss(read, whole) != train_tiny.patch_loss(other, whole)
+        assert patch_loss(read, whole) != patch_loss(other, whole)
     for name in ("color", "shape", "digit", "place", "share", "offset", "center"):
         other = {**read, name: read[name] + torch.randn_like(read[name])}
-        assert train_tiny.patch_loss(read, mosaic) != train_tiny.patch_loss(other, mosaic)
+        assert patch_loss(read, mosaic) != patch_loss(other, mosaic)
 
 
-def test_a_stage_goes_on_as_if_nothing_had_happened(train_tiny: ModuleType, tmp_path: Path) -> None:
+def test_a_stage_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """Ten steps at once, and four, a new process' worth of objects, and the other six."""
 
     def trainer(name: str) -> Any:
         torch.manual_seed(0)
-        return train_tiny.Trainer(name, tmp_path, {"m": torch.nn.Linear(3, 2)}, {"m": 0.1}, 10)
+        return Trainer(name, tmp_path, {"m": torch.nn.Linear(3, 2)}, {"m": 0.1}, 10)
 
     def train(one: Any, until: int) -> Any:
         for step in one.run():
@@ -371,7 +383,7 @@ def test_a_stage_goes_on_as_if_nothing_had_happened(train_tiny: ModuleType, tmp_
         whole.modules["m"].parameters(), parts.modules["m"].parameters(), strict=True
     ):
         assert torch.equal(one, other)
-    lower = train_tiny.Trainer("parts", tmp_path, {"m": torch.nn.Linear(3, 2)}, {"m": 0.01}, 20)
+    lower = Trainer("parts", tmp_path, {"m": torch.nn.Linear(3, 2)}, {"m": 0.01}, 20)
     train(lower, 11)  # what it is told now counts
     assert lower.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.51)
 
@@ -388,7 +400,6 @@ def test_a_stage_goes_on_as_if_nothing_had_happened(train_tiny: ModuleType, tmp_
     ],
 )
 def test_what_would_not_do_what_it_says_is_refused(
-    train_tiny: ModuleType,
     flags: str,
     message: str,
     tmp_path: Path,
@@ -402,7 +413,7 @@ def test_what_would_not_do_what_it_says_is_refused(
     assert message in capsys.readouterr().err and not work.exists()
 
 
-def test_a_work_folder_holds_one_training(train_tiny: ModuleType, tmp_path: Path) -> None:
+def test_a_work_folder_holds_one_training(tmp_path: Path) -> None:
     """Else a stage would train on another one's tower or export another one's tokenizer."""
     problem = train_tiny.misplaced
     assert problem(tmp_path, "tower", tmp_path / "given") is None
@@ -420,42 +431,42 @@ def test_a_work_folder_holds_one_training(train_tiny: ModuleType, tmp_path: Path
 
 
 @pytest.mark.parametrize("stage", ["crops", "decoder", "joint"])
-def test_what_a_stage_needs_is_said(train_tiny: ModuleType, tmp_path: Path, stage: str) -> None:
+def test_what_a_stage_needs_is_said(tmp_path: Path, stage: str) -> None:
     args = SimpleNamespace(work=tmp_path, start_from=None)
     with pytest.raises(SystemExit, match=rf"no .*{stage}.state.pt: run --stage {stage} first"):
         train_tiny.trained_tower(args, stage)
 
 
-def test_nothing_to_export_is_said(train_tiny: ModuleType, tmp_path: Path) -> None:
+def test_nothing_to_export_is_said(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="nothing to export: no decoder.state.pt"):
         train_tiny.export(SimpleNamespace(work=tmp_path))
 
 
-def test_the_decoder_never_sees_a_scene_twice(train_tiny: ModuleType) -> None:
+def test_the_decoder_never_sees_a_scene_twice() -> None:
     """Nor one that the tower was trained on; at first only those of few objects. Where a run goes
     on, it gets what it would have got."""
     args = SimpleNamespace(scene_seed=3, drawers=0)
-    batches = list(train_tiny.fresh_batches(args, range(8), 4, late=False))
+    batches = list(fresh_batches(args, range(8), 4, late=False))
     assert len(batches) == 8
     scenes = [scene for drawn, _ in batches for scene in drawn]
     assert len({repr(scene) for scene in scenes}) == len(scenes) == 32
-    trained_on = {repr(train_tiny.make_scene(train_tiny.TRAIN_SEED, n)) for n in range(50)}
+    trained_on = {repr(make_scene(TRAIN_SEED, n)) for n in range(50)}
     assert not trained_on & {repr(scene) for scene in scenes}
     for step, (drawn, pixels) in enumerate(batches):
         most = 2 + int(step / 8 / 0.075)
         assert max(len(scene.objects) for scene in drawn) <= most
         assert pixels.shape == (4, 336, 336, 3)
-    tasks = train_tiny.scene_tasks(3, 7, 4, 6, late=False)
+    tasks = scene_tasks(3, 7, 4, 6, late=False)
     for task, scene, image in zip(tasks, *batches[7], strict=True):
-        assert scene == train_tiny.make_scene(*task)
-        np.testing.assert_array_equal(image, train_tiny.render(task))
-    [(_, last)] = train_tiny.fresh_batches(args, range(7, 8), 4, late=False)
+        assert scene == make_scene(*task)
+        np.testing.assert_array_equal(image, render(task))
+    [(_, last)] = fresh_batches(args, range(7, 8), 4, late=False)
     np.testing.assert_array_equal(last, batches[7][1])
-    [(drawn, _), *_] = train_tiny.fresh_batches(args, range(8), 4, late=True)
+    [(drawn, _), *_] = fresh_batches(args, range(8), 4, late=True)
     assert max(len(scene.objects) for scene in drawn) > 2
 
 
-def test_difficulty_counts_objects_and_hard_ones_thrice(train_tiny: ModuleType) -> None:
+def test_difficulty_counts_objects_and_hard_ones_thrice() -> None:
     """With a digit, small in the model's 336 pixels, or close to a border between thirds."""
     plain = SceneObject("circle", "red", (220, 40, 40), 100, 100, 40, 0.0)
     digit, small = replace(plain, digit=7), replace(plain, radius=20)
@@ -470,23 +481,21 @@ def test_difficulty_counts_objects_and_hard_ones_thrice(train_tiny: ModuleType) 
         ((replace(plain, x=800 / 3 + 17, y=2 * 500 / 3 - 11),), 1),
     ):
         scene = Scene(800, 500, (90, 90, 90), objects)
-        assert train_tiny.difficulty(scene) == expected
-    assert train_tiny.difficulty(Scene(336, 336, (90, 90, 90), (small,))) == 1
+        assert difficulty(scene) == expected
+    assert difficulty(Scene(336, 336, (90, 90, 90), (small,))) == 1
 
 
-def test_late_scenes_come_as_often_as_they_are_difficult(train_tiny: ModuleType) -> None:
+def test_late_scenes_come_as_often_as_they_are_difficult() -> None:
     """From 12 on all of them, below in proportion, whatever the step."""
     tried: list[int] = []
     kept: set[tuple[int, int]] = set()
     for step in range(60):
-        late = train_tiny.scene_tasks(5, step, 24, 6, True)
-        assert late[0][1] >= step * train_tiny.SCENES_OF_A_STEP
+        late = scene_tasks(5, step, 24, 6, True)
+        assert late[0][1] >= step * SCENES_OF_A_STEP
         assert len(set(late)) == 24 and late == sorted(late)
-        tried += range(step * train_tiny.SCENES_OF_A_STEP, late[-1][1] + 1)
+        tried += range(step * SCENES_OF_A_STEP, late[-1][1] + 1)
         kept |= set(late)
-    difficulties = {
-        index: train_tiny.difficulty(train_tiny.make_scene(5, index)) for index in tried
-    }
+    difficulties = {index: difficulty(make_scene(5, index)) for index in tried}
     for low, high in ((1, 4), (4, 8), (8, 12), (12, 99)):
         some = [index for index in tried if low <= difficulties[index] < high]
         expected = np.mean([min(difficulties[index] / 12, 1) for index in some])
@@ -495,9 +504,9 @@ def test_late_scenes_come_as_often_as_they_are_difficult(train_tiny: ModuleType)
 
 
 def test_a_tower_sees_scenes_as_often_as_they_are_difficult(
-    train_tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scenes = [train_tiny.make_scene(1, index) for index in range(30)]
+    scenes = [make_scene(1, index) for index in range(30)]
     seen = np.zeros(30)
 
     class Seen(Exception):
@@ -524,12 +533,12 @@ def test_a_tower_sees_scenes_as_often_as_they_are_difficult(
     amounts = {"scenes": 30, "tower_steps": 1, "tower_rate": 1.0}
     args = SimpleNamespace(work=tmp_path, start_from=None, device="cpu", **amounts)
     train_tiny.train_tower(args)
-    difficulties = np.array([train_tiny.difficulty(scene) for scene in scenes])
+    difficulties = np.array([difficulty(scene) for scene in scenes])
     assert seen.sum() > 5000 and difficulties.max() >= 4 * difficulties.min()
     np.testing.assert_allclose(seen / seen.sum(), difficulties / difficulties.sum(), atol=0.01)
 
 
-def test_export_averages_with_given_weights(train_tiny: ModuleType, tmp_path: Path) -> None:
+def test_export_averages_with_given_weights(tmp_path: Path) -> None:
     """A decoder's state has no tower: that is the tower stage's, or the one it started from."""
     given = llava_lite.embedded_model()
     model, mine = load_model(given, dtype="float32"), load_model(given, dtype="float32")
@@ -537,7 +546,7 @@ def test_export_averages_with_given_weights(train_tiny: ModuleType, tmp_path: Pa
     with torch.no_grad():
         for parameter in mine.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    heads = train_tiny.PatchHeads(train_tiny.TINY.vision.hidden_size).state_dict()
+    heads = PatchHeads(TINY.vision.hidden_size).state_dict()
     tower = {"tower": mine.vision.state_dict(), "heads": heads}
     rest = {"projector": mine.projector.state_dict(), "decoder": mine.decoder.state_dict()}
     torch.save(rest, tmp_path / "decoder.state.pt")
@@ -561,13 +570,12 @@ def test_export_averages_with_given_weights(train_tiny: ModuleType, tmp_path: Pa
         torch.testing.assert_close(written[name], expected, rtol=2**-8, atol=1e-6)
 
 
-def test_all_stages_in_miniature(
-    train_tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_stages_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From nothing to a folder that loads and answers; run again, it has nothing left to do."""
     monkeypatch.setattr(train_tiny, "HELD_OUT_SCENES", 2)
-    monkeypatch.setattr(train_tiny, "FEW_PATCHES_UNTIL", 0.5)  # both ways to see are taken
-    asked, fresh_batches = [], train_tiny.fresh_batches
+    for module in ("train_tiny", "training.seeing"):  # both ways to see are taken
+        monkeypatch.setattr(f"{module}.FEW_PATCHES_UNTIL", 0.5)
+    asked: list[range] = []
 
     def spy(args: Any, steps: range, batch: int, late: bool) -> Any:
         asked.append(steps)
@@ -575,7 +583,7 @@ def test_all_stages_in_miniature(
 
     monkeypatch.setattr(train_tiny, "fresh_batches", spy)
     for seed, count in ((1, 12), (2, 2)):
-        images = np.stack([train_tiny.render((seed, index)) for index in range(count)])
+        images = np.stack([render((seed, index)) for index in range(count)])
         np.save(tmp_path / f"scenes_{seed}_{count}.npy", images)
     amounts = (
         "crop-steps 1 tower-steps 2 decoder-steps 1 joint-steps 2 decoder-batch 1 joint-batch 2"
@@ -591,7 +599,7 @@ def test_all_stages_in_miniature(
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert "whole_third" in lines[1] and "crop_third" not in lines[1]
     model = llava_lite.load(tmp_path / "out")
-    answer = model.generate(draw_scene(train_tiny.make_scene(2, 0)), "Hello?", max_new_tokens=2)
+    answer = model.generate(draw_scene(make_scene(2, 0)), "Hello?", max_new_tokens=2)
     assert answer.usage["image_tokens"] == 576
     state = (tmp_path / "joint.state.pt").stat().st_mtime_ns
     train_tiny.main()

@@ -49,12 +49,12 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from benchmark import machine, quartiles, time_in_turns
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import llava_lite
+from benchmark import machine, quartiles, time_in_turns
 from llava_lite.errors import LlavaLiteError, reason_of
 from llava_lite.evaluate import (
     FAMILIES,
