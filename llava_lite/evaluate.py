@@ -85,10 +85,10 @@ def macro_accuracy(tallies: Mapping[str, Tally]) -> float:
 def fresh_rng(seed: int, index: int) -> np.random.Generator:
     """The random numbers of one fresh scene: no others', whatever the seed.
 
-    Training seeds its generators with lists of numbers: [seed, index] for its scenes, and longer
-    ones that hold the letters of a stage's name. A spawn key is mixed in behind four places, the
-    last three of them empty here, which no such list has. Raises ValueError for a seed that is not
-    of 32 bits."""
+    Training seeds its generators with lists of numbers: [seed, index] for its scenes, [seed, index,
+    1] to choose among them, and longer ones that hold the letters of a stage's name. A spawn key is
+    mixed in behind four places, the last three of them empty here, which no such list has. Raises
+    ValueError for a seed that is not of 32 bits."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed} must be in 0..{2**32 - 1}")
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))

@@ -6,6 +6,7 @@ llava_lite.inspect("photo.jpg", "What is this?", reduction="hybrid-72-36").save(
 import os
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,9 @@ class Inspection:
 def inspect(model: Model, image: Any, prompt: str, **options: Any) -> Inspection:
     """Answer one prompt about an image, or a list of images, and keep what there is to see of it.
 
-    Arguments and errors as of `Model.generate`. Raises ImageError for an image that is encoded
-    already, and without any."""
+    It runs twice, so that its times are not those of a first run; of the first time, no more than
+    the prompt and the first tokens. Arguments and errors as of `Model.generate`. Raises ImageError
+    for an image that is encoded already, and without any."""
     if not isinstance(prompt, str):
         raise PromptError(f"one prompt is inspected, a str, not a {type(prompt).__name__}")
     sources = as_list(image)
@@ -92,13 +94,22 @@ def inspect(model: Model, image: Any, prompt: str, **options: Any) -> Inspection
     if any(isinstance(source, EncodedImage) for source in sources):
         raise ImageError("an encoded image has no pixels to show: inspect the image itself")
     images = [load_image(source, exif=model.exif) for source in sources]
-    # The first run of a process is the slowest, and says little of the time that any other takes.
-    model.generate(images, prompt, **{**options, "max_new_tokens": 1})
-    answer = model.generate(images, prompt, **{**options, "trace": True})
+    options = {**options, "trace": True}
+    warm_up(model, images, prompt, options)
+    answer = model.generate(images, prompt, **options)
     vision, pad = model.config.vision, model.config.pad
     squares = tuple(to_square(loaded, vision.image_size, pad) for loaded in images)
     reduction = Reduction.of(options.get("reduction"))
     return Inspection(squares, prompt, answer, reduction, model.config.name)
+
+
+def warm_up(model: Model, images: list[Image.Image], prompt: str, options: dict[str, Any]) -> None:
+    """Prompt and first tokens. The first run of a process is the slowest, and says little of the
+    time that any other takes."""
+    of_stream = {name: value for name, value in options.items() if name != "batch_size"}
+    pieces = model.stream(images, prompt, **of_stream)
+    list(islice(pieces, 2))  # of which the second comes from a decode step
+    pieces.close()
 
 
 def check_output(path: str | os.PathLike[str], force: bool = False) -> Path:

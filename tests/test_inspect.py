@@ -557,6 +557,34 @@ def test_inspect_refuses_what_it_cannot_show(tiny_model: Model) -> None:
         inspect(tiny_model, photo(60, 60), QUESTION, reduction="nonsense")
 
 
+def test_it_runs_once_before_the_run_that_is_shown(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the first tokens of a long answer, as it runs then; and not at all with options that
+    the second run would refuse."""
+    runs: list[tuple[bool, int]] = []
+    run = Model.run
+
+    def watched(self: Model, requests: Any, options: Any, *rest: Any) -> Any:
+        index = len(runs)
+        runs.append((options.trace, 0))
+        for found in run(self, requests, options, *rest):
+            runs[index] = (options.trace, runs[index][1] + 1)
+            yield found
+
+    monkeypatch.setattr(Model, "run", watched)
+    seen = inspect(tiny_model, photo(60, 60), QUESTION, max_new_tokens=40, batch_size=2)
+    assert seen.answer.usage["completion_tokens"] == 40
+    (first, some), (second, every) = runs
+    assert first and second and 2 <= some < every
+
+    runs.clear()
+    for number, error in ((10_000, llava_lite.ContextError), (0, ValueError)):
+        with pytest.raises(error):
+            inspect(tiny_model, photo(60, 60), QUESTION, max_new_tokens=number)
+    assert not runs
+
+
 def test_drawing_needs_a_trace_of_the_same_images(tiny_model: Model) -> None:
     image = load_image(photo(56, 56))
     plain = tiny_model.generate(image, QUESTION, max_new_tokens=1)

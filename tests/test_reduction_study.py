@@ -9,9 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_TEXT, TINY_VISION, load_tool, random_llava
+from conftest import TINY_TEXT, TINY_VISION, load_tool, random_llava
 from PIL import Image
 
 import llava_lite
@@ -32,13 +33,7 @@ NAMES += ["fastv-k2-36", "random-k2-36", "hybrid-72-36-vtu", "hybrid-72-36-logic
 
 @pytest.fixture(scope="module")
 def study() -> Iterator[ModuleType]:
-    """The tool, beside the one it imports."""
-    folder = str(ROOT / "tools")
-    sys.path.insert(0, folder)
-    try:
-        module = load_tool("reduction_study")
-    finally:
-        sys.path.remove(folder)
+    module = load_tool("reduction_study")
     module.CHUNK, module.MAX_NEW_TOKENS = 2, 4  # type: ignore[attr-defined]
     yield module
 
@@ -368,6 +363,16 @@ def test_another_study_needs_another_folder(
     assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
+def test_sixteen_bits_need_the_same_batches(run: Any, tmp_path: Path) -> None:
+    """There a batch may change an answer; in float32 it changes nothing."""
+    assert run("--no-plots", configs=["none"], count=1) == 0
+    assert run("--no-plots", "--batch-size", "3", configs=["none"], count=1) == 0
+    words = ("--no-plots", "--out", str(tmp_path / "half"), "--dtype", "bfloat16")
+    assert run(*words, configs=["none"], count=1) == 0
+    with pytest.raises(SystemExit, match=r"half/settings.json: that study has another batch_size "):
+        run(*words, "--batch-size", "3", configs=["none"], count=1)
+
+
 # ---- times ---------------------------------------------------------------------------------------
 
 
@@ -397,13 +402,15 @@ def test_times_are_measured_in_turns_and_apart(
         assert entry["ratio"] == entry["seconds"] / measured["none"]["seconds"] > 0
         low, high = entry["quartiles"]
         assert 0 < low <= entry["seconds"] <= high
-    assert content["repeat"] == 2 and content["machine"]["torch"]
+    assert content["machine"]["torch"]
+    assert {entry["repeat"] for entry in measured.values()} == {2}
     assert not (tmp_path / "answers.jsonl").exists() and not (tmp_path / "study.csv").exists()
     assert "no configuration has all " in capsys.readouterr().out
     assert run("--no-plots", "--time", "--repeat", "1", configs=["tome-36-logical"]) == 0
     more = json.loads((tmp_path / "times.json").read_text())["measurements"]
     assert sorted(more) == sorted([*measured, "tome-36-logical"])
     assert more["tome-36-plain"] == measured["tome-36-plain"]
+    assert more["tome-36-logical"]["repeat"] == more["none"]["repeat"] == 1
     other = {"machine": None, "dtype": "float32", "measurements": {"tome-36-plain": 1}}
     assert study.with_earlier(content, other) == study.with_earlier(content, {}) == content
     assert run("--no-plots", configs=["none", *configs], count=2) == 0
@@ -427,12 +434,22 @@ def test_without_matplotlib_the_run_ends_before_it_starts(
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_plots(study: ModuleType, tmp_path: Path) -> None:
-    """Of everything, with made-up figures: three small pictures."""
+def test_plots(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of everything, with made-up figures: three small pictures, in the colors they were drawn."""
     pytest.importorskip("matplotlib", reason="plots need the extra `viz`")
     every = study.configurations()
     rows = [made_up_row(study, one, number) for number, one in enumerate(every)]
     facts = {"model": "random", "questions": 90, "scenes": 10, "timed_on": "a machine"}
+    drawn: dict[str, Image.Image] = {}
+    compressed = study.compressed
+
+    def spy(path: Path) -> Path:
+        with Image.open(path) as image:
+            drawn[path.name] = image.convert("RGB")
+        written: Path = compressed(path)
+        return written
+
+    monkeypatch.setattr(study, "compressed", spy)
     paths = study.draw_plots(rows, every, facts, tmp_path)
     assert sorted(path.name for path in paths) == [
         *("accuracy_time.png", "accuracy_tokens.png", "families.png")
@@ -441,6 +458,17 @@ def test_plots(study: ModuleType, tmp_path: Path) -> None:
         assert path.stat().st_size <= 150_000
         with Image.open(path) as image:
             assert min(image.size) >= 500
+            shown = np.array(image.convert("RGB")).astype(int)
+        wanted = np.array(drawn[path.name])
+        assert np.abs(shown - wanted).mean() < 1
+        strong = shown.max(-1) - shown.min(-1) > 60  # lines, no text or grid
+        assert 0.005 < strong.mean() < 0.2
+        series = study.FAMILY_SERIES if path.name == "families.png" else study.SERIES
+        colors = {study.SERIES[key][1] for key in series} - {"black"}
+        for color in colors:
+            rgb = [*bytes.fromhex(color.removeprefix("#"))]
+            there = (wanted == rgb).all(-1)
+            assert there.sum() > 20 and np.abs(shown[there] - rgb).max() <= 8, color
 
 
 @pytest.mark.parametrize("plot", ["token_plot", "time_plot", "family_plot"])

@@ -49,6 +49,7 @@ from training.scenes import (
 from training.seeing import FEW_PATCHES, choose_patches, few_patches, see, see_patches
 from training.start import carry_places, fit_heads, start_local
 from training.trainer import Trainer, initialise
+from training.work import ORDER, misplaced
 
 Turns = tuple[tuple[str, str], ...]
 
@@ -397,6 +398,8 @@ def test_a_stage_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
         ("--scene-seed 0", "--scene-seed must be 3 or more"),
         ("--scene-seed 2", "--scene-seed must be 3 or more"),
         ("--scene-seed -1", "--scene-seed must be 3 or more"),
+        ("--stage joint --start-from /nowhere", "/nowhere is no model folder"),
+        ("--stage export --average-with /", "/ is no model folder: it has no config.json"),
     ],
 )
 def test_what_would_not_do_what_it_says_is_refused(
@@ -413,33 +416,86 @@ def test_what_would_not_do_what_it_says_is_refused(
     assert message in capsys.readouterr().err and not work.exists()
 
 
-def test_a_work_folder_holds_one_training(tmp_path: Path) -> None:
-    """Else a stage would train on another one's tower or export another one's tokenizer."""
-    problem = train_tiny.misplaced
-    assert problem(tmp_path, "tower", tmp_path / "given") is None
-    train_tiny.origin(tmp_path).write_text(train_tiny.name_of(tmp_path / "given"))
-    assert problem(tmp_path, "joint", tmp_path / "given") is None
-    assert "that started from /" in problem(tmp_path, "export", None)
-    assert "given, not from /" in problem(tmp_path, "joint", tmp_path / "other")
-    (tmp_path / "joint.state.pt").touch()
-    assert problem(tmp_path, "joint", tmp_path / "given") is None
-    assert problem(tmp_path, "export", tmp_path / "given") is None
+def run_train_tiny(monkeypatch: pytest.MonkeyPatch, work: Path, flags: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py", "--work", str(work), *flags.split()])
+    train_tiny.main()
+
+
+def test_a_work_folder_holds_one_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a stage would train on another one's tower, or one would train what the later ones never
+    hear of."""
+    ran: list[str] = []
+    for name in train_tiny.STAGES:
+        monkeypatch.setitem(train_tiny.STAGES, name, lambda args, name=name: ran.append(name))
+    assert list(train_tiny.STAGES) == list(ORDER)
+    work, given, other = (tmp_path / name for name in ("work", "given", "other"))
+    for folder in (given, other):
+        folder.mkdir()
+        (folder / "config.json").touch()
+    (given / "model.safetensors").write_bytes(b"some weights")
+
+    def run(flags: str) -> str:
+        """The error, or nothing where the stages may run."""
+        ran.clear()
+        try:
+            run_train_tiny(monkeypatch, work, flags)
+        except SystemExit:
+            assert not ran
+            return capsys.readouterr().err
+        assert ran
+        return ""
+
+    assert not run("--stage joint")
+    assert not run(f"--stage joint --start-from {given}")  # as long as there is no state yet
+    torch.save({"step": 3}, work / "joint.state.pt")
+    assert not run(f"--stage joint --start-from {given}")
+    assert not run(f"--stage export --start-from {given} --scene-seed 9")
+    assert f"start_from {given}, not nothing" in run("--stage export")
+    assert f"start_from {given}, not {other}" in run(f"--stage joint --start-from {other}")
+    assert "scene_seed 3, not 4" in run(f"--stage joint --start-from {given} --scene-seed 4")
+    (given / "model.safetensors").write_bytes(b"other weights")
+    assert "weights_sha256" in run(f"--stage joint --start-from {given}")
+    (given / "model.safetensors").write_bytes(b"some weights")
+
     for stage in ("tower", "decoder"):
-        assert f"at joint, past {stage}" in problem(tmp_path, stage, tmp_path / "given")
-    (tmp_path / "decoder.state.pt").touch()
-    assert problem(tmp_path, "decoder", tmp_path / "given") is None
+        assert f"at joint, past {stage}" in run(f"--stage {stage} --start-from {given}")
+    torch.save({"step": 5}, work / "decoder.state.pt")
+    assert not run(f"--stage decoder --decoder-steps 5 --start-from {given}")
+    assert "past decoder" in run(f"--stage decoder --decoder-steps 6 --start-from {given}")
 
 
-@pytest.mark.parametrize("stage", ["crops", "decoder", "joint"])
-def test_what_a_stage_needs_is_said(tmp_path: Path, stage: str) -> None:
-    args = SimpleNamespace(work=tmp_path, start_from=None)
-    with pytest.raises(SystemExit, match=rf"no .*{stage}.state.pt: run --stage {stage} first"):
-        train_tiny.trained_tower(args, stage)
+@pytest.mark.parametrize(
+    ("stage", "there", "missing"),
+    [
+        ("tower", "", "crops"),
+        ("decoder", "", "tower"),
+        ("joint", "", "tower"),
+        ("joint", "tower", "decoder"),
+    ],
+)
+def test_what_a_stage_needs_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, there: str, missing: str
+) -> None:
+    """And nothing is drawn before, nor is the folder taken for another training."""
+    if there:
+        modules = {"tower": VisionTower(TINY.vision), "heads": PatchHeads(192)}
+        state = {name: module.state_dict() for name, module in modules.items()}
+        torch.save({**state, "step": 1}, tmp_path / f"{there}.state.pt")
+    with pytest.raises(SystemExit, match=rf"no .*{missing}.state.pt: run --stage {missing} first"):
+        run_train_tiny(monkeypatch, tmp_path, f"--stage {stage}")
+    assert not list(tmp_path.glob("scenes_*"))
+    args = SimpleNamespace(
+        work=tmp_path, start_from=llava_lite.embedded_model(), scene_seed=9, joint_steps=1
+    )
+    assert there or misplaced(args, [stage]) is None
 
 
-def test_nothing_to_export_is_said(tmp_path: Path) -> None:
+def test_nothing_to_export_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="nothing to export: no decoder.state.pt"):
-        train_tiny.export(SimpleNamespace(work=tmp_path))
+        run_train_tiny(monkeypatch, tmp_path / "new", "--stage export")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_decoder_never_sees_a_scene_twice() -> None:
@@ -538,7 +594,9 @@ def test_a_tower_sees_scenes_as_often_as_they_are_difficult(
     np.testing.assert_allclose(seen / seen.sum(), difficulties / difficulties.sum(), atol=0.01)
 
 
-def test_export_averages_with_given_weights(tmp_path: Path) -> None:
+def test_export_averages_with_given_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A decoder's state has no tower: that is the tower stage's, or the one it started from."""
     given = llava_lite.embedded_model()
     model, mine = load_model(given, dtype="float32"), load_model(given, dtype="float32")
@@ -547,8 +605,12 @@ def test_export_averages_with_given_weights(tmp_path: Path) -> None:
         for parameter in mine.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     heads = PatchHeads(TINY.vision.hidden_size).state_dict()
-    tower = {"tower": mine.vision.state_dict(), "heads": heads}
-    rest = {"projector": mine.projector.state_dict(), "decoder": mine.decoder.state_dict()}
+    tower = {"tower": mine.vision.state_dict(), "heads": heads, "step": 1}
+    rest = {
+        "projector": mine.projector.state_dict(),
+        "decoder": mine.decoder.state_dict(),
+        "step": 7,
+    }
     torch.save(rest, tmp_path / "decoder.state.pt")
     folders = {"work": tmp_path, "out": tmp_path / "out", "start_from": given}
     args = SimpleNamespace(**folders, average_with=[given], device="cpu")
@@ -562,8 +624,11 @@ def test_export_averages_with_given_weights(tmp_path: Path) -> None:
             if name.startswith("vision.") and not has_tower:
                 other = value
             assert torch.equal(written[name], ((value + other) / 2).bfloat16().float()), name
+    capsys.readouterr()
     args.average_with = [given, given]
     train_tiny.export(args)
+    said = f"decoder of {tmp_path} at step 7, averaged with 2 others, -> {tmp_path / 'out'}"
+    assert capsys.readouterr().out.strip() == said
     written = llava_lite.load(tmp_path / "out", dtype="float32").llava.state_dict()
     for name, value in model.state_dict().items():
         expected = (2 * value + mine.state_dict()[name]) / 3
@@ -634,3 +699,4 @@ def test_all_stages_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     train_tiny.main()
     joint = torch.load(tmp_path / "later" / "joint.state.pt", weights_only=True)
     assert joint["step"] == 3 and "heads" not in joint
+    assert asked[-1] == range(3, 4)  # behind the decoder's one step and its own two

@@ -3,7 +3,7 @@
     python tools/train_tiny.py                     # all stages; continues where it was interrupted
     python tools/train_tiny.py --stage tower       # one stage
     python tools/train_tiny.py --device cuda
-    python tools/train_tiny.py --stage joint --start-from weights/tiny    # go on from given weights
+    python tools/train_tiny.py --stage joint --work runs/next --start-from weights/tiny    # go on
 
 The stages are LLaVA's own in small. `crops` and `tower` teach the vision tower what every patch
 belongs to (shape, color, digit, centre of its object) and where it lies, first on crops around
@@ -15,7 +15,8 @@ tower sees few patches until shortly before the end. `export` writes the folder 
 
 What they are made of is in `training/`: scenes.py and labels.py (what each patch shows), seeing.py
 (few patches instead of all), readers.py (what the tower learns by), start.py (what it is given to
-start with), questions.py (many of them behind one image), trainer.py (steps, log, resuming).
+start with), questions.py (many of them behind one image), trainer.py (steps, log, resuming),
+work.py (whose training a folder holds).
 """
 
 import argparse
@@ -70,6 +71,7 @@ from training.seeing import (
 )
 from training.start import carry_places, fit_heads, fit_places, show_extent, start_local
 from training.trainer import Trainer, attention, autocast, initialise
+from training.work import misplaced, remember, state_of, steps_done
 
 HELD_OUT_SCENES = 64
 
@@ -233,9 +235,7 @@ def trained_tower(args: argparse.Namespace, stage: str = "tower") -> tuple[Visio
     if args.start_from and not path.exists():
         tower.load_state_dict(load_model(args.start_from, dtype="float32").vision.state_dict())
         return tower.to(args.device), heads.to(args.device)
-    if not path.exists():
-        raise SystemExit(f"no {path}: run --stage {stage} first, or give --start-from")
-    state = torch.load(path, "cpu", weights_only=True)
+    state = state_of(args.work, stage)
     tower.load_state_dict(state["tower"])
     heads.load_state_dict(state["heads"])
     return tower.to(args.device), heads.to(args.device)
@@ -244,8 +244,8 @@ def trained_tower(args: argparse.Namespace, stage: str = "tower") -> tuple[Visio
 def train_decoder(args: argparse.Namespace) -> None:
     """Stage `decoder`: projector and decoder on the frozen tower's features, of scenes that are
     always new."""
-    held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
     tower, _ = trained_tower(args)
+    held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
     held_out_features = see(tower, held_out.pixels, args.device)
     writer = Writer(load_tokenizer(args))
     projector, decoder = new_decoder(args)
@@ -326,21 +326,20 @@ def train_joint(args: argparse.Namespace) -> None:
     """Stage `joint`: tower, projector and decoder together, on scenes that are always new. Of most
     of them the tower sees few patches, of the last ones all 576; the decoder is shown those of
     objects with a few others, or all that the tower has seen."""
-    held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
-    writer = Writer(load_tokenizer(args))
     tower, heads = trained_tower(args)
-    begun = args.work / "joint.state.pt"
-    if begun.exists():
-        has_heads = "heads" in torch.load(begun, "cpu", weights_only=True)
+    if (args.work / "joint.state.pt").exists():
+        has_heads = "heads" in state_of(args.work, "joint")
     else:  # with a tower from a model folder the heads are fresh, and would teach it nothing
         has_heads = (args.work / "tower.state.pt").exists()
     projector, decoder = new_decoder(args)
     first = args.decoder_steps
     if (args.work / "decoder.state.pt").exists() or not args.start_from:
-        state = torch.load(args.work / "decoder.state.pt", "cpu", weights_only=True)
+        state = state_of(args.work, "decoder")
         projector.load_state_dict(state["projector"])
         decoder.load_state_dict(state["decoder"])
         first = state["step"]
+    held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
+    writer = Writer(load_tokenizer(args))
     modules: dict[str, nn.Module] = {"tower": tower, "projector": projector, "decoder": decoder}
     if has_heads:
         modules["heads"] = heads
@@ -385,11 +384,10 @@ def export(args: argparse.Namespace) -> None:
     """Write the newest weights as a model folder in bfloat16, or the mean of them and those of
     `--average-with`, such as earlier ends of the same training (Izmailov et al. 2018, Averaging
     weights leads to wider optima and better generalization)."""
-    begun = [path for name in ("decoder", "joint") for path in args.work.glob(f"{name}.state.pt")]
-    if not begun:
+    last = next((name for name in ("joint", "decoder") if steps_done(args.work, name)), None)
+    if last is None:
         raise SystemExit(f"nothing to export: no decoder.state.pt or joint.state.pt in {args.work}")
-    newest = max(begun, key=lambda path: path.stat().st_mtime)
-    state = torch.load(newest, "cpu", weights_only=True)
+    state = state_of(args.work, last)
     tower = state.get("tower") or trained_tower(args)[0].state_dict()
     tokenizer = load_tokenizer(args)
     text = replace(TINY.text, sampled_vocab_size=tokenizer.vocab_size)
@@ -411,6 +409,9 @@ def export(args: argparse.Namespace) -> None:
         source="tools/train_tiny.py",
         force=True,
     )
+    others = len(args.average_with or ())
+    mean = f", averaged with {others} other{'s' * (others > 1)}," if others else ""
+    print(f"{last} of {args.work} at step {state['step']}{mean} -> {args.out}")
 
 
 STAGES = {
@@ -422,55 +423,62 @@ STAGES = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="scenes, states, log")
-    parser.add_argument("--out", type=Path, default=Path("weights/tiny"))
-    parser.add_argument(
-        "--start-from",
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--stage", choices=[*STAGES, "all"], default="all", help="only this one")
+    add("--work", type=Path, default=Path("runs/tiny"), help="folder for scenes, states and log")
+    add("--out", type=Path, default=argparse.SUPPRESS, help="model folder (default: WORK/model)")
+    add(
+        *("--start-from",),
         type=Path,
         metavar="DIR",
+        default=argparse.SUPPRESS,
         help="model folder that tower, decoder or joint goes on from, in a work folder of its own",
     )
-    parser.add_argument(
-        "--average-with",
+    add(
+        *("--average-with",),
         type=Path,
         nargs="+",
         metavar="DIR",
-        help="export the mean of the trained weights and those of these model folders",
+        default=argparse.SUPPRESS,
+        help="export the mean of the trained weights and those of these model folders; one that is "
+        "named twice counts twice",
     )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--scenes", type=int, default=16000)
-    parser.add_argument("--crop-steps", type=int, default=4000)
-    parser.add_argument("--crop-rate", type=float, default=1.2e-3)
-    parser.add_argument("--tower-steps", type=int, default=15000)
-    parser.add_argument("--tower-rate", type=float, default=8e-4)
-    parser.add_argument(
-        "--questions", type=int, default=14, help="question blocks per image of the decoder stage"
-    )
-    parser.add_argument(
-        "--drawers",
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--scenes", type=int, default=16000, help="scenes of crops and tower")
+    seed_help = "which scenes decoder and joint see, and in which order the tower; "
+    seed_help += f"{DECODER_SEED} or more, another in every run that goes on"
+    add("--scene-seed", type=int, default=DECODER_SEED, metavar="N", help=seed_help)
+    add(
+        *("--drawers",),
         type=int,
         default=os.cpu_count(),
         metavar="N",
-        help="processes that draw scenes for decoder and joint (default: a core each; 0: none)",
+        help="processes that draw scenes for decoder and joint; 0: none, drawn in between",
     )
-    parser.add_argument("--decoder-steps", type=int, default=7000)
-    parser.add_argument(
-        "--scene-seed",
-        type=int,
-        default=DECODER_SEED,
-        metavar="N",
-        help="which scenes decoder and joint see, and in which order the tower; 3 or more, another "
-        "in every run that goes on",
-    )
-    parser.add_argument("--decoder-batch", type=int, default=20, help="images")
-    parser.add_argument("--decoder-rate", type=float, default=1e-3)
-    parser.add_argument("--joint-steps", type=int, default=1500)
-    parser.add_argument("--joint-batch", type=int, default=24, help="images")
-    parser.add_argument("--joint-questions", type=int, default=5, help="the same of joint")
-    parser.add_argument("--joint-rate", type=float, default=3e-4)
+    for stage, steps, rate in (
+        ("crops", 4000, 1.2e-3),
+        ("tower", 15000, 8e-4),
+        ("decoder", 7000, 1e-3),
+        ("joint", 1500, 3e-4),
+    ):
+        name = stage.removesuffix("s")
+        add(f"--{name}-steps", type=int, default=steps, help=f"steps of {stage}")
+        add(f"--{name}-rate", type=float, default=rate, help=f"highest learning rate of {stage}")
+    add("--decoder-batch", type=int, default=20, help="images of a step of decoder")
+    add("--joint-batch", type=int, default=24, help="images of a step of joint")
+    add("--questions", type=int, default=14, help="question blocks about an image of decoder")
+    add("--joint-questions", type=int, default=5, help="question blocks about an image of joint")
+    parser.set_defaults(out=None, start_from=None, average_with=None)
+    return parser
+
+
+def main() -> None:
+    parser = build_parser()
     args = parser.parse_args()
     if args.start_from and args.stage not in ("tower", "decoder", "joint", "export"):
         parser.error("--start-from goes with --stage tower, decoder, joint or export")
@@ -478,35 +486,17 @@ def main() -> None:
         parser.error("--average-with goes with --stage export")
     if args.scene_seed < DECODER_SEED:  # the ones below are the tower's and held out
         parser.error(f"--scene-seed must be {DECODER_SEED} or more")
+    for folder in (args.start_from, *(args.average_with or ())):
+        if folder and not (folder / "config.json").is_file():
+            parser.error(f"{folder} is no model folder: it has no config.json")
     stages = list(STAGES) if args.stage == "all" else [args.stage]
-    args.work.mkdir(parents=True, exist_ok=True)
-    if problem := misplaced(args.work, stages[0], args.start_from):
+    if problem := misplaced(args, stages):
         parser.error(f"{problem}; give another --work")
-    origin(args.work).write_text(name_of(args.start_from))
+    if args.stage != "export":
+        remember(args)
+    args.out = args.out or args.work / "model"
     for name in stages:
         STAGES[name](args)
-
-
-def origin(work: Path) -> Path:
-    """Where a work folder notes what its training started from."""
-    return work / "started_from.txt"
-
-
-def name_of(start_from: Path | None) -> str:
-    return str(start_from.resolve()) if start_from else "nothing"
-
-
-def misplaced(work: Path, stage: str, start_from: Path | None) -> str | None:
-    """Why the stage must not run in this work folder, which holds one training from its beginning:
-    else it would go on from another one's tower, or export another one's tokenizer."""
-    later = list(STAGES)[list(STAGES).index(stage) + 1 :]
-    begun = [name for name in later if (work / f"{name}.state.pt").exists()]
-    if begun and stage != "export" and not (work / f"{stage}.state.pt").exists():
-        return f"{work} has a training that is at {begun[-1]}, past {stage}"
-    before = origin(work).read_text() if origin(work).exists() else None
-    if before not in (None, name_of(start_from)):
-        return f"{work} has a training that started from {before}, not from {name_of(start_from)}"
-    return None
 
 
 if __name__ == "__main__":
