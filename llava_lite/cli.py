@@ -337,8 +337,8 @@ example:
 
 
 def add_inspect(commands: Any) -> None:
-    details = """The page holds all it shows, without scripts; the PNG shows the same. Times are those of a
-second run of the prompt: the first one of a process is slower.
+    details = """The page holds all it shows, without scripts; the PNG shows the same. Times are
+those of a second run of the prompt: the first one of a process is slower.
 
 examples:
   llava-lite inspect -i photo.jpg -p "What is this?" --reduction hybrid-72-36 -o run.html
