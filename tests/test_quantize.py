@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from llava_lite.config import LLAVA_1_5_7B, LlavaConfig, TextConfig
 from llava_lite.convert import METHODS as OFFERED
 from llava_lite.convert import convert
 from llava_lite.errors import CheckpointError
-from llava_lite.evaluate import fresh_scenes
+from llava_lite.evaluate import answer_questions, fresh_scenes
 from llava_lite.generation import Model
 from llava_lite.info import describe_source, format_info
 from llava_lite.llava import Llava
@@ -1026,17 +1027,13 @@ def test_error_of_logits_at_7b_widths() -> None:
 def test_the_embedded_model_answers_as_before() -> None:
     models = {m: llava_lite.load(llava_lite.embedded_model(), quantize=m) for m in (None, *METHODS)}
     families = ["count", "color", "shape", "exists"]
-    right, same, total = dict.fromkeys(models, 0), dict.fromkeys(models, 0), 0
-    for scene, asked in fresh_scenes(12, 5, families):
-        encoded = models[None].encode(draw_scene(scene))  # the tower is the same in all
-        prompts = [question.text for question in asked]
-        images = [encoded] * len(prompts)
-        answers = {m: model.generate(images, prompts) for m, model in models.items()}
-        total += len(asked)
-        for m in models:
-            same[m] += sum(map(str.__eq__, answers[m], answers[None]))
-            right[m] += sum(a == q.answer for a, q in zip(answers[m], asked, strict=True))
-    assert total >= 40
+    scenes, asked = zip(*fresh_scenes(12, 5, families), strict=True)
+    images = [models[None].encode(draw_scene(scene)) for scene in scenes]  # the tower is the same
+    answers = {m: answer_questions(models[m], images, asked, reuse_prefix=True) for m in models}
+    total = sum(map(len, asked))
+    same = {m: sum(map(eq, answers[m], answers[None])) for m in models}
+    right = {m: sum(answer == question.answer for question, answer in answers[m]) for m in models}
+    assert total >= 40 and len(answers[None]) == total
     assert same["int8"] >= 0.95 * total and same["int4"] >= 0.85 * total
     assert all(right[m] >= right[None] - 0.15 * total for m in METHODS)
 

@@ -638,6 +638,7 @@ def test_export_averages_with_given_weights(
 def test_all_stages_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From nothing to a folder that loads and answers; run again, it has nothing left to do."""
     monkeypatch.setattr(train_tiny, "HELD_OUT_SCENES", 2)
+    monkeypatch.setattr(train_tiny, "TOKENIZER_SCENES", 50)
     for module in ("train_tiny", "training.seeing"):  # both ways to see are taken
         monkeypatch.setattr(f"{module}.FEW_PATCHES_UNTIL", 0.5)
     asked: list[range] = []

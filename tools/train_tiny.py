@@ -71,9 +71,10 @@ from training.seeing import (
 )
 from training.start import carry_places, fit_heads, fit_places, show_extent, start_local
 from training.trainer import Trainer, attention, autocast, initialise
-from training.work import misplaced, remember, state_of, steps_done
+from training.work import has_begun, misplaced, remember, state_of
 
 HELD_OUT_SCENES = 64
+TOKENIZER_SCENES = 1500
 
 
 def train_crops(args: argparse.Namespace) -> None:
@@ -95,7 +96,7 @@ def train_crops(args: argparse.Namespace) -> None:
 def train_tower(args: argparse.Namespace) -> None:
     """Stage `tower`: on images of the full size, mosaics of crops and whole scenes. Among
     576 patches attention must be sharper than among the 64 of a crop."""
-    begins = not (args.work / "tower.state.pt").exists()
+    begins = not has_begun(args.work, "tower")
     tower, heads = trained_tower(args, "crops" if begins and not args.start_from else "tower")
     train = SceneSet(args.work, TRAIN_SEED, args.scenes)
     if begins:
@@ -203,7 +204,7 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     if not path.exists():
         rng = np.random.default_rng(0)
         texts = []
-        for _ in range(1500):
+        for _ in range(TOKENIZER_SCENES):
             scene = sample_scene(rng)
             asked = questions(scene, rng, 0.75)[::2] + questions(scene, rng, 1.0)[-1:]
             texts += [conversation(((one.text, one.answer),)) for one in asked]
@@ -231,8 +232,7 @@ def trained_tower(args: argparse.Namespace, stage: str = "tower") -> tuple[Visio
     `--start-from` with fresh readers."""
     torch.manual_seed(0)
     tower, heads = VisionTower(TINY.vision), PatchHeads(TINY.vision.hidden_size)
-    path = args.work / f"{stage}.state.pt"
-    if args.start_from and not path.exists():
+    if args.start_from and not has_begun(args.work, stage):
         tower.load_state_dict(load_model(args.start_from, dtype="float32").vision.state_dict())
         return tower.to(args.device), heads.to(args.device)
     state = state_of(args.work, stage)
@@ -327,13 +327,13 @@ def train_joint(args: argparse.Namespace) -> None:
     of them the tower sees few patches, of the last ones all 576; the decoder is shown those of
     objects with a few others, or all that the tower has seen."""
     tower, heads = trained_tower(args)
-    if (args.work / "joint.state.pt").exists():
+    if has_begun(args.work, "joint"):
         has_heads = "heads" in state_of(args.work, "joint")
     else:  # with a tower from a model folder the heads are fresh, and would teach it nothing
-        has_heads = (args.work / "tower.state.pt").exists()
+        has_heads = has_begun(args.work, "tower")
     projector, decoder = new_decoder(args)
     first = args.decoder_steps
-    if (args.work / "decoder.state.pt").exists() or not args.start_from:
+    if has_begun(args.work, "decoder") or not args.start_from:
         state = state_of(args.work, "decoder")
         projector.load_state_dict(state["projector"])
         decoder.load_state_dict(state["decoder"])
@@ -384,7 +384,7 @@ def export(args: argparse.Namespace) -> None:
     """Write the newest weights as a model folder in bfloat16, or the mean of them and those of
     `--average-with`, such as earlier ends of the same training (Izmailov et al. 2018, Averaging
     weights leads to wider optima and better generalization)."""
-    last = next((name for name in ("joint", "decoder") if steps_done(args.work, name)), None)
+    last = next((name for name in ("joint", "decoder") if has_begun(args.work, name)), None)
     if last is None:
         raise SystemExit(f"nothing to export: no decoder.state.pt or joint.state.pt in {args.work}")
     state = state_of(args.work, last)

@@ -17,31 +17,28 @@ ORIGIN_FILE = "started_from.json"
 def state_of(work: Path, stage: str) -> dict[str, Any]:
     """What a stage has saved. Raises SystemExit where it never ran."""
     path = work / f"{stage}.state.pt"
-    if not path.exists():
+    if not has_begun(work, stage):
         raise SystemExit(f"no {path}: run --stage {stage} first, or give --start-from")
     state: dict[str, Any] = torch.load(path, "cpu", weights_only=True, mmap=True)
     return state
 
 
-def steps_done(work: Path, stage: str) -> int:
-    """How many steps a stage has had, 0 where it never ran."""
-    if not (work / f"{stage}.state.pt").exists():
-        return 0
-    step: int = state_of(work, stage)["step"]
-    return step
+def has_begun(work: Path, stage: str) -> bool:
+    """Whether the stage has saved anything."""
+    return (work / f"{stage}.state.pt").exists()
 
 
 def misplaced(args: argparse.Namespace, stages: Sequence[str]) -> str | None:
     """Why the stages must not run in this work folder: one would go on from another training's
     tower, export another one's tokenizer, or train what the later stages, which have begun, would
     never hear of."""
-    done = {name: steps_done(args.work, name) for name in ORDER}
+    begun = [name for name in ORDER if has_begun(args.work, name)]
     for name in stages:
-        later = [one for one in ORDER[ORDER.index(name) + 1 :] if done[one]]
-        if later and done[name] < getattr(args, f"{name.removesuffix('s')}_steps"):
+        later = [one for one in begun if ORDER.index(one) > ORDER.index(name)]
+        if later and not is_done(args, name):
             return f"{args.work} has a training that is at {later[-1]}, past {name}"
     path = args.work / ORIGIN_FILE
-    if not any(done.values()) or not path.exists():
+    if not begun or not path.exists():
         return None
     before = read_json(path)
     now = origin(args)
@@ -52,6 +49,12 @@ def misplaced(args: argparse.Namespace, stages: Sequence[str]) -> str | None:
             was, wanted = (one or "nothing" for one in (before.get(name), value))
             return f"{args.work} has a training with {name} {was}, not {wanted}"
     return None
+
+
+def is_done(args: argparse.Namespace, stage: str) -> bool:
+    """Whether the stage has had all of its steps."""
+    steps: int = getattr(args, f"{stage.removesuffix('s')}_steps")
+    return has_begun(args.work, stage) and state_of(args.work, stage)["step"] >= steps
 
 
 def remember(args: argparse.Namespace) -> None:
