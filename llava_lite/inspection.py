@@ -17,7 +17,7 @@ from llava_lite.drawing import Drawing, xml
 from llava_lite.errors import ImageError, LlavaLiteError, PromptError
 from llava_lite.figure import draw_run
 from llava_lite.files import replace_file
-from llava_lite.generation import Model
+from llava_lite.generation import GenerationOptions, Model, checked_batch_size
 from llava_lite.image import load_image, to_square
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
@@ -94,8 +94,8 @@ def inspect(model: Model, image: Any, prompt: str, **options: Any) -> Inspection
     if any(isinstance(source, EncodedImage) for source in sources):
         raise ImageError("an encoded image has no pixels to show: inspect the image itself")
     images = [load_image(source, exif=model.exif) for source in sources]
-    options = {**options, "trace": True}
-    warm_up(model, images, prompt, options)
+    options = {"batch_size": None, **options, "trace": True}
+    warm_up(model, images, prompt, **options)
     answer = model.generate(images, prompt, **options)
     vision, pad = model.config.vision, model.config.pad
     squares = tuple(to_square(loaded, vision.image_size, pad) for loaded in images)
@@ -103,13 +103,16 @@ def inspect(model: Model, image: Any, prompt: str, **options: Any) -> Inspection
     return Inspection(squares, prompt, answer, reduction, model.config.name)
 
 
-def warm_up(model: Model, images: list[Image.Image], prompt: str, options: dict[str, Any]) -> None:
+def warm_up(
+    model: Model, images: list[Image.Image], prompt: str, batch_size: int | None, **options: Any
+) -> None:
     """Prompt and first tokens. The first run of a process is the slowest, and says little of the
     time that any other takes."""
-    of_stream = {name: value for name, value in options.items() if name != "batch_size"}
-    pieces = model.stream(images, prompt, **of_stream)
-    list(islice(pieces, 2))  # of which the second comes from a decode step
-    pieces.close()
+    with model.checking():
+        size = checked_batch_size(batch_size)
+        wishes = GenerationOptions(**options)
+        request = model.request(images, prompt, wishes)
+    list(islice(model.run([request], wishes, size), 2))  # the second token is of a decode step
 
 
 def check_output(path: str | os.PathLike[str], force: bool = False) -> Path:

@@ -579,9 +579,15 @@ def test_it_runs_once_before_the_run_that_is_shown(
     assert first and second and 2 <= some < every
 
     runs.clear()
-    for number, error in ((10_000, llava_lite.ContextError), (0, ValueError)):
+    wrong: list[tuple[dict[str, int], type[Exception]]] = [
+        ({"max_new_tokens": 10_000}, llava_lite.ContextError),
+        ({"max_new_tokens": 0}, ValueError),
+        ({"batch_size": 0}, ValueError),
+        ({"nonsense": 1}, TypeError),
+    ]
+    for option, error in wrong:
         with pytest.raises(error):
-            inspect(tiny_model, photo(60, 60), QUESTION, max_new_tokens=number)
+            inspect(tiny_model, photo(60, 60), QUESTION, **option)
     assert not runs
 
 

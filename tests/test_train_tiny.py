@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -384,6 +385,13 @@ def test_a_stage_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
         whole.modules["m"].parameters(), parts.modules["m"].parameters(), strict=True
     ):
         assert torch.equal(one, other)
+    kept = parts.state_path.stat().st_mtime_ns
+    trainer("parts")
+    assert parts.state_path.stat().st_mtime_ns == kept
+    for steps in (3, 20):  # fewer than it has had: it ends there
+        Trainer("parts", tmp_path, {"m": torch.nn.Linear(3, 2)}, {"m": 0.1}, steps)
+        saved = torch.load(parts.state_path, weights_only=True)
+        assert (saved["step"], saved["steps"]) == (4, 3)
     lower = Trainer("parts", tmp_path, {"m": torch.nn.Linear(3, 2)}, {"m": 0.01}, 20)
     train(lower, 11)  # what it is told now counts
     assert lower.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.51)
@@ -424,11 +432,17 @@ def run_train_tiny(monkeypatch: pytest.MonkeyPatch, work: Path, flags: str) -> N
 def test_a_work_folder_holds_one_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Else a stage would train on another one's tower, or one would train what the later ones never
-    hear of."""
+    """Else a stage would train on another one's tower, or on one that was cut off, or what the
+    later ones never hear of."""
     ran: list[str] = []
+    out: list[Path] = []
+
+    def stage(name: str, args: Any) -> None:
+        ran.append(name)
+        out.append(args.out)
+
     for name in train_tiny.STAGES:
-        monkeypatch.setitem(train_tiny.STAGES, name, lambda args, name=name: ran.append(name))
+        monkeypatch.setitem(train_tiny.STAGES, name, partial(stage, name))
     assert list(train_tiny.STAGES) == list(ORDER)
     work, given, other = (tmp_path / name for name in ("work", "given", "other"))
     for folder in (given, other):
@@ -444,26 +458,44 @@ def test_a_work_folder_holds_one_training(
         except SystemExit:
             assert not ran
             return capsys.readouterr().err
-        assert ran
+        assert ran == ([flags.split()[1]] if "--stage" in flags else list(ORDER))
         return ""
 
+    def save(stage: str, step: int, steps: int) -> None:
+        torch.save({"step": step, "steps": steps}, work / f"{stage}.state.pt")
+
+    # Where weights are given.
     assert not run("--stage joint")
     assert not run(f"--stage joint --start-from {given}")  # as long as there is no state yet
-    torch.save({"step": 3}, work / "joint.state.pt")
+    save("joint", 3, 5)
     assert not run(f"--stage joint --start-from {given}")
     assert not run(f"--stage export --start-from {given} --scene-seed 9")
-    assert f"start_from {given}, not nothing" in run("--stage export")
-    assert f"start_from {given}, not {other}" in run(f"--stage joint --start-from {other}")
-    assert "scene_seed 3, not 4" in run(f"--stage joint --start-from {given} --scene-seed 4")
+    assert f"started from {given}, not from nothing" in run("--stage export")
+    assert f"started from {given}, not from {other}" in run(f"--stage joint --start-from {other}")
+    assert "of --scene-seed 3, not 4" in run(f"--stage joint --start-from {given} --scene-seed 4")
     (given / "model.safetensors").write_bytes(b"other weights")
-    assert "weights_sha256" in run(f"--stage joint --start-from {given}")
+    assert f"not from {given} as it is" in run(f"--stage joint --start-from {given}")
+    given = given.rename(tmp_path / "moved")
     (given / "model.safetensors").write_bytes(b"some weights")
+    assert not run(f"--stage joint --start-from {given}")
+    for name in ("tower", "decoder"):
+        assert f"at joint, past {name}" in run(f"--stage {name} --start-from {given}")
 
-    for stage in ("tower", "decoder"):
-        assert f"at joint, past {stage}" in run(f"--stage {stage} --start-from {given}")
-    torch.save({"step": 5}, work / "decoder.state.pt")
-    assert not run(f"--stage decoder --decoder-steps 5 --start-from {given}")
-    assert "past decoder" in run(f"--stage decoder --decoder-steps 6 --start-from {given}")
+    # From nothing.
+    work = tmp_path / "again"
+    assert not run("")
+    assert set(out) == {tmp_path / "work" / "model", work / "model"}
+    save("crops", 4000, 4000)
+    save("tower", 300, 500)
+    assert not run("--tower-steps 500")  # goes on in the middle
+    assert "it there by --stage tower --tower-steps 300" in run("--stage decoder")
+    save("tower", 500, 500)
+    save("decoder", 2, 9)
+    for flags in ("", "--stage tower"):
+        assert "past tower with its 500 steps; go on with --tower-steps 500" in run(flags)
+    for flags in ("--tower-steps 500", "--stage decoder", "--stage export"):
+        assert not run(flags)
+    assert "--decoder-steps 2" in run("--stage joint")
 
 
 @pytest.mark.parametrize(
@@ -482,14 +514,26 @@ def test_what_a_stage_needs_is_said(
     if there:
         modules = {"tower": VisionTower(TINY.vision), "heads": PatchHeads(192)}
         state = {name: module.state_dict() for name, module in modules.items()}
-        torch.save({**state, "step": 1}, tmp_path / f"{there}.state.pt")
+        torch.save({**state, "step": 1, "steps": 1}, tmp_path / f"{there}.state.pt")
     with pytest.raises(SystemExit, match=rf"no .*{missing}.state.pt: run --stage {missing} first"):
         run_train_tiny(monkeypatch, tmp_path, f"--stage {stage}")
     assert not list(tmp_path.glob("scenes_*"))
-    args = SimpleNamespace(
-        work=tmp_path, start_from=llava_lite.embedded_model(), scene_seed=9, joint_steps=1
-    )
-    assert there or misplaced(args, [stage]) is None
+    if not there:
+        args = SimpleNamespace(work=tmp_path, start_from=llava_lite.embedded_model(), scene_seed=9)
+        assert misplaced(args, [stage]) is None
+
+
+def test_weights_that_cannot_be_read_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"^train_tiny.py: error: .*: holds no weights"):
+        run_train_tiny(monkeypatch, tmp_path / "work", f"--stage decoder --start-from {tmp_path}")
+
+
+def test_help_says_defaults_where_there_are_some() -> None:
+    text = train_tiny.build_parser().format_help()
+    assert "default: 15000" in text and "None" not in text
 
 
 def test_nothing_to_export_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

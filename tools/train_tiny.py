@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from llava_lite.checkpoint import load_model, save_model
 from llava_lite.config import TINY
+from llava_lite.errors import LlavaLiteError, reason_of
 from llava_lite.llama import LlamaDecoder
 from llava_lite.llava import Llava
 from llava_lite.projector import Projector
@@ -473,13 +474,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--joint-batch", type=int, default=24, help="images of a step of joint")
     add("--questions", type=int, default=14, help="question blocks about an image of decoder")
     add("--joint-questions", type=int, default=5, help="question blocks about an image of joint")
-    parser.set_defaults(out=None, start_from=None, average_with=None)
     return parser
 
 
 def main() -> None:
     parser = build_parser()
-    args = parser.parse_args()
+    unsaid = argparse.Namespace(out=None, start_from=None, average_with=None)
+    args = parser.parse_args(namespace=unsaid)
     if args.start_from and args.stage not in ("tower", "decoder", "joint", "export"):
         parser.error("--start-from goes with --stage tower, decoder, joint or export")
     if args.average_with and args.stage != "export":
@@ -491,12 +492,15 @@ def main() -> None:
             parser.error(f"{folder} is no model folder: it has no config.json")
     stages = list(STAGES) if args.stage == "all" else [args.stage]
     if problem := misplaced(args, stages):
-        parser.error(f"{problem}; give another --work")
+        parser.error(f"{problem}, or give another --work")
     if args.stage != "export":
         remember(args)
     args.out = args.out or args.work / "model"
-    for name in stages:
-        STAGES[name](args)
+    try:
+        for name in stages:
+            STAGES[name](args)
+    except (LlavaLiteError, OSError) as error:
+        raise SystemExit(f"{parser.prog}: error: {reason_of(error)}") from None
 
 
 if __name__ == "__main__":

@@ -67,10 +67,12 @@ class Trainer:
             module.load_state_dict(state[key])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+        if self.step >= self.steps != state["steps"]:
+            self.save()  # it is to end where it is
 
     def save(self) -> None:
         state: dict[str, Any] = {key: module.state_dict() for key, module in self.modules.items()}
-        state |= {"optimizer": self.optimizer.state_dict(), "step": self.step}
+        state |= {"optimizer": self.optimizer.state_dict(), "step": self.step, "steps": self.steps}
         partial = self.state_path.with_suffix(".partial")
         torch.save(state, partial)
         partial.rename(self.state_path)

@@ -30,31 +30,44 @@ def has_begun(work: Path, stage: str) -> bool:
 
 def misplaced(args: argparse.Namespace, stages: Sequence[str]) -> str | None:
     """Why the stages must not run in this work folder: one would go on from another training's
-    tower, export another one's tokenizer, or train what the later stages, which have begun, would
+    weights, from a stage that was cut off, or train what the later stages, which have begun, would
     never hear of."""
     begun = [name for name in ORDER if has_begun(args.work, name)]
+    if begun and (args.work / ORIGIN_FILE).exists():
+        before, now = read_json(args.work / ORIGIN_FILE), origin(args)
+        if before["weights_sha256"] != now["weights_sha256"]:
+            was, wanted = (one["start_from"] or "nothing" for one in (before, now))
+            return f"{args.work} has a training that started from {was}, not from {wanted} as it is"
+        seeds = before["scene_seed"], now["scene_seed"]
+        if seeds[0] != seeds[1] and stages[0] != "export":  # which sees no scenes
+            return f"{args.work} has a training of --scene-seed {seeds[0]}, not {seeds[1]}"
+    earlier = [name for name in begun if ORDER.index(name) < ORDER.index(stages[0])]
+    if earlier and stages[0] != "export":
+        state = state_of(args.work, earlier[-1])
+        if state["step"] < state["steps"]:
+            return (
+                f"{earlier[-1]} of {args.work} was cut off, it has had {state['step']} of "
+                f"{state['steps']} steps; go on with it, or end it there by --stage {earlier[-1]} "
+                f"--{option(earlier[-1])} {state['step']}"
+            )
     for name in stages:
         later = [one for one in begun if ORDER.index(one) > ORDER.index(name)]
-        if later and not is_done(args, name):
+        if not later:
+            continue
+        if not has_begun(args.work, name):
             return f"{args.work} has a training that is at {later[-1]}, past {name}"
-    path = args.work / ORIGIN_FILE
-    if not begun or not path.exists():
-        return None
-    before = read_json(path)
-    now = origin(args)
-    if "export" in stages[:1]:
-        del now["scene_seed"]  # it sees none
-    for name, value in now.items():
-        if before.get(name) != value:
-            was, wanted = (one or "nothing" for one in (before.get(name), value))
-            return f"{args.work} has a training with {name} {was}, not {wanted}"
+        step = state_of(args.work, name)["step"]
+        if step < getattr(args, option(name).replace("-", "_")):
+            return (
+                f"{args.work} has a training that is at {later[-1]}, past {name} with its {step} "
+                f"steps; go on with --{option(name)} {step}"
+            )
     return None
 
 
-def is_done(args: argparse.Namespace, stage: str) -> bool:
-    """Whether the stage has had all of its steps."""
-    steps: int = getattr(args, f"{stage.removesuffix('s')}_steps")
-    return has_begun(args.work, stage) and state_of(args.work, stage)["step"] >= steps
+def option(stage: str) -> str:
+    """The flag of how many steps it has, without its dashes."""
+    return f"{stage.removesuffix('s')}-steps"
 
 
 def remember(args: argparse.Namespace) -> None:
