@@ -671,7 +671,7 @@ def test_export_averages_with_given_weights(
     capsys.readouterr()
     args.average_with = [given, given]
     train_tiny.export(args)
-    said = f"decoder of {tmp_path} at step 7, averaged with 2 others, -> {tmp_path / 'out'}"
+    said = f"decoder of {tmp_path} at step 7, averaged with 2 others -> {tmp_path / 'out'}"
     assert capsys.readouterr().out.strip() == said
     written = llava_lite.load(tmp_path / "out", dtype="float32").llava.state_dict()
     for name, value in model.state_dict().items():

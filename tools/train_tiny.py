@@ -411,7 +411,7 @@ def export(args: argparse.Namespace) -> None:
         force=True,
     )
     others = len(args.average_with or ())
-    mean = f", averaged with {others} other{'s' * (others > 1)}," if others else ""
+    mean = f", averaged with {others} other{'s' * (others > 1)}" if others else ""
     print(f"{last} of {args.work} at step {state['step']}{mean} -> {args.out}")
 
 
