@@ -1,5 +1,7 @@
 """The trained weights through the public API: a broken tower, tokenizer or RoPE fails here."""
 
+from typing import Any
+
 import pytest
 from PIL import Image
 
@@ -40,7 +42,13 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def tallies(model: Model) -> dict[str, Tally]:
-    return evaluate_scenes(model, fresh_scenes(SCENES, SEED), reuse_prefix=True)
+    return evaluate(model, SCENES)
+
+
+def evaluate(model: Model, count: int, **options: Any) -> dict[str, Tally]:
+    """The first of the fixed scenes, many questions at once."""
+    scenes = fresh_scenes(count, SEED)
+    return evaluate_scenes(model, scenes, batch_size=64, reuse_prefix=True, **options)
 
 
 def test_nine_of_ten_answers_about_fresh_scenes_are_right(tallies: dict[str, Tally]) -> None:
@@ -65,6 +73,7 @@ def test_nine_of_ten_answers_to_a_question_about_each_image_are_right(model: Mod
         [draw_scene(scene) for scene, _ in asked],
         [question.text for _, question in asked],
         max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=16,
     )
     right = [
         answer == question.answer for answer, (_, question) in zip(answers, asked, strict=True)
@@ -81,16 +90,14 @@ def test_reduced_images_are_answered_about(
     model: Model, reduction: str, floor: float, spared: float
 ) -> None:
     """As the README's figures say: counting and descriptions suffer, the rest hardly."""
-    scenes = fresh_scenes(30, SEED)
-    tallies = evaluate_scenes(model, scenes, reduction=reduction, reuse_prefix=True)
+    tallies = evaluate(model, 30, reduction=reduction)
     assert overall(tallies).accuracy >= floor, tallies
     for family in ("color", "shape", "exists"):
         assert tallies[family].accuracy >= spared, (family, tallies[family].mistakes)
 
 
 def test_a_drawing_by_other_code_is_understood(model: Model) -> None:
-    scenes = fresh_scenes(30, SEED)
-    tallies = evaluate_scenes(model, scenes, draw=RENDERERS["smooth"], reuse_prefix=True)
+    tallies = evaluate(model, 30, draw=RENDERERS["smooth"])
     assert overall(tallies).accuracy >= 0.88, tallies
 
 
