@@ -2,7 +2,7 @@
 
 import sys
 
-from llava_lite.cli import main
+from llava_lite.cli.program import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -37,3 +37,11 @@ class CheckpointError(LlavaLiteError):
 
 class EvaluationError(LlavaLiteError):
     """A data set for evaluation cannot be used. Names the file and the line or the item."""
+
+
+def one_line(error: Exception | str) -> str:
+    """The error in one line, without error numbers."""
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return f"{place}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

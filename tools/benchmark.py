@@ -35,16 +35,16 @@ from typing import Any
 
 import torch
 
-import llava_lite
-from llava_lite import cli
-from llava_lite.argument_types import positive
-from llava_lite.bench import BenchError, random_model
-from llava_lite.bench_report import FEWEST_ROUNDS, check_output
+from llava_lite.bench.machine import quartiles, time_in_turns
+from llava_lite.bench.report import FEWEST_ROUNDS, check_output
+from llava_lite.bench.run import BenchError, random_model
 from llava_lite.cache import KVCache
+from llava_lite.cli import program as cli
+from llava_lite.cli.arguments import positive
 from llava_lite.config import LLAVA_1_5_7B, TINY, LlavaConfig
-from llava_lite.hardware import machine, quartiles, time_in_turns
+from llava_lite.fast.device import machine, pick_device
+from llava_lite.fast.quantize import check_operator
 from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage, Llava
-from llava_lite.quantize import check_operator
 from llava_lite.reduction import NO_REDUCTION, REDUCTIONS, Reduction, ToMe
 
 RunKey = tuple[str, str]  # part, setting
@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--strict", action="store_true", help="exit code 1 where a bound is missed")
     args = parser.parse_args(argv)
     try:
-        args.device = str(llava_lite._pick_device(args.device))
+        args.device = str(pick_device(args.device))
         if args.json:
             check_output(args.json)
     except (ValueError, BenchError) as error:

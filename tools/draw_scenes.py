@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_lite.scenes import MAX_OBJECTS, draw_scene, questions, sample_scene
+from llava_lite.evaluation.scenes.questions import questions
+from llava_lite.evaluation.scenes.world import MAX_OBJECTS, draw_scene, sample_scene
 
 
 def main() -> None:

@@ -28,18 +28,20 @@ from typing import Any
 import torch
 
 import llava_lite
-from llava_lite.allocator import keep_freed_memory
-from llava_lite.bench import SIZES, random_model
-from llava_lite.checkpoint import load_tokenizer, parse_dtype
+from llava_lite.bench.machine import time_in_turns
+from llava_lite.bench.run import SIZES, random_model
+from llava_lite.checkpoints.checkpoint import load_tokenizer, parse_dtype
 from llava_lite.config import TINY
-from llava_lite.evaluate import fresh_scenes
 from llava_lite.evaluation.engine import Engine
+from llava_lite.evaluation.scenes.accuracy import fresh_scenes
+from llava_lite.evaluation.scenes.questions import PARAPHRASES
+from llava_lite.evaluation.scenes.world import draw_scene
 from llava_lite.evaluation.suite import Sample
-from llava_lite.files import replace_json
-from llava_lite.generation import Model
-from llava_lite.hardware import machine, time_in_turns
-from llava_lite.sampling import GenerationOptions
-from llava_lite.scenes import PARAPHRASES, draw_scene
+from llava_lite.fast.allocator import keep_freed_memory
+from llava_lite.fast.device import machine
+from llava_lite.generation.model import Model
+from llava_lite.generation.sampling import GenerationOptions
+from llava_lite.saving import replace_json
 
 BOUNDS = {1: 1.5, 4: 2.5}  # questions per image: times as many questions a second
 ONE_BY_ONE, BATCHED = "one by one", "batched"

@@ -8,7 +8,7 @@ python tools/find_thresholds.py scenes -m weights/tiny -o weights/tiny/threshold
 
 import sys
 
-from llava_lite.cli import main
+from llava_lite.cli.program import main
 
 if __name__ == "__main__":
     sys.exit(main(["thresholds", *sys.argv[1:]]))

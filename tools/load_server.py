@@ -41,8 +41,9 @@ import httpx
 from PIL import Image
 
 import llava_lite
-from llava_lite import cli, fetch
-from llava_lite.generation import Model
+from llava_lite.cli import program as cli
+from llava_lite.generation.model import Model
+from llava_lite.inputs import fetch
 
 EXAMPLES = ("scene.png", "scene2.png")
 QUESTIONS = (

@@ -29,11 +29,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llava_lite.checkpoints.export import hf_documents, hf_vocab_size
+from llava_lite.checkpoints.names import hf_name
+from llava_lite.checkpoints.skeleton import expected_shapes
+from llava_lite.checkpoints.tensors import Spec, num_bytes, write_safetensors
 from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, LlavaConfig
-from llava_lite.export import hf_documents, hf_vocab_size
-from llava_lite.files import Spec, num_bytes, write_json, write_safetensors
-from llava_lite.layouts import hf_name
-from llava_lite.meta import expected_shapes
+from llava_lite.saving import write_json
 
 SIZES = {"7b": LLAVA_1_5_7B, "13b": LLAVA_1_5_13B, "tiny": TINY}
 OFFICIAL_SHARD, HF_SHARD = 10_000_000_000, 5_000_000_000

@@ -56,8 +56,9 @@ from tqdm import tqdm
 
 import llava_lite
 from benchmark import machine, quartiles, time_in_turns
+from llava_lite.checkpoints.tensors import read_json
 from llava_lite.errors import LlavaLiteError, reason_of
-from llava_lite.evaluate import (
+from llava_lite.evaluation.scenes.accuracy import (
     FAMILIES,
     FRESH_SEED,
     MAX_NEW_TOKENS,
@@ -70,14 +71,14 @@ from llava_lite.evaluate import (
     macro_accuracy,
     overall,
 )
+from llava_lite.evaluation.scenes.world import draw_scene
 from llava_lite.fastv import Pruning, choose
-from llava_lite.files import read_json, replace_json
-from llava_lite.generation import Model
-from llava_lite.image import pad_to_square
+from llava_lite.generation.model import Model
+from llava_lite.inputs.pixels import pad_to_square
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import NO_REDUCTION, POSITIONS, DToMe, FastV, Reduction, ToMe
-from llava_lite.scenes import draw_scene
-from llava_lite.thresholds import find_thresholds
+from llava_lite.saving import replace_json
+from llava_lite.study.find_thresholds import find_thresholds
 
 Line = dict[str, Any]
 Key = tuple[str, int, int]  # configuration, first scene, number of scenes

@@ -29,18 +29,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llava_lite.checkpoint import load_model, save_model
+from llava_lite.checkpoints.checkpoint import load_model, save_model
 from llava_lite.config import TINY
 from llava_lite.errors import LlavaLiteError, reason_of
+from llava_lite.evaluation.scenes.questions import questions
+from llava_lite.evaluation.scenes.world import Scene, sample_scene
+from llava_lite.inputs.tokenizer import Tokenizer, train_tokenizer
 from llava_lite.llama import LlamaDecoder
 from llava_lite.llava import Llava
 from llava_lite.projector import Projector
-from llava_lite.scenes import (
-    Scene,
-    questions,
-    sample_scene,
-)
-from llava_lite.tokenizer import Tokenizer, train_tokenizer
 from llava_lite.vision import VisionTower
 from training.labels import (
     IGNORE,

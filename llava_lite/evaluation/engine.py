@@ -22,17 +22,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from llava_lite.answer import Answer
-from llava_lite.batch import ROW_ERRORS, is_accelerator_failure
 from llava_lite.evaluation.shared_prefix import after_shared_prefixes
 from llava_lite.evaluation.suite import Sample
-from llava_lite.generation import Model, checked_batch_size
-from llava_lite.hardware import synchronize
-from llava_lite.image import load_image, to_square
+from llava_lite.fast.device import synchronize
+from llava_lite.generation.answer import Answer
+from llava_lite.generation.failures import ROW_ERRORS, is_accelerator_failure
+from llava_lite.generation.model import Model, checked_batch_size
+from llava_lite.generation.sampling import GenerationOptions
+from llava_lite.generation.state import Request, Row
+from llava_lite.inputs.images import load_image
+from llava_lite.inputs.pixels import to_square
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
-from llava_lite.sampling import GenerationOptions
-from llava_lite.sequence import Request, Row
 
 DEFAULT_WORKERS = 2
 LOOK_AHEAD = 2  # batches of images that are opened before they are needed

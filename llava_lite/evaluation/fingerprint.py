@@ -10,8 +10,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from llava_lite.checkpoints.tensors import CHECKPOINT_FILES
 from llava_lite.errors import EvaluationError
-from llava_lite.files import CHECKPOINT_FILES
 
 SMALL_BYTES = 1 << 24
 BLOCKS, BLOCK_BYTES = 64, 1 << 16

@@ -21,7 +21,7 @@ from time import monotonic
 from typing import Any, BinaryIO
 
 from llava_lite.errors import LlavaLiteError
-from llava_lite.json_lines import JsonObject, lines_of, lock, parse_object
+from llava_lite.saving import JsonObject, lines_of, lock, parse_object
 
 FILE_NAME = "predictions.jsonl"
 FORMAT = 1

@@ -17,7 +17,7 @@ from llava_lite.evaluation.fingerprint import file_hash
 from llava_lite.evaluation.predictions import Predictions, differences
 from llava_lite.evaluation.runner import Selection
 from llava_lite.evaluation.suite import Metric, Sample, Scores, Suite
-from llava_lite.json_lines import JsonObject
+from llava_lite.saving import JsonObject
 
 JSON_NAME, PAGE_NAME = "report.json", "report.html"
 USAGE = {

@@ -17,8 +17,8 @@ from llava_lite.errors import reason_of
 from llava_lite.evaluation.engine import Engine, Outcome, select_shard
 from llava_lite.evaluation.predictions import FILE_NAME, PredictionsWriter
 from llava_lite.evaluation.suite import Sample
-from llava_lite.hardware import machine
-from llava_lite.json_lines import JsonObject
+from llava_lite.fast.device import machine
+from llava_lite.saving import JsonObject
 
 
 @dataclass(frozen=True)

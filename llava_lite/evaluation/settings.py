@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_lite import __version__
-from llava_lite.download import resolve
+from llava_lite.checkpoints.download import resolve
 from llava_lite.evaluation.fingerprint import file_hash, model_hash
-from llava_lite.evaluation.images import ImageFolder
 from llava_lite.evaluation.suite import Suite
-from llava_lite.generation import Model
-from llava_lite.prompt import ALIASES
+from llava_lite.evaluation.suites.images import ImageFolder
+from llava_lite.generation.model import Model
+from llava_lite.generation.sampling import GenerationOptions
+from llava_lite.inputs.prompt import ALIASES
 from llava_lite.reduction import Reduction
-from llava_lite.sampling import GenerationOptions
+from llava_lite.version import __version__
 
 
 @dataclass(frozen=True)

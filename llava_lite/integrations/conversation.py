@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llava_lite.errors import PromptError
-from llava_lite.prompt import IMAGE_MARKER, build_prompt, get_template
+from llava_lite.inputs.prompt import IMAGE_MARKER, build_prompt, get_template
 
 if TYPE_CHECKING:
-    from llava_lite.answer import Answer
-    from llava_lite.generation import Model
-    from llava_lite.sampling import GenerationOptions
-    from llava_lite.sequence import Request
+    from llava_lite.generation.answer import Answer
+    from llava_lite.generation.model import Model
+    from llava_lite.generation.sampling import GenerationOptions
+    from llava_lite.generation.state import Request
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def request_of(
     model: "Model", conversation: Conversation, options: "GenerationOptions"
 ) -> "Request":
     """The conversation as a request; its own system text goes before that of the options."""
-    from llava_lite.sequence import State
+    from llava_lite.generation.state import State
 
     if conversation.system is not None:
         options = replace(options, system=conversation.system)

@@ -15,10 +15,12 @@ from typing import Any
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 
-from llava_lite.answer import Answer
-from llava_lite.batch import together_or_alone
 from llava_lite.errors import LlavaLiteError
-from llava_lite.generation import DEFAULT_BATCH_SIZE, Model
+from llava_lite.generation.answer import Answer
+from llava_lite.generation.failures import together_or_alone
+from llava_lite.generation.model import DEFAULT_BATCH_SIZE, Model
+from llava_lite.generation.sampling import GenerationOptions
+from llava_lite.generation.state import as_list
 from llava_lite.integrations.conversation import (
     Conversation,
     Message,
@@ -29,8 +31,6 @@ from llava_lite.integrations.conversation import (
 )
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
-from llava_lite.sampling import GenerationOptions
-from llava_lite.sequence import as_list
 
 MAX_NEW_TOKENS = 1024  # of LLaVA's scripts for long answers, where a task says nothing
 BATCHES_AT_ONCE = 4  # whose images are in memory
@@ -64,7 +64,7 @@ class LlavaLite(lmms):
         super().__init__()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise LlavaLiteError("llava_lite runs lmms-eval in one process, not in several")
-        import llava_lite
+        from llava_lite.checkpoints.load import load
 
         self.rows = int(DEFAULT_BATCH_SIZE if batch_size == "auto" else batch_size)
         if self.rows < 1:
@@ -77,7 +77,7 @@ class LlavaLite(lmms):
         }
         GenerationOptions(**self.prompting)  # a wrong one is said before the model is loaded
         device = "auto" if device is None else str(device)
-        self.model: Model = llava_lite.load(pretrained, device=device, exif=exif, **load_options)
+        self.model: Model = load(pretrained, device=device, exif=exif, **load_options)
 
     @property
     def template(self) -> str:

@@ -9,7 +9,6 @@ evaluation over it is ray_eval.py.
 Actors open images themselves: paths must mean the same on every machine.
 """
 
-import argparse
 import math
 import os
 import warnings
@@ -21,22 +20,21 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_lite.argument_types import positive
-from llava_lite.batch import (
+from llava_lite.errors import LlavaLiteError, reason_of
+from llava_lite.generation.batch_file import (
     Row,
     Summary,
     answer_rows,
     append_records,
     plan,
     select_shard,
-    together_or_alone,
 )
-from llava_lite.errors import LlavaLiteError, reason_of
-from llava_lite.json_lines import JsonObject
+from llava_lite.generation.failures import together_or_alone
+from llava_lite.saving import JsonObject
 
 if TYPE_CHECKING:
-    from llava_lite.answer import Answer
-    from llava_lite.generation import Model
+    from llava_lite.generation.answer import Answer
+    from llava_lite.generation.model import Model
 
 Work = Callable[["Model", Any], Any]  # what an actor does with its model and one block
 
@@ -123,9 +121,9 @@ class Predictor:
         load_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        import llava_lite
+        from llava_lite.checkpoints.load import load
 
-        self.model, self.options = llava_lite.load(model, **(load_options or {})), options
+        self.model, self.options = load(model, **(load_options or {})), options
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with its answers."""
@@ -273,15 +271,15 @@ class Actor:
         import torch
         from ray import cloudpickle
 
-        import llava_lite
-        from llava_lite.allocator import keep_freed_memory
+        from llava_lite.checkpoints.load import load
+        from llava_lite.fast.allocator import keep_freed_memory
 
         keep_freed_memory()
         torch.set_num_threads(threads)
         self.work, source = cloudpickle.loads(work_and_source)
         self.error = ""
         try:
-            self.model = llava_lite.load(source.name, **source.options)
+            self.model = load(source.name, **source.options)
         except Exception as error:
             self.error = f"no model in a Ray actor: {described(error)}"
 
@@ -461,7 +459,7 @@ def run_batch(
     are at most the batches that were on their way; --resume runs them again. The rows of a batch
     that killed its actors come last, asked one by one. Raises as `batch.run_batch`, and RayError:
     where Ray, its cluster or the model are not there before the output is touched."""
-    from llava_lite.generation import checked_batch_size
+    from llava_lite.generation.model import checked_batch_size
 
     size, output = checked_batch_size(batch_size), Path(output)
     todo_of = plan(
@@ -492,33 +490,3 @@ def absolute(row: Row) -> Row:
 def in_blocks(items: Sequence[Any], size: int) -> list[list[Any]]:
     """The items in order, `size` in a block."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
-
-
-# ---- command line --------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a command that can run on a cluster."""
-    group = parser.add_argument_group("many machines")
-    group.add_argument(
-        "--ray", action="store_true", help="run on Ray: on this machine, or with --ray-address"
-    )
-    group.add_argument(
-        "--ray-address", metavar="ADDRESS", help="of a running cluster; auto finds that of here"
-    )
-    group.add_argument(
-        "--ray-actors",
-        type=positive,
-        metavar="N",
-        help="models that work at once (default: one per GPU, else one; --threads are of each)",
-    )
-
-
-def parse_cluster(args: argparse.Namespace) -> Cluster | None:
-    """What the flags say; None without --ray. The others without it are wrong usage."""
-    if args.ray:
-        return Cluster(args.ray_address, args.ray_actors, args.threads)
-    for name in ("ray_address", "ray_actors"):
-        if getattr(args, name) is not None:
-            args.parser.error(f"--{name.replace('_', '-')} needs --ray")
-    return None

@@ -17,7 +17,8 @@ from llava_lite.evaluation.engine import DEFAULT_WORKERS, Engine, Outcome, longe
 from llava_lite.evaluation.runner import Ask, Asked, about, record_of, records_of
 from llava_lite.evaluation.settings import Origin, model_settings
 from llava_lite.evaluation.suite import Sample
-from llava_lite.generation import Model, checked_batch_size
+from llava_lite.generation.model import Model, checked_batch_size
+from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.integrations.ray_batch import (
     Cluster,
     LostBlock,
@@ -29,8 +30,7 @@ from llava_lite.integrations.ray_batch import (
     path_of,
     pool,
 )
-from llava_lite.json_lines import JsonObject
-from llava_lite.sampling import GenerationOptions
+from llava_lite.saving import JsonObject
 
 # Of a block: towards its end batches are no longer full, so it holds several; but all its answers
 # come at once, and are lost together with a driver that is killed.

@@ -16,10 +16,11 @@ from string import ascii_uppercase
 from typing import Any
 
 from llava_lite.errors import LlavaLiteError
-from llava_lite.evaluation.coco import CAPTION_PROMPT
-from llava_lite.evaluation.multiple_choice import is_missing, multiple_choice_prompt
-from llava_lite.evaluation.short_answers import short_answer_prompt
-from llava_lite.generation import Model
+from llava_lite.evaluation.suites.coco import CAPTION_PROMPT
+from llava_lite.evaluation.suites.multiple_choice import is_missing, multiple_choice_prompt
+from llava_lite.evaluation.suites.short_answers import short_answer_prompt
+from llava_lite.generation.model import Model
+from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.integrations.conversation import (
     Conversation,
     Message,
@@ -27,7 +28,6 @@ from llava_lite.integrations.conversation import (
     answer_conversations,
     conversation,
 )
-from llava_lite.sampling import GenerationOptions
 
 MAX_NEW_TOKENS = 1024  # of LLaVA's scripts for multiple choice and long answers
 
@@ -110,11 +110,11 @@ class LLaVALite(base_class()):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__()
-        import llava_lite
+        from llava_lite.checkpoints.load import load
 
         self.options = GenerationOptions(max_new_tokens, **options)
         loading = {"exif": False, **(load_options or {})}
-        self.model: Model = llava_lite.load(model_path, **loading)
+        self.model: Model = load(model_path, **loading)
 
     # ---- prompts ----
 

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from llava_lite.generation import Model
+from llava_lite.generation.model import Model
 from llava_lite.server.chat import ChatService
 from llava_lite.server.errors import ApiError
 from llava_lite.server.middleware import Gate, RequestLog

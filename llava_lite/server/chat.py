@@ -13,8 +13,8 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from llava_lite.answer import Answer
-from llava_lite.generation import Model
+from llava_lite.generation.answer import Answer
+from llava_lite.generation.model import Model
 from llava_lite.server.errors import ApiError, ClientGone, as_api_error, internal_error
 from llava_lite.server.limits import Body, Memory, disconnected, timed_out, while_connected
 from llava_lite.server.middleware import Record

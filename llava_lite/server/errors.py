@@ -6,7 +6,7 @@ import traceback
 from fastapi.responses import JSONResponse
 
 from llava_lite.errors import ContextError, ImageError, LlavaLiteError, PromptError
-from llava_lite.fetch import shorten
+from llava_lite.inputs.fetch import shorten
 
 LOG = logging.getLogger("llava_lite.server")
 

@@ -12,11 +12,11 @@ from typing import Any, TypeAlias
 
 from PIL import Image
 
-from llava_lite.generation import Model
+from llava_lite.generation.model import Model
+from llava_lite.generation.sampling import GenerationOptions
+from llava_lite.generation.state import Request, Row
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
-from llava_lite.sampling import GenerationOptions
-from llava_lite.sequence import Request, Row
 
 Key: TypeAlias = tuple[tuple[int, int], bytes, Reduction]
 

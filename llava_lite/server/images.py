@@ -13,8 +13,9 @@ from PIL import Image
 
 from llava_lite.config import LlavaConfig
 from llava_lite.errors import ImageError
-from llava_lite.fetch import SCHEME, Limits, describe, fetch
-from llava_lite.image import load_image, to_square
+from llava_lite.inputs.fetch import SCHEME, Limits, describe, fetch
+from llava_lite.inputs.images import load_image
+from llava_lite.inputs.pixels import to_square
 from llava_lite.server.settings import Settings
 
 LOG = logging.getLogger("llava_lite.server")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llava_lite.prompt import IMAGE_MARKER, place_images
+from llava_lite.inputs.prompt import IMAGE_MARKER, place_images
 from llava_lite.server.errors import ApiError
 from llava_lite.server.protocol import ImageUrl, Message, Part
 

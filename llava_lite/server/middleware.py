@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llava_lite.fetch import shorten
+from llava_lite.inputs.fetch import shorten
 from llava_lite.server.errors import ApiError
 from llava_lite.server.limits import Body
 from llava_lite.server.settings import Settings

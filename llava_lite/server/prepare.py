@@ -14,10 +14,10 @@ from typing import TypeVar
 from PIL import Image
 
 from llava_lite.errors import CheckpointError, ContextError, ImageError
-from llava_lite.generation import Model
-from llava_lite.prompt import IMAGE_MARKER, build_prompt
-from llava_lite.sampling import GenerationOptions
-from llava_lite.sequence import Request, State
+from llava_lite.generation.model import Model
+from llava_lite.generation.sampling import GenerationOptions
+from llava_lite.generation.state import Request, State
+from llava_lite.inputs.prompt import IMAGE_MARKER, build_prompt
 from llava_lite.server.errors import ApiError
 from llava_lite.server.images import fetch_image, is_remote, open_image
 from llava_lite.server.messages import Conversation, read_messages

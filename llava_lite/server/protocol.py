@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from llava_lite.answer import Answer
+from llava_lite.generation.answer import Answer
 from llava_lite.server.errors import ApiError
 
 MOST_MESSAGES, MOST_PARTS = 1000, 256

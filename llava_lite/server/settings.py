@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava_lite.image import MAX_PIXELS
+from llava_lite.inputs.images import MAX_PIXELS
 from llava_lite.reduction import Reduction
 
 # JPEG's own limit. A strip of 1 x 1,000,000 pixels is within any limit of pixels, but no picture.

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from llava_lite.answer import Answer
-from llava_lite.generation import Model
-from llava_lite.sampling import GenerationOptions
-from llava_lite.sequence import Request, Row
+from llava_lite.generation.answer import Answer
+from llava_lite.generation.model import Model
+from llava_lite.generation.sampling import GenerationOptions
+from llava_lite.generation.state import Request, Row
 from llava_lite.server.image_cache import ImageCache
 
 LOG = logging.getLogger("llava_lite.server")

@@ -9,14 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from llava_lite.image import MEAN, STD
-from llava_lite.scenes import (
-    COLORS,
-    PLACES,
-    SHAPES,
-    Scene,
-    draw_instances,
-)
+from llava_lite.evaluation.scenes.world import COLORS, PLACES, SHAPES, Scene, draw_instances
+from llava_lite.inputs.pixels import MEAN, STD
 from training.scenes import GRID, PATCH, SIZE, SceneSet
 
 CROP = 8  # patches along a crop's side

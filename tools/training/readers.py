@@ -4,11 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llava_lite.scenes import (
-    COLORS,
-    PLACES,
-    SHAPES,
-)
+from llava_lite.evaluation.scenes.world import COLORS, PLACES, SHAPES
 from training.labels import IGNORE, PatchLabels
 
 

@@ -13,13 +13,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from llava_lite.image import pad_to_square
-from llava_lite.scenes import (
-    Scene,
-    SceneObject,
-    draw_scene,
-    sample_scene,
-)
+from llava_lite.evaluation.scenes.world import Scene, SceneObject, draw_scene, sample_scene
+from llava_lite.inputs.pixels import pad_to_square
 
 SIZE, PATCH, GRID = 336, 14, 24
 TRAIN_SEED, HELD_OUT_SEED, DECODER_SEED = 1, 2, 3

@@ -6,10 +6,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_lite.scenes import (
-    Scene,
-    draw_instances,
-)
+from llava_lite.evaluation.scenes.world import Scene, draw_instances
 from llava_lite.tome import Merged
 from llava_lite.vision import VisionTower
 from training.labels import CROP, PatchLabels, to_pixel_values

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from llava_lite.files import read_json, replace_json
+from llava_lite.checkpoints.tensors import read_json
+from llava_lite.saving import replace_json
 
 ORDER = ("crops", "tower", "decoder", "joint", "export")
 ORIGIN_FILE = "started_from.json"

@@ -1,0 +1,1 @@
+"""Every published layout in, our folder out."""

@@ -1,0 +1,163 @@
+"""Checkpoints: load a model from any published layout, and save and verify one in our own.
+
+load_model(folder)   any layout (`sources.open_source`) -> Llava; a converted folder is
+                     memory-mapped, not copied, and its values are not checked again
+save_model(...)      Llava -> config.json, model*.safetensors, tokenizer.json, manifest.json
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_lite.checkpoints.configs import parse_vision
+from llava_lite.checkpoints.names import SHARD_SIZE, is_unused
+from llava_lite.checkpoints.opening import find_tokenizer, open_source, tower_from_shapes
+from llava_lite.checkpoints.skeleton import meta_model
+from llava_lite.checkpoints.source import Inventory, Source, check_finite
+from llava_lite.checkpoints.tensors import (
+    DTYPE_CODES,
+    DTYPES,
+    read_json,
+    read_tensors,
+    staged,
+    tensor_bytes,
+    weight_files,
+    write_shards,
+)
+from llava_lite.config import LlavaConfig, VisionConfig
+from llava_lite.errors import CheckpointError
+from llava_lite.llava import Llava
+from llava_lite.saving import write_json
+
+if TYPE_CHECKING:
+    from llava_lite.inputs.tokenizer import Tokenizer
+
+
+# ---- load ----------------------------------------------------------------------------------------
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """ "bfloat16", torch.bfloat16 or None. Raises ValueError for other dtypes."""
+    if dtype is None or dtype in DTYPE_CODES:
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[str(dtype)]
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    *,
+    base: str | Path | None = None,
+    vision_tower: str | Path | nn.Module | None = None,
+) -> Llava:
+    """Load a checkpoint of any layout (see `sources.open_source`), ready for inference.
+
+    `dtype` None keeps the decoder's. On the CPU, tensors already in that dtype stay in the mapped
+    file: loading takes no time and no memory, pages are read when used. Raises CheckpointError."""
+    return load_source(open_source(path, base, vision_tower), device, dtype)
+
+
+def load_source(
+    source: Source, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+) -> Llava:
+    """Build the model on the meta device and give it the tensors, one at a time."""
+    model = meta_model(source.config)
+    wanted = parse_dtype(dtype)
+    state = {name: tensor.to(device) for name, tensor in source.tensors(wanted)}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False)
+
+
+def load_tokenizer(path: str | Path, config: LlavaConfig) -> "Tokenizer":
+    """The tokenizer of a folder, or of a tokenizer.model or tokenizer.json file.
+
+    Raises CheckpointError when there is none or it is damaged."""
+    from llava_lite.inputs.tokenizer import Tokenizer
+
+    path = Path(path)
+    file = find_tokenizer(path) if path.is_dir() else path
+    if file is None or not file.is_file():
+        raise CheckpointError(f"{path}: holds neither tokenizer.json nor tokenizer.model")
+    read = Tokenizer.from_sentencepiece if file.suffix == ".model" else Tokenizer.from_file
+    return read(file, legacy=config.legacy_tokenizer)
+
+
+def vision_state_from_open_clip(
+    model: nn.Module, config: VisionConfig | None = None
+) -> dict[str, Tensor]:
+    """State dict for `Llava.vision` from an open_clip model, or its `visual`, in memory.
+
+    Without a `config` the sizes are read off the tensors and the last block is left out.
+    Raises CheckpointError for an unknown tensor or an exact-GELU model."""
+    inventory = Inventory()
+    inventory.add_module(model)
+    config = config or parse_vision(tower_from_shapes(inventory.entries))
+    source = Source(Path(), "", LlavaConfig(vision=config), inventory.entries)
+    source.in_memory = inventory.in_memory
+    return {
+        name.removeprefix("vision."): source.read(name, entry.dtype)
+        for name, entry in inventory.entries.items()
+        if not is_unused(name, config)
+    }
+
+
+# ---- save ----------------------------------------------------------------------------------------
+
+
+def save_model(
+    model: Llava,
+    config: LlavaConfig,
+    folder: str | Path,
+    tokenizer: "Tokenizer | None" = None,
+    *,
+    source: str = "save_model",
+    dtype: str | torch.dtype | None = None,
+    force: bool = False,
+) -> None:
+    """Write a model as a folder in our format, weights cast to `dtype` (default: as they are).
+
+    Raises CheckpointError for NaN or infinite weights, a folder in use, or a full disk."""
+    state, wanted = model.state_dict(), parse_dtype(dtype)
+
+    def read(name: str) -> Tensor:
+        tensor = state[name].to(dtype=wanted or state[name].dtype)
+        check_finite(tensor, f"{folder}: tensor {name!r}")
+        return tensor
+
+    specs = {name: (tuple(t.shape), wanted or t.dtype) for name, t in state.items()}
+    with staged(Path(folder), force) as staging:
+        table = write_shards(staging, specs, read, SHARD_SIZE)
+        write_json(staging / "config.json", config.to_dict())
+        if tokenizer is not None:
+            tokenizer.save(staging / "tokenizer.json")
+        write_json(
+            staging / "manifest.json", {"source": source, "revision": None, "tensors": table}
+        )
+
+
+def verify_folder(folder: str | Path) -> int:
+    """Read a folder in our format back and compare every tensor with the manifest's sha256.
+
+    Returns the number of tensors. Raises CheckpointError naming file and tensor that differ."""
+    folder = Path(folder)
+    weight_files(folder)  # checks the manifest
+    return verify_tensors(folder, read_json(folder / "manifest.json")["tensors"])
+
+
+def verify_tensors(folder: Path, table: Mapping[str, Mapping[str, Any]]) -> int:
+    """Compare the written tensors with a manifest's table, see `verify_folder`."""
+    for file in sorted({str(row["file"]) for row in table.values()}):
+        tensors = read_tensors(folder / file)
+        for name in (name for name, row in table.items() if row["file"] == file):
+            if name not in tensors:
+                raise CheckpointError(f"{folder / file}: tensor {name!r} is missing")
+            if hashlib.sha256(tensor_bytes(tensors[name])).hexdigest() != table[name].get("sha256"):
+                raise CheckpointError(f"{folder / file}: tensor {name!r} differs from its sha256")
+    return len(table)

@@ -1,0 +1,128 @@
+"""Parse the config.json of the published families: llava-hf (nested) and official (flat)."""
+
+from dataclasses import replace
+from typing import Any
+
+from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
+
+
+def family(raw: dict[str, Any]) -> str:
+    """Which config.json it is: "llava_lite", "llava-hf" (nested), "official" (flat; also a Llama).
+
+    Raises ValueError for any other."""
+    if raw.get("format") == "llava_lite":
+        return "llava_lite"
+    if "text_config" in raw and "vision_config" in raw:
+        return "llava-hf"
+    if "hidden_size" in raw:
+        return "official"
+    raise ValueError("neither a llava_lite, a llava-hf nor an official LLaVA / Llama config")
+
+
+def parse(raw: dict[str, Any], vision: dict[str, Any] | None = None) -> LlavaConfig:
+    """Parse any config.json: ours, llava-hf (nested `text_config`), official (flat `mm_*`).
+
+    `vision` is the config.json of a separate CLIP tower folder, where the layout has one.
+    Raises ValueError when the config describes another architecture."""
+    kind = family(raw)
+    if kind == "llava_lite":
+        return LlavaConfig.from_dict(raw)
+    return parse_llava_hf(raw) if kind == "llava-hf" else parse_official(raw, vision)
+
+
+def parse_llava_hf(raw: dict[str, Any]) -> LlavaConfig:
+    """llava-hf config: nested and sparse; an omitted field has the 7B / CLIP-L/336 value."""
+    text_raw = {"vocab_size": raw.get("vocab_size", 32064), **raw["text_config"]}
+    layer = raw.get("vision_feature_layer", -2)
+    strategy = raw.get("vision_feature_select_strategy", "default")
+    if not isinstance(layer, int) or strategy not in ("default", "patch"):
+        raise ValueError(f"unsupported vision features: layer {layer!r}, strategy {strategy!r}")
+    if raw.get("projector_hidden_act", "gelu") != "gelu":
+        raise ValueError(
+            f"unsupported projector_hidden_act {raw['projector_hidden_act']!r} (supported: 'gelu')"
+        )
+    vision = replace(parse_vision(raw["vision_config"]), feature_layer=layer)
+    image_id = raw.get("image_token_index", raw.get("image_token_id", 32000))
+    text = parse_text(text_raw)
+    if not isinstance(image_id, int) or image_id <= max(text.bos_id, text.eos_id):
+        raise ValueError(f"image_token_index {image_id!r} is an ordinary text id")
+    # Text ids end where the image marker is, also in vocabularies smaller than Llama's.
+    text = replace(text, sampled_vocab_size=min(text.sampled_vocab_size, image_id))
+    return LlavaConfig(vision=vision, text=text, name="llava-hf")
+
+
+def parse_official(raw: dict[str, Any], vision: dict[str, Any] | None = None) -> LlavaConfig:
+    """Official config (flat Llama fields + `mm_*`), or a plain Llama base without `mm_*`.
+
+    A LLaVA config that leaves them out means one linear layer and images that are not padded; a
+    Llama base says nothing about either, and gets LLaVA-1.5's."""
+    if raw.get("mm_use_im_start_end") or raw.get("mm_vision_select_feature", "patch") != "patch":
+        raise ValueError(
+            "mm_use_im_start_end and mm_vision_select_feature != patch are unsupported"
+        )
+    feature_layer = raw.get("mm_vision_select_layer", -2)
+    is_llava = any(key.startswith("mm_") for key in raw)
+    default_projector, default_aspect = ("linear", None) if is_llava else ("mlp2x_gelu", "pad")
+    return LlavaConfig(
+        vision=replace(parse_vision(vision or {}), feature_layer=feature_layer),
+        text=parse_text(raw),
+        projector_depth=projector_depth(raw.get("mm_projector_type", default_projector)),
+        pad=raw.get("image_aspect_ratio", default_aspect) == "pad",
+        name="llava-official",
+    )
+
+
+def projector_depth(kind: str) -> int:
+    """Number of linear layers named by `mm_projector_type`: "linear" 1, "mlpNx_gelu" N."""
+    if kind == "linear":
+        return 1
+    if kind.startswith("mlp") and kind.endswith("x_gelu") and kind[3:-6].isdigit():
+        return int(kind[3:-6])
+    raise ValueError(f"unsupported mm_projector_type {kind!r}")
+
+
+def parse_text(raw: dict[str, Any]) -> TextConfig:
+    """Llama fields of either family."""
+    heads = raw.get("num_attention_heads", 32)
+    rope = raw.get("rope_parameters") or {}  # how transformers 5 writes rope_theta
+    refused = {
+        "num_key_value_heads": (raw.get("num_key_value_heads", heads), heads),
+        "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
+        "rope_scaling": (raw.get("rope_scaling"), None),
+        "rope_type": (rope.get("rope_type", "default"), "default"),
+        "tie_word_embeddings": (raw.get("tie_word_embeddings", False), False),
+        "attention_bias": (raw.get("attention_bias", False), False),
+    }
+    for name, (value, supported) in refused.items():
+        if value != supported:
+            raise ValueError(f"unsupported {name} {value!r} (supported: {supported!r})")
+    vocab_size = raw.get("vocab_size", 32000)
+    return TextConfig(
+        vocab_size=vocab_size,
+        hidden_size=raw.get("hidden_size", 4096),
+        intermediate_size=raw.get("intermediate_size", 11008),
+        num_layers=raw.get("num_hidden_layers", 32),
+        num_heads=heads,
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-5),
+        rope_theta=float(raw.get("rope_theta", rope.get("rope_theta", 10000.0))),
+        max_positions=raw.get("max_position_embeddings", 4096),
+        sampled_vocab_size=min(vocab_size, 32000),
+        bos_id=raw.get("bos_token_id", 1),
+        eos_id=raw.get("eos_token_id", 2),
+    )
+
+
+def parse_vision(raw: dict[str, Any]) -> VisionConfig:
+    """CLIP vision fields; a full CLIP config (text + vision) holds them under `vision_config`."""
+    raw = raw.get("vision_config", raw)
+    if raw.get("hidden_act", "quick_gelu") != "quick_gelu":
+        raise ValueError(f"unsupported vision hidden_act {raw['hidden_act']!r} (need quick_gelu)")
+    return VisionConfig(
+        image_size=raw.get("image_size", 336),
+        patch_size=raw.get("patch_size", 14),
+        hidden_size=raw.get("hidden_size", 1024),
+        intermediate_size=raw.get("intermediate_size", 4096),
+        num_layers=raw.get("num_hidden_layers", 24),
+        num_heads=raw.get("num_attention_heads", 16),
+        layer_norm_eps=raw.get("layer_norm_eps", 1e-5),
+    )

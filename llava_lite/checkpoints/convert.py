@@ -1,0 +1,209 @@
+"""`llava-lite convert`: any checkpoint layout -> a folder in our format, or in llava-hf's.
+
+One tensor is in memory at a time: read from the mapped source, cast, hashed, appended to the shard
+being written. The result takes its place only when all of it is there. Imports nothing heavy
+before a conversion starts, so that help and errors of usage come at once.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_lite.checkpoints.names import SHARD_SIZE
+from llava_lite.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from llava_lite.checkpoints.export import Output
+    from llava_lite.checkpoints.source import Source
+
+Progress = Callable[[int, int], None]
+
+
+DTYPES = ("bfloat16", "float16", "float32", "keep")
+
+
+FORMATS = ("llava_lite", "hf")
+
+
+METHODS = ("int8", "int4")  # those of quantize.py
+# Codes are packed while loading, and a file is mapped until all of it is done with: small ones keep
+# the memory that this takes small.
+QUANTIZED_SHARD_SIZE = 500_000_000
+
+
+HF_QUANTIZED = "quantised weights are stored in our own format only, not as hf"
+
+
+@dataclass
+class Report:
+    """What a conversion did, or with `dry_run` would do. Sizes in bytes."""
+
+    source: str
+    destination: str
+    layout: str
+    to: str
+    dtype: str
+    quantized: str | None
+    revision: str | None
+    tensors: int
+    parameters: int
+    size: int
+    tokenizer: bool
+    unused: list[str]
+    ignored: list[str]
+    notes: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    written: bool = False
+    verified: bool = False
+
+    def summary(self) -> str:
+        """The report in a few lines of text."""
+        done = "wrote" if self.written else "would write"
+        kind = f"{self.dtype}, the decoder's {self.quantized}" if self.quantized else self.dtype
+        lines = [
+            f"{self.source}: {self.layout}",
+            f"{done} {self.tensors} tensors, {self.parameters:,} parameters, {kind}, "
+            f"{self.size / 1e9:.2f} GB as {self.to} to {self.destination or '(nowhere)'}",
+            f"left out {len(self.unused)} tensors of the vision tower that LLaVA never runs "
+            f"and {len(self.ignored)} that are no weights of the model",
+        ]
+        if self.files:
+            lines.append(f"files: {', '.join(self.files)}")
+        if self.verified:
+            codes = ", the decoder's codes what it was rounded to" if self.quantized else ""
+            read = f"verified: every tensor read back equals what was read from the source{codes}"
+            lines.append(read)
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path | None,
+    *,
+    dtype: "str | torch.dtype | None" = "bfloat16",
+    shard_size: int | None = None,
+    base: str | Path | None = None,
+    vision_tower: "str | Path | nn.Module | None" = None,
+    dry_run: bool = False,
+    verify: bool = False,
+    to: str = "llava_lite",
+    quantize: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    names: Mapping[str, str] | None = None,
+) -> Report:
+    """Convert a checkpoint of any layout (see `sources.open_source`) to a self-contained folder.
+
+    `dtype` None keeps the decoder's; `shard_size` in bytes, by default 2 GB, and 0.5 GB
+    quantised; `to` "llava_lite" or "hf"; `quantize`
+    "int8" or "int4": how the decoder's linear layers are stored, in our format only; `verify` reads
+    everything back and compares hashes; `force` replaces a checkpoint that is already there;
+    `progress(done, total)` is told the bytes; `names`: what the manifest calls "source" and "base",
+    such as hub ids, where that is not their path. On any error or interrupt nothing half-written is
+    left. Raises CheckpointError naming file and tensor, and ValueError."""
+    from llava_lite.checkpoints.checkpoint import parse_dtype, verify_tensors
+    from llava_lite.checkpoints.export import write_side_files
+    from llava_lite.checkpoints.quantized import open_source
+    from llava_lite.checkpoints.tensors import staged, write_shards
+
+    if shard_size is None:
+        shard_size = QUANTIZED_SHARD_SIZE if quantize else SHARD_SIZE
+    if to not in FORMATS or shard_size < 1:
+        raise ValueError(f"to {to!r} must be llava_lite or hf, shard_size {shard_size} at least 1")
+    if quantize is not None and to == "hf":
+        raise ValueError(HF_QUANTIZED)
+    opened = open_source(source, base, vision_tower)
+    wanted = parse_dtype(dtype) or opened.dtype
+    output = make_output(opened, wanted, to, quantize)
+    report = make_report(opened, destination, output, wanted, to, quantize)
+    if dry_run:
+        return report
+    if destination is None:
+        raise ValueError("a destination is needed, except with dry_run")
+    place = Path(destination).expanduser().resolve()  # a link stays, what it points to is filled
+    check_destination(place, opened, output.size)
+    with staged(place, force) as staging:
+        read = with_progress(output, progress)
+        table = write_shards(staging, output.specs, read, shard_size)
+        write_side_files(staging, opened, output, table, to, names or {})
+        report.verified = verify and verify_tensors(staging, table) == len(output.specs)
+    report.files = sorted({row["file"] for row in table.values()})
+    report.written = True
+    return report
+
+
+def make_output(opened: "Source", dtype: "torch.dtype", to: str, quantize: str | None) -> "Output":
+    """What will be written."""
+    from llava_lite.checkpoints.export import hf_output, own_output
+    from llava_lite.checkpoints.quantized import QuantizedSource, quantized_output
+
+    if quantize is not None:
+        return quantized_output(opened, dtype, quantize)
+    output = (hf_output if to == "hf" else own_output)(opened, dtype)
+    if isinstance(opened, QuantizedSource):
+        output.notes.append(f"the source is {opened.method}: its rounding stays in the result")
+    return output
+
+
+def make_report(
+    opened: "Source",
+    destination: str | Path | None,
+    output: "Output",
+    dtype: "torch.dtype",
+    to: str,
+    quantize: str | None,
+) -> Report:
+    """The report before anything is written."""
+    report = Report(
+        source=str(opened.path),
+        destination=str(destination or ""),
+        layout=opened.layout,
+        to=to,
+        dtype=str(dtype).removeprefix("torch."),
+        quantized=quantize,
+        revision=opened.revision,
+        tensors=len(output.specs),
+        parameters=output.num_parameters,
+        size=output.size,
+        tokenizer=opened.tokenizer_file is not None,
+        unused=output.unused,
+        ignored=opened.ignored,
+        notes=list(output.notes),
+    )
+    if not report.tokenizer:
+        report.notes.append("the source has no tokenizer, so the result has none: text needs one")
+    return report
+
+
+def check_destination(place: Path, opened: "Source", size: int) -> None:
+    """Raise CheckpointError when writing there would touch the source, or cannot fit."""
+    sources = {opened.path.resolve(), *(e.file.parent.resolve() for e in opened.entries.values())}
+    if place.resolve() in sources:
+        raise CheckpointError(f"{place}: is where the source lies, choose another destination")
+    folder = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise CheckpointError(
+            f"{place}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on this disk"
+        )
+
+
+def with_progress(output: "Output", progress: Progress | None) -> "Callable[[str], Tensor]":
+    """`output.read`, telling `progress` the bytes done before each tensor and at the end."""
+    if progress is None:
+        return output.read
+    done, total = 0, output.size
+
+    def read(name: str) -> "Tensor":
+        nonlocal done
+        tensor = output.read(name)
+        done += tensor.nbytes
+        progress(done, total)
+        return tensor
+
+    return read

@@ -1,0 +1,213 @@
+"""Official checkpoints from the Hugging Face hub: only when asked, and never twice.
+
+huggingface_hub does the work (cache, resume, authentication) and is imported at the first use.
+"""
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_lite.checkpoints.opening import find_local
+from llava_lite.checkpoints.tensors import read_json, read_tensors, weight_files
+from llava_lite.errors import CheckpointError
+
+# Besides the weights: configs, indexes, tokenizer, small LoRA and projector files.
+SIDE_FILES = (
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "mm_projector.*",
+    "adapter_model.*",
+    "non_lora_trainables.*",
+)
+# The first kind that a repository has is fetched.
+WEIGHTS = (
+    "open_clip_*.safetensors",
+    "open_clip_*.bin",
+    "model*.safetensors",
+    "pytorch_model*.bin",
+)
+# At least one of these makes a repository a checkpoint, or a part of one.
+CONTENTS = (*WEIGHTS, "mm_projector.*", "adapter_model.*")
+REPO_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+ABOUT = "about 14 GB for LLaVA-1.5 7B, 26 GB for 13B"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a download would fetch: files and their total size in bytes (None when unknown)."""
+
+    repo_id: str
+    revision: str | None
+    files: tuple[str, ...]
+    size: int | None
+
+    def __str__(self) -> str:
+        size = f"{self.size / 1e9:.1f} GB" if self.size is not None else ABOUT
+        return f"{len(self.files)} files of {self.repo_id} ({size})"
+
+
+def wanted_files(names: Sequence[str]) -> list[str]:
+    """The files of a repository that a checkpoint needs, without a second copy of the weights."""
+    top = [name for name in names if "/" not in name]
+    kinds = (fnmatch.filter(top, pattern) for pattern in WEIGHTS)
+    weights = next((found for found in kinds if found), [])
+    side = {name for pattern in SIDE_FILES for name in fnmatch.filter(top, pattern)}
+    return sorted(side.union(weights))
+
+
+def plan_download(repo_id: str, revision: str | None = None, timeout: float = 10.0) -> Plan:
+    """Ask the hub what a download would fetch. Raises CheckpointError when it cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
+    except Exception as error:  # network, authentication and hub errors share no base class
+        raise CheckpointError(f"{repo_id}: the hub gives no answer: {first_line(error)}") from error
+    sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
+    files = wanted_files(list(sizes))
+    known = [size for name in files if (size := sizes[name]) is not None]
+    return Plan(repo_id, revision, tuple(files), sum(known) if len(known) == len(files) else None)
+
+
+def download(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    destination: str | Path | None = None,
+) -> Path:
+    """Fetch a checkpoint, and the CLIP tower that an official one needs. Returns its folder.
+
+    An interrupted download resumes; files that are there are not fetched again. `destination`: a
+    folder instead of the hub's cache (a tower is put beside it). `offline` only looks into the
+    cache, and with a destination is an error. Raises CheckpointError."""
+    if not REPO_ID.fullmatch(repo_id):
+        raise CheckpointError(f"{repo_id!r} is no hub id of the form owner/name")
+    if offline and destination is not None:
+        raise CheckpointError(f"{destination}: nothing can be put there offline")
+    if offline:
+        folder = cached(repo_id, revision)
+        if folder is None:
+            raise CheckpointError(f"{repo_id}: not complete in the local cache (offline)")
+        return folder
+    return fetch_with_tower(repo_id, revision, destination)
+
+
+def fetch_with_tower(
+    repo_id: str,
+    revision: str | None,
+    destination: str | Path | None,
+    vision_tower: object = None,
+) -> Path:
+    """Download a repository, then the vision tower that it names and that is not on this disk."""
+    folder = fetch(plan_download(repo_id, revision), destination)
+    tower = missing_tower(folder, vision_tower)
+    if tower is not None:
+        beside = folder.parent / tower.rsplit("/", 1)[-1] if destination is not None else None
+        fetch(plan_download(tower), beside)
+    return folder
+
+
+def fetch(plan: Plan, destination: str | Path | None) -> Path:
+    """Download the files of a plan. Raises CheckpointError."""
+    if not any(fnmatch.filter(plan.files, pattern) for pattern in CONTENTS):
+        raise CheckpointError(
+            f"{plan.repo_id}: holds no weights, projector or adapter that can be read "
+            f"({', '.join(CONTENTS)})"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            plan.repo_id,
+            revision=plan.revision,
+            allow_patterns=list(plan.files),
+            local_dir=destination,
+        )
+    except Exception as error:  # network, disk and hub errors share no base class
+        raise CheckpointError(f"{plan.repo_id}: download failed: {first_line(error)}") from error
+    return Path(folder)
+
+
+def missing_tower(folder: Path, vision_tower: object = None) -> str | None:
+    """Hub id of the vision tower that a folder names and that is not on this disk.
+
+    None also where another one is given as `vision_tower`, or the weights contain theirs."""
+    config = folder / "config.json"
+    named = read_json(config).get("mm_vision_tower") if config.is_file() else None
+    if vision_tower is not None or not isinstance(named, str) or not REPO_ID.fullmatch(named):
+        return None
+    place = find_local(named, folder)
+    is_here = place is not None and (place.is_file() or weight_files(place))
+    return None if is_here or has_tower(folder) else named
+
+
+def has_tower(folder: Path) -> bool:
+    """True when a tower is among the weights, told from an index or else the files' headers."""
+    names: set[str] = set()
+    for file, promised in weight_files(folder).items():
+        names.update(promised or read_tensors(file))
+    return any("vision_tower." in name for name in names)
+
+
+def cached(repo_id: str, revision: str | None = None) -> Path | None:
+    """The folder of a repository whose weights are completely in the cache. No network."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+        small = (*folder.glob("mm_projector.*"), *folder.glob("adapter_model.*"))
+        complete = bool(weight_files(folder)) or any(file.is_file() for file in small)
+    except (OSError, ValueError, CheckpointError):
+        return None
+    return folder if complete else None
+
+
+def resolve(
+    source: str | Path,
+    *,
+    download_missing: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
+    vision_tower: object = None,
+) -> Path:
+    """Where a checkpoint is: a local path as it is, a hub id in the cache, or fetched on request.
+
+    `vision_tower`: the one that will be used with it (see `sources.open_source`), so that the one
+    its config names is not needed.
+    Nothing is fetched without `download_missing`: the error then says what would be fetched, how
+    large it is and how to ask for it. Raises CheckpointError."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    name = str(source)
+    if not REPO_ID.fullmatch(name):
+        raise CheckpointError(f"{name}: no such file or folder, and no hub id (owner/name)")
+    folder = cached(name, revision)
+    if folder is not None and (offline or missing_tower(folder, vision_tower) is None):
+        return folder
+    if download_missing and not offline:
+        return fetch_with_tower(name, revision, None, vision_tower)
+    raise CheckpointError(f"{name}: {not_here(name, folder, revision, offline)}")
+
+
+def not_here(name: str, folder: Path | None, revision: str | None, offline: bool) -> str:
+    """What is missing on this disk, how large it is, and how to get it."""
+    wanted = name if folder is None else missing_tower(folder) or name
+    what = f"{wanted} ({ABOUT})" if folder is None else f"its vision tower {wanted} (1.7 GB)"
+    if not offline:
+        try:
+            what = str(plan_download(wanted, revision if folder is None else None, timeout=5.0))
+        except CheckpointError:
+            pass  # the estimate stays
+    how = f"`llava-lite download {name}`, or --download"
+    if folder is not None:
+        how += "; or give a tower's folder as vision_tower (--vision-tower)"
+    return f"not on this disk; it would fetch {what}: ask for it with {how}"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -1,0 +1,310 @@
+"""What a conversion writes: a folder in our format, or in llava-hf's.
+
+An `Output` names the tensors with their shapes, and makes each one when it is its turn; beside the
+weights come configs, tokenizer, and our manifest or the index of llava-hf.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_lite.checkpoints.checkpoint import load_tokenizer
+from llava_lite.checkpoints.names import hf_name
+from llava_lite.checkpoints.source import Source
+from llava_lite.checkpoints.tensors import Spec, num_bytes, read_json_value
+from llava_lite.checkpoints.thresholds import FILE_NAME, fitting_thresholds, thresholds_file
+from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
+from llava_lite.errors import CheckpointError
+from llava_lite.saving import write_json
+
+HF_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass
+class Output:
+    """What a conversion writes: tensors with a way to make each, and JSON files beside them.
+
+    `weights`: how many the model has, where that is not the number of numbers in its tensors."""
+
+    specs: dict[str, Spec]
+    read: Callable[[str], Tensor]
+    documents: dict[str, dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    weights: int | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(num_bytes(spec) for spec in self.specs.values())
+
+    @property
+    def num_parameters(self) -> int:
+        return self.weights or sum(math.prod(shape) for shape, _ in self.specs.values())
+
+
+def write_side_files(
+    folder: Path,
+    opened: Source,
+    output: Output,
+    table: Mapping[str, Mapping[str, Any]],
+    to: str,
+    names: Mapping[str, str],
+) -> None:
+    """Everything but the weights: configs, tokenizer, and the manifest or the index.
+
+    `names`: what the manifest calls the source and its base, where that is not their path."""
+    for name, content in output.documents.items():
+        write_json(folder / name, content)
+    if to == "hf":
+        write_hf_index(folder, table, output.size)
+        write_hf_tokenizer(folder, opened)
+        return
+    if opened.tokenizer_file is not None:
+        load_tokenizer(opened.tokenizer_file, opened.config).save(folder / "tokenizer.json")
+    origin = {
+        "source": str(opened.path),
+        "layout": opened.layout,
+        "revision": opened.revision,
+        "base": opened.base,
+        "vision_tower": opened.vision_tower,
+    }
+    write_json(folder / "manifest.json", {**origin, **names, "tensors": table})
+
+
+def threshold_document(opened: Source) -> dict[str, dict[str, Any]]:
+    """The source's own thresholds, if it has some, of the blocks that run: the result may have no
+    others."""
+    file = thresholds_file(opened)
+    if file is None:
+        return {}
+    thresholds = fitting_thresholds(file, opened)[: opened.config.vision.num_blocks]
+    content = read_json_value(file)
+    return {FILE_NAME: {**(content if isinstance(content, dict) else {}), "thresholds": thresholds}}
+
+
+def own_output(opened: Source, dtype: torch.dtype) -> Output:
+    """Our format: our names, config and manifest; only what the model runs."""
+    return Output(
+        specs={name: (opened.entries[name].shape, dtype) for name in opened.names()},
+        read=lambda name: opened.read(name, dtype),
+        documents={"config.json": opened.config.to_dict()} | threshold_document(opened),
+        unused=list(dict.fromkeys(entry.stored for entry in opened.unused.values())),
+    )
+
+
+def hf_output(opened: Source, dtype: torch.dtype) -> Output:
+    """llava-hf format (old names, which every transformers version reads)."""
+    config, notes = opened.config, []
+    if config.projector_depth != 2:
+        raise CheckpointError(f"{opened.path}: llava-hf has 2 projector layers, not the source's")
+    whole = has_whole_tower(opened)
+    ours = {hf_name(name): name for name in [*opened.names(), *(opened.unused if whole else ())]}
+    shapes = {name: opened.shape(ours[name]) for name in ours}
+    made: dict[str, Tensor] = {}
+    if not whole:
+        width = config.vision.hidden_size
+        made["vision_tower.vision_model.post_layernorm.weight"] = torch.ones(width)
+        made["vision_tower.vision_model.post_layernorm.bias"] = torch.zeros(width)
+        notes.append(
+            f"the source has only the {config.vision.num_blocks} vision blocks that LLaVA runs: "
+            "the result declares so many (vision_feature_layer -1), with an identity "
+            "post_layernorm that LLaVA does not use; answers are the same"
+        )
+    rows = hf_vocab_size(config)
+    if rows != config.text.vocab_size:
+        notes.append(
+            f"vocabulary grown from {config.text.vocab_size} to {rows} rows for <image> and <pad>: "
+            "new rows are the mean of the old ones"
+        )
+
+    def read(name: str) -> Tensor:
+        if name in made:
+            return made[name].to(dtype)
+        tensor = opened.read(ours[name], dtype)
+        is_vocab = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        return grow_rows(tensor, rows, config.text.sampled_vocab_size) if is_vocab else tensor
+
+    specs: dict[str, Spec] = {name: (shape, dtype) for name, shape in shapes.items()}
+    specs |= {name: (tuple(tensor.shape), dtype) for name, tensor in made.items()}
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        specs[name] = ((rows, config.text.hidden_size), dtype)
+    documents = hf_documents(config, whole, rows, dtype) | threshold_document(opened)
+    left_out = [] if whole else [entry.stored for entry in opened.unused.values()]
+    return Output(specs, read, documents, notes, left_out)
+
+
+def has_whole_tower(opened: Source) -> bool:
+    """True when the source has every block of its tower and the final norm, in matching shapes."""
+    vision = opened.config.vision
+    block = [name for name in opened.entries if name.startswith("vision.blocks.0.")]
+    expected = {
+        name.replace(".0.", f".{number}.", 1): opened.entries[name].shape
+        for number in range(vision.num_blocks, vision.num_layers)
+        for name in block
+    }
+    expected |= {f"vision.post_norm.{kind}": (vision.hidden_size,) for kind in ("weight", "bias")}
+    return expected == {name: entry.shape for name, entry in opened.unused.items()}
+
+
+def hf_vocab_size(config: LlavaConfig) -> int:
+    """Rows with room for `<image>` and `<pad>` behind the text vocabulary, a multiple of 64."""
+    text = config.text
+    needed = text.sampled_vocab_size + 2
+    return text.vocab_size if text.vocab_size >= needed else -(-needed // 64) * 64
+
+
+def grow_rows(tensor: Tensor, rows: int, text_rows: int) -> Tensor:
+    """Append rows up to `rows`, each the mean of the text rows: never the likeliest next token."""
+    if len(tensor) == rows:
+        return tensor
+    mean = tensor[:text_rows].mean(dim=0, dtype=torch.float32).to(tensor.dtype)
+    return torch.cat((tensor, mean.expand(rows - len(tensor), -1)))
+
+
+def hf_documents(
+    config: LlavaConfig, whole_tower: bool, rows: int, dtype: torch.dtype
+) -> dict[str, dict[str, Any]]:
+    """The JSON files of a llava-hf folder but those of the tokenizer."""
+    vision, text = config.vision, config.text
+    image_id, precision = text.sampled_vocab_size, str(dtype).removeprefix("torch.")
+    ids = {"bos_token_id": text.bos_id, "eos_token_id": text.eos_id, "pad_token_id": image_id + 1}
+    blocks = vision.num_layers if whole_tower else vision.num_blocks
+    model_config: dict[str, Any] = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": image_id,
+        "image_seq_length": vision.num_patches,
+        "pad_token_id": image_id + 1,
+        "projector_hidden_act": "gelu",
+        "text_config": hf_text_config(text, rows) | ids | {"torch_dtype": precision},
+        "vision_config": hf_vision_config(vision, blocks) | {"torch_dtype": precision},
+        "vision_feature_layer": vision.feature_layer if whole_tower else -1,
+        "vision_feature_select_strategy": "default",
+        "vocab_size": rows,
+        "tie_word_embeddings": False,
+        "torch_dtype": precision,
+    }
+    documents: dict[str, dict[str, Any]] = {
+        "config.json": model_config,
+        "generation_config.json": ids,
+    }
+    return documents | hf_processor_documents(config)
+
+
+def hf_text_config(text: TextConfig, rows: int) -> dict[str, Any]:
+    """The decoder in transformers' words."""
+    return {
+        "model_type": "llama",
+        "vocab_size": rows,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_hidden_layers": text.num_layers,
+        "num_attention_heads": text.num_heads,
+        "num_key_value_heads": text.num_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": text.rms_norm_eps,
+        "rope_theta": text.rope_theta,
+        "max_position_embeddings": text.max_positions,
+        "tie_word_embeddings": False,
+    }
+
+
+def hf_vision_config(vision: VisionConfig, blocks: int) -> dict[str, Any]:
+    """The CLIP tower in transformers' words."""
+    return {
+        "model_type": "clip_vision_model",
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.intermediate_size,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": vision.num_heads,
+        "layer_norm_eps": vision.layer_norm_eps,
+        "hidden_act": "quick_gelu",
+    }
+
+
+def hf_processor_documents(config: LlavaConfig) -> dict[str, dict[str, Any]]:
+    """How transformers has to prepare images; `do_pad` exists from transformers 4.49 on."""
+    size, kind = config.vision.image_size, "Llava" if config.pad else "CLIP"
+    image_processor = {
+        "image_processor_type": f"{kind}ImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": config.vision.patch_size,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+        "image_token": "<image>",
+    }
+    if config.pad:
+        image_processor["do_pad"] = True
+    return {"preprocessor_config.json": image_processor, "processor_config.json": processor}
+
+
+def write_hf_index(folder: Path, table: Mapping[str, Mapping[str, Any]], size: int) -> None:
+    """model.safetensors.index.json, which llava-hf folders of more than one shard have."""
+    weight_map = {name: row["file"] for name, row in table.items()}
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_hf_tokenizer(folder: Path, opened: Source) -> None:
+    """Copy the tokenizer of a llava-hf source, or write ours with `<image>` and `<pad>` added."""
+    if opened.tokenizer_file is None:
+        return
+    home = opened.tokenizer_file.parent
+    if opened.family == "llava-hf" and (home / "tokenizer_config.json").is_file():
+        for name in HF_TOKENIZER_FILES:
+            if (home / name).is_file():
+                shutil.copyfile(home / name, folder / name)
+        return
+    path = folder / "tokenizer.json"
+    load_tokenizer(opened.tokenizer_file, opened.config).save(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    image_id = opened.config.text.sampled_vocab_size
+    for number, text in enumerate(("<image>", "<pad>"), start=image_id):
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        content["added_tokens"].append({"id": number, "content": text, "special": True, **flags})
+    write_json(path, content)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": "LlavaProcessor",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "extra_special_tokens": {"image_token": "<image>"},
+        "padding_side": "left",
+        "model_max_length": opened.config.text.max_positions,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", settings)

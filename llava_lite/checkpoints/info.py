@@ -1,0 +1,191 @@
+"""What is in a checkpoint and what it will need, without loading it: sizes, tensors, memory.
+
+describe_preset(name)   an architecture alone, no files needed
+describe_source(path)   a folder of any layout that can be loaded
+format_info(info)       the same for people
+"""
+
+import math
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_lite.config import PRESETS, LlavaConfig
+from llava_lite.errors import CheckpointError
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+CODES = {"int8": 1, "uint8": 1}  # bytes of what stays as it is in every dtype: codes of weights
+# Weights that one number of a quantised tensor stands for, by the end of its name.
+WEIGHTS = {"weight_int4": 2, "scales": 0, "zeros": 0}
+# Words around one image in the prompt of the memory estimate, answer included.
+TEXT_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor by our name; the dtype is the stored one, None for a preset without files."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str | None = None
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of the model that it holds."""
+        return math.prod(self.shape) * WEIGHTS.get(self.name.rpartition(".")[2], 1)
+
+    def num_bytes(self, dtype: str) -> int:
+        """Bytes it takes when the model is in this dtype."""
+        return math.prod(self.shape) * CODES.get(self.dtype or "", BYTES[dtype])
+
+
+@dataclass(frozen=True)
+class Info:
+    """A model on paper. `source` and `layout` are None for a preset; `quantized` is the method of a
+    quantised folder, whose tensors then are codes and scales; `ignored` counts the stored
+    tensors that the model never reads; `thresholds` are what DToMe goes by, if it has some, or
+    the error why they cannot be used."""
+
+    config: LlavaConfig
+    tensors: tuple[TensorInfo, ...]
+    source: str | None = None
+    layout: str | None = None
+    revision: str | None = None
+    ignored: int = 0
+    thresholds: tuple[float, ...] | CheckpointError | None = None
+    quantized: str | None = None
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Number of weights per part, and in all."""
+        counts = {"vision": 0, "projector": 0, "decoder": 0}
+        for tensor in self.tensors:
+            counts[tensor.name.split(".")[0]] += tensor.num_weights
+        return {**counts, "total": sum(counts.values())}
+
+    @property
+    def dtypes(self) -> list[str]:
+        """The dtypes that occur in the files, the commonest first."""
+        counts = Counter(tensor.dtype for tensor in self.tensors if tensor.dtype)
+        return [dtype for dtype, _ in counts.most_common()]
+
+    @property
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Bytes per dtype: the weights, and the KV cache of one token, of one image with a short
+        talk about it (`TEXT_TOKENS`), and of a full context."""
+        text = self.config.text
+        numbers_per_token = 2 * text.num_layers * text.num_heads * text.head_dim
+        tokens = {"kv_cache_per_token": 1, "kv_cache_image_prompt": self.prompt_tokens}
+        tokens["kv_cache_full_context"] = text.max_positions
+        return {
+            dtype: {
+                "weights": sum(tensor.num_bytes(dtype) for tensor in self.tensors),
+                **{name: size * numbers_per_token * count for name, count in tokens.items()},
+            }
+            for dtype, size in BYTES.items()
+        }
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the image prompt that the memory estimate is about."""
+        wanted = self.config.vision.num_patches + TEXT_TOKENS
+        return min(wanted, self.config.text.max_positions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, ready for json."""
+        unusable = isinstance(self.thresholds, CheckpointError)
+        return {
+            "name": self.config.name,
+            "source": self.source,
+            "layout": self.layout,
+            "revision": self.revision,
+            "quantized": self.quantized,
+            "config": asdict(self.config),
+            "image_tokens": self.config.vision.num_patches,
+            "context": self.config.text.max_positions,
+            "template": self.config.template,
+            "parameters": self.parameters,
+            "memory": self.memory,
+            "ignored_tensors": self.ignored,
+            "thresholds": None if unusable else self.thresholds,
+            "thresholds_error": str(self.thresholds) if unusable else None,
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+        }
+
+
+def describe_preset(name: str) -> Info:
+    """An architecture of `config.PRESETS`, its tensors on the meta device. Raises ValueError."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
+    from llava_lite.checkpoints.skeleton import expected_shapes
+
+    shapes = expected_shapes(PRESETS[name])
+    return Info(PRESETS[name], tuple(TensorInfo(*item) for item in shapes.items()))
+
+
+def describe_source(
+    path: str | os.PathLike[str],
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+) -> Info:
+    """A checkpoint of any layout (`sources.open_source`), from its headers alone.
+
+    Raises CheckpointError."""
+    from llava_lite.checkpoints.quantized import QuantizedSource, open_source
+    from llava_lite.checkpoints.skeleton import expected_shapes
+    from llava_lite.checkpoints.thresholds import own_thresholds_or_error
+
+    source = open_source(Path(path), base, vision_tower)
+    tensors = []
+    for name in expected_shapes(source.config):
+        entries = {name: source.entries[name]}
+        if isinstance(source, QuantizedSource) and name in source.parts:
+            module = name.removesuffix(".weight")
+            entries = {f"{module}.{part}": e for part, e in source.parts[name].items()}
+        tensors += [
+            TensorInfo(stored, entry.shape, str(entry.dtype).removeprefix("torch."))
+            for stored, entry in entries.items()
+        ]
+    skipped = len(source.ignored) + len({entry.stored for entry in source.unused.values()})
+    return Info(
+        source.config,
+        tuple(tensors),
+        str(source.path),
+        source.layout,
+        source.revision,
+        skipped,
+        own_thresholds_or_error(source),
+        source.method if isinstance(source, QuantizedSource) else None,
+    )
+
+
+def verify_checksums(info: Info) -> int:
+    """Compare every tensor of a converted folder with its manifest; returns how many there are.
+
+    Raises CheckpointError naming the file and the tensor that differs."""
+    from llava_lite.checkpoints.checkpoint import verify_folder
+
+    if info.source is None or not (Path(info.source) / "manifest.json").is_file():
+        where = info.source or info.config.name
+        raise CheckpointError(f"{where}: no manifest.json; only converted folders have checksums")
+    return verify_folder(info.source)
+
+
+def format_count(count: int) -> str:
+    """A number of weights in three digits: 7.06 B, 303 M."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def format_bytes(count: int) -> str:
+    """Bytes in binary units: 13.2 GiB."""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

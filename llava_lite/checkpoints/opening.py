@@ -1,0 +1,381 @@
+"""Open a checkpoint of any layout as a `Source`: folder, projector file, or LoRA adapter."""
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llava_lite.checkpoints.configs import family, parse
+from llava_lite.checkpoints.names import describe
+from llava_lite.checkpoints.source import Entry, Inventory, Source, check_entries, check_lora
+from llava_lite.checkpoints.tensors import (
+    read_json,
+    read_tensors,
+    weight_files,
+)
+from llava_lite.config import LlavaConfig
+from llava_lite.errors import CheckpointError
+
+CLIP_REPO = "openai/clip-vit-large-patch14-336"
+
+
+TOWER_INSIDE = "{}: has its own vision tower, the one given is not used"
+
+
+# ---- layouts -------------------------------------------------------------------------------------
+
+
+def open_source(
+    path: str | Path,
+    base: str | Path | None = None,
+    vision_tower: str | Path | nn.Module | None = None,
+) -> Source:
+    """Open a checkpoint of any layout and check it completely, except for the values.
+
+    `base`: the Llama or LLaVA folder below a LoRA adapter or a projector. `vision_tower`: the CLIP
+    folder, file (HF or OpenAI names) or open_clip model for a checkpoint that has no tower inside.
+    Raises CheckpointError naming file and tensor."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    if path.is_file():
+        return open_projector(path, base, vision_tower)
+    if (path / "adapter_config.json").is_file():
+        return open_lora(path, base, vision_tower)
+    if not weight_files(path) and projector_file(path) is not None:
+        return open_projector(path, base, vision_tower)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: holds no config.json, so it is no checkpoint folder")
+    if base is not None:
+        raise CheckpointError(f"{path}: a whole model needs no base (only LoRA and projectors do)")
+    inventory = Inventory()
+    raw = add_folder(inventory, path)
+    config = complete(inventory, raw, path, vision_tower)
+    source = finish(path, inventory, config, tokenizer_from=(path,))
+    source.family = family(raw)
+    source.trusted = source.family == "llava_lite" and (path / "manifest.json").is_file()
+    return source
+
+
+def add_folder(inventory: Inventory, folder: Path) -> dict[str, Any]:
+    """Add a folder's weights to the inventory and return its config.json."""
+    raw = read_json(folder / "config.json")
+    files = weight_files(folder)
+    if not files:
+        raise CheckpointError(
+            f"{folder}: holds no weights (model*.safetensors or pytorch_model*.bin)"
+        )
+    inventory.add_files(files, own_names=raw.get("format") == "llava_lite")
+    return raw
+
+
+def projector_file(folder: Path) -> Path | None:
+    """The projector of a folder (stage-1 training also leaves a directory mm_projector/ in it).
+
+    Raises CheckpointError when several files could be it."""
+    for name in ("mm_projector.safetensors", "mm_projector.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    found = [file for file in sorted(folder.glob("mm_projector*")) if file.is_file()]
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(f"{folder}: holds several projectors, name one of them: {names}")
+    return found[0] if found else None
+
+
+def open_projector(
+    path: Path, base: str | Path | None, vision_tower: str | Path | nn.Module | None
+) -> Source:
+    """A trained projector (a file, or a folder with mm_projector.bin) over a base Llama."""
+    folder = path if path.is_dir() else path.parent
+    file = path if path.is_file() else projector_file(path)
+    if file is None or not any("mm_projector." in name for name in read_tensors(file)):
+        raise CheckpointError(
+            f"{file or path}: holds no mm_projector tensors; give the checkpoint's folder"
+        )
+    inventory = Inventory()
+    base_folder = find_base(base, None, folder)
+    raw = add_folder(inventory, base_folder)
+    inventory.add_files({file: []}, only="projector.")
+    own = folder / "config.json"
+    if own.is_file() and "hidden_size" in raw:
+        raw = {**raw, **read_json(own)}
+    config = complete(inventory, raw, folder, vision_tower, base_folder)
+    # A projector alone comes from the captioning stage: it has never seen a chat prompt.
+    config = replace(config, template="plain")
+    source = finish(path, inventory, config, (folder, base_folder), layout="projector over a base")
+    return replace(source, base=origin(base, None, base_folder))
+
+
+def open_lora(
+    folder: Path, base: str | Path | None, vision_tower: str | Path | nn.Module | None
+) -> Source:
+    """A LoRA adapter: base, then non_lora_trainables, then W + (alpha / r) B A."""
+    adapter = read_json(folder / "adapter_config.json")
+    scale = lora_scale(adapter, folder)
+    inventory = Inventory()
+    named = adapter.get("base_model_name_or_path")
+    base_folder = find_base(base, named, folder)
+    raw = add_folder(inventory, base_folder)
+    for name in ("non_lora_trainables.safetensors", "non_lora_trainables.bin"):
+        if (folder / name).is_file():
+            inventory.add_files({folder / name: []})
+            break
+    safe = folder / "adapter_model.safetensors"
+    inventory.add_lora(safe if safe.is_file() else folder / "adapter_model.bin")
+    if (folder / "config.json").is_file() and "hidden_size" in raw:
+        raw = {**raw, **read_json(folder / "config.json")}
+    config = complete(inventory, raw, folder, vision_tower, base_folder)
+    check_lora(inventory, folder)
+    source = finish(folder, inventory, config, (folder, base_folder), layout="LoRA over a base")
+    base_name = origin(base, named, base_folder)
+    return replace(source, lora=inventory.lora, lora_scale=scale, base=base_name)
+
+
+def lora_scale(adapter: Mapping[str, Any], folder: Path) -> float:
+    """alpha / r. Raises CheckpointError for variants that W + (alpha / r) B A does not describe."""
+    variants = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
+    refused = [name for name in (*variants, "modules_to_save") if adapter.get(name)]
+    if adapter.get("bias", "none") != "none":
+        refused.append("bias")
+    if refused:
+        raise CheckpointError(f"{folder}: unsupported LoRA settings: {', '.join(refused)}")
+    rank, alpha = adapter.get("r"), adapter.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise CheckpointError(f"{folder}: adapter_config.json needs r >= 1 and lora_alpha")
+    return alpha / rank
+
+
+def find_base(base: str | Path | None, named: object, folder: Path) -> Path:
+    """The folder of the base model: the argument, or what the adapter names, if on this disk."""
+    wanted = str(base) if base is not None else named
+    if not isinstance(wanted, str) or not wanted:
+        raise CheckpointError(f"{folder}: needs its base model: give the folder as base (--base)")
+    found = find_local(wanted, folder) if base is None else find_given(wanted)
+    if found is None:
+        raise CheckpointError(
+            f"{folder}: the base model {wanted!r} is not on this disk: "
+            "give its folder as base (--base)"
+        )
+    return found
+
+
+def complete(
+    inventory: Inventory,
+    raw: dict[str, Any],
+    folder: Path,
+    vision_tower: str | Path | nn.Module | None,
+    base_folder: Path | None = None,
+) -> LlavaConfig:
+    """Parse the config, and for a flat (official) one find and add the tower it lacks."""
+    vision: dict[str, Any] | None = None
+    if "hidden_size" in raw and raw.get("format") != "llava_lite":
+        vision = add_tower(inventory, raw, folder, vision_tower, base_folder)
+        if "mm_projector_type" not in raw:
+            layers = [name for name in inventory.entries if re.match(r"projector.*weight", name)]
+            if not any(key.startswith("mm_") for key in raw):
+                # Still a plain Llama's config: the key below must not turn its padding off.
+                raw = {"image_aspect_ratio": "pad", **raw}
+            raw = {**raw, "mm_projector_type": f"mlp{max(len(layers), 1)}x_gelu"}
+    elif vision_tower is not None:
+        warnings.warn(TOWER_INSIDE.format(folder), stacklevel=3)
+    return parse_config(raw, vision, folder)
+
+
+def parse_config(raw: dict[str, Any], vision: dict[str, Any] | None, folder: Path) -> LlavaConfig:
+    """`config.parse` with every problem turned into a CheckpointError naming the folder."""
+    try:
+        config = parse(raw, vision)
+        for part in (config.vision, config.text):
+            for name, value in vars(part).items():
+                check_number(name, value)
+        check_number("projector_depth", config.projector_depth)
+        return config
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise ValueError for a field that no model can have, before memory is spent on it."""
+    signed = name.endswith("_id") or name == "feature_layer"
+    limits = {"num_layers": 1024, "image_size": 1 << 14, "patch_size": 1 << 14}
+    lowest, highest = -1024 if signed else 0, limits.get(name, 1 << 24)
+    kinds = (int, float) if name.endswith("_eps") or name == "rope_theta" else (int,)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ValueError(f"{name} {value!r} is no {'number' if float in kinds else 'integer'}")
+    if not lowest <= value <= highest or (value == 0 and not signed):
+        raise ValueError(f"{name} {value!r} is out of range")
+
+
+# ---- vision tower, tokenizer ---------------------------------------------------------------------
+
+
+def add_tower(
+    inventory: Inventory,
+    raw: Mapping[str, Any],
+    folder: Path,
+    vision_tower: str | Path | nn.Module | None,
+    base_folder: Path | None,
+) -> dict[str, Any]:
+    """Add the CLIP tower, unless the checkpoint contains one, and return the tower's config."""
+    named = raw.get("mm_vision_tower")
+    places = [place for place in (folder, base_folder) if place is not None]
+    local = find_near(named, places)
+    described = [local]
+    if any(name.startswith("vision.") for name in inventory.entries):
+        if vision_tower is not None:
+            warnings.warn(TOWER_INSIDE.format(folder), stacklevel=4)
+    elif isinstance(vision_tower, nn.Module):
+        inventory.add_module(vision_tower)
+    else:
+        if vision_tower is not None:
+            tower = find_given(str(vision_tower))
+        else:  # a Llama base names none: LLaVA-1.5's
+            tower = local if named else find_near(CLIP_REPO, places)
+        if tower is None:
+            raise CheckpointError(tower_missing(folder, vision_tower or named))
+        files = {tower: []} if tower.is_file() else weight_files(tower)
+        if not files:
+            raise CheckpointError(f"{tower}: the vision tower's folder holds no weights")
+        inventory.add_files(files, only="vision.")
+        inventory.vision_tower = origin(vision_tower, named or CLIP_REPO, tower)
+        described.insert(0, tower)
+    configs = (tower_config(place) for place in described)
+    return next((found for found in configs if found), None) or tower_from_shapes(inventory.entries)
+
+
+def tower_missing(folder: Path, wanted: object) -> str:
+    """What to do when the tower is not at hand."""
+    return (
+        f"{folder}: needs the vision tower {str(wanted or CLIP_REPO)!r} (about 1.7 GB), which is "
+        f"not on this disk: run `llava-lite download {CLIP_REPO}`, or give its folder as "
+        "vision_tower (--vision-tower)"
+    )
+
+
+def tower_config(place: Path | None) -> dict[str, Any] | None:
+    """The CLIP config in or beside `place`, None when there is none that describes a tower."""
+    if place is None:
+        return None
+    path = (place if place.is_dir() else place.parent) / "config.json"
+    raw = read_json(path) if path.is_file() else {}
+    is_clip = "vision_config" in raw or raw.get("model_type") in ("clip", "clip_vision_model")
+    return raw if is_clip else None
+
+
+def tower_from_shapes(entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """A CLIP config read off the tensors; heads are 64 channels wide, as in every OpenAI model."""
+    try:
+        width, _, patch, _ = entries["vision.patch_embed.weight"].shape
+        rows = entries["vision.pos_embed"].shape[0]
+        mlp = entries["vision.blocks.0.mlp.fc1.weight"].shape[0]
+    except (KeyError, ValueError, IndexError):
+        return {}  # the default tower; what is missing or misshapen is reported against it
+    numbers = (re.match(r"vision\.blocks\.(\d+)", name) for name in entries)
+    return {
+        "hidden_size": width,
+        "patch_size": patch,
+        "image_size": patch * math.isqrt(max(rows - 1, 0)),
+        "intermediate_size": mlp,
+        "num_hidden_layers": 1 + max(int(found[1]) for found in numbers if found),
+        "num_attention_heads": max(width // 64, 1),
+    }
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """tokenizer.model before tokenizer.json: the sentencepiece file is the original. Our own format
+    has only tokenizer.json."""
+    config = folder / "config.json"
+    is_own = config.is_file() and read_json(config).get("format") == "llava_lite"
+    names = ("tokenizer.json",) if is_own else ("tokenizer.model", "tokenizer.json")
+    files = (folder / name for name in names)
+    return next((file for file in files if file.is_file()), None)
+
+
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+def find_local(name: str, near: Path) -> Path | None:
+    """Find what a config names (a path, or a hub id) without any network: relative to the folder
+    `near`, as an absolute path, beside `near`, or in the huggingface_hub cache."""
+    last = name.rstrip("/").rsplit("/", 1)[-1]
+    if not last:
+        return None
+    return existing(near / name, near.resolve().parent / last) or find_cached(name)
+
+
+def find_given(name: str) -> Path | None:
+    """Find what a user names: exactly this path, or a hub id in the cache."""
+    if not name:
+        return None
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # the home of a user that does not exist
+        path = Path(name)
+    return existing(path) or find_cached(name)
+
+
+def find_near(name: object, places: list[Path]) -> Path | None:
+    """`find_local` near the first place that has it. None for what is no name."""
+    if not isinstance(name, str):
+        return None
+    return next((found for place in places if (found := find_local(name, place))), None)
+
+
+def existing(*paths: Path) -> Path | None:
+    """The first path that exists; one that no file system can hold does not."""
+    for path in paths:
+        try:
+            if path.exists():
+                return path
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def find_cached(name: str) -> Path | None:
+    """The folder of a hub id in the huggingface_hub cache."""
+    if not HUB_ID.fullmatch(name):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def origin(given: object, named: object, found: Path) -> str:
+    """What a manifest records: the name given, or a hub id that a config names, else the path."""
+    if given is not None:
+        return str(given)
+    return named if isinstance(named, str) and HUB_ID.fullmatch(named) else str(found)
+
+
+def finish(
+    path: Path,
+    inventory: Inventory,
+    config: LlavaConfig,
+    tokenizer_from: tuple[Path, ...],
+    layout: str = "",
+) -> Source:
+    """Check everything against the model and hand out the Source."""
+    unused = check_entries(inventory.entries, config, path)
+    layout = layout or describe(inventory.stored)
+    tokenizers = (find_tokenizer(folder) for folder in tokenizer_from)
+    return Source(
+        path=path,
+        layout=layout,
+        config=config,
+        entries={name: e for name, e in inventory.entries.items() if name not in unused},
+        unused=unused,
+        ignored=inventory.ignored,
+        tokenizer_file=next((file for file in tokenizers if file), None),
+        vision_tower=inventory.vision_tower,
+        in_memory=inventory.in_memory,
+    )

@@ -1,0 +1,79 @@
+"""Load one rank's share of the decoder for tensor parallelism."""
+
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import parallelize_module
+
+from llava_lite.checkpoints.quantized import QuantizedSource
+from llava_lite.checkpoints.skeleton import meta_model
+from llava_lite.checkpoints.source import Source
+from llava_lite.config import TextConfig
+from llava_lite.errors import CheckpointError
+from llava_lite.fast.ranks import Ranks
+from llava_lite.fast.tensor_parallel import ParallelLlava, SharedLinear, decoder_plan
+
+
+def check_divides(text: TextConfig, count: int) -> None:
+    """Raise ValueError for a decoder that so many ranks cannot share evenly."""
+    for name, size in (("heads", text.num_heads), ("intermediate_size", text.intermediate_size)):
+        if size % count:
+            raise ValueError(
+                f"{count} ranks cannot share the decoder evenly: {name} {size} must be a multiple "
+                "of their number"
+            )
+
+
+# ---- load ----------------------------------------------------------------------------------------
+
+
+def load_share(
+    source: Source, ranks: Ranks, device: torch.device, dtype: torch.dtype
+) -> "ParallelLlava":
+    """Build this rank's share of a model. Of the weights that are spread only the share is cast or
+    copied; on a CPU, whole rows in the same dtype stay in the mapped file, as ever.
+
+    Raises ValueError for a decoder that the ranks cannot share evenly, and CheckpointError, on all
+    ranks whichever found it."""
+    check_divides(source.config.text, ranks.count)
+    if isinstance(source, QuantizedSource):
+        raise CheckpointError(
+            f"{source.path}: is {source.method}, but tensor parallel needs unquantised weights"
+        )
+    # Spread while it has no memory behind it: no rank ever holds more than its share.
+    llava = cast(ParallelLlava, meta_model(source.config, partial(ParallelLlava, ranks)))
+    mesh = init_device_mesh(device.type, (ranks.count,))
+    cuts = cut_dims(parallelize_module(llava.decoder, mesh, decoder_plan()))
+    for name, dim in cuts.items():
+        weight = cast(DTensor, llava.decoder.get_parameter(f"{name}.weight"))
+        gathered = weight.shape[0] if name == "lm_head" else None
+        llava.decoder.set_submodule(name, SharedLinear(ranks, weight.to_local(), dim, gathered))
+    state: dict[str, Tensor] = {}
+
+    def read_all() -> None:
+        for name in source.names():
+            dim = cuts.get(name.removeprefix("decoder.").removesuffix(".weight"))
+            whole = source.shape(name)
+            part = () if dim is None else (slice(None),) * dim + (ranks.part(whole[dim]),)
+            state[name] = source.read_part(name, part, dtype).to(device)
+
+    ranks.gather(read_all)
+    llava.load_state_dict(state, strict=True, assign=True)
+    llava.requires_grad_(False)
+    return llava
+
+
+def cut_dims(decoder: nn.Module) -> dict[str, int]:
+    """Along which dimension the weight (out, in) of each linear layer is cut that the plan has made
+    a DTensor, by the layer's name."""
+    return {
+        name.removesuffix(".weight"): placement.dim
+        for name, weight in decoder.named_parameters()
+        if isinstance(weight, DTensor)
+        for placement in weight.placements
+        if isinstance(placement, Shard)
+    }

@@ -1,0 +1,308 @@
+"""What a checkpoint holds: its layout, its config, and where each of our tensors is stored.
+
+    open_source(folder)  what is it, which tensors has it, do all names and shapes fit  -> Source
+
+Nothing is read from a weight file until its tensor is asked for, and every problem (missing,
+unexpected, misshapen, unsafe) is found before the first one is. The layouts are told apart by what
+is in a folder, never by what it is called.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llava_lite.checkpoints.names import is_unused, lora_target, our_names
+from llava_lite.checkpoints.skeleton import expected_shapes
+from llava_lite.checkpoints.tensors import (
+    DTYPE_CODES,
+    DTYPES,
+    Files,
+    read_tensors,
+)
+from llava_lite.config import LlavaConfig
+from llava_lite.errors import CheckpointError
+
+# ---- what a source holds -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one of our tensors is stored. `block`: which third of a packed q, k, v."""
+
+    file: Path
+    stored: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    block: int | None = None
+
+
+@dataclass
+class Inventory:
+    """Tensors by our name. What is added later wins: base, then what was trained, then adapter."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+    stored: list[str] = field(default_factory=list)
+    lora: dict[str, dict[str, Entry]] = field(
+        default_factory=dict
+    )  # our name -> {"A": .., "B": ..}
+    in_memory: dict[Path, Mapping[str, Tensor]] = field(default_factory=dict)
+    vision_tower: str | None = None  # where a tower from elsewhere came from
+
+    def add_files(self, files: Files, only: str = "", own_names: bool = False) -> None:
+        """Add every tensor of the files; with `only`, those whose name in our words starts so."""
+        added: dict[str, Entry] = {}
+        for file, promised in files.items():
+            tensors = read_tensors(file)
+            lost = next((name for name in promised if name not in tensors), None)
+            if lost is not None:
+                raise CheckpointError(f"{file}: tensor {lost!r}, listed in the index, is missing")
+            for name, entry in self.locate(file, tensors, own_names).items():
+                if name in added:
+                    raise CheckpointError(
+                        f"{file}: tensor {entry.stored!r} is also in {added[name].file}"
+                    )
+                if name.startswith(only):
+                    added[name] = entry
+                else:
+                    self.ignored.append(entry.stored)
+        self.entries |= added
+
+    def locate(
+        self, file: Path, tensors: Mapping[str, Tensor], own_names: bool = False
+    ) -> dict[str, Entry]:
+        """Entries of one file by our name. Raises CheckpointError naming an unknown tensor."""
+        # The state dict of open_clip's `model.visual` alone lacks the family's prefix.
+        family = "visual." if "conv1.weight" in tensors else ""
+        found: dict[str, Entry] = {}
+        for stored, tensor in tensors.items():
+            self.stored.append(stored)
+            try:
+                names = (stored,) if own_names else our_names(family + stored)
+            except CheckpointError as error:
+                raise CheckpointError(f"{file}: {error}") from None
+            if not names:
+                self.ignored.append(stored)
+            shape = tuple(tensor.shape)
+            if len(names) == 3:
+                if not shape or shape[0] % 3:
+                    raise CheckpointError(
+                        f"{file}: tensor {stored!r} of {shape} is no packed q, k, v"
+                    )
+                shape = (shape[0] // 3, *shape[1:])
+            for block, name in enumerate(names):
+                if name in found:
+                    raise CheckpointError(
+                        f"{file}: {stored!r} and {found[name].stored!r} are one tensor"
+                    )
+                packed = block if len(names) == 3 else None
+                found[name] = Entry(file, stored, shape, tensor.dtype, packed)
+        return found
+
+    def add_module(self, visual: nn.Module) -> None:
+        """Add the tower of an open_clip model object, straight from memory."""
+        visual, file = open_clip_visual(visual), Path("open_clip model")
+        self.in_memory[file] = visual.state_dict()
+        self.vision_tower = str(file)
+        self.entries |= self.locate(file, self.in_memory[file])
+
+    def add_lora(self, file: Path) -> None:
+        """Add the A and B matrices of an adapter. LoRA on the tower is ignored with a warning."""
+        tensors = read_tensors(file)
+        skipped = 0
+        for stored, tensor in tensors.items():
+            try:
+                target = lora_target(stored)
+            except CheckpointError as error:
+                raise CheckpointError(f"{file}: {error}") from None
+            if target is None:
+                skipped += 1
+                self.ignored.append(stored)
+                continue
+            half, name = target
+            entry = Entry(file, stored, tuple(tensor.shape), tensor.dtype)
+            self.lora.setdefault(name, {})[half] = entry
+        if skipped:
+            warnings.warn(
+                f"{file}: ignored {skipped} LoRA tensors of the vision tower", stacklevel=2
+            )
+        self.in_memory[file] = tensors  # small, and needed beside every shard of the base
+
+
+@dataclass
+class Source:
+    """An opened checkpoint: its config, and its tensors by our name, read one at a time.
+
+    `unused` are tower parts that LLaVA never runs, `ignored` the names of everything else that is
+    skipped on purpose. `family`: of its config.json, "llava_lite", "llava-hf" or "official" (also
+    every adapter and projector). `base`, `vision_tower`: what was used with it.
+
+    `trusted`: a folder in our format with a manifest. The manifest is written after every value was
+    checked, so reading such a folder does not look for NaN and infinity again; whether the values
+    are still those that were written, `llava-lite info --checksums` tells."""
+
+    path: Path
+    layout: str
+    config: LlavaConfig
+    entries: dict[str, Entry]
+    unused: dict[str, Entry] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+    lora: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    lora_scale: float = 1.0
+    tokenizer_file: Path | None = None
+    family: str = "official"
+    trusted: bool = False
+    base: str | None = None
+    vision_tower: str | None = None
+    in_memory: dict[Path, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
+    _last: tuple[Path, Mapping[str, Tensor]] | None = field(default=None, repr=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the decoder's weights; the tower runs in it, too."""
+        return self.entries["decoder.embed_tokens.weight"].dtype
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of a folder inside the huggingface_hub cache."""
+        return self.path.name if self.path.parent.name == "snapshots" else None
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(entry.shape) for entry in self.entries.values())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor by our name."""
+        return (self.entries.get(name) or self.unused[name]).shape
+
+    def names(self) -> list[str]:
+        """Our names, file by file, so that reading in this order opens each file once."""
+        order = {entry.file: None for entry in self.entries.values()}
+        rank = {file: number for number, file in enumerate(order)}
+        return sorted(self.entries, key=lambda name: rank[self.entries[name].file])
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor by our name, LoRA merged, in `dtype` (default: the decoder's).
+
+        Without a cast it is a view of the mapped file. Raises CheckpointError for NaN, infinity."""
+        return self.read_part(name, (), dtype)
+
+    def read_part(
+        self, name: str, part: tuple[slice, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """`read`, of one part of a tensor: only that is cast, or copied if not contiguous."""
+        entry = self.entries.get(name) or self.unused[name]
+        dtype = dtype or self.dtype
+        tensor = self._stored(entry)
+        if name in self.lora:
+            # W + (alpha / r) B A, in float32 and cast once at the end.
+            pair = self.lora[name]
+            change = self._stored(pair["B"]).float() @ self._stored(pair["A"]).float()
+            tensor = torch.add(tensor.float(), change, alpha=self.lora_scale)
+        result = tensor[part].to(dtype).contiguous()
+        if not self.trusted:
+            check_finite(result, f"{entry.file}: tensor {entry.stored!r}")
+        return result
+
+    def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) pairs in the order of `names`."""
+        for name in self.names():
+            yield name, self.read(name, dtype)
+
+    def unmap(self) -> None:
+        """Let go of the mapped file: the next tensor maps it anew."""
+        self._last = None
+
+    def _stored(self, entry: Entry) -> Tensor:
+        tensors = self.in_memory.get(entry.file)
+        if tensors is None:
+            if self._last is None or self._last[0] != entry.file:
+                self._last = None  # unmap the last file before the next one is mapped
+                self._last = (entry.file, read_tensors(entry.file))
+            tensors = self._last[1]
+        tensor = tensors[entry.stored]
+        return tensor if entry.block is None else tensor.chunk(3)[entry.block]
+
+
+def check_finite(tensor: Tensor, where: str) -> None:
+    """Raise CheckpointError for NaN or infinity; `where` names file and tensor."""
+    for part in tensor.flatten().split(1 << 24):  # bounds the temporary memory of isfinite
+        if not torch.isfinite(part).all():
+            raise CheckpointError(f"{where} has NaN or infinite values (as {tensor.dtype})")
+
+
+def check_entries(
+    entries: Mapping[str, Entry], config: LlavaConfig, where: Path
+) -> dict[str, Entry]:
+    """Compare names, shapes and dtypes with the model. Returns the unused tower parts.
+
+    Raises CheckpointError naming the first offender and how many there are."""
+    try:
+        expected = expected_shapes(config)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{where}: no model has the config's sizes: {reason}") from error
+    unused = {name: e for name, e in entries.items() if is_unused(name, config.vision)}
+    unexpected = [name for name in entries if name not in expected and name not in unused]
+    if unexpected:
+        first = entries[unexpected[0]]
+        raise CheckpointError(
+            f"{first.file}: tensor {first.stored!r} has no place in this model "
+            f"({len(unexpected)} such tensors)"
+        )
+    missing = [name for name in expected if name not in entries]
+    if missing:
+        hint = ""
+        if all(name.startswith("projector.") for name in missing):
+            hint = "; is it a plain Llama? give the projector as the model and this folder as base"
+        raise CheckpointError(
+            f"{where}: {len(missing)} tensors are missing, first {missing[0]!r}{hint}"
+        )
+    wrong = [name for name in expected if entries[name].shape != expected[name]]
+    if wrong:
+        first, shape = entries[wrong[0]], expected[wrong[0]]
+        raise CheckpointError(
+            f"{first.file}: tensor {first.stored!r} has shape {first.shape}, "
+            f"the config says {shape} ({len(wrong)} such tensors)"
+        )
+    for entry in entries.values():
+        if entry.dtype not in DTYPE_CODES:
+            raise CheckpointError(
+                f"{entry.file}: tensor {entry.stored!r} is {entry.dtype}; "
+                f"supported are {', '.join(DTYPES)}"
+            )
+    return unused
+
+
+def check_lora(inventory: Inventory, where: Path) -> None:
+    """Raise CheckpointError unless each A (r, in) and B (out, r) pair fits the weight (out, in)."""
+    for name, pair in inventory.lora.items():
+        base = inventory.entries.get(name)
+        if base is None or len(pair) != 2:
+            present = next(iter(pair.values())).stored
+            raise CheckpointError(f"{where}: {present!r} lacks its other half or its base weight")
+        a, b = pair["A"], pair["B"]
+        if (
+            len(a.shape) != 2
+            or len(b.shape) != 2
+            or ((b.shape[0], a.shape[1]) != base.shape or a.shape[0] != b.shape[1])
+        ):
+            raise CheckpointError(
+                f"{a.file}: {a.stored!r} {a.shape} with B {b.shape} does not fit {base.shape}"
+            )
+
+
+def open_clip_visual(model: nn.Module) -> nn.Module:
+    """The visual tower of an open_clip model. Raises CheckpointError unless it uses QuickGELU."""
+    visual = getattr(model, "visual", model)
+    if not any(type(module).__name__ == "QuickGELU" for module in visual.modules()):
+        # Exact GELU with these weights gives plausible, quietly worse answers.
+        raise CheckpointError(
+            "the open_clip model does not use QuickGELU: build its -quickgelu variant"
+        )
+    return visual

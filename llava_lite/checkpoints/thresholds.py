@@ -1,0 +1,133 @@
+"""Read DToMe thresholds: our JSON, a JSON list, or a DyMU `.pth`."""
+
+import math
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_lite.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from llava_lite.checkpoints.source import Source
+
+FILE_NAME = "thresholds.json"
+
+
+NEVER = 1.0  # also what DyMU's blocks start with; only rounding puts a cosine above it
+
+# The list that DyMU's authors show for this tower, for 72 tokens after its last block.
+OPENAI_CLIP_L_336 = (
+    *(0.99609375, 0.97265625, 0.94140625, 0.91015625, 0.87890625, 0.87890625),
+    *(0.87890625, 0.84765625, 0.84765625, 0.87890625, 0.84765625, 0.84765625),
+    *(0.87890625, 0.87890625, 0.91015625, 0.91015625, 0.91015625, 0.91015625),
+    *(0.94140625, 0.87890625, 0.87890625, 0.97265625, 0.99609375, 0.81640625),
+)
+
+
+# ---- read ----------------------------------------------------------------------------------------
+
+
+def read_thresholds(path: str | os.PathLike[str]) -> tuple[float, ...]:
+    """One threshold per block, from a file.
+
+    A `.json` holds a list of numbers, or an object with such a list as "thresholds". Any other file
+    is a checkpoint that DyMU's training wrote, with or without the "module." of parallel training
+    in front of its names; blocks without a threshold get 1.0, as there. Raises CheckpointError
+    naming the file."""
+    path = Path(path)
+    values = read_list(path) if path.suffix.lower() == ".json" else read_dymu(path)
+    for block, value in enumerate(values):
+        if not math.isfinite(value):
+            raise CheckpointError(f"{path}: the threshold of block {block} is {value}")
+    return tuple(values)
+
+
+def read_list(path: Path) -> list[float]:
+    """The numbers of a JSON file."""
+    from llava_lite.checkpoints.tensors import read_json_value
+
+    content = read_json_value(path)
+    if isinstance(content, dict):
+        content = content.get("thresholds")
+    if not isinstance(content, list) or not content:
+        raise CheckpointError(f'{path}: holds no list of thresholds, alone or as "thresholds"')
+    for block, value in enumerate(content):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise CheckpointError(f"{path}: the threshold of block {block} is {value!r}, no number")
+    try:
+        return [float(value) for value in content]
+    except OverflowError:
+        raise CheckpointError(f"{path}: a threshold is too large for a number") from None
+
+
+def read_dymu(path: Path) -> list[float]:
+    """The thresholds in a state dict of open_clip's names."""
+    from llava_lite.checkpoints.tensors import read_tensors
+
+    found: dict[int, float] = {}
+    num_blocks = 0
+    for name, tensor in read_tensors(path).items():
+        place = re.fullmatch(r"(?:module\.)?visual\.transformer\.resblocks\.(\d{1,3})\.(.+)", name)
+        if place is None:
+            continue
+        block = int(place[1])
+        num_blocks = max(num_blocks, block + 1)
+        if place[2] == "threshold":
+            if not tensor.is_floating_point() or tensor.numel() != 1:
+                shape = tuple(tensor.shape)
+                raise CheckpointError(
+                    f"{path}: {name!r} is {tensor.dtype} of shape {shape}, not a single float"
+                )
+            found[block] = tensor.item()
+    if not found:
+        raise CheckpointError(
+            f"{path}: holds no thresholds (visual.transformer.resblocks.0.threshold, ...)"
+        )
+    return [found.get(block, NEVER) for block in range(num_blocks)]
+
+
+def own_thresholds(source: "Source") -> tuple[float, ...] | None:
+    """The thresholds of a checkpoint: of a thresholds.json in its folder, or in the one that its
+    tower's weights come from; else, for the dimensions of OpenAI's CLIP-L/336, DyMU's list.
+
+    Raises CheckpointError for a damaged file and for one that does not fit the tower."""
+    from llava_lite.config import VisionConfig
+
+    path = thresholds_file(source)
+    if path is not None:
+        return fitting_thresholds(path, source)
+    vision, openai = source.config.vision, VisionConfig()
+    depth = {"num_layers": openai.num_layers, "feature_layer": openai.feature_layer}
+    if replace(vision, **depth) == openai and vision.num_layers <= openai.num_layers:
+        return OPENAI_CLIP_L_336[: vision.num_layers]
+    return None
+
+
+def own_thresholds_or_error(source: "Source") -> tuple[float, ...] | CheckpointError | None:
+    """`own_thresholds`, or why they cannot be used: that concerns only who asks for them."""
+    try:
+        return own_thresholds(source)
+    except CheckpointError as error:
+        return error
+
+
+def thresholds_file(source: "Source") -> Path | None:
+    """The thresholds.json of a checkpoint, if it has one."""
+    tower = source.entries["vision.class_embed"].file
+    # An open_clip model object lies in no folder.
+    folders = [source.path] if tower in source.in_memory else [source.path, tower.parent]
+    files = (folder / FILE_NAME for folder in folders)
+    return next((file for file in files if file.is_file()), None)
+
+
+def fitting_thresholds(path: Path, source: "Source") -> tuple[float, ...]:
+    """Read a file and compare its length with the tower."""
+    thresholds, vision = read_thresholds(path), source.config.vision
+    if len(thresholds) not in (vision.num_blocks, vision.num_layers):
+        raise CheckpointError(
+            f"{path}: holds {len(thresholds)} thresholds, but the tower runs {vision.num_blocks} "
+            f"of {vision.num_layers} blocks: there must be one for each of these or of those"
+        )
+    return thresholds

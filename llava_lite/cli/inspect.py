@@ -1,0 +1,64 @@
+"""`llava-lite inspect`: one answer, and a picture of the image tokens behind it."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from llava_lite.cli.arguments import (
+    add_command,
+    add_image_sources,
+    add_model_arguments,
+    add_notice_arguments,
+    add_sampling_arguments,
+)
+from llava_lite.cli.console import (
+    OK,
+    format_stats,
+    say,
+)
+from llava_lite.cli.wanted import generation_options, image_opener, load_model, read_prompt
+
+PICTURES = (".html", ".png")
+
+
+def add_inspect(commands: Any) -> None:
+    details = """The page holds all it shows, without scripts; the PNG shows the same. Times are
+those of a second run of the prompt: the first one of a process is slower.
+
+examples:
+  llava-lite inspect -i photo.jpg -p "What is this?" --reduction hybrid-72-36 -o run.html
+  llava-lite inspect -i photo.jpg -p "What is this?" --fastv-k 0.5 -o run.png --force"""
+    summary = "draw what became of a prompt's image tokens, and what that cost"
+    usage = "-i IMAGE -p TEXT -o FILE"
+    parser = add_command(commands, "inspect", run_inspect, usage, summary, details)
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the question (default: stdin)")
+    add_image_sources(parser, "image to ask about: path, URL, or - for stdin; repeat for more")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="picture to write: .html or .png"
+    )
+    parser.add_argument("--force", action="store_true", help="replace FILE")
+    add_sampling_arguments(parser)
+    add_notice_arguments(parser.add_argument_group("output"))
+    add_model_arguments(parser)
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """`llava-lite inspect`."""
+    if Path(args.output).suffix.lower() not in PICTURES:
+        args.parser.error(f"{args.output}: the picture must end in {' or '.join(PICTURES)}")
+    if not args.image:
+        args.parser.error("an image is needed: -i IMAGE")
+    prompt = read_prompt(args)
+    from llava_lite.study import inspection
+
+    output = inspection.check_output(args.output, args.force)
+    options = generation_options(args)
+    images = [image_opener(args)(source) for source in args.image]
+    seen = inspection.inspect(load_model(args), images, prompt, **options)
+    print(seen.answer, flush=True)  # first: it is worth more than its picture
+    seen.save(output, args.force)
+    if args.stats:
+        say(format_stats(seen.answer))
+    if not args.quiet:
+        say(f"{args.output}: written")
+    return OK

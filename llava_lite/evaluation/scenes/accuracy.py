@@ -1,0 +1,254 @@
+"""How often a model answers questions about fresh scenes rightly, by family of question.
+
+    tallies = evaluate_scenes(model, fresh_scenes(2000), reduction="hybrid-72-36")
+    tallies["count"].accuracy, tallies["count"].interval(), overall(tallies).accuracy
+
+The intervals take questions for independent. Those about one scene are not quite, so over all
+families the true interval is a little wider.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import mean
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from llava_lite.evaluation.engine import Engine
+from llava_lite.evaluation.scenes.questions import PARAPHRASES, Question, questions
+from llava_lite.evaluation.scenes.smooth import draw_smooth_scene
+from llava_lite.evaluation.scenes.world import Scene, draw_scene, sample_scene
+from llava_lite.evaluation.suite import Sample, wilson_interval
+from llava_lite.generation.model import DEFAULT_BATCH_SIZE, Model
+from llava_lite.generation.sampling import GenerationOptions
+from llava_lite.llava import EncodedImage
+from llava_lite.reduction import Reduction
+
+AskedScene = tuple[Scene, list[Question]]
+Shown = TypeVar("Shown")
+Draw = Callable[[Scene], Image.Image]
+
+FRESH_SEED = 20_000
+FAMILIES = tuple(PARAPHRASES)
+RENDERERS: dict[str, Draw] = {"plain": draw_scene, "smooth": draw_smooth_scene}
+MAX_NEW_TOKENS = 128  # the longest description takes fewer
+
+
+@dataclass
+class Tally:
+    """Right and asked answers of one family, and the wrong ones as (question, right, given)."""
+
+    right: int = 0
+    asked: int = 0
+    mistakes: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, 0..1 (NaN when none was asked)."""
+        return self.right / self.asked if self.asked else math.nan
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Wilson score interval of the accuracy (E. B. Wilson, JASA 22, 1927)."""
+        return wilson_interval(self.right, self.asked, confidence)
+
+    def add(self, question: Question, answer: str) -> None:
+        """Count one answer; it is right when it is exactly the expected text."""
+        self.asked += 1
+        self.right += answer == question.answer
+        if answer != question.answer:
+            self.mistakes.append((question.text, question.answer, answer))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, ready for json: counts, and if any were asked accuracy and interval."""
+        content: dict[str, Any] = {"right": self.right, "asked": self.asked}
+        if self.asked:
+            content |= {"accuracy": self.accuracy, "interval": list(self.interval())}
+        return content
+
+
+def overall(tallies: Mapping[str, Tally]) -> Tally:
+    """All questions of all families together; its mistakes are left out."""
+    families = tallies.values()
+    return Tally(sum(tally.right for tally in families), sum(tally.asked for tally in families))
+
+
+def macro_accuracy(tallies: Mapping[str, Tally]) -> float:
+    """Mean of the families' accuracies, each counting the same (NaN without any)."""
+    return mean(tally.accuracy for tally in tallies.values()) if tallies else math.nan
+
+
+# ---- scenes --------------------------------------------------------------------------------------
+
+
+def fresh_rng(seed: int, index: int) -> np.random.Generator:
+    """The random numbers of one fresh scene: no others', whatever the seed.
+
+    Training seeds its generators with lists of numbers: [seed, index] for its scenes, [seed, index,
+    1] to choose among them, and longer ones that hold the letters of a stage's name. A spawn key is
+    mixed in behind four places, the last three of them empty here, which no such list has. Raises
+    ValueError for a seed that is not of 32 bits."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed} must be in 0..{2**32 - 1}")
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
+
+
+def fresh_scenes(
+    count: int, seed: int = FRESH_SEED, families: Collection[str] | None = None, first: int = 0
+) -> Iterator[AskedScene]:
+    """`count` scenes over the whole domain, from number `first` on, each with one question of every
+    family it allows, or of those in `families`. Raises as `fresh_rng`."""
+    for index in range(first, first + count):
+        rng = fresh_rng(seed, index)
+        scene = sample_scene(rng)
+        by_family: dict[str, list[Question]] = {}
+        for question in questions(scene, rng):
+            by_family.setdefault(question.family, []).append(question)
+        picked = [members[rng.integers(len(members))] for members in by_family.values()]
+        yield scene, [one for one in picked if families is None or one.family in families]
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def evaluate_scenes(
+    model: Model,
+    scenes: Iterable[AskedScene],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    *,
+    reduction: Reduction | str | None = None,
+    batch_size: int | None = None,
+    draw: Draw = draw_scene,
+    reuse_prefix: bool = False,
+    on_answer: Callable[[], object] | None = None,
+) -> dict[str, Tally]:
+    """Ask every question of every scene; an answer is right when it is exactly the expected text.
+    Returns a tally per family. Raises as `Model.generate`.
+
+    Every image is drawn ahead of time and encoded once, `batch_size` questions are answered at
+    once; `reuse_prefix` as in `answer_questions`. `on_answer` is called after each."""
+    asked = dict(enumerate_questions(scenes))
+    options = GenerationOptions(max_new_tokens=max_new_tokens, reduction=reduction)
+    engine = Engine(model, options, batch_size, reuse_prefix=reuse_prefix)
+    # A scene is drawn when its image is needed.
+    samples = samples_of(asked, lambda scene: partial(draw, scene))
+    answers = answers_of(engine, samples, on_answer)
+    tallies: dict[str, Tally] = {}
+    for name, (_, question) in asked.items():
+        tallies.setdefault(question.family, Tally()).add(question, answers[name])
+    return tallies
+
+
+def answers_of(
+    engine: Engine, samples: Iterable[Sample], on_answer: Callable[[], object] | None = None
+) -> dict[str, str]:
+    """The answers by sample id. Raises the error of a sample that has none."""
+    answers: dict[str, str] = {}
+    for outcome in engine.answer(samples):
+        if isinstance(outcome.error, Exception):
+            raise outcome.error
+        answers[outcome.sample.id] = str(outcome.answer)
+        if on_answer:
+            on_answer()
+    return answers
+
+
+def enumerate_questions(
+    asked: Iterable[tuple[Shown, Sequence[Question]]],
+) -> Iterator[tuple[str, tuple[Shown, Question]]]:
+    """Every question with its scene or image, under a name "scene/question" of their numbers."""
+    for number, (shown, own) in enumerate(asked):
+        for index, question in enumerate(own):
+            yield f"{number}/{index}", (shown, question)
+
+
+def samples_of(
+    asked: Mapping[str, tuple[Shown, Question]], image_of: Callable[[Shown], Any]
+) -> list[Sample]:
+    """Samples of named questions, with the image of what they are about."""
+    return [
+        Sample(name, question.text, (image_of(shown),), name.partition("/")[0])
+        for name, (shown, question) in asked.items()
+    ]
+
+
+def encode(
+    model: Model,
+    images: Sequence[Any],
+    reduction: Reduction | str | None = None,
+    batch_size: int | None = None,
+) -> list[EncodedImage]:
+    """`Model.encode` of several images, `batch_size` at a time through the tower."""
+    checked = model.reduction_for([], Reduction.of(reduction))
+    wanted = [(image, checked) for image in images]
+    encoded, _ = model.encode_images(wanted, batch_size or DEFAULT_BATCH_SIZE)
+    return encoded
+
+
+def answer_questions(
+    model: Model,
+    images: Sequence[EncodedImage],
+    asked: Sequence[Sequence[Question]],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    reduction: Reduction | str | None = None,
+    batch_size: int | None = None,
+    reuse_prefix: bool = False,
+) -> list[tuple[Question, str]]:
+    """Every question of every image, in order, with the model's greedy answer.
+
+    Most of a prompt are the words in front of the image, and the image. With `reuse_prefix` these
+    run once for all questions about it and stay in the KV cache, as in a chat: the answers are the
+    same up to rounding, several times sooner. What prunes cannot do that, since FastV chooses by
+    the end of the prompt: there, the whole prompt runs for every question all the same."""
+    wish = Reduction.of(reduction)  # None asks for none, whatever the images were encoded with
+    options = GenerationOptions(max_new_tokens=max_new_tokens, reduction=wish)
+    named = dict(enumerate_questions(zip(images, asked, strict=True)))
+    engine = Engine(model, options, batch_size, workers=0, reuse_prefix=reuse_prefix)
+    answers = answers_of(engine, samples_of(named, lambda image: image))
+    return [(question, answers[name]) for name, (_, question) in named.items()]
+
+
+# ---- llava-lite eval -----------------------------------------------------------------------------
+
+
+def report(
+    tallies: Mapping[str, Tally], settings: Mapping[str, Any], mistakes: int
+) -> dict[str, Any]:
+    """Everything as plain types, ready for json; `mistakes` of every family at most."""
+    content = {
+        **settings,
+        "families": {name: tally.to_dict() for name, tally in in_order(tallies)},
+        "overall": overall(tallies).to_dict(),
+        "macro_accuracy": macro_accuracy(tallies) if tallies else None,
+    }
+    if mistakes:
+        keys = ("question", "right", "given")
+        content["mistakes"] = {
+            name: [dict(zip(keys, wrong, strict=True)) for wrong in tally.mistakes[:mistakes]]
+            for name, tally in in_order(tallies)
+        }
+    return content
+
+
+def table(tallies: Mapping[str, Tally], mistakes: int) -> Iterator[str]:
+    """Lines for people: a family each, with `mistakes` at most, then all of them."""
+    yield f"{'family':<12}{'right':>9}{'95 % interval':>19}{'questions':>11}"
+    for name, tally in in_order(tallies):
+        yield table_line(name, tally)
+        for question, right, given in tally.mistakes[:mistakes]:
+            yield f"    {question}  right: {right}  given: {given}"
+    yield table_line("all", overall(tallies))
+    yield f"{'mean':<12}{macro_accuracy(tallies):>9.1%}   of the families"
+
+
+def table_line(name: str, tally: Tally) -> str:
+    low, high = tally.interval()
+    interval = f"{low:.1%} to {high:.1%}"
+    return f"{name:<12}{tally.accuracy:>9.1%}{interval:>19}{tally.asked:>11}"
+
+
+def in_order(tallies: Mapping[str, Tally]) -> list[tuple[str, Tally]]:
+    """As the families are listed everywhere else."""
+    return sorted(tallies.items(), key=lambda item: FAMILIES.index(item[0]))

@@ -1,0 +1,1 @@
+"""The data sets: one file for each, and the parts they share."""

@@ -1,0 +1,1 @@
+"""The same model, faster or smaller. Optional: nothing in the core knows these files."""

@@ -1,0 +1,59 @@
+"""Choose the device and the dtype; name the machine; wait for the device."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    counts = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    if device == "auto":
+        device = next(name for name, count in counts.items() if count)
+    unknown = f"device {str(device)!r} is not one of auto, cuda, mps, cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(unknown) from None
+    if chosen.type not in counts:
+        raise ValueError(unknown)
+    count = counts[chosen.type]
+    if (chosen.index or 0) >= count:
+        there = f", there are {count} of {chosen.type}, counted from 0" if count else ""
+        raise ValueError(f"device {str(device)!r} is not available here{there}")
+    return chosen
+
+
+def pick_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if stored == torch.float16 and device.type == "cpu" else stored
+
+
+PROC = Path("/proc")
+
+
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """What figures were taken on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = PROC / "cpuinfo"
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = models[0] if models else name
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    facts = {"device": device, "name": name, "threads": threads, "cores": os.cpu_count()}
+    return {**facts, "torch": torch.__version__}
+
+
+def synchronize(device: str) -> None:
+    """Wait for what a GPU still has queued."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device.startswith("mps"):
+        torch.mps.synchronize()

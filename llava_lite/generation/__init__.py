@@ -1,0 +1,1 @@
+"""One loop for answers, streams, batches, chats and scores. Start reading at loop.py."""

@@ -1,0 +1,426 @@
+"""Many questions in, one JSON line per answer out; a run that was cut off goes on where it stopped.
+
+    read_rows(path)    a JSONL file, a CSV file or a folder of images -> rows
+    plan(rows, ...)    what is left to do; every problem of input and output shows here, before work
+    run_batch(...)     answers the rows batch by batch and appends each batch to the output
+
+The output only ever grows by whole batches of lines {id, prompt, image, answer | error, ...}; a
+killed process leaves at most one half-written line at its end, which the next run drops.
+"""
+
+import csv
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from llava_lite.errors import LlavaLiteError, reason_of
+from llava_lite.generation.failures import together_or_alone
+from llava_lite.saving import JsonObject, lines_of, lock, parse_object
+
+if TYPE_CHECKING:
+    from llava_lite.generation.answer import Answer
+    from llava_lite.generation.model import Model
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+
+
+DEFAULT_BATCH_SIZE = 8
+
+
+RowId = str | int
+
+
+class BatchError(LlavaLiteError):
+    """The input or the output of a batch cannot be used. Names the file and the line."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question. `image` stands as in the input (None: text only), relative to `folder`."""
+
+    id: RowId
+    prompt: str
+    image: str | list[str] | None
+    folder: Path
+    line: int
+    reduction: str | None = None  # how the model was asked to use fewer image tokens
+
+    @property
+    def sources(self) -> list[str]:
+        """Its images as paths or URLs that can be opened from anywhere."""
+        names = [self.image] if isinstance(self.image, str) else self.image or []
+        is_url = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
+        return [name if is_url.match(name) else str(self.folder / name) for name in names]
+
+    def asked(self) -> JsonObject:
+        """The part of its output line that repeats the question."""
+        asked = {"id": self.id, "prompt": self.prompt, "image": self.image}
+        return asked if self.reduction is None else {**asked, "reduction": self.reduction}
+
+    def answered(self, answer: "Answer") -> JsonObject:
+        """Its output line."""
+        return {
+            **self.asked(),
+            "answer": str(answer),
+            "finish_reason": answer.finish_reason,
+            "usage": answer.usage,
+        }
+
+    def failed(self, error: BaseException) -> JsonObject:
+        """Its output line when there is no answer."""
+        return {**self.asked(), "error": reason_of(error), "finish_reason": "error", "usage": {}}
+
+
+# ---- input -------------------------------------------------------------------------------------
+
+
+def read_rows(path: str | os.PathLike[str], prompt: str | None = None) -> list[Row]:
+    """Read all rows of a `.csv` file with a header, of a JSONL file, or of a folder of images.
+
+    Fields: `id` (or `question_id`; without one the line number), `image` or `images`, and `prompt`,
+    `question` or `text`; rows without a prompt get the argument's. A folder is searched with its
+    subfolders, each image's id is its path in the folder. Raises BatchError naming file and line of
+    anything malformed and of repeated ids."""
+    path = Path(path)
+    if path.is_dir():
+        rows = list(folder_rows(path, prompt))
+    elif not path.is_file():
+        raise BatchError(f"{path}: no such file or folder")
+    else:
+        read = read_csv if path.suffix.lower() == ".csv" else read_jsonl
+        rows = [parse_row(fields, path, line, prompt) for line, fields in read(path)]
+    if not rows:
+        what = "images" if path.is_dir() else "rows"
+        raise BatchError(f"{path}: holds no {what}")
+    refuse_repeated_ids(rows, path)
+    return rows
+
+
+def folder_rows(folder: Path, prompt: str | None) -> Iterator[Row]:
+    """One row per image file, hidden files left out, ordered by path."""
+    if not prompt:
+        raise BatchError(f"{folder}: a folder of images needs a prompt (-p, --prompt)")
+    for number, name in enumerate(image_names(folder), start=1):
+        yield Row(name, prompt, name, folder, number)
+
+
+def image_names(folder: Path) -> list[str]:
+    """The image files in a folder and its subfolders by their paths in it, ordered, hidden files
+    left out."""
+    names = sorted(
+        file.relative_to(folder).as_posix()
+        for file in folder.rglob("*")
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+    )
+    return [name for name in names if not any(part[0] == "." for part in name.split("/"))]
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, JsonObject]]:
+    """(line number, object) of every line that is not blank."""
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, parse_object(line, f"{path}, line {number}", BatchError)
+        except UnicodeDecodeError as error:
+            raise BatchError(f"{path}: is not UTF-8 text: {error.reason}") from error
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, JsonObject]]:
+    """(line number, fields) of every row; an empty cell is a field that is not there."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for cells in reader:
+                if None in cells or None in cells.values():
+                    columns = len(reader.fieldnames or ())
+                    raise BatchError(
+                        f"{path}, line {reader.line_num}: needs {columns} columns like the header"
+                    )
+                yield reader.line_num, {name.strip(): cell for name, cell in cells.items() if cell}
+        except csv.Error as error:
+            raise BatchError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from error
+        except UnicodeDecodeError as error:
+            raise BatchError(f"{path}: is not UTF-8 text: {error.reason}") from error
+
+
+def parse_row(fields: JsonObject, path: Path, line: int, prompt: str | None) -> Row:
+    """Check one row's fields. Raises BatchError naming the line and the field."""
+    where = f"{path}, line {line}"
+    row_id = one_of(fields, ("id", "question_id"), where, line)
+    if not isinstance(row_id, str | int) or isinstance(row_id, bool):
+        raise BatchError(f"{where}: the id {row_id!r} is neither a string nor an integer")
+    question = one_of(fields, ("prompt", "question", "text"), where, prompt)
+    if not isinstance(question, str) or not question:
+        raise BatchError(f"{where}: needs a prompt (fields prompt, question or text, or --prompt)")
+    image = one_of(fields, ("image", "images"), where, None)
+    several = isinstance(image, list) and all(isinstance(name, str) and name for name in image)
+    if not (several or image is None or (isinstance(image, str) and image)):
+        raise BatchError(
+            f"{where}: the image {image!r} is neither a path, a list of paths nor null"
+        )
+    return Row(row_id, question, image, path.parent, line)
+
+
+def one_of(fields: JsonObject, names: tuple[str, ...], where: str, default: Any) -> Any:
+    """The one field of these names that is there. Raises BatchError for two of them."""
+    present = [name for name in names if fields.get(name) is not None]
+    if len(present) > 1:
+        raise BatchError(f"{where}: has both {present[0]!r} and {present[1]!r}, give one")
+    return fields[present[0]] if present else default
+
+
+def refuse_repeated_ids(rows: Iterable[Row], path: Path) -> None:
+    """Raise BatchError naming the lines of an id that stands twice."""
+    first: dict[RowId, int] = {}
+    for row in rows:
+        line = first.setdefault(row.id, row.line)
+        if line != row.line:
+            raise BatchError(f"{path}: lines {line} and {row.line} have the same id {row.id!r}")
+
+
+def select_shard(rows: Sequence[Row], shard: tuple[int, int]) -> list[Row]:
+    """Every n-th row, beginning with the i-th, for shard = (i, n) with 1 <= i <= n.
+
+    Over all i the shards hold every row once. Raises ValueError out of range."""
+    part, total = shard
+    if not 1 <= part <= total:
+        raise ValueError(f"shard {part}/{total}: must be i/n with 1 <= i <= n")
+    return list(rows[part - 1 :: total])
+
+
+# ---- output ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do: `todo` rows, beside `answered` and `failed` ones that the output holds
+    and that stay. `drop`: ids whose error lines go. `size`: bytes of the output's whole lines, of
+    `found` bytes in all."""
+
+    todo: list[Row]
+    answered: int = 0
+    failed: int = 0
+    drop: frozenset[RowId] = frozenset()
+    size: int = 0
+    found: int = 0
+
+
+def plan(
+    rows: Sequence[Row],
+    output: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    retry_errors: bool = False,
+    reduction: object = None,
+) -> Plan:
+    """Compare the rows, asked with `reduction`, with what the output holds. Changes nothing.
+
+    Raises BatchError when the output is in use and `resume` is not set, when it is no output of a
+    batch, and when it answers another question under the same id."""
+    output = Path(output)
+    rows = [replace(row, reduction=reduction_name(reduction)) for row in rows]
+    if not output.parent.is_dir():
+        raise BatchError(f"{output}: the folder {output.parent} does not exist")
+    if output.is_dir():
+        raise BatchError(f"{output}: is a folder, the output must be a file")
+    if not output.exists() or not output.stat().st_size:
+        return Plan(list(rows))
+    if not resume:
+        raise BatchError(f"{output}: is not empty; go on with it (--resume) or name another file")
+    done: dict[RowId, bool] = {}
+    size, found, by_id = 0, output.stat().st_size, {row.id: row for row in rows}
+    for number, line in complete_lines(output):
+        record = parse_record(line, output, number)
+        row_id = record["id"]
+        if row_id in by_id:
+            refuse_other_question(by_id[row_id], record, f"{output}, line {number}")
+        done[row_id] = done.get(row_id, False) or "answer" in record
+        size += len(line)
+    failed = [row.id for row in rows if not done.get(row.id, True)]
+    drop = frozenset(failed if retry_errors else ())
+    todo = [row for row in rows if row.id not in done or row.id in drop]
+    failures = len(failed) - len(drop)
+    return Plan(todo, len(rows) - len(todo) - failures, failures, drop, size, found)
+
+
+def reduction_name(reduction: object) -> str | None:
+    """How a reduction stands in an output line: the preset's name or its parts; None for none."""
+    if reduction is None:
+        return None
+    from llava_lite.reduction import NO_REDUCTION, Reduction
+
+    checked = Reduction.of(cast("Reduction | str", reduction))
+    return None if checked == NO_REDUCTION else str(checked)
+
+
+def complete_lines(output: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of an output file without the half-written end a killed run may have left.
+
+    Raises BatchError when the end looks like something else: it would be lost."""
+    with open(output, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                yield number, line
+            elif not b'{"id": '.startswith(line[:7]) or b"\0" in line:
+                raise BatchError(f"{output}, line {number}: is no line of a batch output")
+
+
+def parse_record(line: bytes, output: Path, number: int) -> JsonObject:
+    """One line of an output file. Raises BatchError naming it if it is none."""
+    where = f"{output}, line {number}"
+    record = parse_object(line, where, BatchError)
+    is_row = isinstance(record.get("id"), str | int) and ("answer" in record) != ("error" in record)
+    if not is_row:
+        raise BatchError(f"{where}: is no line of a batch output")
+    return record
+
+
+def refuse_other_question(row: Row, record: JsonObject, where: str) -> None:
+    """Raise BatchError where the output's line is about another prompt or image than the row,
+    or was answered with another reduction."""
+    for name in ("prompt", "image", "reduction"):
+        if record.get(name) != getattr(row, name):
+            there, here = record.get(name), getattr(row, name)
+            which = f" ({there or 'none'}, now {here or 'none'})" if name == "reduction" else ""
+            raise BatchError(
+                f"{where}: id {row.id!r} was asked with another {name}{which}; name another output "
+                "file"
+            )
+
+
+def repair(output: Path, plan: Plan) -> None:
+    """Cut off a half-written last line, and take out the error lines of rows that run again."""
+    if not output.exists():
+        return
+    if plan.size < output.stat().st_size:
+        os.truncate(output, plan.size)
+    if plan.drop:
+        output = output.resolve()  # replace what a link points to, not the link
+        staging = output.with_name(f".{output.name}.partial")
+        with open(staging, "wb") as file:
+            for number, line in complete_lines(output):
+                record = parse_record(line, output, number)
+                if "answer" in record or record["id"] not in plan.drop:
+                    file.write(line)
+        shutil.copymode(output, staging)
+        os.replace(staging, output)
+
+
+@contextmanager
+def opened(output: Path, plan: Plan) -> Iterator[BinaryIO]:
+    """The repaired output, to append to, for this process alone. Raises BatchError where another
+    one writes to it, or has since the plan was made."""
+    with ExitStack() as files:
+        file = files.enter_context(open(output, "ab"))
+        lock(file, output, BatchError)
+        if os.fstat(file.fileno()).st_size != plan.found:
+            raise BatchError(f"{output}: another run has written to it meanwhile; start again")
+        repair(output, plan)
+        if plan.drop:  # now another file has the name
+            file = files.enter_context(open(output, "ab"))
+            lock(file, output, BatchError)
+        yield file
+
+
+# ---- run ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Summary:
+    """Rows by outcome. `present` were answered by an earlier run; `failed` counts its errors, too.
+    `first_error` is the line of the first row that failed now."""
+
+    answered: int = 0
+    failed: int = 0
+    present: int = 0
+    first_error: JsonObject | None = None
+
+
+def run_batch(
+    model: "Model",
+    rows: Sequence[Row],
+    output: str | os.PathLike[str],
+    *,
+    batch_size: int | None = None,
+    resume: bool = False,
+    retry_errors: bool = False,
+    shard: tuple[int, int] = (1, 1),
+    open_image: Callable[[str], Any] | None = None,
+    on_record: Callable[[JsonObject], None] | None = None,
+    **options: Any,
+) -> Summary:
+    """Answer rows in order and append their lines to `output`, one batch at a time.
+
+    `resume` goes on with an output, skipping rows it holds; `retry_errors` runs those again that
+    failed, at its end. `open_image` opens a path or URL (None: the model does). `on_record` hears
+    of each line written. `options` are those of `Model.generate`. A row that fails is recorded with
+    its error and costs no other row; an accelerator that fails ends the run. An interrupt leaves
+    complete lines. Raises as `plan` and `select_shard`, ValueError for bad options, OSError when
+    the output cannot be written."""
+    from llava_lite.generation.model import checked_batch_size
+
+    size = checked_batch_size(batch_size)
+    output = Path(output)
+    work = plan(
+        select_shard(rows, shard),
+        output,
+        resume=resume,
+        retry_errors=retry_errors,
+        reduction=options.get("reduction"),
+    )
+    starts = range(0, len(work.todo), size)
+    batches = (answer_rows(model, work.todo[s : s + size], open_image, options) for s in starts)
+    return append_records(output, work, batches, on_record)
+
+
+def append_records(
+    output: Path,
+    work: Plan,
+    batches: Iterable[Sequence[JsonObject]],
+    on_record: Callable[[JsonObject], None] | None = None,
+) -> Summary:
+    """Write the records of a plan's rows, each batch as soon as it comes."""
+    summary = Summary(failed=work.failed, present=work.answered)
+    with opened(output, work) as file:
+        for records in batches:
+            file.write(lines_of(*records))
+            file.flush()
+            for record in records:
+                count(record, summary)
+                if on_record:
+                    on_record(record)
+    return summary
+
+
+def count(record: JsonObject, summary: Summary) -> None:
+    """Book one new line."""
+    if "error" in record:
+        summary.failed += 1
+        summary.first_error = summary.first_error or record
+    else:
+        summary.answered += 1
+
+
+def answer_rows(
+    model: "Model",
+    rows: Sequence[Row],
+    open_image: Callable[[str], Any] | None,
+    options: dict[str, Any],
+) -> list[JsonObject]:
+    """The records of some rows, asked as one batch, or one by one if that fails."""
+
+    def answered(rows: Sequence[Row]) -> list[JsonObject]:
+        images = [
+            [open_image(s) for s in row.sources] if open_image else row.sources for row in rows
+        ]
+        prompts = [row.prompt for row in rows]
+        answers = model.generate(images, prompts, batch_size=len(rows), **options)
+        return [row.answered(answer) for row, answer in zip(rows, answers, strict=True)]
+
+    return together_or_alone(rows, answered, Row.failed)

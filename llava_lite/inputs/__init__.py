@@ -1,0 +1,1 @@
+"""Image and text in, tensors and token ids out."""

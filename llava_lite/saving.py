@@ -1,0 +1,71 @@
+"""Files of JSON lines that only grow: one object a line, written whole, by one process."""
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llava_lite.errors import LlavaLiteError
+
+JsonObject = dict[str, Any]
+
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems without
+
+
+def parse_object(line: str | bytes, where: str, error_type: type[LlavaLiteError]) -> JsonObject:
+    """One JSON object. Raises the given error, naming `where` the line stands."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise error_type(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise error_type(f"{where}: a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def lock(file: BinaryIO, path: Path, error_type: type[LlavaLiteError]) -> None:
+    """Take a file that is open for writing for this process, where the system has locks, until it
+    is closed. Raises the given error where another one has it, and OSError."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise error_type(f"{path}: another run is writing to it") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+
+
+def lines_of(*objects: JsonObject) -> bytes:
+    """The objects as lines, to write in one piece."""
+    # Escaped to ASCII: no reader splits a line at a Unicode line separator in an answer.
+    return "".join(json.dumps(one) + "\n" for one in objects).encode()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def replace_json(path: Path, content: Mapping[str, Any]) -> None:
+    """`replace_file` with JSON."""
+    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file that is at every moment, even after a crash, the old one or the new one."""
+    path = path.resolve()  # replace what a link points to, not the link
+    staging = path.with_name(f".{path.name}.new")
+    try:
+        with open(staging, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)

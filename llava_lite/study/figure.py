@@ -1,0 +1,546 @@
+"""The one picture of a run: what the model saw, what became of its image tokens, what that cost.
+
+    the reduction, the prompt, the answer
+    for each image      the square it saw | its tokens after merging | what FastV scored and kept
+    for the whole run   tokens in the tower | tokens in the decoder | time and memory
+
+Everything is read off the answer's trace (trace.py). Each section returns its shapes and the y
+below them. P patches of an image, U tokens; S pixels are the side of the square.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from llava_lite.checkpoints.info import format_bytes, format_count
+from llava_lite.generation.answer import Answer
+from llava_lite.generation.trace import ImageTrace, Trace
+from llava_lite.reduction import REDUCTIONS, DToMe, Reduction
+from llava_lite.study.drawing import (
+    INK,
+    PAPER,
+    Color,
+    Drawing,
+    Group,
+    Lines,
+    Picture,
+    Rect,
+    Segment,
+    Shape,
+    Text,
+    text_width,
+    wrap,
+)
+
+Section = tuple[list[Shape], float]
+
+# Three columns; 288 is 12 units for each of 24 patches.
+MARGIN, COLUMN, GAP = 40, 288, 28
+COLUMNS = tuple(MARGIN + index * (COLUMN + GAP) for index in range(3))
+WIDTH = COLUMNS[2] + COLUMN + MARGIN
+INDENT = 72  # of prompt and answer, behind their labels
+MOST_LINES = 8  # of each of them
+PLOT = 130  # height of a chart
+
+GREY: Color = (101, 109, 118)
+RULE: Color = (216, 222, 228)
+EMPTY: Color = (241, 243, 245)
+BLUE: Color = (64, 120, 192)
+SLATE: Color = (168, 178, 190)
+
+# Scores from low to high, light to dark, so that they are told apart without their hues too.
+HEAT: tuple[Color, ...] = (
+    (253, 240, 190),
+    (250, 196, 96),
+    (236, 128, 52),
+    (200, 52, 44),
+    (112, 14, 48),
+)
+KEPT_OPACITY, DROPPED_OPACITY = 0.8, 0.85
+DIMMED = 0.8  # how far a dropped patch is on its way to white
+
+PHASES = {"preprocess": "prepare", "vision": "vision", "prefill": "prefill", "decode": "decode"}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One image of a run: the square that the model saw, and what became of it. `name` says which
+    of several it is."""
+
+    square: Image.Image
+    trace: ImageTrace
+    name: str = ""
+
+    @property
+    def side(self) -> float:
+        """Of a patch on the drawing."""
+        return COLUMN / self.trace.grid
+
+    def cell(self, patch: int) -> tuple[int, int]:
+        """Row and column of a patch."""
+        return divmod(patch, self.trace.grid)
+
+
+def draw_run(
+    squares: Sequence[Image.Image],
+    prompt: str,
+    answer: Answer,
+    reduction: Reduction,
+    model: str,
+) -> Drawing:
+    """The picture of a run. squares: what the model saw of each image (`image.to_square`); model:
+    its name. Raises ValueError for an answer without a trace, or of other images."""
+    trace, total = answer.trace, len(squares)
+    if trace is None:
+        raise ValueError("the answer has no trace: generate it with trace=True")
+    if total != len(trace.images):
+        raise ValueError(f"{total} pictures for an answer about {len(trace.images)} images")
+    shapes, y = header(reduction, model, trace)
+    more, y = question(prompt, answer, y)
+    shapes += more
+    for number, (square, image) in enumerate(zip(squares, trace.images, strict=True), start=1):
+        name = f"image {number} of {total}" if total > 1 else ""
+        more, y = panels(Seen(square, image, name), trace, y)
+        shapes += more
+    charts = (tower_chart(trace, y), decoder_chart(trace, y), costs(answer, trace, y))
+    for more, _ in charts:
+        shapes += more
+    bottom = max(below for _, below in charts)
+    return Drawing(WIDTH, bottom + MARGIN, shapes, title=f"{prompt} - {answer}")
+
+
+# ---- words -------------------------------------------------------------------------------------
+
+
+def header(reduction: Reduction, model: str, trace: Trace) -> Section:
+    """Which reduction, which model, and how many tokens that meant."""
+    name = str(reduction) if reduction in REDUCTIONS.values() else "custom reduction"
+    right = COLUMNS[2] + COLUMN
+    if reduction == REDUCTIONS["none"]:
+        name = "no reduction"
+    shapes: list[Shape] = [
+        Text(MARGIN, 60, name, 26, bold=True),
+        Text(right, 60, wrap(model, COLUMN, 15)[0], 15, GREY, "end"),
+        Text(MARGIN, 84, describe_reduction(reduction), 15, GREY),
+        Text(right, 84, token_counts(trace), 15, GREY, "end"),
+        Lines(((MARGIN, 102, right, 102),), RULE),
+    ]
+    return shapes, 102
+
+
+def describe_reduction(reduction: Reduction) -> str:
+    """What a reduction does, in one line."""
+    merge, fastv, parts = reduction.merge, reduction.fastv, []
+    if isinstance(merge, DToMe):
+        parts.append("DToMe merges by likeness")
+    elif merge is not None and merge.keep is not None:
+        parts.append(f"ToMe keeps {merge.keep}")
+    elif merge is not None:
+        parts.append(f"ToMe merges {merge.r} per block")
+    if merge is not None:
+        parts.append(f"{reduction.positions} positions")
+    if fastv is not None:
+        amount = f"keeps {fastv.keep}" if fastv.drop is None else f"drops {100 * fastv.drop:g} %"
+        each = " of each image" if fastv.per_image else ""
+        parts.append(f"FastV {amount}{each} from layer {fastv.layer} on")
+    return ", ".join(parts) or "every image token, in every layer"
+
+
+def token_counts(trace: Trace) -> str:
+    """How many patches became how many tokens, all images together."""
+    patches = sum(image.num_patches for image in trace.images)
+    tokens = sum(len(image.sizes) for image in trace.images)
+    parts = [f"{patches} patches", f"{tokens} tokens"]
+    if trace.prune_layer is not None:
+        parts.append(f"{sum(len(image.kept) for image in trace.images)} kept")
+    return ", ".join(parts)
+
+
+def question(prompt: str, answer: Answer, y: float) -> Section:
+    """Prompt and answer, smaller where they are long, and no more than fits above the panels: the
+    drawing's title has all of it."""
+    shapes: list[Shape] = []
+    length = len(prompt) + len(answer)
+    size = 20 if length < 300 else 15
+    texts = (("Prompt", prompt, False), ("Answer", answer or "(empty)", True))
+    y += 8
+    for label, text, bold in texts:
+        y += 8
+        width = WIDTH - 2 * MARGIN - INDENT
+        lines = wrap(text, width, size)
+        if len(lines) > MOST_LINES:
+            lines = [*lines[: MOST_LINES - 1], f"... ({len(lines) - MOST_LINES + 1} more lines)"]
+        for index, line in enumerate(lines):
+            y += 1.4 * size
+            if index == 0:
+                shapes.append(Text(MARGIN, y, label, 15, GREY))
+            shapes.append(Text(MARGIN + INDENT, y, line, size, bold=bold))
+    return shapes, y + 16
+
+
+# ---- panels of an image ------------------------------------------------------------------------
+
+
+def panels(seen: Seen, trace: Trace, y: float) -> Section:
+    """What the model saw, what merged, what FastV dropped."""
+    top = y + 52
+    shapes = [
+        *picture_panel(seen, COLUMNS[0], top),
+        *merged_panel(seen, COLUMNS[1], top),
+        *score_panel(seen, trace, COLUMNS[2], top),
+    ]
+    return shapes, top + COLUMN + 56
+
+
+def titles(x: float, top: float, title: str, below: str) -> list[Shape]:
+    """Words over and under a panel."""
+    return [
+        Text(x, top - 14, title, 16, bold=True),
+        *([Text(x, top + COLUMN + 22, below, 13, GREY)] if below else []),
+    ]
+
+
+def picture_panel(seen: Seen, x: float, top: float) -> list[Shape]:
+    """The square, with the grid of patches."""
+    grid, side = seen.trace.grid, seen.square.width
+    below = f"{side} x {side} pixels, {grid} x {grid} patches"
+    title = f"What the model sees{f', {seen.name}' if seen.name else ''}"
+    patches = tuple(range(seen.trace.num_patches))
+    return [
+        *titles(x, top, title, below),
+        Picture(x, top, COLUMN, COLUMN, seen.square, "what the model sees"),
+        Lines(borders(seen, patches, x, top), PAPER, 1, 0.4),
+    ]
+
+
+def merged_panel(seen: Seen, x: float, top: float) -> list[Shape]:
+    """Every token in the mean color of its patches, outlined."""
+    trace = seen.trace
+    title, below = f"{len(trace.sizes)} tokens, nothing merged", "one patch each, in its mean color"
+    if len(trace.sizes) < trace.num_patches:
+        title = f"{count(len(trace.sizes), 'token')} after merging"
+        few, most = min(trace.sizes), max(trace.sizes)
+        each = count(most, "patch", "patches") if few == most else f"{few} to {most} patches"
+        below = f"{each} each, in their mean color"
+    colors = mean_colors(seen)
+    tokens = [Group(describe_token(trace, t), cells(seen, t, x, top, c)) for t, c in colors.items()]
+    outline = borders(seen, trace.groups, x, top)
+    return [
+        *titles(x, top, title, below),
+        *tokens,
+        Lines(outline, PAPER, 2, 0.4),
+        Lines(outline, INK, 0.75, 0.8),
+    ]
+
+
+def score_panel(seen: Seen, trace: Trace, x: float, top: float) -> list[Shape]:
+    """FastV's scores over a grey picture, dropped patches dimmed; a word where nothing dropped."""
+    image = seen.trace
+    if image.scores is None or trace.prune_layer is None:
+        return [
+            *titles(x, top, "Nothing dropped", ""),
+            Rect(x, top, COLUMN, COLUMN, EMPTY),
+            Text(x + COLUMN / 2, top + COLUMN / 2 - 6, "all tokens go through", 15, GREY, "middle"),
+            Text(x + COLUMN / 2, top + COLUMN / 2 + 15, "all layers", 15, GREY, "middle"),
+        ]
+    scale, kept = ScoreScale.of(trace), set(image.kept)
+    tokens = []
+    for token, score in enumerate(image.scores):
+        heat = scale.color(score)
+        color = heat if token in kept else blend(heat, PAPER, DIMMED)
+        opacity = KEPT_OPACITY if token in kept else DROPPED_OPACITY
+        shown = cells(seen, token, x, top, color, opacity)
+        tokens.append(Group(describe_token(image, token), shown))
+    marks = tuple(token if token in kept else -1 for token in image.groups)
+    grey = ImageOps.grayscale(seen.square).convert("RGB")
+    title = f"{count(len(kept), 'token')} kept by FastV, {len(image.sizes) - len(kept)} dropped"
+    return [
+        Text(x, top - 14, title, 16, bold=True),
+        Picture(x, top, COLUMN, COLUMN, grey, "what the model sees, in grey"),
+        *tokens,
+        Lines(borders(seen, marks, x, top), INK, 0.75, 0.8),
+        *scale.legend(min((image.scores[t] for t in kept), default=None), x, top + COLUMN + 9),
+    ]
+
+
+def describe_token(trace: ImageTrace, token: int) -> str:
+    """What is known of a token, in one line."""
+    parts = [f"token {token}", count(trace.sizes[token], "patch", "patches")]
+    if trace.scores is not None:
+        parts += [f"score {percent(trace.scores[token])}"]
+        parts += ["kept" if token in trace.kept else "dropped"]
+    return ", ".join(parts)
+
+
+def patch_means(seen: Seen) -> NDArray[np.float64]:
+    """The mean color of every patch (P, 3), 0..255."""
+    grid = seen.trace.grid
+    patch = seen.square.width // grid
+    pixels = np.asarray(seen.square, np.float64)[: grid * patch, : grid * patch]
+    return pixels.reshape(grid, patch, grid, patch, 3).mean((1, 3)).reshape(-1, 3)
+
+
+def mean_colors(seen: Seen) -> dict[int, Color]:
+    """The mean color of every token's patches."""
+    sums = np.zeros((len(seen.trace.sizes), 3))
+    np.add.at(sums, np.array(seen.trace.groups), patch_means(seen))
+    means = (sums / np.array(seen.trace.sizes)[:, None]).round().astype(int).tolist()
+    return {token: (r, g, b) for token, (r, g, b) in enumerate(means)}
+
+
+def cells(
+    seen: Seen, token: int, x: float, top: float, color: Color, opacity: float = 1.0
+) -> tuple[Rect, ...]:
+    """A rectangle for every patch of a token."""
+    side = seen.side
+    patches = (patch for patch, group in enumerate(seen.trace.groups) if group == token)
+    places = map(seen.cell, patches)
+    return tuple(Rect(x + c * side, top + r * side, side, side, color, opacity) for r, c in places)
+
+
+def borders(seen: Seen, marks: Sequence[int], x: float, top: float) -> tuple[Segment, ...]:
+    """Lines between neighbours of different marks (P,), as long as they run straight."""
+    grid, side = seen.trace.grid, seen.side
+    inside = np.array(marks).reshape(grid, grid)
+    # Around the picture there is nothing, which what is marked -1 is part of.
+    padded = np.pad(inside, 1, constant_values=-1)  # (grid + 2, grid + 2)
+    segments: list[Segment] = []
+    for line in range(grid + 1):
+        for first, last in stretches(padded[line, 1:-1] != padded[line + 1, 1:-1]):
+            at = top + line * side
+            segments.append((x + first * side, at, x + last * side, at))
+        for first, last in stretches(padded[1:-1, line] != padded[1:-1, line + 1]):
+            at = x + line * side
+            segments.append((at, top + first * side, at, top + last * side))
+    return tuple(segments)
+
+
+def stretches(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Where runs of True start, and where they end."""
+    steps = np.diff(np.pad(flags.astype(int), 1))
+    starts, ends = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+# ---- scores ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScoreScale:
+    """Colors for scores from 0 to `high`. They go by the root of a score: a few tokens get most of
+    the attention, and the others are not to look all alike."""
+
+    high: float
+
+    @staticmethod
+    def of(trace: Trace) -> "ScoreScale":
+        """For the scores of all images."""
+        return ScoreScale(max(score for image in trace.images for score in image.scores or ()))
+
+    def place(self, score: float) -> float:
+        """0 for nothing, 1 for the highest."""
+        return math.sqrt(score / self.high) if self.high > 0 else 0.0
+
+    def color(self, score: float) -> Color:
+        """The color of a score."""
+        return heat(self.place(score))
+
+    def legend(self, lowest_kept: float | None, x: float, y: float) -> list[Shape]:
+        """The colors with the scores they stand for, and from where on tokens were kept."""
+        steps, base = 48, y + 23
+        wide = COLUMN / steps
+        bar = [Rect(x + i * wide, y, wide, 7, heat(i / (steps - 1))) for i in range(steps)]
+        low, high = "0", f"{percent(self.high)} of attention"
+        ends = [Text(x, base, low, 13, GREY), Text(x + COLUMN, base, high, 13, GREY, "end")]
+        if lowest_kept is None:
+            return [*bar, *ends]
+        at = x + COLUMN * self.place(lowest_kept)
+        label = f"kept from {percent(lowest_kept)}"
+        half = text_width(label, 13) / 2
+        first = x + text_width(low, 13) + 10 + half
+        last = x + COLUMN - text_width(high, 13) - 10 - half
+        mark = Lines(((at, y - 3, at, y + 10),), INK, 1.5)
+        return [*bar, *ends, mark, Text(min(max(at, first), last), base, label, 13, INK, "middle")]
+
+
+def heat(place: float) -> Color:
+    """A color of the scale, 0..1."""
+    position = place * (len(HEAT) - 1)
+    index = min(int(position), len(HEAT) - 2)
+    return blend(HEAT[index], HEAT[index + 1], position - index)
+
+
+def blend(start: Color, end: Color, share: float) -> Color:
+    """A color on the way from one to another."""
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(start, end, strict=True))
+    return red, green, blue
+
+
+def percent(share: float) -> str:
+    """Two digits: 0.012 %, 3.1 %, 12 %."""
+    return f"{100 * share:.2g} %"
+
+
+# ---- charts ------------------------------------------------------------------------------------
+
+
+def tower_chart(trace: Trace, y: float) -> Section:
+    """Tokens in front of the tower's first block, and after each."""
+    x, top = COLUMNS[0], y + 48
+    counts = list(dict.fromkeys(tokens_in_tower(image) for image in trace.images))
+    known = [values for values in counts if len(values) > 1]
+    shapes: list[Shape] = [Text(x, y + 16, "Tokens in the vision tower", 16, bold=True)]
+    if not known:
+        note = Text(x, top + PLOT / 2, "not known for an image encoded before", 13, GREY)
+        return [*shapes, note], top + PLOT
+    most = max(map(max, known))
+    longest = max(known, key=sum)
+    shapes += columns(x, top, longest, most, blend(BLUE, PAPER, 0.55))
+    shapes += [Lines(step_line(x, top, values, most), BLUE, 1.5) for values in known]
+    blocks = len(longest) - 1
+    shapes += axis(x, top, {0: "in", **{b: str(b) for b in ticks(1, blocks)}}, blocks + 1)
+    shapes.append(Text(x, top - 6, str(longest[0]), 13, GREY))
+    ends = ", ".join(dict.fromkeys(str(values[-1]) for values in known))
+    if len(known) == 1 and longest[-1] != longest[0]:
+        beside = math.ceil(text_width(ends, 13) / COLUMN * len(longest))
+        height = PLOT * longest[-beside] / most  # over all columns that the number spans
+        shapes.append(Text(x + COLUMN, top + PLOT - height - 6, ends, 13, GREY, "end"))
+    each = " of each image" if len(trace.images) > 1 and len(known) == 1 else ""
+    lines = wrap(f"{ends} tokens{each} after {count(blocks, 'block')}", COLUMN, 13)
+    shapes += [Text(x, top + PLOT + 42 + 20 * i, line, 13) for i, line in enumerate(lines)]
+    return shapes, top + PLOT + 26 + 20 * len(lines)
+
+
+def tokens_in_tower(image: ImageTrace) -> tuple[int, ...]:
+    """Tokens in front of the first block, and after each."""
+    return (image.num_patches, *image.tokens_per_block)
+
+
+def decoder_chart(trace: Trace, y: float) -> Section:
+    """Text and image tokens in every layer, and the positions that attention sees of them."""
+    x, top = float(COLUMNS[1]), y + 48
+    rows, positions = trace.rows_per_layer, trace.positions_per_layer
+    text = rows[0] - sum(len(image.sizes) for image in trace.images)
+    unreduced = text + sum(image.num_patches for image in trace.images)
+    most = max(unreduced, *positions)
+    shapes: list[Shape] = [Text(x, y + 16, "Tokens in the decoder", 16, bold=True)]
+    shapes += columns(x, top, rows, most, BLUE)
+    shapes += columns(x, top, [text] * len(rows), most, SLATE)
+    line = Lines(((x, top, x + COLUMN, top),), RULE)
+    unit = f"{unreduced} unreduced" if rows[-1] < unreduced else str(unreduced)
+    shapes += [line, Text(x + COLUMN, top - 6, unit, 13, GREY, "end")]
+    layers = len(rows)
+    marks, pruned = {0, layers - 1}, trace.prune_layer
+    if pruned is not None:
+        near = 20 * layers / COLUMN  # columns that the label of one hides
+        marks = {pruned, *(mark for mark in marks if abs(mark - pruned) >= near)}
+    shapes += axis(x, top, {layer: str(layer) for layer in marks}, layers)
+    legend: list[tuple[Color, str]] = [(SLATE, f"{text} text"), (BLUE, f"{then(rows, text)} image")]
+    base = top + PLOT + 42
+    for color, label in legend:
+        shapes += [Rect(x, base - 9, 9, 9, color), Text(x + 15, base, label, 13)]
+        x += 15 + text_width(label, 13) + 18
+    if positions != rows:
+        x, base = float(COLUMNS[1]), base + 20
+        shapes.append(Lines(step_line(x, top, positions, most), INK, 1.5))
+        shapes.append(Lines(((x, base - 4.5, x + 9, base - 4.5),), INK, 1.5))
+        shapes.append(Text(x + 15, base, f"{then(positions)} positions in attention", 13))
+    return shapes, base + 4
+
+
+def then(counts: Sequence[int], less: int = 0) -> str:
+    """Numbers without their repetitions: 72, then 36."""
+    return ", then ".join(dict.fromkeys(str(count - less) for count in counts))
+
+
+def columns(x: float, top: float, values: Sequence[int], most: int, color: Color) -> list[Shape]:
+    """A chart of steps, filled."""
+    wide = COLUMN / len(values)
+    heights = [PLOT * value / most for value in values]
+    return [
+        Rect(x + i * wide, top + PLOT - height, wide, height, color)
+        for i, height in enumerate(heights)
+    ]
+
+
+def step_line(x: float, top: float, values: Sequence[int], most: int) -> tuple[Segment, ...]:
+    """The upper edge of a chart of steps."""
+    wide = COLUMN / len(values)
+    ys = [top + PLOT - PLOT * value / most for value in values]
+    flat = [(x + i * wide, y, x + (i + 1) * wide, y) for i, y in enumerate(ys)]
+    steep = [(x + i * wide, a, x + i * wide, b) for i, (a, b) in enumerate(pairwise(ys), start=1)]
+    return tuple(flat + [step for step in steep if step[1] != step[3]])
+
+
+def axis(x: float, top: float, labels: dict[int, str], count: int) -> list[Shape]:
+    """The base line of a chart of `count` columns, and what some of them are called."""
+    wide, base = COLUMN / count, top + PLOT
+    texts = [
+        Text(x + (column + 0.5) * wide, base + 16, label, 13, GREY, "middle")
+        for column, label in labels.items()
+    ]
+    return [Lines(((x, base, x + COLUMN, base),), SLATE), *texts]
+
+
+def ticks(first: int, last: int) -> list[int]:
+    """All of few numbers, the last of many."""
+    return list(range(first, last + 1)) if last - first < 8 else [last]
+
+
+# ---- cost --------------------------------------------------------------------------------------
+
+
+def costs(answer: Answer, trace: Trace, y: float) -> Section:
+    """Seconds of each phase, and what is left of the work and the memory without a reduction."""
+    seconds = {name: answer.timings.get(phase, 0.0) for phase, name in PHASES.items()}
+    longest = max(seconds.values()) or 1.0
+    tokens = answer.usage.get("completion_tokens", 0)
+    total = f"Time: {duration(sum(seconds.values()))} for {count(tokens, 'new token')}"
+    if answer.finish_reason == "length":
+        total += ", then cut"
+    times = [(name, value / longest, duration(value)) for name, value in seconds.items()]
+    tower, decoder = trace.tower_flops, trace.decoder_flops["gated"]
+    kv_ratio = trace.kv_bytes / trace.kv_bytes_unreduced
+    shares = [
+        ("KV cache", kv_ratio, format_bytes(trace.kv_bytes)),
+        ("tower", tower.ratio, f"{format_count(tower.total)} FLOPs"),
+        ("decoder", decoder.ratio, f"{format_count(decoder.total)} FLOPs"),
+    ]
+    shapes, y = bars(total, times, y)
+    rest = [(name, share, f"{100 * share:.0f} %, {text}") for name, share, text in shares]
+    more, y = bars("Left of the prompt's unreduced cost", rest, y + 20, EMPTY)
+    return shapes + more, y
+
+
+def bars(
+    title: str, rows: Sequence[tuple[str, float, str]], y: float, empty: Color | None = None
+) -> Section:
+    """Labelled bars, each so long as its share; `empty` colors the rest of it."""
+    x, start, wide = COLUMNS[2], COLUMNS[2] + 70, 80
+    shapes: list[Shape] = [Text(x, y + 16, title, 16, bold=True)]
+    y += 40
+    for label, share, value in rows:
+        shapes.append(Text(x, y, label, 13, GREY))
+        if empty is not None:
+            shapes.append(Rect(start, y - 10, wide, 11, empty))
+        shapes.append(Rect(start, y - 10, wide * min(share, 1.0), 11, BLUE))
+        shapes.append(Text(start + wide + 12, y, value, 13))
+        y += 20
+    return shapes, y - 16
+
+
+def count(number: int, one: str, many: str = "") -> str:
+    """1 patch, 2 patches."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """0.4 ms, 35 ms, 1.24 s."""
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{1000 * seconds:.{1 if seconds < 0.01 else 0}f} ms"

@@ -1,0 +1,132 @@
+"""`llava-lite inspect`: one run of a model, and the picture of it as HTML or PNG.
+
+llava_lite.inspect("photo.jpg", "What is this?", reduction="hybrid-72-36").save("run.html")
+"""
+
+import os
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava_lite.errors import ImageError, LlavaLiteError, PromptError
+from llava_lite.generation.answer import Answer
+from llava_lite.generation.model import Model, checked_batch_size
+from llava_lite.generation.sampling import GenerationOptions
+from llava_lite.generation.state import as_list
+from llava_lite.inputs.images import load_image
+from llava_lite.inputs.pixels import to_square
+from llava_lite.llava import EncodedImage
+from llava_lite.reduction import Reduction
+from llava_lite.saving import replace_file
+from llava_lite.study.drawing import Drawing, xml
+from llava_lite.study.figure import draw_run
+
+FORMATS = (".html", ".png")
+
+# Whatever a prompt or an answer may hold, the page loads nothing and runs nothing.
+_POLICY = "default-src 'none'; img-src data:; font-src data:; style-src 'unsafe-inline'"
+
+
+class InspectError(LlavaLiteError):
+    """The picture cannot be written where it should go."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A run that was looked at. squares: what the model saw of each image; answer: with its trace;
+    model: its name. Shows itself in a notebook."""
+
+    squares: tuple[Image.Image, ...]
+    prompt: str
+    answer: Answer
+    reduction: Reduction
+    model: str
+
+    def drawing(self) -> Drawing:
+        """The picture, as shapes."""
+        return draw_run(self.squares, self.prompt, self.answer, self.reduction, self.model)
+
+    def html(self) -> str:
+        """A page that holds all it shows: nothing is loaded, nothing runs."""
+        drawing = self.drawing()
+        return (
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+            '<meta name="viewport" content="width=device-width">\n'
+            f"<title>{xml(self.model)}: {xml(self.prompt)}</title>\n"
+            "<style>body{margin:0;background:#fff}svg{display:block;width:100%;max-width:"
+            f"{drawing.width:g}px;height:auto;margin:auto}}</style>\n"
+            f"</head>\n<body>\n{drawing.svg()}\n</body>\n</html>\n"
+        )
+
+    def png(self, scale: float = 2) -> Image.Image:
+        """The same as an image, `scale` pixels for a CSS pixel of the page."""
+        return self.drawing().image(scale)
+
+    def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
+        """Write a .html or a .png file, complete or not at all. Raises InspectError for a file
+        that is already there, unless `force`."""
+        output = check_output(path, force)
+        if output.suffix.lower() == ".png":
+            buffer = BytesIO()
+            self.png().save(buffer, "PNG", optimize=True)
+            replace_file(output, buffer.getvalue())
+        else:
+            replace_file(output, self.html().encode())
+
+    def _repr_html_(self) -> str:
+        return self.drawing().svg()
+
+
+def inspect(model: Model, image: Any, prompt: str, **options: Any) -> Inspection:
+    """Answer one prompt about an image, or a list of images, and keep what there is to see of it.
+
+    It runs twice, so that its times are not those of a first run; of the first time, no more than
+    the prompt and the first tokens. Arguments and errors as of `Model.generate`. Raises ImageError
+    for an image that is encoded already, and without any."""
+    if not isinstance(prompt, str):
+        raise PromptError(f"one prompt is inspected, a str, not a {type(prompt).__name__}")
+    sources = as_list(image)
+    if not sources:
+        raise ImageError("there is nothing to inspect without an image")
+    if any(isinstance(source, EncodedImage) for source in sources):
+        raise ImageError("an encoded image has no pixels to show: inspect the image itself")
+    images = [load_image(source, exif=model.exif) for source in sources]
+    options = {"batch_size": None, **options, "trace": True}
+    warm_up(model, images, prompt, **options)
+    answer = model.generate(images, prompt, **options)
+    vision, pad = model.config.vision, model.config.pad
+    squares = tuple(to_square(loaded, vision.image_size, pad) for loaded in images)
+    reduction = Reduction.of(options.get("reduction"))
+    return Inspection(squares, prompt, answer, reduction, model.config.name)
+
+
+def warm_up(
+    model: Model, images: list[Image.Image], prompt: str, batch_size: int | None, **options: Any
+) -> None:
+    """Prompt and first tokens. The first run of a process is the slowest, and says little of the
+    time that any other takes."""
+    with model.checking():
+        size = checked_batch_size(batch_size)
+        wishes = GenerationOptions(**options)
+        request = model.request(images, prompt, wishes)
+    list(islice(model.run([request], wishes, size), 2))  # the second token is of a decode step
+
+
+def check_output(path: str | os.PathLike[str], force: bool = False) -> Path:
+    """The path to write to. Raises InspectError, before any work, where that cannot be, or where a
+    file is already there; ValueError for another ending than `FORMATS`."""
+    output = Path(path)
+    if output.suffix.lower() not in FORMATS:
+        raise ValueError(f"{output}: the picture is a file that ends in {' or '.join(FORMATS)}")
+    if not output.parent.is_dir():
+        raise InspectError(f"{output}: the folder {output.parent} does not exist")
+    if output.is_dir():
+        raise InspectError(f"{output}: is a folder, the output must be a file")
+    if output.exists() and not force:
+        raise InspectError(f"{output}: is already there (force, --force, replaces it)")
+    return output

@@ -1,0 +1,230 @@
+"""`llava-lite info`: what is in a model, and what it needs."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers.models import TINY_CONFIG, random_llava
+from llava_lite.checkpoints import info
+from llava_lite.checkpoints.checkpoint import save_model
+from llava_lite.checkpoints.convert import convert
+from llava_lite.checkpoints.info import TensorInfo
+from llava_lite.cli import info_text
+from llava_lite.cli.program import main
+from llava_lite.config import PRESETS
+from llava_lite.generation.model import Model
+from llava_lite.reduction import REDUCTIONS, Reduction
+
+
+def test_counts_are_those_of_the_model(model_folder: Path, tiny_model: Model) -> None:
+    described = info.describe_source(model_folder)
+    weights = dict(tiny_model.llava.named_parameters())
+    assert {t.name: t.shape for t in described.tensors} == {
+        name: tuple(weight.shape) for name, weight in weights.items()
+    }
+    assert {tensor.dtype for tensor in described.tensors} == {"float32"}
+    for part in ("vision", "projector", "decoder"):
+        module = getattr(tiny_model.llava, part)
+        assert described.parameters[part] == sum(p.numel() for p in module.parameters())
+    assert described.parameters["total"] == sum(weight.numel() for weight in weights.values())
+
+
+def test_memory_is_that_of_real_tensors(model_folder: Path, tiny_model: Model) -> None:
+    memory = info.describe_source(model_folder).memory["float32"]
+    assert memory["weights"] == sum(p.nbytes for p in tiny_model.llava.parameters())
+    _, cache, position = tiny_model.prefill(torch.tensor([[1, 5, 6]]), None)
+    assert position == 3
+    assert 3 * memory["kv_cache_per_token"] == sum(k.nbytes + v.nbytes for k, v in cache)
+    context = TINY_CONFIG.text.max_positions
+    assert memory["kv_cache_full_context"] == context * memory["kv_cache_per_token"]
+
+
+def test_published_sizes() -> None:
+    """Weights that run: CLIP-L/336's 23 blocks, the projector, Llama-2."""
+    small, large = (info.describe_preset(f"llava-1.5-{size}").parameters for size in ("7b", "13b"))
+    assert small["decoder"] == 6_738_415_616
+    assert large["decoder"] == 13_015_864_320
+    block = 4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
+    assert small["vision"] == 1024 * (1 + 577 + 3 * 14 * 14 + 2) + 23 * block
+    assert small["projector"] == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    cache = info.describe_preset("llava-1.5-7b").memory["bfloat16"]["kv_cache_per_token"]
+    assert cache == 512 * 1024
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(ValueError, match="llava-1.5-7b"):
+        info.describe_preset("llava-2")
+
+
+def test_llava_hf_folder_needs_no_conversion(model_folder: Path, tmp_path: Path) -> None:
+    convert(model_folder, tmp_path / "hf", to="hf", dtype="float16")
+    described = info.describe_source(tmp_path / "hf")
+    assert described.layout == "llava-hf, old names"
+    assert described.dtypes == ["float16"]
+    own = info.describe_source(model_folder).parameters
+    assert described.parameters["vision"] == own["vision"]
+
+
+def test_equal_blocks_stand_in_one_line() -> None:
+    tensors = [TensorInfo(f"decoder.layers.{n}.norm", (4,), "float32") for n in (0, 1, 2, 5)]
+    tensors.append(TensorInfo("decoder.layers.3.norm", (8,), "float32"))
+    names = [info_text.group_name(group) for group in info_text.group_blocks(tensors)]
+    assert names == ["decoder.layers.{0..2,5}.norm", "decoder.layers.3.norm"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 30, "5.0 GiB")]
+)
+def test_bytes_in_words(count: int, text: str) -> None:
+    assert info.format_bytes(count) == text
+
+
+# ---- command line ------------------------------------------------------------------------------
+
+
+def test_text_names_every_part(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(model_folder)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    for text in (
+        "llava_lite, float32",
+        "4 x 4 = 16 image tokens; 2 of 3 blocks run, 48 wide",
+        "3 layers, 64 wide, 4 heads of 16, vocabulary 320",
+        "512 tokens",
+        "vicuna_v1, images padded to a square",
+        "decoder.layers.{0..2}.attn.q_proj.weight",
+    ):
+        assert text in printed.out
+    assert max(map(len, printed.out.splitlines())) <= 110
+
+
+def test_tensors_lists_each(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(model_folder), "--tensors"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for tensor in info.describe_source(model_folder).tensors:
+        assert sum(line.split()[:1] == [tensor.name] for line in lines) == 1
+
+
+def test_json(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(model_folder), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["config"]["text"]["hidden_size"] == 64
+    assert content["image_tokens"] == 16
+    total = sum(math.prod(tensor["shape"]) for tensor in content["tensors"])
+    assert content["parameters"]["total"] == total
+
+
+def test_thresholds_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    save_model(random_llava(), TINY_CONFIG, folder)
+    file = folder / "thresholds.json"
+    for content, value, line in (
+        (None, None, "none: dymu-72 and --merge dtome need some (llava-lite thresholds)"),
+        ([0.9, 0.5], [0.9, 0.5], "2, what dymu-72 and --merge dtome go by"),
+    ):
+        if content:
+            file.write_text(json.dumps(content))
+        assert main(["info", str(folder)]) == 0
+        assert f"\n  thresholds {line}\n" in capsys.readouterr().out
+        assert main(["info", str(folder), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["thresholds"] == value
+    file.write_text("[0.9]")  # of another tower
+    assert main(["info", str(folder)]) == 0
+    assert f"\n  thresholds unusable: {file}: holds 1 thresholds" in capsys.readouterr().out
+    assert main(["info", str(folder), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["thresholds"] is None and content["thresholds_error"].startswith(str(file))
+    assert main(["info", "llava-1.5-7b"]) == 0  # sizes alone have none, nor lack any
+    assert "thresholds" not in capsys.readouterr().out
+
+
+def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--presets"]) == 0
+    printed = capsys.readouterr().out
+    for name in PRESETS:
+        assert f"\n{name} " in f"\n{printed}"
+    rows = {line.split()[0]: line for line in printed.split("\n\n")[1].splitlines()[1:]}
+    assert list(rows) == list(REDUCTIONS) == list(info_text.PURPOSES)
+    for name, parts in (
+        ("none", "- - - plain LLaVA: every image token"),
+        ("dymu-72", "thresholds vtu - merge plain images more, busy ones less"),
+        ("fastv-50", "- - drop 50 %, layer 3 drop the half that the prompt looks at least"),
+        ("hybrid-72-36", "keep 72 logical keep 36, layer 3 merge, then prune: the fast one"),
+    ):
+        assert " ".join(rows[name].split()) == f"{name} {parts}"
+    assert max(map(len, printed.splitlines())) <= 110
+    assert main(["info", "--presets", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert list(content["models"]) == list(PRESETS)
+    for name, parts in content["reductions"].items():
+        assert parts.pop("purpose") == info_text.PURPOSES[name]
+        assert set(parts) == set(Reduction.__dataclass_fields__)
+    assert content["reductions"]["hybrid-72-36"]["merge"]["keep"] == 72
+    assert main(["info", "llava-1.5-13b", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["source"] is None
+
+
+def test_default_model_is_that_of_the_environment(
+    model_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAVA_LITE_MODEL", str(model_folder))
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["source"] == str(model_folder)
+
+
+def test_checksums(tmp_path: Path, tiny_model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    save_model(tiny_model.llava, tiny_model.config, folder)
+    assert main(["info", str(folder), "--checksums", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["verified_tensors"] == len(content["tensors"])
+
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    tensors["decoder.norm.weight"][3] += 1
+    save_file(tensors, file)
+    assert main(["info", str(folder), "--checksums"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "model.safetensors" in printed.err and "'decoder.norm.weight'" in printed.err
+
+
+def test_checksums_need_a_manifest(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(model_folder, tmp_path / "hf", to="hf")
+    assert main(["info", str(tmp_path / "hf"), "--checksums"]) == 1
+    assert "no manifest.json" in capsys.readouterr().err
+    assert main(["info", "llava-1.5-7b", "--checksums"]) == 1
+    assert "no manifest.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "shape"])
+def test_damaged_checkpoints(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    llava = random_llava()
+    config = TINY_CONFIG
+    if damage == "shape":
+        config = replace(config, text=replace(config.text, intermediate_size=97))
+    save_model(llava, config, folder)
+    file = folder / "model.safetensors"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    assert main(["info", str(folder)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: {file}") and printed.err.count("\n") == 1
+
+
+def test_no_such_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["info", str(tmp_path / "absent" / "model")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")

@@ -1,0 +1,210 @@
+"""The benchmark runs and says everything it promises. No figure of time is asserted."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from helpers.models import TINY_TEXT, load_tool, random_llava
+from llava_lite.bench import run as bench
+from llava_lite.bench.run import BenchError, Report, Settings
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    return load_tool("benchmark")
+
+
+def test_reduction(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "figures.json"
+    assert benchmark.main(["--size", "tiny", "--repeat", "2", "--json", str(file)]) == 0
+    text, content = capsys.readouterr().out, json.loads(file.read_text())
+    rows = {(row["part"], row["setting"]): row for row in content["measurements"]}
+    assert {part for part, _ in rows} == {"tower", "prefill", "decode"}
+    for part in ("tower", "prefill", "decode"):
+        assert rows[part, "none"]["ratio"] == 1
+    # Bounds are those of another size, with more rounds.
+    assert not any(row["verdict"] for row in rows.values())
+    assert all(row["bound"] is None for row in rows.values())
+    # 64 words, 4 layers of width 256 in 16 bit: 1024 bytes per position and layer.
+    tokens = {"none": 4 * 640, "tome-72": 4 * 640, "tome-72-logical": 4 * 136}
+    tokens |= {"fastv-50": 3 * 640 + 352, "hybrid-72-36": 3 * 136 + 100}
+    for name, positions in tokens.items():
+        assert rows["decode", name]["kv_bytes"] == 1024 * positions
+        assert f"  {name} " in text
+    assert rows["prefill", "hybrid-72-36"]["image_tokens"] == 72
+    assert content["extrapolated_prefill_ratios"]["none"] == 1
+    assert content["machine"]["torch"]
+
+
+@pytest.mark.parametrize("bound", [0.65, 0.55])
+def test_bounds_where_they_hold(benchmark: ModuleType, bound: float) -> None:
+    key, seconds = ("tower", "keep=72"), {("tower", "keep=72"): [0.6], ("tower", "none"): [1.0]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(benchmark.BOUNDS, key, bound)
+        row = benchmark.measurement(key, seconds, None, None, True)
+        assert row.verdict == ("PASS" if bound > 0.6 else "SHORT") + f" (at most {bound})"
+        assert benchmark.measurement(key, seconds, None, None, False).verdict == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "judged"),
+    [
+        ("", True),
+        ("--size tiny", False),
+        ("--dtype float32", False),
+        ("--dtype float16", False),
+        ("--repeat 4", False),
+        ("--repeat 5", True),
+    ],
+)
+def test_bounds_hold_for_7b_in_bfloat16_on_a_cpu(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, change: str, judged: bool
+) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(benchmark, "random_model", lambda *_: None)
+    monkeypatch.setattr(
+        benchmark, "measure_reduction", lambda *args: seen.append(args[3]) or ([], {})
+    )
+    assert benchmark.main(change.split()) == 0
+    assert seen == [judged]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--device foo", "device 'foo' is not one of auto, cuda, mps, cpu"),
+        ("--device cuda:99", "device 'cuda:99' is not available here"),
+        ("--threads -1", "'-1' is not a number of at least 1"),
+        ("--repeat 0", "'0' is not a number of at least 1"),
+        ("--json /nowhere/at/all.json", "the folder /nowhere/at does not exist"),
+        ("--dtype int8", "invalid choice: 'int8'"),
+    ],
+)
+@pytest.mark.parametrize("what", ["reduction", "all"])
+def test_bad_arguments_end_before_anything_slow(
+    benchmark: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    message: str,
+    what: str,
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(["--what", what, *arguments.split()])
+    assert ended.value.code == 2
+    assert message in (said := capsys.readouterr().err) and said.count("error:") == 1
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_on_a_gpu_everything_runs_twice(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
+) -> None:
+    """Once more in compiled steps, unless the first run has failed."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(benchmark.cli, "main", lambda argv: asked.append(argv) or code)
+    monkeypatch.setattr(benchmark, "pick_device", lambda name: name)
+    monkeypatch.setattr(benchmark, "check_operator", lambda *_: None)
+    file = tmp_path / "figures.json"
+    arguments = ["--device", "cuda", "--dtype", "float16", "--json", str(file)]
+    assert benchmark.main(arguments) == code
+    plain = asked[0]
+    assert plain[plain.index("--dtype") + 1] == "float16" and plain[-2:] == ["-o", str(file)]
+    compiled = [*plain[:-2], "--compile", "-o", str(tmp_path / "figures-compiled.json")]
+    assert asked == ([plain, compiled] if code == 0 else [plain])
+
+
+def test_settings_take_turns_and_the_first_round_does_not_count(benchmark: ModuleType) -> None:
+    calls: list[str] = []
+    runs = {("part", name): partial(calls.append, name) for name in ("full", "merged")}
+    seconds = benchmark.time_in_turns(runs, 2, "cpu")
+    assert calls == ["full", "merged"] * 3
+    assert {key: len(values) for key, values in seconds.items()} == dict.fromkeys(runs, 2)
+
+
+@pytest.mark.parametrize(("ratio", "code"), [(0.6, 0), (0.7, 1)])
+def test_only_strict_runs_fail_beyond_a_bound(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, ratio: float, code: int
+) -> None:
+    row = benchmark.Measurement("tower", "keep=72", 1.0, (1.0, 1.0), ratio, bound=0.65)
+    monkeypatch.setattr(benchmark, "measure_reduction", lambda *_: ([row], {}))
+    assert benchmark.main(["--size", "tiny"]) == 0
+    assert benchmark.main(["--size", "tiny", "--strict"]) == code
+
+
+def test_layers_are_timed_in_watched_forwards_only(benchmark: ModuleType) -> None:
+    model, token = random_llava(), torch.tensor([[5]])
+    timer = benchmark.LayerTimer(model, "cpu")
+    with torch.inference_mode():
+        for _ in range(2):
+            timer.watch("none", partial(model.prefill, token, None))
+            _, cache, position = model.prefill(token, None)
+            model.decode(token, position, cache)
+    assert [len(layers) for layers in timer.seconds()["none"]] == [TINY_TEXT.num_layers] * 2
+
+
+def test_extrapolation(benchmark: ModuleType) -> None:
+    full, merged = [[1.0] * 4, [1.0] * 4], [[0.25] * 3 + [0.125]] * 2
+    ratios = benchmark.extrapolate({"none": full, "tome-72": full, "hybrid-72-36": merged})
+    assert ratios["none"] == ratios["tome-72"] == 1
+    assert ratios["hybrid-72-36"] == (3 * 0.25 + 29 * 0.125) / 32
+
+
+def test_verdicts(benchmark: ModuleType) -> None:
+    row = benchmark.Measurement("tower", "keep=72", 1.0, (1.0, 1.0), 0.66, bound=0.65)
+    assert row.verdict == "SHORT (at most 0.65)"
+    assert (
+        benchmark.Measurement("tower", "x", 1.0, (1.0, 1.0), 0.6, bound=0.65).verdict[:4] == "PASS"
+    )
+    assert benchmark.Measurement("tower", "x", 1.0, (1.0, 1.0), 0.6).verdict == ""
+    assert benchmark.quartiles([3.0]) == (3.0, 3.0)
+
+
+def test_too_few_layers_are_refused(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(["--layers", "3"])
+    assert ended.value.code == 2
+    assert "at least 4 layers" in capsys.readouterr().err
+
+
+def test_all_is_the_whole_bench(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Settings] = []
+
+    def stop(settings: Settings) -> Report:
+        seen.append(settings)
+        raise BenchError("seen enough")
+
+    monkeypatch.setattr(bench, "bench", stop)
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: object())
+    asked = ["--what", "all", "--size", "tiny", "--device", "cpu", "--repeat", "3"]
+    assert benchmark.main([*asked, "--json", str(tmp_path / "figures.json")]) == 1
+    expected = Settings(None, seen[0].options, "tiny", None, "cpu", "bfloat16", None, 3)
+    assert seen == [replace(expected, against=True, quantize="int4")]
+
+
+def test_all_leaves_out_what_is_not_here(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(benchmark.cli, "main", lambda argv: asked.append(argv) or 0)
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+
+    def lacking(*_: object) -> None:
+        raise ValueError("no operator")
+
+    monkeypatch.setattr(benchmark, "check_operator", lacking)
+    assert benchmark.main(["--what", "all", "--layers", "2", "--strict"]) == 0
+    [words] = asked
+    assert "--against" not in words and "--quantize" not in words
+    assert words[words.index("--layers") + 1] == "2" and "--strict" in words
+    assert "without transformers" in (said := capsys.readouterr().err)
+    assert "without int4: no operator" in said
