@@ -27,7 +27,8 @@ from llava_lite.evaluation.suite import Sample
 from llava_lite.fast.device import synchronize
 from llava_lite.generation.answer import Answer
 from llava_lite.generation.failures import ROW_ERRORS, is_accelerator_failure
-from llava_lite.generation.model import Model, checked_batch_size
+from llava_lite.generation.loop import checked_batch_size
+from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.generation.state import Request, Row
 from llava_lite.inputs.images import load_image

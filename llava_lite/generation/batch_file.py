@@ -363,7 +363,7 @@ def run_batch(
     its error and costs no other row; an accelerator that fails ends the run. An interrupt leaves
     complete lines. Raises as `plan` and `select_shard`, ValueError for bad options, OSError when
     the output cannot be written."""
-    from llava_lite.generation.model import checked_batch_size
+    from llava_lite.generation.loop import checked_batch_size
 
     size = checked_batch_size(batch_size)
     output = Path(output)

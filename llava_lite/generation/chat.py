@@ -15,7 +15,7 @@ from llava_lite.generation.state import NO_TOKENS, Request, State, TokenCounts, 
 from llava_lite.inputs.prompt import build_prompt, next_turn_text, place_images
 
 if TYPE_CHECKING:
-    from llava_lite.generation.model import Model
+    from llava_lite.generation.loop import Loop
 
 
 class Chat:
@@ -24,7 +24,7 @@ class Chat:
     The image it was opened with belongs to the first message; `send` and `stream` may bring
     others."""
 
-    def __init__(self, model: "Model", image: Any, options: GenerationOptions) -> None:
+    def __init__(self, model: "Loop", image: Any, options: GenerationOptions) -> None:
         self.model, self.options = model, options
         self.images = as_list(image)
         model.reduction_for(self.images, options.reduction)  # raises now, not at the first message

@@ -1,66 +1,31 @@
-"""From images and words to answers: one loop for single calls, streams, batches and chats.
+"""`Model`: what a user calls. `generate` collects what the loop yields, `stream` passes pieces on,
+`Chat` keeps the state between turns, `score` reads the logits of a given continuation.
 
-Everything that generates runs through `Model.run`: a step takes the pending rows of every active
-item (a whole prompt, a chat's next turn, or the one token sampled last), asks the decoder for the
-last row's logits of each, samples, and decides who is done. `generate` collects what the loop
-yields, `stream` passes it on, `Chat` keeps the state it leaves behind.
-
-Shapes: B items, V vocabulary, T prompt ids, S image side.
+Shapes: V vocabulary, T prompt ids, S image side.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
-from itertools import islice
-from time import perf_counter
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from llava_lite.cache import KVCache
-from llava_lite.config import LlavaConfig
-from llava_lite.errors import CheckpointError, ContextError, ImageError, PromptError
-from llava_lite.generation.answer import Answer, AnswerText, Score, score_tokens
+from llava_lite.errors import PromptError
+from llava_lite.generation.answer import Answer, Score, score_tokens
 from llava_lite.generation.chat import Chat
-from llava_lite.generation.prefix import Prefix
+from llava_lite.generation.loop import DEFAULT_BATCH_SIZE, Loop, checked_batch_size
 from llava_lite.generation.sampling import (
-    DEFAULT_MAX_NEW_TOKENS,
     GenerationOptions,
-    checked_integer,
-    sample,
 )
-from llava_lite.generation.state import NO_TOKENS, Request, Row, State, TokenCounts, as_list
-from llava_lite.generation.trace import Trace, trace_prompt
-from llava_lite.inputs.images import load_image
-from llava_lite.inputs.pixels import preprocess
-from llava_lite.inputs.prompt import build_prompt, place_images
-from llava_lite.inputs.tokenizer import StreamDecoder, Tokenizer
-from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage, Llava
-from llava_lite.reduction import NO_REDUCTION, DToMe, Reduction
-
-DEFAULT_BATCH_SIZE = 8
+from llava_lite.generation.state import Request, as_list
+from llava_lite.llava import EncodedImage
+from llava_lite.reduction import Reduction
 
 
-class Model:
-    """A loaded LLaVA: weights, tokenizer and config. Holds no state of a call.
-
-    `config` overrides how prompts and images are prepared (`pad`, `template`) for the same
-    weights; `exif=False` ignores the rotation that a camera notes in its files, as LLaVA does;
-    `thresholds` are its own for DToMe, or the error why it has none, raised for who asks."""
-
-    def __init__(
-        self,
-        llava: Llava,
-        tokenizer: Tokenizer,
-        config: LlavaConfig | None = None,
-        exif: bool = True,
-        thresholds: Sequence[float] | CheckpointError | None = None,
-    ) -> None:
-        self.llava, self.tokenizer, self.exif = llava, tokenizer, exif
-        self.thresholds = thresholds
-        self.config = config or llava.config
-        self.prefix = Prefix(llava, tokenizer)
+class Model(Loop):
+    """A loaded LLaVA: weights, tokenizer and config. Holds no state of a call."""
 
     @overload
     def generate(
@@ -304,269 +269,6 @@ class Model:
             for rows, target in zip(packed, targets, strict=True)
         ]
 
-    def checking(self) -> AbstractContextManager[None]:
-        """Around what checks the arguments of a call: here nothing, but where several processes
-        share a model, all have to hear what one of them finds (tensor_parallel.py)."""
-        return nullcontext()
-
-    def request(self, images: Sequence[Any], prompt: str, options: GenerationOptions) -> Request:
-        """Build the prompt's ids, check them against the context and the reduction against the
-        model. Raises as `continuation`."""
-        template = options.template or self.config.template
-        turns = [(place_images(prompt, len(images), template), None)]
-        text = build_prompt(template, turns, options.system)
-        return self.continuation(
-            State(), tuple(self.tokenizer.encode_prompt(text)), images, options
-        )
-
-    def continuation(
-        self,
-        state: State,
-        input_ids: tuple[int, ...],
-        images: Sequence[Any],
-        options: GenerationOptions,
-        counts: TokenCounts = NO_TOKENS,
-    ) -> Request:
-        """`input_ids` after what `state` holds (nothing, or a chat so far, which has the tokens of
-        `counts`). Raises PromptError, ContextError, and ValueError for a reduction that the model
-        or its images do not allow."""
-        slots = input_ids.count(IMAGE_TOKEN_ID)
-        if slots != len(images):
-            raise PromptError.of_counts(slots, len(images))
-        reduction = self.reduction_for(images, options.reduction, state.reduction)
-        pending_ids = state.pending_ids + input_ids
-        new_positions = sum(self.num_positions(image, reduction) for image in images)
-        image_positions = counts.positions + new_positions
-        length = state.next_position + len(pending_ids) - slots + new_positions
-        counts = replace(counts, prompt=length - image_positions)
-        limit, wanted = self.config.text.max_positions, options.max_new_tokens
-        if wanted is None:
-            wanted = max(1, min(DEFAULT_MAX_NEW_TOKENS, limit - length))
-        if length + wanted > limit:
-            raise ContextError(
-                f"{counts.prompt} prompt tokens + {image_positions} image positions + {wanted} "
-                f"new tokens exceed the context of {limit}"
-            )
-        prefix: tuple[int, ...] = ()
-        if state.next_position == 0 and not options.trace:  # a trace shows the whole prompt
-            shared = self.prefix.ids(options.template or self.config.template, options.system)
-            if pending_ids[: len(shared)] == shared:
-                prefix = shared
-        state = replace(state, pending_ids=pending_ids, reduction=reduction, answer_ids=())
-        return Request(state, tuple(images), counts, wanted, prefix)
-
-    def reduction_for(
-        self, images: Sequence[Any], wish: Reduction | str | None, before: Reduction = NO_REDUCTION
-    ) -> Reduction:
-        """What a call asks for, checked against the model; where it says nothing, what its encoded
-        images were encoded with, and without such images what held `before` in a chat. Raises
-        ValueError where images are merged in other ways."""
-        encoded = [image.reduction for image in images if isinstance(image, EncodedImage)]
-        if wish is None:
-            wish = encoded[0] if encoded else before
-            if any(reduction != wish for reduction in encoded):
-                raise ValueError("the images of one prompt are encoded with different reductions")
-        checked = self.checked_reduction(Reduction.of(wish))
-        for reduction in encoded:
-            if reduction.merge != checked.merge:
-                raise ValueError(
-                    f"an image was encoded with merge={reduction.merge}, but the call asks for "
-                    f"merge={checked.merge}"
-                )
-        return checked
-
-    def checked_reduction(self, wish: Reduction) -> Reduction:
-        """`Reduction.check` with the model's own thresholds. Raises ValueError, and CheckpointError
-        where these are needed and cannot be read."""
-        thresholds = self.thresholds
-        if isinstance(thresholds, CheckpointError):
-            if wish.merge == DToMe():
-                raise CheckpointError(str(thresholds)) from thresholds
-            thresholds = None
-        return wish.check(self.config, thresholds)
-
-    def num_positions(self, image: Any, reduction: Reduction) -> int:
-        """Decoder positions the image will take at most, known before looking at it."""
-        if isinstance(image, EncodedImage):
-            return image.num_positions(reduction.positions)
-        if reduction.merge is None or reduction.positions != "plain":
-            return self.config.vision.num_patches
-        return reduction.merge.most_tokens(self.config.vision)
-
-    def run(
-        self,
-        requests: Iterable[Request],
-        options: GenerationOptions,
-        batch_size: int | None = None,
-    ) -> Iterator[tuple[int, Row]]:
-        """The loop: yields (index of the request, its row) for every token of every request.
-
-        At most `batch_size` run at once; each that finishes makes room for the next, which is taken
-        from `requests` only then."""
-        size = checked_batch_size(batch_size)
-        waiting = enumerate(requests)
-        active: list[tuple[int, Row]] = []
-        while (joining := list(islice(waiting, size - len(active)))) or active:
-            fresh = self.start([request for _, request in joining], [options] * len(joining), size)
-            active += [(index, row) for (index, _), row in zip(joining, fresh, strict=True)]
-            self.step([row for _, row in active])
-            yield from active
-            active = [(index, row) for index, row in active if row.finish_reason is None]
-
-    def start(
-        self, requests: Sequence[Request], options: Sequence[GenerationOptions], batch_size: int
-    ) -> list[Row]:
-        """Look at the images of some requests, and make rows of them, each with its options."""
-        states, seconds = self.with_images(requests, batch_size)
-        return [
-            Row(
-                request,
-                state,
-                wish,
-                AnswerText(StreamDecoder(self.tokenizer), wish.stop_strings),
-                wish.make_generator(),
-                {**seconds, "prefill": 0.0, "decode": 0.0},
-            )
-            for request, state, wish in zip(requests, states, options, strict=True)
-        ]
-
-    @torch.inference_mode()  # here and not around `run`: it would leak out of a suspended generator
-    def step(self, rows: Sequence[Row]) -> None:
-        """One forward and one sampled token for every row. Rows may come and go between steps."""
-        start = perf_counter()
-        pending = [row.state.num_pending_rows for row in rows]
-        logits, states = self.advance([row.state for row in rows])
-        tokens = self.next_tokens(logits, rows)
-        seconds = perf_counter() - start
-        for row, token, state, own in zip(rows, tokens, states, pending, strict=True):
-            if row.options.trace and row.steps == 0:
-                row.trace = self.trace(row.state, state, row.request.counts)
-            row.accept(token, state, self.config.text.eos_id)
-            phase = "decode" if row.steps > 1 else "prefill"
-            row.seconds[phase] += seconds
-            row.shares[phase] += seconds * own / sum(pending)
-
-    def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
-        """The next token of every row from its logits (B, V), each as its options say."""
-        alike: dict[tuple[float, int, float], list[int]] = {}
-        for index, row in enumerate(rows):
-            wish = row.options
-            alike.setdefault((wish.temperature, wish.top_k, wish.top_p), []).append(index)
-        tokens: dict[int, int] = {}
-        for (temperature, top_k, top_p), indices in alike.items():
-            chosen = sample(
-                logits if len(alike) == 1 else logits[indices],
-                temperature,
-                top_k,
-                top_p,
-                [rows[index].generator for index in indices],
-                self.config.text.sampled_vocab_size,
-            )
-            # Where all are sampled alike, this is the step's only wait for the device.
-            tokens.update(zip(indices, chosen.tolist(), strict=True))
-        return [tokens[index] for index in range(len(rows))]
-
-    def trace(self, before: State, after: State, counts: TokenCounts) -> Trace:
-        """What became of the image tokens between two states; `counts` are those in front of
-        them."""
-        assert after.past_key_values is not None
-        missing = counts.patches - counts.positions  # merged tokens may take fewer positions
-        return trace_prompt(
-            self.config,
-            before.images,
-            before.reduction,
-            len(before.pending_ids) - len(before.images),
-            before.next_position + missing,
-            before.past_key_values,
-            after.past_key_values,
-            after.pruning,
-        )
-
-    def advance(
-        self, states: Sequence[State], all_logits: bool = False
-    ) -> tuple[Tensor, list[State]]:
-        """Run what is pending in every state: logits (B, V) of the last rows, or of all, packed."""
-        spliced = [
-            self.llava.splice(s.pending_ids, s.images, s.next_position, s.reduction.positions)
-            for s in states
-        ]
-        logits, caches, prunings = self.llava(
-            [rows for rows, _ in spliced],
-            [layout for _, layout in spliced],
-            [state.past_key_values for state in states],
-            [state.reduction.fastv for state in states],
-            all_logits,
-        )
-        advanced = [
-            State(cache, layout.next_position, reduction=state.reduction, pruning=pruning)
-            for state, (_, layout), cache, pruning in zip(
-                states, spliced, caches, prunings, strict=True
-            )
-        ]
-        return logits, advanced
-
-    def with_images(
-        self, requests: Sequence[Request], batch_size: int
-    ) -> tuple[list[State], dict[str, float]]:
-        """The requests' states with their images encoded, and the seconds that took."""
-        wanted = [(image, r.state.reduction) for r in requests for image in r.images]
-        encoded, seconds = self.encode_images(wanted, batch_size)
-        rest = iter(encoded)
-        states = [
-            replace(self.after_prefix(request), images=tuple(next(rest) for _ in request.images))
-            for request in requests
-        ]
-        return states, seconds
-
-    def after_prefix(self, request: Request) -> State:
-        """The request's state, begun with the shared cache of its prefix where it has one."""
-        state, prefix = request.state, request.prefix
-        if not prefix or state.next_position:
-            return state
-        return replace(
-            state,
-            past_key_values=self.prefix.cache(prefix),
-            next_position=len(prefix),
-            pending_ids=state.pending_ids[len(prefix) :],
-        )
-
-    @torch.inference_mode()
-    def encode_images(
-        self, wanted: Sequence[tuple[Any, Reduction]], batch_size: int
-    ) -> tuple[list[EncodedImage], dict[str, float]]:
-        """Look at each image with its reduction, `batch_size` at a time through the tower, and the
-        seconds of "preprocess" and "vision"."""
-        start = perf_counter()
-        encoded: dict[int, EncodedImage] = {}
-        slots: dict[Reduction, list[int]] = {}
-        pixel_values: dict[int, Tensor] = {}
-        for slot, (image, reduction) in enumerate(wanted):
-            if isinstance(image, EncodedImage):
-                encoded[slot] = self.checked_image(image)
-            else:
-                pixel_values[slot] = self.prepare(image)
-                slots.setdefault(reduction, []).append(slot)
-        prepared = perf_counter()
-        for reduction, alike in slots.items():
-            for first in range(0, len(alike), batch_size):
-                chunk = alike[first : first + batch_size]
-                pixels = torch.cat([pixel_values[slot] for slot in chunk])
-                encoded.update(zip(chunk, self.llava.encode_image(pixels, reduction), strict=True))
-        seconds = {"preprocess": prepared - start, "vision": perf_counter() - prepared}
-        return [encoded[slot] for slot in range(len(wanted))], seconds
-
-    def prepare(self, image: Any) -> Tensor:
-        """An image as pixel values (1, 3, S, S). Raises ImageError."""
-        loaded = load_image(image, exif=self.exif)
-        return preprocess(loaded, self.config.vision.image_size, self.config.pad)
-
-    def checked_image(self, image: EncodedImage) -> EncodedImage:
-        """The image, if its embeds are of this model's width."""
-        width, needed = image.image_embeds.shape[-1], self.config.text.hidden_size
-        if width != needed:
-            raise ImageError(f"the encoded image is {width} wide, but the model needs {needed}")
-        return image
-
 
 def pair(image: Any, prompt: str | Sequence[str]) -> list[tuple[list[Any], str]]:
     """Sort out the arguments of a call: the images and the prompt of each item."""
@@ -599,11 +301,3 @@ def paired_continuations(
     if len(texts) != count:
         raise PromptError(f"{count} prompts need as many continuations, not {len(texts)}")
     return texts
-
-
-def checked_batch_size(batch_size: int | None) -> int:
-    """The default for None. Raises ValueError below 1."""
-    size = checked_integer("batch_size", DEFAULT_BATCH_SIZE if batch_size is None else batch_size)
-    if size < 1:
-        raise ValueError(f"batch_size {size} must be at least 1")
-    return size

@@ -18,7 +18,8 @@ from lmms_eval.api.model import lmms
 from llava_lite.errors import LlavaLiteError
 from llava_lite.generation.answer import Answer
 from llava_lite.generation.failures import together_or_alone
-from llava_lite.generation.model import DEFAULT_BATCH_SIZE, Model
+from llava_lite.generation.loop import DEFAULT_BATCH_SIZE
+from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.generation.state import as_list
 from llava_lite.integrations.conversation import (

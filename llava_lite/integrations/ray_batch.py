@@ -459,7 +459,7 @@ def run_batch(
     are at most the batches that were on their way; --resume runs them again. The rows of a batch
     that killed its actors come last, asked one by one. Raises as `batch.run_batch`, and RayError:
     where Ray, its cluster or the model are not there before the output is touched."""
-    from llava_lite.generation.model import checked_batch_size
+    from llava_lite.generation.loop import checked_batch_size
 
     size, output = checked_batch_size(batch_size), Path(output)
     todo_of = plan(

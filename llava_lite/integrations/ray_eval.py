@@ -17,7 +17,8 @@ from llava_lite.evaluation.engine import DEFAULT_WORKERS, Engine, Outcome, longe
 from llava_lite.evaluation.runner import Ask, Asked, about, record_of, records_of
 from llava_lite.evaluation.settings import Origin, model_settings
 from llava_lite.evaluation.suite import Sample
-from llava_lite.generation.model import Model, checked_batch_size
+from llava_lite.generation.loop import checked_batch_size
+from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.integrations.ray_batch import (
     Cluster,

@@ -14,7 +14,8 @@ from PIL import Image
 
 from llava_lite.errors import ImageError, LlavaLiteError, PromptError
 from llava_lite.generation.answer import Answer
-from llava_lite.generation.model import Model, checked_batch_size
+from llava_lite.generation.loop import checked_batch_size
+from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.generation.state import as_list
 from llava_lite.inputs.images import load_image

@@ -34,6 +34,7 @@ from llava_lite.checkpoints.names import hf_name
 from llava_lite.checkpoints.opening import open_source
 from llava_lite.checkpoints.source import Source
 from llava_lite.cli.convert import parse_size
+from llava_lite.cli.program import main
 from llava_lite.errors import CheckpointError
 from llava_lite.llava import Llava
 
@@ -140,7 +141,7 @@ def test_each_file_of_the_source_is_opened_once_to_read(
         opened.append(path.name)
         return read(path)
 
-    monkeypatch.setattr(llava_lite.sources, "read_tensors", counting)
+    monkeypatch.setattr("llava_lite.checkpoints.source.read_tensors", counting)
     convert(source, tmp_path / "out")
     assert len(opened) == 2 * 3  # two shards and a tower: names first, then values
 
@@ -322,7 +323,7 @@ def test_verify_finds_a_byte_that_did_not_reach_the_disk(
         file.write_bytes(data)
         return table
 
-    monkeypatch.setattr(llava_lite.files, "write_shards", damaged)
+    monkeypatch.setattr("llava_lite.checkpoints.tensors.write_shards", damaged)
     with pytest.raises(CheckpointError, match=r"model\.safetensors.*differs"):
         convert(source, tmp_path / "out", verify=True)
     assert list(tmp_path.iterdir()) == []
@@ -473,20 +474,23 @@ def call(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return tool(name).main()
 
 
-def test_convert_weights_tool(source: Path, llava, tmp_path: Path, monkeypatch, capsys) -> None:
+def convert_command(*arguments: object) -> int:
+    return main(["convert", *map(str, arguments)])
+
+
+def test_convert_command(source: Path, llava, tmp_path: Path, capsys) -> None:
     options = ("--dtype", "keep", "--shard-size", "60KB", "--verify", "--json")
-    assert call("convert_weights", monkeypatch, source, tmp_path / "out", *options) == 0
+    assert convert_command(source, tmp_path / "out", *options) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["verified"] and len(report["files"]) > 5
     same_weights(tmp_path / "out", llava, torch.float32)
-    assert call("convert_weights", monkeypatch, source, tmp_path / "out") == 1
+    assert convert_command(source, tmp_path / "out") == 1
     output = capsys.readouterr()
     assert "not empty" in output.err and output.out == ""
     assert output.err.startswith("error: ") and output.err.count("\n") == 1
-    with pytest.raises(SystemExit) as end:
-        call("convert_weights", monkeypatch, source)
-    assert end.value.code == 2 and "destination is needed" in capsys.readouterr().err
-    assert call("convert_weights", monkeypatch, source, "--dry-run") == 0
+    assert convert_command(source) == 2
+    assert "destination is needed" in capsys.readouterr().err
+    assert convert_command(source, "--dry-run") == 0
     assert "would write" in capsys.readouterr().out
 
 
@@ -640,10 +644,10 @@ def test_converting_offline_does_not_ask_the_hub(
     hub: FakeHub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     unknown = ("owner/llava", tmp_path / "out")
-    assert call("convert_weights", monkeypatch, *unknown) == 1
+    assert convert_command(*unknown) == 1
     assert "4 files of owner/llava" in capsys.readouterr().err
     for options in (unknown, (source, tmp_path / "out", "--base", "owner/llava")):
-        assert call("convert_weights", monkeypatch, *options, "--offline") == 1
+        assert convert_command(*options, "--offline") == 1
         assert "about 14 GB" in capsys.readouterr().err
 
 
@@ -696,7 +700,7 @@ def test_another_tower_makes_the_named_one_needless(
         resolve("owner/llava")
     assert resolve("owner/llava", vision_tower=tower) == folder
     options = ("owner/llava", tmp_path / "out", "--vision-tower", tower, "--dtype", "keep")
-    assert call("convert_weights", monkeypatch, *options) == 0
+    assert convert_command(*options) == 0
     same_weights(tmp_path / "out", llava, torch.float32)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     recorded = [manifest[name] for name in ("source", "base", "vision_tower")]
@@ -731,7 +735,7 @@ def test_the_revision_reaches_the_hub(
     assert folder.name == "v1"
     hub.revisions.clear()
     options = ("owner/llava", tmp_path / "out", "--revision", "v1")
-    assert call("convert_weights", monkeypatch, *options) == 0
+    assert convert_command(*options) == 0
     assert hub.revisions[0] == ("owner/llava", "v1")
     assert ("owner/llava", None) not in hub.revisions
     with pytest.raises(CheckpointError, match="not on this disk"):

@@ -342,7 +342,7 @@ def test_default_model(
     assert generate("-p", QUESTION, "-n", 2) == 0
     assert capsys.readouterr().err == ""
     monkeypatch.delenv("LLAVA_LITE_MODEL")
-    for module in ("llava_lite", "llava_lite.cli.program"):
+    for module in ("llava_lite.checkpoints.load", "llava_lite.cli.wanted"):
         monkeypatch.setattr(f"{module}.embedded_model", lambda: Path(model_folder))
     assert generate("-p", QUESTION, "-n", 2, "--quiet") == 0
     assert capsys.readouterr().err == ""

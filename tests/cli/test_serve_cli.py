@@ -27,7 +27,6 @@ import httpx
 from helpers.serving import eventually
 from llava_lite.cli import program as cli
 from llava_lite.cli import serve as serve_cli
-from llava_lite.cli import wanted
 from llava_lite.generation.model import Model
 from llava_lite.inputs.tokenizer import Tokenizer
 from llava_lite.reduction import Reduction
@@ -150,7 +149,7 @@ def test_what_fails_before_a_model_is_loaded(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(wanted, "load_model", None)
+    monkeypatch.setattr(serve_cli, "load_model", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         code = cli.main(["serve", *(port if text == "PORT" else text for text in arguments)])
@@ -215,7 +214,7 @@ def test_everybodys_server_is_warned_of(
     monkeypatch.delenv("LLAVA_LITE_API_KEY", raising=False)
     monkeypatch.setattr(run, "listen", lambda host, port: NoSocket())
     monkeypatch.setattr(run, "serve", serve)
-    monkeypatch.setattr(wanted, "load_model", lambda args: tiny_model)
+    monkeypatch.setattr(serve_cli, "load_model", lambda args: tiny_model)
     assert cli.main(["serve", *arguments]) == 0
     error = capsys.readouterr().err
     assert ("warning: everyone who reaches" in error) is warned
@@ -225,7 +224,7 @@ def test_everybodys_server_is_warned_of(
 def test_a_reduction_that_the_model_cannot_do(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(wanted, "load_model", lambda args: tiny_model)
+    monkeypatch.setattr(serve_cli, "load_model", lambda args: tiny_model)
     with pytest.raises(ValueError) as expected:
         tiny_model.checked_reduction(Reduction.of("fastv-50"))
     assert cli.main(["serve", "--port", "0", "--reduction", "fastv-50"]) == 1

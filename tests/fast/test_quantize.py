@@ -1085,4 +1085,3 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 def test_the_core_does_not_know_it() -> None:
     for path in (ROOT / "llava_lite").glob("*.py"):
         assert "quanti" not in path.read_text(), path.name
-    assert quantize.METHODS is METHODS

@@ -390,7 +390,7 @@ def test_without_trace_nothing_is_computed(
     def fail(*_: object) -> Trace:
         raise AssertionError("traced")
 
-    monkeypatch.setattr(llava_lite.generation.model, "trace_prompt", fail)
+    monkeypatch.setattr("llava_lite.generation.loop.trace_prompt", fail)
     options = {"max_new_tokens": 2, "reduction": KINDS["hybrid"]}
     answer = tiny_model.generate(picture(1), "star?", **options)
     assert answer.trace is None

@@ -639,7 +639,7 @@ def test_extreme_shapes_need_no_giant_canvas(size: tuple[int, int]) -> None:
 def test_both_ways_around_the_canvas_limit_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.fromarray(noise(448, 112)).resize((896, 224), Image.Resampling.BICUBIC)
     exact = [preprocess(image, size=56, pad=pad) for pad in (True, False)]
-    monkeypatch.setattr(image_module, "_MAX_CANVAS_SIDE", 100)
+    monkeypatch.setattr("llava_lite.inputs.pixels._MAX_CANVAS_SIDE", 100)
     for pad, values in zip((True, False), exact, strict=True):
         # One or two of 256 levels: where the picture meets the border the kernels differ.
         inner = (preprocess(image, size=56, pad=pad) - values)[:, :, 24:32]

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import llava_lite
 from llava_lite.errors import LlavaLiteError
 from llava_lite.generation.model import Model
 from llava_lite.inputs.prompt import build_prompt
@@ -116,7 +115,8 @@ def test_methods_take_what_the_kit_gives() -> None:
 def test_arguments_reach_the_model(monkeypatch: pytest.MonkeyPatch, tiny_model: Model) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(
-        llava_lite, "load", lambda name, **options: seen.append((name, options)) or tiny_model
+        "llava_lite.checkpoints.load.load",
+        lambda name, **options: seen.append((name, options)) or tiny_model,
     )
     made = LLaVALite("weights/some", {"dtype": "float32"}, reduction="fastv-50", template="v1")
     assert seen == [("weights/some", {"exif": False, "dtype": "float32"})]

@@ -16,7 +16,7 @@ from PIL import Image
 
 import llava_lite
 from helpers.models import TINY_TEXT, TINY_VISION, load_tool, random_llava
-from llava_lite import fastv as llama_fastv
+from llava_lite import llama
 from llava_lite.checkpoints.checkpoint import save_model
 from llava_lite.config import LlavaConfig
 from llava_lite.evaluation.scenes.accuracy import (
@@ -275,7 +275,7 @@ def test_the_control_drops_as_many_by_chance(pruned: Any) -> None:
     assert len({kept for kept, _ in control}) == 4  # anew for every question
     assert control == pruned([1]) == pruned([1], batch_size=1) == pruned([1], batch_size=3)
     assert control != pruned([2])
-    assert llama_fastv.choose is choose
+    assert llama.choose is choose
     assert pruned(None) == fastv
 
 
@@ -285,7 +285,7 @@ def test_the_control_prefers_no_token(study: ModuleType) -> None:
     counts = torch.zeros(20)
     with study.chosen_by_chance([3]):
         for _ in range(2000):
-            kept = llama_fastv.choose(scores, [(4, 16)], [3]).kept_indices
+            kept = llama.choose(scores, [(4, 16)], [3]).kept_indices
             counts[kept] += 1
     assert (counts[[0, 1, 2, 3, 16, 17, 18, 19]] == 2000).all()
     # 500 expected of each of 12; the standard deviation is 19.

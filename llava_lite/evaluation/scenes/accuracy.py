@@ -22,7 +22,8 @@ from llava_lite.evaluation.scenes.questions import PARAPHRASES, Question, questi
 from llava_lite.evaluation.scenes.smooth import draw_smooth_scene
 from llava_lite.evaluation.scenes.world import Scene, draw_scene, sample_scene
 from llava_lite.evaluation.suite import Sample, wilson_interval
-from llava_lite.generation.model import DEFAULT_BATCH_SIZE, Model
+from llava_lite.generation.loop import DEFAULT_BATCH_SIZE
+from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
