@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from helpers.models import TINY_CONFIG, TINY_TEXT, TINY_VISION, random_llava
 from llava_lite.checkpoints.checkpoint import load_model
 from llava_lite.errors import ContextError, ImageError, PromptError
-from llava_lite.generation import model as generation
+from llava_lite.generation import loop as generation
 from llava_lite.generation.answer import Answer, AnswerText, Score
 from llava_lite.generation.chat import Chat
 from llava_lite.generation.model import Model
