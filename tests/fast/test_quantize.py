@@ -21,13 +21,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import llava_lite
+from helpers.examples import examples
 from helpers.models import ROOT, TINY_CONFIG, random_llava
 from llava_lite.checkpoints import source as sources
 from llava_lite.checkpoints import tensors as sources_tensors
@@ -87,7 +88,7 @@ def answers_of(llava: Llava, ids: Tensor = PROMPT) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40)
+@examples(40)
 @given(seed=st.integers(0, 2**32 - 1), data=st.data())
 def test_no_weight_is_off_by_more_than_half_a_scale(
     kind: type[QuantizedLinear], dtype: torch.dtype, seed: int, data: st.DataObject
