@@ -377,6 +377,7 @@ def write_unchecked(source: Path, folder: Path, state: dict[str, Tensor]) -> Non
 # ---- equal answers -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(REDUCTIONS))
 def test_logits_are_those_of_one_process(found: Found, name: str) -> None:
     alone = found.alone[f"{name} logits"]
@@ -387,6 +388,7 @@ def test_logits_are_those_of_one_process(found: Found, name: str) -> None:
         torch.testing.assert_close(scores, found.alone[f"{name} score"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["tokens", "kept", "kv_bytes", "stream", "chat"])
 @pytest.mark.parametrize("name", list(REDUCTIONS))
 def test_answers_are_those_of_one_process(found: Found, name: str, what: str) -> None:
@@ -396,6 +398,7 @@ def test_answers_are_those_of_one_process(found: Found, name: str, what: str) ->
         assert rank["cases"][f"{name} {what}"] == alone
 
 
+@pytest.mark.slow
 def test_the_plan_run_by_torch_gives_the_same(found: Found) -> None:
     for rank in found.ranks:
         ours, torchs = rank["rows"]
@@ -403,12 +406,14 @@ def test_the_plan_run_by_torch_gives_the_same(found: Found) -> None:
         torch.testing.assert_close(ours, torchs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_ranks_have_the_same_bits(found: Found) -> None:
     first, second = (rank["cases"] for rank in found.ranks)
     for name in REDUCTIONS:
         assert torch.equal(first[f"{name} logits"], second[f"{name} logits"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["sampled", "stopped", "encoded"])
 def test_options_do_as_in_one_process(found: Found, what: str) -> None:
     for rank in found.ranks:
@@ -417,11 +422,13 @@ def test_options_do_as_in_one_process(found: Found, what: str) -> None:
     assert reasons == {"stop", "length"}  # rows of one batch ended at different steps
 
 
+@pytest.mark.slow
 def test_without_a_seed_all_ranks_draw_the_same(found: Found) -> None:
     first, second = (rank["unseeded"] for rank in found.ranks)
     assert [answer.token_ids for answer in first] == [answer.token_ids for answer in second]
 
 
+@pytest.mark.slow
 def test_fastv_asks_the_heads_of_all_ranks(found: Found) -> None:
     """Half of the heads would keep other tokens: without the mean over ranks, wrong ones."""
     first, second = (rank["own heads"] for rank in found.ranks)
@@ -434,6 +441,7 @@ def test_fastv_asks_the_heads_of_all_ranks(found: Found) -> None:
 # ---- what a rank holds ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_rank_has_its_part_of_the_weights(found: Found) -> None:
     whole = random_llava().state_dict()
     first, second = (rank["weights"] for rank in found.ranks)
@@ -452,6 +460,7 @@ def test_every_rank_has_its_part_of_the_weights(found: Found) -> None:
         assert not is_linear or len(first[name].flatten()) == len(tensor.flatten()) / 2
 
 
+@pytest.mark.slow
 def test_no_rank_ever_has_the_whole_decoder_in_memory_of_its_own(found: Found) -> None:
     for rank in found.ranks:
         memory = rank["memory"]
@@ -496,12 +505,14 @@ for kind in ("generate", "stream", "chat"):
 RAISED["encoded"] = RAISED["prompts"].replace("prompts or options", "images or their reductions")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(RAISED))
 def test_an_error_is_raised_on_all_ranks(found: Found, folder: Path, name: str) -> None:
     for rank in found.ranks:
         assert rank["errors"].get(name, "none").startswith(RAISED[name].format(folder=folder))
 
 
+@pytest.mark.slow
 def test_the_end_of_one_rank_is_an_error_on_the_others(found: Found) -> None:
     """Not a wait without end."""
     raised = found.ranks[0]["left alone"]
@@ -510,12 +521,14 @@ def test_the_end_of_one_rank_is_an_error_on_the_others(found: Found) -> None:
         assert words.startswith("another rank has ended, or cannot be reached: ")
 
 
+@pytest.mark.slow
 def test_a_rank_waits_as_long_as_a_user_may_take(found: Found) -> None:
     for rank in found.ranks:
         assert rank["joined once"]
         assert rank["timeouts"] == [timedelta(days=30)] * 2
 
 
+@pytest.mark.slow
 def test_after_an_error_the_ranks_go_on(found: Found) -> None:
     for rank in found.ranks:
         assert set(rank["errors"]) == set(RAISED)
@@ -523,6 +536,7 @@ def test_after_an_error_the_ranks_go_on(found: Found) -> None:
         assert len(rank["after errors"]) == 6
 
 
+@pytest.mark.slow
 def test_an_image_is_what_the_first_rank_has(folder: Path, found: Found) -> None:
     model = llava_lite.load(folder / "tiny", "cpu", "float32")
     alone = model.generate(picture(1), "star?", max_new_tokens=6).token_ids
@@ -619,6 +633,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_program_answers_once(found: Found, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*PROGRAM, "-p", QUESTION]) == 0
     alone = capsys.readouterr().out
@@ -626,6 +641,7 @@ def test_the_program_answers_once(found: Found, capsys: pytest.CaptureFixture[st
     assert [rank["program"] for rank in found.ranks] == [(0, alone, ""), (0, "", "")]
 
 
+@pytest.mark.slow
 def test_an_error_is_said_once_and_ends_all() -> None:
     ran = torchrun("generate", "-i", "none.png", "--tensor-parallel", "--device", "cpu")
     assert ran.returncode == 1 and ran.stdout == ""
