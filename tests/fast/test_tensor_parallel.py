@@ -8,7 +8,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -25,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.multiprocessing import spawn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import llava_lite
 from helpers.models import ROOT, TINY_CONFIG, random_llava
@@ -37,6 +40,7 @@ from llava_lite.cli import console
 from llava_lite.cli import program as cli
 from llava_lite.config import TextConfig
 from llava_lite.errors import CheckpointError, ImageError
+from llava_lite.fast import ranks as ranks_module
 from llava_lite.fast.ranks import RankError, Ranks, attempt, join
 from llava_lite.fast.tensor_parallel import ParallelModel, decoder_plan
 from llava_lite.generation.model import Model
@@ -372,6 +376,104 @@ def write_unchecked(source: Path, folder: Path, state: dict[str, Tensor]) -> Non
     for name in ("config.json", "tokenizer.json"):
         (folder / name).write_bytes((source / name).read_bytes())
     save_file(state, folder / "model.safetensors")
+
+
+# ---- two ranks in one process --------------------------------------------------------------------
+
+
+class Threads:
+    """Stands in for `torch.distributed`: every rank is a thread of this process."""
+
+    def __init__(self, count: int) -> None:
+        self.here, self.slots = threading.local(), [None] * count
+        self.barrier = threading.Barrier(count, timeout=30)
+
+    def swap(self, value: Any) -> list[Any]:
+        """The values of all ranks; of a rank that runs alone, as often this value."""
+        if not hasattr(self.here, "rank"):
+            return [value] * len(self.slots)
+        self.slots[self.here.rank] = value
+        self.barrier.wait()
+        values = list(self.slots)
+        self.barrier.wait()
+        return values
+
+    def get_world_size(self) -> int:
+        return len(self.slots)
+
+    def new_group(self, **_: Any) -> None:
+        return None
+
+    def all_gather(self, parts: list[Tensor], x: Tensor) -> None:
+        parts[:] = self.swap(x.clone())
+
+    def all_reduce(self, x: Tensor) -> None:
+        x.copy_(sum(self.swap(x.clone())))
+
+    def all_gather_object(self, outcomes: list[Any], own: Any, group: None) -> None:
+        outcomes[:] = self.swap(own)
+
+    def broadcast_object_list(self, sent: list[Any], src: int, group: None) -> None:
+        sent[:] = self.swap(list(sent))[src]
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        """What `work(rank)` returns on every rank."""
+
+        def one(rank: int) -> Any:
+            self.here.rank = rank
+            return work(rank)
+
+        with ThreadPoolExecutor(len(self.slots)) as pool:
+            return list(pool.map(one, range(len(self.slots))))
+
+
+@pytest.fixture
+def parallel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Threads, list[ParallelModel]]:
+    """Both shares of the model, loaded one after the other. Only the cut is torch's."""
+    threads, models = Threads(2), []
+    tokenizer = llava_lite.load(folder / "tiny", "cpu", "float32").tokenizer
+    monkeypatch.setattr(ranks_module, "dist", threads)
+    for rank in (0, 1):
+        threads.get_rank = lambda rank=rank: rank  # type: ignore[attr-defined]
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+        try:
+            source = open_source(folder / "tiny")
+            llava = load_share(source, Ranks(), torch.device("cpu"), torch.float32)
+        finally:
+            dist.destroy_process_group()
+        models.append(ParallelModel(llava, tokenizer))
+    return threads, models
+
+
+@pytest.mark.parametrize("name", ["none", "fastv", "hybrid"])
+def test_two_threads_with_half_the_weights_answer_as_one_process(
+    parallel: tuple[Threads, list[ParallelModel]], folder: Path, name: str
+) -> None:
+    """The arithmetic of a cut decoder, without a second process."""
+    threads, models = parallel
+    whole = llava_lite.load(folder / "tiny", "cpu", "float32")
+    assert models[0].llava.decoder.layers[0].attn.q_proj.weight.shape == (32, 64)
+
+    def logits(model: Model) -> Tensor:
+        pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(5))
+        ids = torch.tensor([model.tokenizer.encode_prompt("USER: <image>\nstar? ASSISTANT:")])
+        found, cache, position = model.prefill(ids, pixels, REDUCTIONS[name], all_logits=True)
+        step, _ = model.decode(found[0, -1].argmax(), position, cache)
+        return torch.cat((found[0], step[0]))
+
+    def answer(model: Model) -> tuple[int, ...]:
+        options = {
+            "max_new_tokens": 6,
+            "reduction": REDUCTIONS[name],
+            "temperature": 2.0,
+            "seed": 1,
+        }
+        return model.generate(picture(1), "star?", **options).token_ids
+
+    alone = logits(whole)
+    for found in threads.run(lambda rank: logits(models[rank])):
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+    assert threads.run(lambda rank: answer(models[rank])) == [answer(whole)] * 2
 
 
 # ---- equal answers -------------------------------------------------------------------------------
