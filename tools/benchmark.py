@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from llava_lite.bench.machine import quartiles, time_in_turns
-from llava_lite.bench.report import FEWEST_ROUNDS, check_output
+from llava_lite.bench.report import FEWEST_ROUNDS
 from llava_lite.bench.run import BenchError, random_model
 from llava_lite.cache import KVCache
 from llava_lite.cli import program as cli
@@ -46,6 +46,7 @@ from llava_lite.fast.device import machine, pick_device
 from llava_lite.fast.quantize import check_operator
 from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage, Llava
 from llava_lite.reduction import NO_REDUCTION, REDUCTIONS, Reduction, ToMe
+from llava_lite.saving import check_output
 
 RunKey = tuple[str, str]  # part, setting
 
@@ -295,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.device = str(pick_device(args.device))
         if args.json:
-            check_output(args.json)
+            check_output(args.json, BenchError)
     except (ValueError, BenchError) as error:
         parser.error(str(error))
     if (args.what or ("all" if args.device.startswith("cuda") else "reduction")) == "all":
