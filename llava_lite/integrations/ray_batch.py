@@ -19,7 +19,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llava_lite.errors import LlavaLiteError, reason_of
+from llava_lite.errors import LlavaLiteError, one_line
 from llava_lite.generation.batch_file import (
     Row,
     Summary,
@@ -131,7 +131,7 @@ class Predictor:
             **batch,
             "answer": ["" if isinstance(one, BaseException) else str(one) for one in answers],
             "finish_reason": [getattr(one, "finish_reason", "error") for one in answers],
-            "error": [reason_of(one) if isinstance(one, BaseException) else "" for one in answers],
+            "error": [one_line(one) if isinstance(one, BaseException) else "" for one in answers],
         }
 
 
@@ -272,7 +272,7 @@ class Actor:
         try:
             self.model = load(source.name, **source.options)
         except Exception as error:
-            self.error = RayError(f"no model in a Ray actor: {describe(error)}")
+            self.error = RayError(f"no model in a Ray actor: {describe_error(error)}")
 
     def check(self) -> RayError | None:
         """None once the model is loaded, or the reason why there is none."""
@@ -283,13 +283,13 @@ class Actor:
         try:
             return self.error or self.work(self.model, block)
         except Exception as error:
-            return RayError(f"a Ray actor failed: {describe(error)}")
+            return RayError(f"a Ray actor failed: {describe_error(error)}")
 
 
-def describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """The error's message, with its type unless the user caused the error."""
     is_users = isinstance(error, LlavaLiteError | ValueError | OSError)
-    return reason_of(error) if is_users else f"{type(error).__name__}: {reason_of(error)}"
+    return one_line(error) if is_users else f"{type(error).__name__}: {one_line(error)}"
 
 
 # ---- the cluster ---------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def connected(cluster: Cluster) -> Iterator[None]:
         ray.init(**options, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RayError(
-            f"no Ray cluster at {cluster.address or 'here'}: {reason_of(error)}"
+            f"no Ray cluster at {cluster.address or 'here'}: {one_line(error)}"
         ) from error
     try:
         yield
