@@ -4,20 +4,21 @@ import os
 import signal
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
+from hypothesis import settings
 
 from llava_lite.checkpoints.checkpoint import save_model
 from llava_lite.generation.model import Model
 from llava_lite.inputs.tokenizer import Tokenizer, train_tokenizer
 
 pytest.register_assert_rewrite("helpers")  # failures there show values, as in tests
+from helpers.examples import PROFILE, examples  # noqa: E402
 from helpers.models import CORPUS, SHARED, TINY_TEXT, random_llava  # noqa: E402
 
 # How long an example takes says nothing: a busy machine fails no test.
-hypothesis.settings.register_profile("patient", deadline=None)
-hypothesis.settings.load_profile("patient")
+settings.register_profile(PROFILE, examples(100), deadline=None)
+settings.load_profile(PROFILE)
 
 # Tests must not depend on what their user prefers; processes they start inherit this.
 for name in ("LLAVA_LITE_MODEL", "FASTV_K"):

@@ -57,7 +57,7 @@ from tqdm import tqdm
 import llava_lite
 from benchmark import machine, quartiles, time_in_turns
 from llava_lite.checkpoints.tensors import read_json
-from llava_lite.errors import LlavaLiteError, reason_of
+from llava_lite.errors import LlavaLiteError, one_line
 from llava_lite.evaluation.scenes.accuracy import (
     FAMILIES,
     FRESH_SEED,
@@ -791,7 +791,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(every, chosen, args)
     except (LlavaLiteError, OSError, ValueError) as error:
-        raise SystemExit(f"{parser.prog}: error: {reason_of(error)}") from None
+        raise SystemExit(f"{parser.prog}: error: {one_line(error)}") from None
 
 
 def run(

@@ -20,7 +20,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_lite.errors import LlavaLiteError, reason_of
+from llava_lite.errors import LlavaLiteError, one_line
 from llava_lite.generation.batch_file import (
     Row,
     Summary,
@@ -134,7 +134,7 @@ class Predictor:
             **batch,
             "answer": ["" if isinstance(one, BaseException) else str(one) for one in found],
             "finish_reason": [getattr(one, "finish_reason", "error") for one in found],
-            "error": [reason_of(one) if isinstance(one, BaseException) else "" for one in found],
+            "error": [one_line(one) if isinstance(one, BaseException) else "" for one in found],
         }
 
 
@@ -281,7 +281,7 @@ class Actor:
         try:
             self.model = load(source.name, **source.options)
         except Exception as error:
-            self.error = f"no model in a Ray actor: {described(error)}"
+            self.error = f"no model in a Ray actor: {describe_error(error)}"
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         from ray import cloudpickle
@@ -292,7 +292,7 @@ class Actor:
                 try:
                     result = self.work(self.model, cloudpickle.loads(block))
                 except Exception as error:
-                    self.error = f"a Ray actor failed: {described(error)}"
+                    self.error = f"a Ray actor failed: {describe_error(error)}"
             yield {
                 "number": [int(number)],
                 "result": [cloudpickle.dumps(result)],
@@ -300,10 +300,10 @@ class Actor:
             }
 
 
-def described(error: Exception) -> str:
-    """What an error says; of one that is no user's also what it is."""
+def describe_error(error: Exception) -> str:
+    """The error in one line; with its type where it is a bug."""
     is_users = isinstance(error, LlavaLiteError | ValueError | OSError)
-    return reason_of(error) if is_users else f"{type(error).__name__}: {reason_of(error)}"
+    return one_line(error) if is_users else f"{type(error).__name__}: {one_line(error)}"
 
 
 def import_ray() -> Any:
@@ -333,7 +333,7 @@ def connected(cluster: Cluster) -> Iterator[None]:
             ray.init(**options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = cluster.address or "here"
-            raise RayError(f"no Ray cluster at {where}: {reason_of(error)}") from error
+            raise RayError(f"no Ray cluster at {where}: {one_line(error)}") from error
     context = ray.data.DataContext.get_current()
     options_then = context.execution_options
     before = context.enable_progress_bars, options_then.preserve_order, context.max_errored_blocks

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from llava_lite.errors import CheckpointError, ContextError, ImageError
+from llava_lite.errors import CheckpointError, ContextError, ImageError, one_line
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.generation.state import Request, State
@@ -100,7 +100,7 @@ class Preparer:
             message = f"reduction {request.reduction!r} is not available for this model"
             raise ApiError(400, message, "reduction") from None
         except ValueError as error:  # only here: elsewhere it is a bug
-            raise ApiError(400, " ".join(str(error).split())) from None
+            raise ApiError(400, one_line(error)) from None
         return options
 
     async def image(self, number: int, source: str) -> Image.Image:

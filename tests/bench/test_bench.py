@@ -656,6 +656,7 @@ def run_cli(*arguments: object) -> int:
     return cli.main(["bench", *map(str, (*small, "hybrid-72-36", *arguments))])
 
 
+@pytest.mark.slow
 def test_a_folder_in_a_process_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -675,6 +676,7 @@ def test_a_folder_in_a_process_of_its_own(
     assert verdicts["tower: time, transformers = 1"] == "not run"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inline")
 def test_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -868,6 +870,7 @@ def end_at_once(settings: Settings) -> Footprint:
     os._exit(9)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_ended_is_an_error() -> None:
     with pytest.raises(BenchError, match="was ended, perhaps for want of memory"):
         bench.apart(end_at_once, Settings())

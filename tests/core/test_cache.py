@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from helpers.examples import examples
 from llava_lite.cache import FEWEST_SPARE, LayerCache, append
 
 H, D = 2, 3
@@ -44,7 +45,7 @@ def eager_threads() -> Iterator[None]:
     sys.setswitchinterval(usual)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 90)), min_size=1, max_size=12))
 def test_every_branch_is_what_concatenation_gives(steps: list[tuple[int, int]]) -> None:
     """Any pair handed out so far may be continued, again and again; none of them ever changes."""

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.examples import examples
 from helpers.models import TINY_TEXT, TINY_VISION, random_llava
 from helpers.tensors import close, draw, rms_norm_oracle
 from llava_lite.cache import KVCache, attend, causal_mask
@@ -27,7 +28,7 @@ from llava_lite.rope import apply_rope, rope_cos_sin
 DTYPES = [torch.float32, torch.float64]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 2e-6}
 seeds = st.integers(0, 2**31)
-few = settings(max_examples=15)
+few = examples(15)
 
 
 # ---- oracles: one number at a time, or one plain formula ---------------------------------------
@@ -347,7 +348,7 @@ def test_an_own_mask_replaces_the_causal_one() -> None:
 # ---- vision and the whole ----------------------------------------------------------------------
 
 
-@settings(max_examples=4)
+@examples(4)
 @given(seeds, st.integers(1, 3), dtypes)
 def test_vision_tower_and_projector_equal_the_formulas(
     seed: int, num_images: int, dtype: torch.dtype

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from helpers.examples import examples
 from helpers.goldens import GOLDEN_TOLERANCE, Golden, load_weights, text_config
 from helpers.models import TINY_CONFIG, TINY_TEXT, random_llava
 from helpers.prompts import Picture, Prompt, decode, prompts, seeds, write_out
@@ -40,7 +41,7 @@ TOLERANCE = {torch.float32: 5e-5, torch.float64: 1e-9}
 TIE = {torch.float32: 1e-5, torch.float64: 1e-9}  # scores closer than this may change places
 TEXT = replace(TINY_TEXT, num_layers=4)
 LLAVAS = {dtype: random_llava(replace(TINY_CONFIG, text=TEXT), dtype=dtype) for dtype in DTYPES}
-few = settings(max_examples=80)
+few = examples(80)
 dtypes = st.sampled_from(DTYPES)
 layouts = st.sampled_from(POSITIONS)
 starts = st.sampled_from([0, 3, 1100])  # positions from 1000 on were out of the reference's reach

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from helpers.examples import examples
 from helpers.goldens import GOLDEN_TOLERANCE, Golden, load_weights, strip, text_config
 from helpers.models import TINY_CONFIG, TINY_TEXT, random_llava
 from helpers.prompts import (
@@ -36,7 +37,7 @@ from llava_lite.reduction import POSITIONS, DToMe, Reduction
 from llava_lite.rope import apply_rope, rope_cos_sin
 
 CPU = torch.device("cpu")
-few = settings(max_examples=80)
+few = examples(80)
 
 
 # ---- placing rows ------------------------------------------------------------------------------

@@ -3,10 +3,11 @@ test_core."""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.examples import examples
 from helpers.models import TINY_TEXT, TINY_VISION, random_llava
 from llava_lite.errors import PromptError
 from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage
@@ -28,7 +29,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(st.lists(st.booleans(), min_size=1, max_size=9).filter(lambda slots: sum(slots) <= 3))
 def test_splice_puts_every_image_in_its_slot(slots: list[bool]) -> None:
     llava = LLAVAS[torch.float64]

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from helpers.dymu import named, slow_attention
+from helpers.examples import examples
 from helpers.goldens import load_weights, strip
 from helpers.models import TINY_CONFIG, TINY_TEXT, random_llava
 from helpers.tensors import close, draw
@@ -40,8 +41,8 @@ from llava_lite.tome import (
 )
 from llava_lite.vision import KEY_BLOCK, VisionAttention, VisionTower, attend
 
-few = settings(max_examples=20)
-many = settings(max_examples=100)
+few = examples(20)
+many = examples(100)
 seeds = st.integers(0, 2**31)
 dtypes = st.sampled_from([torch.float32, torch.float64])
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

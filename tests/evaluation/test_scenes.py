@@ -7,11 +7,12 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from helpers.examples import examples
 from llava_lite.evaluation.scenes.questions import (
     ANSWERS,
     PARAPHRASES,
@@ -47,7 +48,7 @@ scenes = st.builds(
     st.sampled_from([None, 1, 2, 3, 4, 5, 6]),
     st.sampled_from([0.0, 0.5, 1.0]),
 )
-few = settings(max_examples=30)
+few = examples(30)
 
 
 def rng_of(seed: int) -> np.random.Generator:
@@ -173,7 +174,7 @@ def test_bad_size_range_is_refused(short_side: tuple[int, int]) -> None:
 # ------------------------------------------------------------------------------ determinism
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(seeds)
 def test_same_seed_same_scene_pixels_and_questions(seed: int) -> None:
     first, second = rng_of(seed), rng_of(seed)
@@ -434,7 +435,7 @@ def slow_place(scene: Scene, o: SceneObject) -> str:
     return f"{vertical} {horizontal}".strip() or "center"
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(scenes, seeds, st.sampled_from([0.0, 0.3, 1.0]))
 def test_answers_agree_with_a_slow_recount(scene: Scene, seed: int, paraphrase: float) -> None:
     for question in questions(scene, rng_of(seed), paraphrase):
@@ -450,7 +451,7 @@ DESCRIBED = re.compile(
 )
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(scenes)
 def test_descriptions_name_every_object_in_order(scene: Scene) -> None:
     sentence = describe(scene)

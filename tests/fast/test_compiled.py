@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import llava_lite
+from helpers.examples import examples
 from helpers.models import TINY_CONFIG, TINY_TEXT, random_llava
 from helpers.waits import Watch, cuda_waits, dispatched_waits
 from llava_lite.bench import run as bench
@@ -101,7 +102,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(st.lists(LENGTHS, min_size=1, max_size=4), ACTIONS, st.integers(3, 300))
 def test_any_history(
     tiny_model: Model, lengths: list[tuple[int, ...]], actions: list[Any], token: int

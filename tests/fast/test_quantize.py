@@ -21,13 +21,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import llava_lite
+from helpers.examples import examples
 from helpers.models import ROOT, TINY_CONFIG, random_llava
 from llava_lite.checkpoints import source as sources
 from llava_lite.checkpoints import tensors as sources_tensors
@@ -87,7 +88,7 @@ def answers_of(llava: Llava, ids: Tensor = PROMPT) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40)
+@examples(40)
 @given(seed=st.integers(0, 2**32 - 1), data=st.data())
 def test_no_weight_is_off_by_more_than_half_a_scale(
     kind: type[QuantizedLinear], dtype: torch.dtype, seed: int, data: st.DataObject
@@ -323,6 +324,7 @@ print("ok")
     assert done.stdout == f"{capability.upper()}\nok\n", done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_processors_pack_in_other_orders(capability: str) -> None:
     with_capability(
@@ -336,6 +338,7 @@ for method in quantize.METHODS:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pickled_layer_is_read_on_other_processors(
@@ -958,6 +961,7 @@ def test_bytes_of_a_layer_of_7b_widths(kind: type[QuantizedLinear], most: float)
     assert held <= most * sum(2 * n * k for n, k in shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
 def test_loading_needs_little_more_than_what_is_loaded(method: str, tmp_path: Path) -> None:
     """Anonymous memory, at each layer, of a process that loads 100 MB of bfloat16."""

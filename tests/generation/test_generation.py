@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
+from helpers.examples import examples
 from helpers.models import TINY_CONFIG, TINY_TEXT, TINY_VISION, random_llava
 from llava_lite.checkpoints.checkpoint import load_model
 from llava_lite.errors import ContextError, ImageError, PromptError
@@ -538,7 +539,7 @@ def test_sample_draws_the_right_distribution(temperature: float, top_k: int, top
         assert abs(counts[i] - draws * p) <= 4 * math.sqrt(draws * p * (1 - p)) + 1e-9
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     st.lists(st.integers(-200, 200), min_size=2, max_size=12, unique=True),
     st.floats(0.05, 5),
@@ -557,7 +558,7 @@ def test_sample_stays_in_the_allowed_set(
     assert set(sample(rows, temperature, top_k, top_p, [generator] * 30).tolist()) <= set(allowed)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(st.lists(st.integers(-(10**4), 10**4), min_size=2, max_size=9, unique=True), st.data())
 def test_greedy_and_its_limits_are_argmax(logits: list[int], data: st.DataObject) -> None:
     num_text_ids = data.draw(st.integers(1, len(logits)))
@@ -665,7 +666,7 @@ def id_lists(draw_from: st.DrawFn) -> list[int]:
     return draw_from(st.lists(ids, max_size=25))
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(ids=id_lists())
 def test_pieces_are_the_stripped_text(tiny_tokenizer: Tokenizer, ids: list[int]) -> None:
     text = AnswerText(StreamDecoder(tiny_tokenizer))
@@ -679,7 +680,7 @@ def test_pieces_are_the_stripped_text(tiny_tokenizer: Tokenizer, ids: list[int])
     assert not text.stopped
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(ids=id_lists(), data=st.data())
 def test_stop_string_cuts_the_text_wherever_tokens_end(
     tiny_tokenizer: Tokenizer, ids: list[int], data: st.DataObject

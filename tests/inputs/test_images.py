@@ -21,12 +21,13 @@ from urllib.parse import quote, unquote_to_bytes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
 import llava_lite.inputs.fetch as fetch_module
 import llava_lite.inputs.images as image_module
+from helpers.examples import examples
 from llava_lite.errors import ImageError
 from llava_lite.inputs.images import FORMATS, load_image, to_rgb
 from llava_lite.inputs.pixels import pad_to_square, preprocess
@@ -701,7 +702,7 @@ def clip_processor() -> Callable[[Image.Image], torch.Tensor]:
     return lambda image: processor(image, return_tensors="pt")["pixel_values"]
 
 
-@settings(max_examples=25, derandomize=True)
+@examples(25, derandomize=True)
 @given(
     size=st.one_of(
         st.tuples(st.integers(1, 500), st.integers(1, 500)),

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from helpers.examples import examples
 from helpers.models import SHARED
 from llava_lite.errors import CheckpointError
 from llava_lite.inputs.prompt import build_prompt, next_turn_text
@@ -162,14 +163,14 @@ def test_ids_and_text_equal_sentencepiece(llama: Tokenizer) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(MODEL_FILE))
 
-    @settings(max_examples=400, derandomize=True)
+    @examples(400, derandomize=True)
     @given(st.lists(pieces_of_text, max_size=6).map("".join))
     @example("▁▁ ▁x" + " " * 50 + "y")
     def same_ids(text: str) -> None:
         if not any(literal in text for literal in ("<s>", "</s>", "<unk>")):
             assert llama.encode(text, bos=False) == oracle.encode(text)
 
-    @settings(max_examples=400, derandomize=True)
+    @examples(400, derandomize=True)
     @given(st.lists(st.one_of(st.integers(3, 258), st.integers(259, 31999)), max_size=12))
     @example([243, 162, 155, 450])
     def same_text(ids: list[int]) -> None:
@@ -269,7 +270,7 @@ def test_save_and_load_agree(trained: Tokenizer, tmp_path: Path) -> None:
     assert backend.decode(loaded.encode(text)) == text
 
 
-@settings(max_examples=300, derandomize=True)
+@examples(300, derandomize=True)
 @given(text=st.text(max_size=40))
 @example(text="  two  spaces \n\n")
 @example(text="▁")
@@ -307,7 +308,7 @@ def _reference_decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     return text
 
 
-@settings(max_examples=500, derandomize=True)
+@examples(500, derandomize=True)
 @given(
     ids=st.lists(
         st.one_of(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 import llava_lite
 from helpers.dymu import named, slow_attention
+from helpers.examples import examples
 from helpers.models import ROOT, TINY_CONFIG, TINY_VISION, random_llava
 from helpers.thresholds_command import parse
 from llava_lite import CheckpointError, DToMe, ImageError, Reduction, ToMe, read_thresholds
@@ -434,7 +435,7 @@ def small_tower(seed: int, num_layers: int = 3, image_size: int = 112) -> Vision
     return random_llava(replace(TINY_CONFIG, vision=vision), seed, torch.float64).vision
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(
     seed=st.integers(0, 10**6),
     batch=st.integers(1, 4),
