@@ -534,6 +534,15 @@ def test_what_is_prepared_is_made_anew_untimed_and_let_go_of() -> None:
     assert {name: len(values) for name, values in seconds.items()} == {"plain": 2, "prepared": 2}
 
 
+def test_runs_take_turns_and_the_first_round_does_not_count() -> None:
+    calls: list[str] = []
+    runs = {name: partial(calls.append, name) for name in ("full", "merged")}
+    seconds = time_in_turns(runs, 2, "cpu", hidden=True)
+    assert calls == ["full", "merged"] * 3
+    assert {key: len(values) for key, values in seconds.items()} == dict.fromkeys(runs, 2)
+    assert hardware.quartiles([3.0]) == (3.0, 3.0)
+
+
 def test_memory_of_this_process() -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("this system has no /proc")
