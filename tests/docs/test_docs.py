@@ -13,6 +13,7 @@ import llava_lite
 from helpers.models import ROOT, load_tool
 from helpers.pages import (
     PAGES,
+    TEXTS,
     count_words,
     find_anchors,
     find_blocks,
@@ -84,7 +85,7 @@ def test_blocks_have_known_marks(page: str) -> None:
     assert {block.language for block in blocks} <= {"bash", "python", "text", ""}
 
 
-@pytest.mark.parametrize("page", [*PAGES, "SECURITY.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", [*PAGES, *TEXTS])
 def test_links_have_targets(page: str) -> None:
     for link in find_links(page):
         if re.match(r"https?://", link):
@@ -101,7 +102,7 @@ def exists(name: str) -> bool:
     return any((ROOT / folder / name).exists() for folder in (".", "llava_lite"))
 
 
-@pytest.mark.parametrize("page", [*PAGES, "SECURITY.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", [*PAGES, *TEXTS])
 def test_named_files_exist(page: str) -> None:
     """`llava_lite/tome.py`, `inputs/images.py`, `tome.py` and `evaluation/` are there.
     `NAME.py` stands for any file."""
@@ -167,7 +168,7 @@ def test_commands_are_found() -> None:
     assert commands_in("llava-lite serve --port 8099 &") == [["serve", "--port", "8099"]]
 
 
-@pytest.mark.parametrize("page", [*PAGES, "SECURITY.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", [*PAGES, *TEXTS])
 def test_named_flags_exist(page: str) -> None:
     known = options_of(build_parser()) | options_of_tools() | FOREIGN_FLAGS | {"--data-file"}
     found = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", read_page(page)))
@@ -191,7 +192,7 @@ def test_readme_shows_the_whole_package() -> None:
 
 def test_sentences_are_short() -> None:
     """Half of all sentences have at most 18 words, and no sentence has more than 40."""
-    counted = [entry for page in PAGES for entry in count_words(page)]
+    counted = [entry for page in (*PAGES, *TEXTS) for entry in count_words(page)]
     assert len(counted) > 500
     assert statistics.median(number for number, _ in counted) <= 18
     assert [entry for entry in counted if entry[0] > 40] == []

@@ -1,5 +1,6 @@
 """The pages of the documentation: their blocks, links, names and sentences."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ PAGES = (
     "weights/README.md",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
 )
+
+# Pages without blocks that a reader runs.
+TEXTS = ("SECURITY.md", "CHANGELOG.md", "docs/tour.ipynb")
 
 _BLOCK = re.compile(r"^```(\w*)(?: needs=(\S*))?[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -27,7 +31,12 @@ class Block:
 
 
 def read_page(page: str) -> str:
-    return (ROOT / page).read_text(encoding="utf-8")
+    """The Markdown of a page, or of the text cells of a notebook."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if not page.endswith(".ipynb"):
+        return text
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells)
 
 
 def find_blocks(page: str) -> list[Block]:
