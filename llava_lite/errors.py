@@ -5,8 +5,13 @@ class LlavaLiteError(Exception):
     """Base of every error that llava_lite raises on purpose."""
 
 
-def reason_of(error: BaseException | str | None) -> str:
-    """What an error says, in one line; its kind if it says nothing."""
+def one_line(error: BaseException | str | None) -> str:
+    """The first line of an error's message, without error numbers; its type if it has no message.
+
+    Libraries put details below the first line, torch a whole C++ traceback."""
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return f"{place}{error.strerror}"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -37,11 +42,3 @@ class CheckpointError(LlavaLiteError):
 
 class EvaluationError(LlavaLiteError):
     """A data set for evaluation cannot be used. Names the file and the line or the item."""
-
-
-def one_line(error: Exception | str) -> str:
-    """The error in one line, without error numbers."""
-    if isinstance(error, OSError) and error.strerror:
-        place = f"{error.filename}: " if error.filename is not None else ""
-        return f"{place}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__

@@ -5,28 +5,25 @@
     python tools/benchmark.py --size tiny --repeat 2
     python tools/benchmark.py --device cuda --json figures.json     # everything, twice
 
-`all`, which is the default on a GPU, is `llava-lite bench` with random weights of all layers,
-whatever of it there is here: int4 weights, too, where the device has an operator for them, and
-transformers where it is installed. On a GPU a second run follows with compiled steps (`--compile`),
-its figures in `figures-compiled.json`.
+`all`, the default on a GPU, is `llava-lite bench` with random weights of all layers. It includes
+int4 weights if the device has an operator for them, and transformers if it is installed. On a GPU a
+second run uses compiled steps (`--compile`) and writes `figures-compiled.json`.
 
-`reduction` measures what each kind of token reduction saves: the vision tower, the decoder's
-prefill of one image prompt (35 words, image, 29 words; 640 positions without reduction), one
-decoded token, and the bytes of the KV cache. Weights are random: speed does not depend on their
-values. All settings take turns within every round, so that a slow moment of the machine hits all of
-them; figures are medians over the rounds, ratios those of medians to the same without reduction.
+`reduction` measures what each kind of token reduction saves, with the cases of `llava-lite bench`:
+the vision tower, the prefill of a prompt with one image, one decoded token, and the bytes of the KV
+cache. Weights are random: speed does not depend on their values. Figures are medians over the
+rounds, and ratios to the same part without reduction.
 
-The decoder has few layers to fit anywhere; the times of one full and one pruned layer, taken from
-the same rounds, are extrapolated to all layers of the model. The table goes to stdout, progress to
-stderr.
+Four decoder layers fit anywhere. The times of the full and the pruned layers, from the same rounds,
+are extrapolated to all layers of the model. The table goes to stdout, progress to stderr.
 """
 
 import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,32 +32,22 @@ from typing import Any
 
 import torch
 
-from llava_lite.bench.machine import quartiles, time_in_turns
-from llava_lite.bench.report import FEWEST_ROUNDS, check_output
-from llava_lite.bench.run import BenchError, random_model
-from llava_lite.cache import KVCache
+from llava_lite.bench.cases import OURS, Contender, Work, prompt_cases, random_pixels, walk_all
+from llava_lite.bench.machine import Run, quartiles, time_in_turns
+from llava_lite.bench.report import FEWEST_ROUNDS, Row, check_output
+from llava_lite.bench.run import BenchError, Settings, open_model
 from llava_lite.cli import program as cli
 from llava_lite.cli.arguments import positive
-from llava_lite.config import LLAVA_1_5_7B, TINY, LlavaConfig
+from llava_lite.config import LLAVA_1_5_7B
 from llava_lite.fast.device import machine, pick_device
 from llava_lite.fast.quantize import check_operator
-from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage, Llava
-from llava_lite.reduction import NO_REDUCTION, REDUCTIONS, Reduction, ToMe
+from llava_lite.generation.model import Model
+from llava_lite.reduction import REDUCTIONS, ToMe
 
-RunKey = tuple[str, str]  # part, setting
-
-WORDS_BEFORE, WORDS_AFTER = 35, 29
-DECODED = 8  # tokens per timing
-SIZES = {"7b": LLAVA_1_5_7B, "tiny": TINY}
-DECODER_SETTINGS = [name for name, reduction in REDUCTIONS.items() if name != "dymu-72"]
-TOWER_SETTINGS = {
-    "none": NO_REDUCTION,
-    "keep=288": Reduction(ToMe(keep=288)),
-    "keep=144": Reduction(ToMe(keep=144)),
-    "r=21": Reduction(ToMe(r=21)),
-    "keep=72": Reduction(ToMe(keep=72)),
-}
-# What the 7B model should reach on a CPU in bfloat16, as a share of the time without reduction.
+TITLES = {"tower": "vision tower", "prefill": "decoder prefill", "decode": "one decoded token"}
+MERGES = {"keep=288": ToMe(keep=288), "keep=144": ToMe(keep=144), "r=21": ToMe(r=21)}
+MERGES |= {"keep=72": ToMe(keep=72)}  # of the tower
+# The share of the time without reduction that the 7B model should reach in bfloat16 on a CPU.
 BOUNDS = {
     ("prefill", "tome-72-logical"): 0.28,
     ("prefill", "hybrid-72-36"): 0.25,
@@ -70,8 +57,8 @@ BOUNDS = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """One setting of one part: median seconds, quartiles, ratio to no reduction, the bound on that
-    (None: there is none), tokens that the decoder gets, and the cache's bytes if there is one."""
+    """One setting of one part: median seconds, quartiles, ratio to no reduction, the bound on the
+    ratio (None: no bound), the decoder's image tokens, and the bytes of the cache."""
 
     part: str
     setting: str
@@ -87,93 +74,56 @@ class Measurement:
         """PASS or SHORT beside a bound."""
         if self.bound is None:
             return ""
-        return f"{'PASS' if self.ratio <= self.bound else 'SHORT'} (at most {self.bound:.2f})"
+        verdict = Row("", self.ratio, self.bound, at_least=False).verdict
+        return f"{verdict} (at most {self.bound:.2f})"
 
 
 # ---- token reduction ---------------------------------------------------------------------------
 
 
-def prompt_ids(config: LlavaConfig) -> list[int]:
-    """Any words, with the image between them."""
-    words = [3 + n % (config.text.vocab_size - 3) for n in range(WORDS_BEFORE + WORDS_AFTER)]
-    return words[:WORDS_BEFORE] + [IMAGE_TOKEN_ID] + words[WORDS_BEFORE:]
-
-
-def prefill(
-    model: Llava, input_ids: list[int], image: EncodedImage, reduction: Reduction
-) -> tuple[KVCache, int]:
-    """One prompt whose image is encoded already: the cache, and the next position."""
-    rows, layout = model.splice(input_ids, [image], positions=reduction.positions)
-    _, [cache], _ = model([rows], [layout], [None], [reduction.fastv])
-    return cache, layout.next_position
-
-
-def decode(model: Llava, cache: KVCache, position: int) -> None:
-    """A few tokens after a prompt."""
-    token = torch.tensor([5], device=model.device)
-    for step in range(DECODED):
-        _, cache = model.decode(token, position + step, cache)
-
-
 def measure_reduction(
-    model: Llava, repeat: int, device: str, judged: bool
+    model: Model, repeat: int, judged: bool
 ) -> tuple[list[Measurement], dict[str, float]]:
-    """All settings, with their bounds where these hold, and the prefill ratios extrapolated to all
-    layers of the model."""
-    vision = model.config.vision
-    shape = (1, 3, vision.image_size, vision.image_size)
-    pixels = torch.randn(shape, device=device, dtype=model.dtype)
-    input_ids = prompt_ids(model.config)
-    images = {name: model.encode_image(pixels, REDUCTIONS[name])[0] for name in DECODER_SETTINGS}
-    prefills = {
-        name: partial(prefill, model, input_ids, image, REDUCTIONS[name])
-        for name, image in images.items()
-    }
-    caches = {name: run() for name, run in prefills.items()}
-    timer = LayerTimer(model, device)
-    runs: dict[RunKey, Callable[[], Any]] = {}
-    for name, reduction in TOWER_SETTINGS.items():
-        steps = reduction.merge.steps(vision) if reduction.merge else None
-        runs["tower", name] = partial(model.vision, pixels, steps)
-    for name, run in prefills.items():
-        runs["prefill", name] = partial(timer.watch, name, run)
-    for name, cache in caches.items():
-        runs["decode", name] = partial(decode, model, *cache)
+    """Every setting, and the prefill ratios extrapolated to all layers. judged: bounds hold."""
+    llava, device = model.llava, str(model.llava.device)
+    work = Work.of(llava)
+    pixels = random_pixels(work, llava.device)
+    timer = LayerTimer(llava.decoder.layers, device)
+    walks, _ = walk_all(model, [name for name in REDUCTIONS if name != "dymu-72"])
+    runs: dict[tuple[str, str], Run] = {("tower", "none"): partial(llava.vision, pixels)}
+    for name, merge in MERGES.items():
+        runs["tower", name] = partial(llava.vision, pixels, merge.steps(llava.config.vision))
+    cases = {}
+    for part in ("prefill", "decode"):
+        for name, walked in walks.items():
+            made = prompt_cases(Contender(OURS, model, work), model, name, walked)
+            [case] = [case for case in made if case.part == part]
+            cases[part, name] = case
+            runs[part, name] = case.run
+            if part == "prefill":
+                runs[part, name] = partial(
+                    timer.watch, name, partial(model.advance, [walked.state])
+                )
     seconds = time_in_turns(runs, repeat, device)
+    rows = []
+    for (part, name), rounds in seconds.items():
+        found = cases.get((part, name))
+        values = [value / (found.steps if found else 1) for value in rounds]
+        ratio = statistics.median(rounds) / statistics.median(seconds[part, "none"])
+        counts = (found.image_tokens, found.kv_bytes) if found else ()
+        bound = BOUNDS.get((part, name)) if judged else None
+        median = statistics.median(values)
+        rows.append(Measurement(part, name, median, quartiles(values), ratio, bound, *counts))
     layers = {name: rounds[1:] for name, rounds in timer.seconds().items()}  # as time_in_turns
-    rows = [
-        measurement(key, seconds, images.get(key[1]), caches.get(key[1], (None, 0))[0], judged)
-        for key in seconds
-    ]
     return rows, extrapolate(layers)
 
 
-def measurement(
-    key: RunKey,
-    seconds: dict[RunKey, list[float]],
-    image: EncodedImage | None,
-    cache: KVCache | None,
-    judged: bool,
-) -> Measurement:
-    """One line of the table, from the seconds of all runs, the image and the cache of this one."""
-    part, name = key
-    calls = DECODED if part == "decode" else 1
-    values = [value / calls for value in seconds[key]]
-    median = statistics.median(values)
-    ratio = median / (statistics.median(seconds[part, "none"]) / calls)
-    counts: tuple[int | None, int | None] = (None, None)
-    if part != "tower" and image is not None and cache is not None:
-        counts = len(image.image_embeds), sum(k.nbytes + v.nbytes for k, v in cache)
-    bound = BOUNDS.get(key) if judged else None
-    return Measurement(part, name, median, quartiles(values), ratio, bound, *counts)
-
-
 class LayerTimer:
-    """Notes when each decoder layer of a watched forward starts and ends. On a GPU these are events
-    in its queue: to wait for every layer would slow down what is measured."""
+    """Marks the start and end of each decoder layer in watched forwards. On a GPU the marks are
+    events in its queue: to wait for every layer would slow down the run."""
 
-    def __init__(self, model: Llava, device: str) -> None:
-        self.layers, self.on_gpu = model.decoder.layers, device.startswith("cuda")
+    def __init__(self, layers: Sequence[torch.nn.Module], device: str) -> None:
+        self.layers, self.on_gpu = layers, device.startswith("cuda")
         self.marks: list[Any] = []
         self.rounds: dict[str, list[list[Any]]] = {}
 
@@ -181,34 +131,32 @@ class LayerTimer:
         if self.on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(perf_counter())
+        self.marks.append(event if self.on_gpu else perf_counter())
 
     def watch(self, name: str, run: Callable[[], Any]) -> None:
-        """One forward, to be found under `name`."""
+        """Run one forward and keep its marks under `name`."""
         self.marks = []
         hooks = [layer.register_forward_pre_hook(self.mark) for layer in self.layers]
         hooks += [layer.register_forward_hook(self.mark) for layer in self.layers]
         run()
-        for hook in hooks:  # nothing else is to be noted, nor slowed down
+        for hook in hooks:
             hook.remove()
         self.rounds.setdefault(name, []).append(self.marks)
 
     def seconds(self) -> dict[str, list[list[float]]]:
-        """By name, for each watched forward the seconds of every layer. The GPU must be idle."""
+        """By name: seconds of each layer in each watched forward. The GPU must be idle."""
         return {
-            name: [list(map(self.between, marks[::2], marks[1::2])) for marks in rounds]
+            name: [list(map(self.subtract, marks[::2], marks[1::2])) for marks in rounds]
             for name, rounds in self.rounds.items()
         }
 
-    def between(self, start: Any, stop: Any) -> float:
+    def subtract(self, start: Any, stop: Any) -> float:
         return start.elapsed_time(stop) / 1000 if self.on_gpu else stop - start
 
 
 def extrapolate(layers: dict[str, list[list[float]]]) -> dict[str, float]:
-    """Ratio of the decoder layers' time to no reduction, if the model had all of its layers: those
-    in front of the pruned one cost what the first ones do, the others what the last one does."""
+    """Ratio of the decoder's time to no reduction, for all layers of the model. Layers before the
+    pruned one cost as much as the first ones measured, the others as much as the last."""
     num_layers = LLAVA_1_5_7B.text.num_layers
     totals = {}
     for name, rounds in layers.items():
@@ -221,21 +169,13 @@ def extrapolate(layers: dict[str, list[list[float]]]) -> dict[str, float]:
     return {name: total / totals["none"] for name, total in totals.items()}
 
 
-# ---- output ------------------------------------------------------------------------------------
-
-
 def table(rows: list[Measurement], extrapolated: dict[str, float]) -> Iterator[str]:
-    """Lines for people."""
-    titles = {
-        "tower": "vision tower",
-        "prefill": "decoder prefill",
-        "decode": "one decoded token",
-    }
+    """The lines to print."""
     part = ""
     for row in rows:
         if row.part != part:
             part = row.part
-            yield f"\n{titles[part]:<20}{'ms':>9}{'quartiles':>17}{'ratio':>8}"
+            yield f"\n{TITLES[part]:<20}{'ms':>9}{'quartiles':>17}{'ratio':>8}"
         low, high = (1000 * value for value in row.quartiles)
         line = f"  {row.setting:<18}{1000 * row.seconds:>9.1f}{f'{low:.1f}-{high:.1f}':>17}"
         line += f"{row.ratio:>8.3f}"
@@ -246,51 +186,80 @@ def table(rows: list[Measurement], extrapolated: dict[str, float]) -> Iterator[s
         yield f"{line}   {row.verdict}".rstrip()
 
 
+def bench_reduction(args: argparse.Namespace) -> int:
+    """Measure, print and write; the exit code."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    settings = Settings(size=args.size, layers=args.layers, device=args.device, dtype=args.dtype)
+    with torch.inference_mode():
+        model = open_model(settings)
+        here = args.size, args.dtype, args.device
+        judged = here == ("7b", "bfloat16", "cpu") and args.repeat >= FEWEST_ROUNDS
+        rows, extrapolated = measure_reduction(model, args.repeat, judged)
+    facts = machine(args.device, torch.get_num_threads())
+    name = model.config.name
+    print(f"{name} widths, {args.layers} layers, {args.dtype}, medians of {args.repeat} on")
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    print("\n".join(table(rows, extrapolated)))
+    if args.json:
+        content = {
+            "machine": facts,
+            "settings": {"size": args.size, "layers": args.layers, "dtype": args.dtype},
+            "repeat": args.repeat,
+            "measurements": [{**asdict(row), "verdict": row.verdict} for row in rows],
+            "extrapolated_prefill_ratios": extrapolated,
+        }
+        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return int(args.strict and any(row.verdict.startswith("SHORT") for row in rows))
+
+
+# ---- everything --------------------------------------------------------------------------------
+
+
 def bench_everything(args: argparse.Namespace) -> int:
-    """`llava-lite bench`, on a GPU once more in compiled steps; its exit code."""
-    asked = bench_arguments(args)
+    """`llava-lite bench`, on a GPU a second time in compiled steps; the exit code."""
+    words = bench_arguments(args)
     output = ["-o", str(args.json)] if args.json else []
-    code = cli.main([*asked, *output])
+    code = cli.main([*words, *output])
     if code == 0 and args.device.startswith("cuda"):
         if args.json:
             output[1] = str(args.json.with_stem(f"{args.json.stem}-compiled"))
-        code = cli.main([*asked, "--compile", *output])
+        code = cli.main([*words, "--compile", *output])
     return code
 
 
 def bench_arguments(args: argparse.Namespace) -> list[str]:
-    """What `llava-lite bench` is asked for everything."""
-    asked = ["bench", "--size", args.size, "--device", args.device, "--dtype", args.dtype]
-    options = {"--layers": args.layers, "--threads": args.threads, "--repeat": args.repeat}
-    for name, value in options.items():
-        asked += [name, str(value)] if value is not None else []
-    asked += ["--strict"] if args.strict else []
+    """The command line of `llava-lite bench`, without the output."""
+    words = ["bench", "--strict"] if args.strict else ["bench"]
+    for name in ("size", "device", "dtype", "layers", "threads", "repeat"):
+        value = getattr(args, name)
+        words += [] if value is None else [f"--{name}", str(value)]
     if find_spec("transformers") is None:
         print("without transformers: it is not installed", file=sys.stderr)
     else:
-        asked += ["--against", "transformers"]
+        words += ["--against", "transformers"]
     try:
         check_operator("int4", torch.device(args.device), getattr(torch, args.dtype))
     except ValueError as error:
         print(f"without int4: {error}", file=sys.stderr)
     else:
-        asked += ["--quantize", "int4"]
-    return asked
+        words += ["--quantize", "int4"]
+    return words
 
 
 def main(argv: list[str] | None = None) -> int:
+    assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--what", choices=["reduction", "all"], help="default: all on a GPU, else reduction"
-    )
-    parser.add_argument("--size", choices=[*SIZES], default="7b", help="widths of the model")
-    parser.add_argument("--layers", type=positive, help="decoder layers (default: 4; of all: all)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=positive, help="CPU threads")
-    parser.add_argument("--repeat", type=positive, default=7, metavar="N", help="rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    parser.add_argument("--strict", action="store_true", help="exit code 1 where a bound is missed")
+    add = parser.add_argument
+    add("--what", choices=["reduction", "all"], help="default: all on a GPU, else reduction")
+    add("--size", choices=["7b", "tiny"], default="7b", help="widths of the model")
+    add("--layers", type=positive, help="decoder layers (default: 4; of all: all)")
+    add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    add("--device", default="cpu")
+    add("--threads", type=positive, help="CPU threads")
+    add("--repeat", type=positive, default=7, metavar="N", help="rounds")
+    add("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    add("--strict", action="store_true", help="exit code 1 where a bound is missed")
     args = parser.parse_args(argv)
     try:
         args.device = str(pick_device(args.device))
@@ -303,31 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     args.layers = 4 if args.layers is None else args.layers
     if args.layers < 4:
         parser.error("needs at least 4 layers, of which one is pruned")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    config = SIZES[args.size]
-    config = replace(config, text=replace(config.text, num_layers=args.layers))
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        model = random_model(config, getattr(torch, args.dtype), args.device)
-        here = args.size, args.dtype, args.device
-        judged = here == ("7b", "bfloat16", "cpu") and args.repeat >= FEWEST_ROUNDS
-        rows, extrapolated = measure_reduction(model, args.repeat, args.device, judged)
-    facts = machine(args.device, torch.get_num_threads())
-    print(f"{config.name} widths, {args.layers} layers, {args.dtype}, medians of {args.repeat} on")
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print("\n".join(table(rows, extrapolated)))
-    if args.json:
-        content = {
-            "machine": facts,
-            "settings": {"size": args.size, "layers": args.layers, "dtype": args.dtype},
-            "repeat": args.repeat,
-            "measurements": [{**asdict(row), "verdict": row.verdict} for row in rows],
-            "extrapolated_prefill_ratios": extrapolated,
-        }
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    short = any(row.bound is not None and row.ratio > row.bound for row in rows)
-    return int(args.strict and short)
+    return bench_reduction(args)
 
 
 if __name__ == "__main__":

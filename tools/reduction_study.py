@@ -55,9 +55,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import llava_lite
-from benchmark import machine, quartiles, time_in_turns
+from llava_lite.bench.machine import quartiles, time_in_turns
 from llava_lite.checkpoints.tensors import read_json
-from llava_lite.errors import LlavaLiteError, reason_of
+from llava_lite.errors import LlavaLiteError, one_line
 from llava_lite.evaluation.scenes.accuracy import (
     FAMILIES,
     FRESH_SEED,
@@ -72,6 +72,7 @@ from llava_lite.evaluation.scenes.accuracy import (
     overall,
 )
 from llava_lite.evaluation.scenes.world import draw_scene
+from llava_lite.fast.device import machine
 from llava_lite.fastv import Pruning, choose
 from llava_lite.generation.model import Model
 from llava_lite.inputs.pixels import pad_to_square
@@ -791,7 +792,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(every, chosen, args)
     except (LlavaLiteError, OSError, ValueError) as error:
-        raise SystemExit(f"{parser.prog}: error: {reason_of(error)}") from None
+        raise SystemExit(f"{parser.prog}: error: {one_line(error)}") from None
 
 
 def run(

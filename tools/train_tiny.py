@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from llava_lite.checkpoints.checkpoint import load_model, save_model
 from llava_lite.config import TINY
-from llava_lite.errors import LlavaLiteError, reason_of
+from llava_lite.errors import LlavaLiteError, one_line
 from llava_lite.evaluation.scenes.questions import questions
 from llava_lite.evaluation.scenes.world import Scene, sample_scene
 from llava_lite.inputs.tokenizer import Tokenizer, train_tokenizer
@@ -497,7 +497,7 @@ def main() -> None:
         for name in stages:
             STAGES[name](args)
     except (LlavaLiteError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: error: {reason_of(error)}") from None
+        raise SystemExit(f"{parser.prog}: error: {one_line(error)}") from None
 
 
 if __name__ == "__main__":

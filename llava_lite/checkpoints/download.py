@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llava_lite.checkpoints.opening import find_local
 from llava_lite.checkpoints.tensors import read_json, read_tensors, weight_files
-from llava_lite.errors import CheckpointError
+from llava_lite.errors import CheckpointError, one_line
 
 # Besides the weights: configs, indexes, tokenizer, small LoRA and projector files.
 SIDE_FILES = (
@@ -65,7 +65,7 @@ def plan_download(repo_id: str, revision: str | None = None, timeout: float = 10
     try:
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
     except Exception as error:  # network, authentication and hub errors share no base class
-        raise CheckpointError(f"{repo_id}: the hub gives no answer: {first_line(error)}") from error
+        raise CheckpointError(f"{repo_id}: the hub gives no answer: {one_line(error)}") from error
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
     files = wanted_files(list(sizes))
     known = [size for name in files if (size := sizes[name]) is not None]
@@ -128,7 +128,7 @@ def fetch(plan: Plan, destination: str | Path | None) -> Path:
             local_dir=destination,
         )
     except Exception as error:  # network, disk and hub errors share no base class
-        raise CheckpointError(f"{plan.repo_id}: download failed: {first_line(error)}") from error
+        raise CheckpointError(f"{plan.repo_id}: download failed: {one_line(error)}") from error
     return Path(folder)
 
 
@@ -207,7 +207,3 @@ def not_here(name: str, folder: Path | None, revision: str | None, offline: bool
     if folder is not None:
         how += "; or give a tower's folder as vision_tower (--vision-tower)"
     return f"not on this disk; it would fetch {what}: ask for it with {how}"
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -25,7 +25,7 @@ from llava_lite.checkpoints.tensors import (
     read_tensors,
 )
 from llava_lite.config import LlavaConfig
-from llava_lite.errors import CheckpointError
+from llava_lite.errors import CheckpointError, one_line
 
 # ---- what a source holds -------------------------------------------------------------------------
 
@@ -245,8 +245,8 @@ def check_entries(
     try:
         expected = expected_shapes(config)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{where}: no model has the config's sizes: {reason}") from error
+        message = f"{where}: no model has the config's sizes: {one_line(error)}"
+        raise CheckpointError(message) from error
     unused = {name: e for name, e in entries.items() if is_unused(name, config.vision)}
     unexpected = [name for name in entries if name not in expected and name not in unused]
     if unexpected:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llava_lite.errors import reason_of
+from llava_lite.errors import one_line
 from llava_lite.evaluation.engine import Engine, Outcome, select_shard
 from llava_lite.evaluation.predictions import FILE_NAME, PredictionsWriter
 from llava_lite.evaluation.suite import Sample
@@ -144,7 +144,7 @@ def record_of(outcome: Outcome, peak: int | None) -> JsonObject:
     }
     answer, name = outcome.answer, outcome.sample.id
     if answer is None:
-        failed = {"error": reason_of(outcome.error), "finish_reason": "error", "usage": {}}
+        failed = {"error": one_line(outcome.error), "finish_reason": "error", "usage": {}}
         return {"id": name, **failed, **about}
     answered = {"answer": str(answer), "finish_reason": answer.finish_reason, "usage": answer.usage}
     return {"id": name, **answered, **about}

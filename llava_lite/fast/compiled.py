@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llava_lite.cache import KVCache, LayerCache, StaticCache
-from llava_lite.errors import LlavaLiteError
+from llava_lite.errors import LlavaLiteError, one_line
 from llava_lite.generation.model import Model
 from llava_lite.generation.state import State
 from llava_lite.layout import Layout
@@ -260,8 +260,8 @@ class StaticDecoder:
         try:
             return step.run()
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().split("\n")[0]
-            raise CompileError(f"torch cannot compile the decode step here: {reason}") from error
+            message = f"torch cannot compile the decode step here: {one_line(error)}"
+            raise CompileError(message) from error
 
     def make_step(self, table: Tensor, capacity: int) -> Step:
         """The step for so many slots and positions, with this as its first table."""

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llava_lite.errors import one_line
 from llava_lite.llava import Llava
 
 if TYPE_CHECKING:
@@ -516,8 +517,7 @@ def check_operator(method: str, device: torch.device, dtype: torch.dtype) -> Non
         layer, expected = kind(parts), rows.float() @ kind.restore(parts).T
         results = {"the packed operator": layer(rows[:1]), "writing weights out": layer(rows)}
     except (RuntimeError, AttributeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{here}: {reason}") from error
+        raise ValueError(f"{here}: {one_line(error)}") from error
     for way, result in results.items():
         off = float((result - expected[: len(result)]).abs().amax() / expected.abs().amax())
         if not off <= TOLERANCE:

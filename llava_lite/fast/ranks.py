@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from llava_lite.errors import LlavaLiteError
+from llava_lite.errors import LlavaLiteError, one_line
 
 Result = TypeVar("Result")
 
@@ -57,8 +57,8 @@ def exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's and nccl's own
-        reason = str(error).strip().split("\n")[0]
-        raise RankError(f"another rank has ended, or cannot be reached: {reason}") from error
+        message = f"another rank has ended, or cannot be reached: {one_line(error)}"
+        raise RankError(message) from error
 
 
 @cache

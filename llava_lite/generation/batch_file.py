@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from llava_lite.errors import LlavaLiteError, reason_of
+from llava_lite.errors import LlavaLiteError, one_line
 from llava_lite.generation.failures import together_or_alone
 from llava_lite.saving import JsonObject, lines_of, lock, parse_object
 
@@ -73,7 +73,7 @@ class Row:
 
     def failed(self, error: BaseException) -> JsonObject:
         """Its output line when there is no answer."""
-        return {**self.asked(), "error": reason_of(error), "finish_reason": "error", "usage": {}}
+        return {**self.asked(), "error": one_line(error), "finish_reason": "error", "usage": {}}
 
 
 # ---- input -------------------------------------------------------------------------------------

@@ -6,13 +6,19 @@ that is left behind.
 
 import weakref
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llava_lite.generation.answer import Answer
 from llava_lite.generation.sampling import GenerationOptions
-from llava_lite.generation.state import NO_TOKENS, Request, State, TokenCounts, as_list
-from llava_lite.inputs.prompt import build_prompt, next_turn_text, place_images
+from llava_lite.generation.state import (
+    NEW_STATE,
+    NO_TOKENS,
+    Request,
+    State,
+    TokenCounts,
+    as_list,
+)
 
 if TYPE_CHECKING:
     from llava_lite.generation.loop import Loop
@@ -63,26 +69,12 @@ class Chat:
         self.close_stream()
         with self.model.checking():
             images = as_list(image) if self.log.turns else self.images + as_list(image)
-            input_ids = self.new_ids(text, len(images))
-            request = self.model.continuation(
-                self.log.state, input_ids, images, self.options, self.log.counts
+            request = self.model.request(
+                images, text, self.options, state=self.log.state, counts=self.log.counts
             )
-        pieces = self.answer(text, input_ids, request)
+        pieces = self.answer(text, request)
         self.open_stream = weakref.ref(pieces)
         return pieces
-
-    def new_ids(self, text: str, num_images: int) -> tuple[int, ...]:
-        """The ids that a message with so many images adds to the conversation."""
-        template, tokenizer = (
-            self.options.template or self.model.config.template,
-            self.model.tokenizer,
-        )
-        message = place_images(text, num_images, template)
-        if self.log.turns:
-            turn = next_turn_text(template, message)
-            return tuple(tokenizer.encode_prompt(turn, after="text"))
-        prompt = build_prompt(template, [(message, None)], self.options.system)
-        return tuple(tokenizer.encode_prompt(prompt))
 
     def close_stream(self) -> None:
         """Close a stream that somebody left open."""
@@ -90,10 +82,9 @@ class Chat:
         if pieces is not None:
             pieces.close()
 
-    def answer(
-        self, text: str, input_ids: tuple[int, ...], request: Request
-    ) -> Generator[str, None, Answer]:
+    def answer(self, text: str, request: Request) -> Generator[str, None, Answer]:
         """Run one turn and, however it ends, keep what was answered."""
+        new_ids = request.state.pending_ids[len(self.log.state.pending_ids) :]
         row = None
         try:
             for _, row in self.model.run([request], self.options):
@@ -107,7 +98,7 @@ class Chat:
                 self.log = ChatLog(
                     self.log.turns + ((text, row.text.text),),
                     row.state,
-                    self.log.input_ids + input_ids + row.state.answer_ids,
+                    self.log.input_ids + new_ids + row.state.answer_ids,
                     row.counts,
                 )
 
@@ -117,6 +108,6 @@ class ChatLog:
     """A chat between two turns. Replaced as a whole, so that no interrupt leaves half a turn."""
 
     turns: tuple[tuple[str, str], ...] = ()
-    state: State = field(default_factory=State)
+    state: State = NEW_STATE
     input_ids: tuple[int, ...] = ()
     counts: TokenCounts = NO_TOKENS

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llava_lite.config import LlavaConfig
-from llava_lite.errors import CheckpointError, ContextError, ImageError, PromptError
+from llava_lite.errors import CheckpointError, ContextError, ImageError
 from llava_lite.generation.answer import AnswerText
 from llava_lite.generation.prefix import Prefix
 from llava_lite.generation.sampling import (
@@ -27,13 +27,19 @@ from llava_lite.generation.sampling import (
     checked_integer,
     sample,
 )
-from llava_lite.generation.state import NO_TOKENS, Request, Row, State, TokenCounts
+from llava_lite.generation.state import NEW_STATE, NO_TOKENS, Request, Row, State, TokenCounts
 from llava_lite.generation.trace import Trace, trace_prompt
 from llava_lite.inputs.images import load_image
 from llava_lite.inputs.pixels import preprocess
-from llava_lite.inputs.prompt import build_prompt, place_images
-from llava_lite.inputs.tokenizer import StreamDecoder, Tokenizer
-from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage, Llava
+from llava_lite.inputs.prompt import (
+    Turn,
+    build_prompt,
+    check_images,
+    next_turn_text,
+    place_images,
+)
+from llava_lite.inputs.tokenizer import After, StreamDecoder, Tokenizer
+from llava_lite.llava import EncodedImage, Llava
 from llava_lite.reduction import NO_REDUCTION, DToMe, Reduction
 
 DEFAULT_BATCH_SIZE = 8
@@ -64,51 +70,67 @@ class Loop:
         share a model, all have to hear what one of them finds (tensor_parallel.py)."""
         return nullcontext()
 
-    def request(self, images: Sequence[Any], prompt: str, options: GenerationOptions) -> Request:
-        """Build the prompt's ids, check them against the context and the reduction against the
-        model. Raises as `continuation`."""
-        template = options.template or self.config.template
-        turns = [(place_images(prompt, len(images), template), None)]
-        text = build_prompt(template, turns, options.system)
-        return self.continuation(
-            State(), tuple(self.tokenizer.encode_prompt(text)), images, options
-        )
-
-    def continuation(
+    def request(
         self,
-        state: State,
-        input_ids: tuple[int, ...],
         images: Sequence[Any],
+        prompt: str | Sequence[Turn],
         options: GenerationOptions,
+        *,
+        system: str | None = None,
+        state: State = NEW_STATE,
         counts: TokenCounts = NO_TOKENS,
     ) -> Request:
-        """`input_ids` after what `state` holds (nothing, or a chat so far, which has the tokens of
-        `counts`). Raises PromptError, ContextError, and ValueError for a reduction that the model
-        or its images do not allow."""
-        slots = input_ids.count(IMAGE_TOKEN_ID)
-        if slots != len(images):
-            raise PromptError.of_counts(slots, len(images))
+        """Write a prompt and check it: its `<image>` markers, its reduction, its length.
+
+        prompt: one question, which gets its images in front unless it has markers, or the turns of
+        a conversation with markers. system: replaces `options.system` for this prompt alone; its
+        keys and values are not shared with later calls (prefix.py). state, counts: a chat so far
+        and its tokens; the question is the chat's next message. Raises PromptError, ContextError,
+        and ValueError for a reduction that the model or the images do not allow."""
+        template = options.template or self.config.template
+        if isinstance(prompt, str):
+            prompt = [(place_images(prompt, len(images), template), None)]
+        if state.next_position:
+            [(question, _)] = prompt
+            text = next_turn_text(template, question)
+        else:
+            text = build_prompt(template, prompt, options.system if system is None else system)
+        check_images(text, len(images))
+        after: After | None = "text" if state.next_position else None
+        new_ids = tuple(self.tokenizer.encode_prompt(text, after=after))
         reduction = self.reduction_for(images, options.reduction, state.reduction)
-        pending_ids = state.pending_ids + input_ids
-        new_positions = sum(self.num_positions(image, reduction) for image in images)
-        image_positions = counts.positions + new_positions
-        length = state.next_position + len(pending_ids) - slots + new_positions
+        state = replace(
+            state, pending_ids=state.pending_ids + new_ids, reduction=reduction, answer_ids=()
+        )
+        image_positions = sum(self.num_positions(image, reduction) for image in images)
+        length = state.next_position + len(state.pending_ids) - len(images) + image_positions
+        image_positions += counts.positions
         counts = replace(counts, prompt=length - image_positions)
-        limit, wanted = self.config.text.max_positions, options.max_new_tokens
-        if wanted is None:
-            wanted = max(1, min(DEFAULT_MAX_NEW_TOKENS, limit - length))
-        if length + wanted > limit:
+        max_new_tokens = self.fit_answer(options.max_new_tokens, counts.prompt, image_positions)
+        prefix = self.find_prefix(state, template, options)
+        return Request(state, tuple(images), counts, max_new_tokens, prefix)
+
+    def fit_answer(self, max_new_tokens: int | None, text: int, image_positions: int) -> int:
+        """The most tokens of an answer to `text` tokens and `image_positions`. None takes as many
+        as there is room for, up to 512. Raises ContextError."""
+        limit, length = self.config.text.max_positions, text + image_positions
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(DEFAULT_MAX_NEW_TOKENS, limit - length))
+        if length + max_new_tokens > limit:
             raise ContextError(
-                f"{counts.prompt} prompt tokens + {image_positions} image positions + {wanted} "
+                f"{text} prompt tokens + {image_positions} image positions + {max_new_tokens} "
                 f"new tokens exceed the context of {limit}"
             )
-        prefix: tuple[int, ...] = ()
-        if state.next_position == 0 and not options.trace:  # a trace shows the whole prompt
-            shared = self.prefix.ids(options.template or self.config.template, options.system)
-            if pending_ids[: len(shared)] == shared:
-                prefix = shared
-        state = replace(state, pending_ids=pending_ids, reduction=reduction, answer_ids=())
-        return Request(state, tuple(images), counts, wanted, prefix)
+        return max_new_tokens
+
+    def find_prefix(
+        self, state: State, template: str, options: GenerationOptions
+    ) -> tuple[int, ...]:
+        """The first ids of a new prompt whose keys and values are shared (prefix.py)."""
+        if state.next_position or options.trace:  # a trace shows the whole prompt
+            return ()
+        shared = self.prefix.ids(template, options.system)
+        return shared if state.pending_ids[: len(shared)] == shared else ()
 
     def reduction_for(
         self, images: Sequence[Any], wish: Reduction | str | None, before: Reduction = NO_REDUCTION

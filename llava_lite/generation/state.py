@@ -37,6 +37,9 @@ class State:
         return len(self.pending_ids) - len(self.images) + image_rows
 
 
+NEW_STATE = State()
+
+
 @dataclass(frozen=True)
 class TokenCounts:
     """Tokens in front of an answer: of text, patches of images, image tokens that these became for

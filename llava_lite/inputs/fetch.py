@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from llava_lite.errors import ImageError
+from llava_lite.errors import ImageError, one_line
 
 MAX_BYTES = 64 * 2**20
 MAX_REDIRECTS = 5
@@ -68,10 +68,6 @@ def describe(source: Any) -> str:
     return shorten(file_name) if isinstance(file_name, str) else f"<{type(source).__name__}>"
 
 
-def reason(error: Exception) -> str:
-    return shorten(str(error).strip() or type(error).__name__)
-
-
 def shorten(text: str, limit: int = 200) -> str:
     """One printable line: names and servers must not get control characters into a terminal."""
     text = "".join(character if character.isprintable() else "?" for character in text[: limit + 1])
@@ -95,7 +91,7 @@ def fetch(url: str, name: str, limits: Limits) -> bytes:
             response = _get(url, name, limits, deadline)
         except (OSError, http.client.HTTPException, ValueError) as error:
             _check_deadline(name, limits, deadline)
-            raise ImageError(f"{name}: cannot be fetched: {reason(error)}") from error
+            raise ImageError(f"{name}: cannot be fetched: {shorten(one_line(error))}") from error
         if isinstance(response, bytes):
             return response
         url = response.url

@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from llava_lite.errors import ImageError
-from llava_lite.inputs.fetch import MAX_BYTES, SCHEME, Limits, describe, fetch, reason
+from llava_lite.errors import ImageError, one_line
+from llava_lite.inputs.fetch import MAX_BYTES, SCHEME, Limits, describe, fetch, shorten
 
 # TIFF is left out: its decoder is by far the largest attack surface of the common formats.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -84,9 +84,9 @@ def load_image(
     except ImageError:
         raise
     except OSError as error:
-        raise ImageError(f"{name}: {error.strerror or reason(error)}") from error
+        raise ImageError(f"{name}: {error.strerror or shorten(one_line(error))}") from error
     except Exception as error:  # on damaged data PIL's parsers raise almost anything
-        raise ImageError(f"{name}: cannot be decoded: {reason(error)}") from error
+        raise ImageError(f"{name}: cannot be decoded: {shorten(one_line(error))}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

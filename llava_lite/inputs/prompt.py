@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from llava_lite.errors import PromptError
 
 IMAGE_MARKER = "<image>"
+Turn = tuple[str, str | None]  # a question and its answer; None: the answer is to be generated
 
 _SYSTEM = (
     "A chat between a curious {user} and an artificial intelligence assistant. "
@@ -61,7 +62,7 @@ def get_template(template: str | Template) -> Template:
 
 def build_prompt(
     template: str | Template,
-    turns: Sequence[tuple[str, str | None]],
+    turns: Sequence[Turn],
     system: str | None = None,
 ) -> str:
     """The prompt of a conversation given as (question, answer) pairs.
@@ -99,17 +100,20 @@ def next_turn_text(template: str | Template, question: str) -> str:
 
 
 def place_images(text: str, num_images: int, template: str | Template = DEFAULT_TEMPLATE) -> str:
-    """The question with one `<image>` marker per image.
+    """Put one `<image>` marker per image in front of a question that has no markers.
 
-    Without markers they go first, each followed by a newline (by nothing for "plain", whose
-    prompt is `<image>` alone); with as many markers as images the text stays as it is.
-    Raises PromptError naming both counts otherwise.
+    A newline follows each marker; the template "plain" has none, its prompt is `<image>` alone. A
+    question with markers stays as it is, and `check_images` compares the counts.
     """
     if num_images < 0:
         raise ValueError(f"num_images must be at least 0, got {num_images}")
-    markers = text.count(IMAGE_MARKER)
-    if markers == num_images:
+    if IMAGE_MARKER in text:
         return text
-    if markers:
-        raise PromptError.of_counts(markers, num_images)
     return (IMAGE_MARKER + get_template(template).image_end) * num_images + text
+
+
+def check_images(text: str, num_images: int) -> None:
+    """Raise PromptError unless a text has one `<image>` marker per image. Names both counts."""
+    markers = text.count(IMAGE_MARKER)
+    if markers != num_images:
+        raise PromptError.of_counts(markers, num_images)

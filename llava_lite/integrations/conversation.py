@@ -5,13 +5,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llava_lite.errors import PromptError
-from llava_lite.inputs.prompt import IMAGE_MARKER, build_prompt, get_template
+from llava_lite.inputs.prompt import IMAGE_MARKER, get_template
 
 if TYPE_CHECKING:
     from llava_lite.generation.answer import Answer
     from llava_lite.generation.model import Model
     from llava_lite.generation.sampling import GenerationOptions
-    from llava_lite.generation.state import Request
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,11 @@ def answer_conversations(
 ) -> list["Answer"]:
     """The answer to each conversation with its own options, in order. Those whose options differ
     in no more than the length and the system text run together. Raises as `Model.generate`."""
-    requests = [
-        request_of(model, one, own) for one, own in zip(conversations, options, strict=True)
-    ]
+    requests = []
+    for one, own in zip(conversations, options, strict=True):
+        if one.system is not None:
+            own = replace(own, system=one.system)
+        requests.append(model.request(one.images, one.turns, own))
     alike: dict[Any, list[int]] = {}
     for index, own in enumerate(options):
         key = (own.temperature, own.top_p, own.top_k, own.seed, own.stop_strings)
@@ -119,17 +120,3 @@ def answer_conversations(
             if row.finish_reason is not None:
                 answers[indices[at]] = row.answer()
     return [answers[index] for index in range(len(requests))]
-
-
-def request_of(
-    model: "Model", conversation: Conversation, options: "GenerationOptions"
-) -> "Request":
-    """The conversation as a request; its own system text goes before that of the options."""
-    from llava_lite.generation.state import State
-
-    if conversation.system is not None:
-        options = replace(options, system=conversation.system)
-    template = options.template or model.config.template
-    prompt = build_prompt(template, conversation.turns, options.system)
-    input_ids = tuple(model.tokenizer.encode_prompt(prompt))
-    return model.continuation(State(), input_ids, conversation.images, options)

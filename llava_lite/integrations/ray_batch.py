@@ -1,26 +1,25 @@
-"""Many machines, or many GPUs of one: a model in each of several Ray actors, fed by Ray Data.
+"""Run batches on Ray: several actors, on one machine or on many, each with a model.
 
     llava-lite batch questions.jsonl -o answers.jsonl --ray --ray-actors 4
-    ray.data.read_json("questions.jsonl").map_batches(Predictor, ...)     a pipeline of your own
+    ray.data.read_json("questions.jsonl").map_batches(Predictor, ...)     your own pipeline
 
-`map_blocks` is the core: blocks of anything picklable go to a pool of actors, and what each makes
-of them comes back in order. `run_batch` is `batch.run_batch` over it: same files, same rules. An
-evaluation over it is ray_eval.py.
-Actors open images themselves: paths must mean the same on every machine.
+`map_blocks` gives blocks of work to a pool of actors and yields the results in order. `run_batch`
+is `batch_file.run_batch` on top of it. ray_eval.py runs an evaluation on top of it.
+Actors open the images, so a path must mean the same on every machine.
 """
 
 import math
 import os
-import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llava_lite.errors import LlavaLiteError, reason_of
+from llava_lite.errors import LlavaLiteError, one_line
 from llava_lite.generation.batch_file import (
     Row,
     Summary,
@@ -36,32 +35,29 @@ if TYPE_CHECKING:
     from llava_lite.generation.answer import Answer
     from llava_lite.generation.model import Model
 
-Work = Callable[["Model", Any], Any]  # what an actor does with its model and one block
+Work = Callable[["Model", Any], Any]  # (the actor's model, a block) -> the block's result
 
-# A block may kill its actor: it then runs once more, and after that the run goes on without it. So
-# many blocks of Ray's may be lost before something is wrong with more than them.
+# Ray runs a block again, once, if the block's actor dies. If the second actor dies too, the block
+# is lost and the run goes on. More lost blocks than this mean that the actors are broken.
 MOST_LOST = 8
-# Twice for each of them, even if all were one actor's, and some for what others may do to it: an
-# actor that may not start again leaves Ray waiting. A model that kills it in loading ends the run.
+# A lost block costs two restarts, and one actor may lose all of them. A model that kills the actor
+# while loading uses up the restarts and so ends the run.
 MOST_RESTARTS = 2 * MOST_LOST + 8
-
-# Ray Data keeps some state per block: with more than this, several of ours share one of its.
-MOST_RAY_BLOCKS = 4096
 
 
 class RayError(LlavaLiteError):
-    """Ray is not there, has no room for the actors, or an actor failed."""
+    """Ray is not installed, has no room for the actors, or an actor failed."""
 
 
 class LostBlock(RayError):
-    """What stands for a block's result when its actors died with it."""
+    """The result of a block that killed its actor twice."""
 
     def __init__(self) -> None:
         super().__init__("the Ray actor that worked on it died, twice")
 
 
 class DyingActors(RayError):
-    """Actors die whatever they do."""
+    """Actors die, no matter which block they work on."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -72,10 +68,11 @@ class DyingActors(RayError):
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where actors run. address: of a Ray cluster ("auto" finds the one of this machine); None: one
-    that is started here and ends with the run. actors: how many, each with a model of its own
-    (None: one per GPU, or a single one on CPUs). cpus: of each actor, and its torch threads (None:
-    one beside a GPU, otherwise as many as all actors can have alike; each is on one node)."""
+    """Where actors run.
+
+    address: of a running Ray cluster ("auto" finds one on this machine); None starts a cluster
+    here, for this run only. actors: their number (None: one per GPU, or one if there is no GPU).
+    cpus: CPUs and torch threads of each actor (None: one beside a GPU, else an equal share)."""
 
     address: str | None = None
     actors: int | None = None
@@ -84,19 +81,19 @@ class Cluster:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What every actor gives to `llava_lite.load`."""
+    """The arguments of `llava_lite.load` in every actor."""
 
     name: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def everywhere(self) -> "ModelSource":
-        """With folders and files of here as absolute paths: actors may stand in another folder."""
-        paths = {name: path_of(self.options.get(name)) for name in ("base", "vision_tower")}
-        return ModelSource(path_of(self.name), {**self.options, **paths})
+        """The same source with absolute paths: an actor's working folder may differ."""
+        paths = {name: absolute_path(self.options.get(name)) for name in ("base", "vision_tower")}
+        return ModelSource(absolute_path(self.name), {**self.options, **paths})
 
 
-def path_of(name: Any) -> Any:
-    """The absolute path of what is there; anything else, such as a hub id, as it is."""
+def absolute_path(name: Any) -> Any:
+    """The absolute path of an existing file or folder; anything else (a hub id) unchanged."""
     is_path = isinstance(name, str | os.PathLike) and os.path.exists(name)
     return os.path.abspath(name) if is_path else name
 
@@ -110,10 +107,10 @@ class Predictor:
         ds.map_batches(Predictor, fn_constructor_kwargs={"model": "weights/llava-1.5-7b"},
                        compute=ray.data.ActorPoolStrategy(size=2), num_gpus=1, batch_size=16)
 
-    Columns: `prompt`, and if there are images `image` (path, URL, encoded bytes, array, or a list
-    of paths; None or NaN for text only). It adds `answer`, `finish_reason` and `error`: a row that
-    fails has an empty answer, "error" and the reason, and costs no other row. `model` and
-    `load_options` are those of `llava_lite.load`, `options` those of `Model.generate`."""
+    Reads the column `prompt` and, if present, `image`: a path, URL, encoded bytes, array, or list
+    of paths; None or NaN for text only. Adds `answer`, `finish_reason` and `error`. A row that
+    fails gets an empty answer, "error" and the reason; other rows are not affected. `model` and
+    `load_options` go to `llava_lite.load`, `options` to `Model.generate`."""
 
     def __init__(
         self,
@@ -129,19 +126,19 @@ class Predictor:
         """The batch with its answers."""
         prompts = [str(prompt) for prompt in batch["prompt"]]
         images = [images_of(cell) for cell in batch.get("image", [None] * len(prompts))]
-        found = answer_each(self.model, images, prompts, self.options)
+        answers = answer_each(self.model, images, prompts, self.options)
         return {
             **batch,
-            "answer": ["" if isinstance(one, BaseException) else str(one) for one in found],
-            "finish_reason": [getattr(one, "finish_reason", "error") for one in found],
-            "error": [reason_of(one) if isinstance(one, BaseException) else "" for one in found],
+            "answer": ["" if isinstance(one, BaseException) else str(one) for one in answers],
+            "finish_reason": [getattr(one, "finish_reason", "error") for one in answers],
+            "error": [one_line(one) if isinstance(one, BaseException) else "" for one in answers],
         }
 
 
 def images_of(cell: Any) -> list[Any]:
-    """The images in one cell of a column; Ray gives lists back as arrays of strings."""
+    """The images in one cell of a column. Ray turns a list into an array of strings."""
     if cell is None or (isinstance(cell, Real) and math.isnan(cell)):
-        return []  # a block of nothing but nulls comes as numbers
+        return []  # a block that holds only nulls arrives as numbers
     is_list = getattr(getattr(cell, "dtype", None), "kind", "") in ("O", "U", "S")
     return list(cell) if is_list or isinstance(cell, list | tuple) else [cell]
 
@@ -149,87 +146,80 @@ def images_of(cell: Any) -> list[Any]:
 def answer_each(
     model: "Model", images: Sequence[Any], prompts: Sequence[str], options: Mapping[str, Any]
 ) -> "list[Answer | BaseException]":
-    """Each prompt's answer, asked as one batch, or one by one if that fails; its error if it has
-    none. An image that is a function is called for it. Raises an accelerator's failure."""
+    """Each prompt's answer or error. Asks all prompts as one batch, and one by one if that fails.
+    An image that is a function is called. Raises an accelerator's failure."""
 
-    def answered(pairs: Sequence[tuple[Any, str]]) -> "list[Answer | BaseException]":
-        opened = [[image() if callable(image) else image for image in own] for own, _ in pairs]
+    def answer(pairs: Sequence[tuple[Any, str]]) -> "list[Answer | BaseException]":
+        opened = [[image() if callable(image) else image for image in some] for some, _ in pairs]
         texts = [text for _, text in pairs]
         return [*model.generate(opened, texts, batch_size=len(pairs), **options)]
 
     pairs = list(zip(images, prompts, strict=True))
-    return together_or_alone(pairs, answered, lambda _, error: error.with_traceback(None))
+    return together_or_alone(pairs, answer, lambda _, error: error.with_traceback(None))
 
 
 # ---- blocks of work ------------------------------------------------------------------------------
 
 
 def map_blocks(
-    blocks: Sequence[Any],
-    work: Work,
-    source: ModelSource,
-    cluster: Cluster,
-    in_flight: int = 2,
+    blocks: Sequence[Any], work: Work, source: ModelSource, cluster: Cluster
 ) -> Generator[Any, None, None]:
-    """`work(model, block)` of every block, each in some actor of the cluster, in the order of the
-    blocks, as soon as they come. An actor has `in_flight` blocks: one that it works on, others that
-    wait there already, and may be lost with it.
+    """Yield `work(model, block)` of every block, in order; a LostBlock for one that killed two
+    actors. Blocks, `work` and results are pickled with cloudpickle.
 
-    Blocks, `work` and what it returns travel between processes: they are pickled, lambdas and
-    functions included. An actor that dies is replaced and its blocks run again, once: then a
-    LostBlock stands for their results. Raises RayError where Ray is missing or too small, where a
-    model does not load and for what `work` raises; DyingActors for more than MOST_LOST."""
+    Raises RayError if Ray is missing or too small, a model does not load, or `work` raises, and
+    DyingActors for more than MOST_LOST lost blocks."""
     if not blocks:
         return
     import_ray()
-    checked_device(source)
-    with connected(cluster):
-        expected = 0
-        with closing(answered_rows(blocks, work, source, cluster, in_flight)) as rows:
-            for row in rows:
-                if row["failure"]:
-                    raise RayError(row["failure"])
-                yield from (LostBlock() for _ in range(expected, row["number"]))
-                yield unpickled(row["result"])
-                expected = row["number"] + 1
-        yield from (LostBlock() for _ in range(expected, len(blocks)))
+    check_device(source)
+    done: dict[int, Any] = {}
+    with connected(cluster), closing(finish_blocks(blocks, work, source, cluster)) as results:
+        for number in range(len(blocks)):
+            while number not in done:
+                finished, result = next(results)
+                done[finished] = result
+            result = done.pop(number)
+            if isinstance(result, RayError) and not isinstance(result, LostBlock):
+                raise result
+            yield result
 
 
-def answered_rows(
-    blocks: Sequence[Any], work: Work, source: ModelSource, cluster: Cluster, in_flight: int
-) -> Generator[dict[str, Any], None, None]:
-    """What `Actor` gives for every block that is not lost, in order. To be called in a cluster."""
-    import ray.data
-    from ray import cloudpickle
+def finish_blocks(
+    blocks: Sequence[Any], work: Work, source: ModelSource, cluster: Cluster
+) -> Generator[tuple[int, Any], None, None]:
+    """Yield (number, result) of each block as soon as an actor has it. Needs a connection.
 
-    size, cpus, gpus = pool(cluster, source)
-    ray_blocks = min(len(blocks), MOST_RAY_BLOCKS)
-    size = min(size, ray_blocks)  # more would load a model for nothing
-    items = [
-        {"number": number, "block": cloudpickle.dumps(block)} for number, block in enumerate(blocks)
-    ]
-    with ray_errors(), warnings.catch_warnings():
-        # Ray has no other way yet to say how often an actor and its tasks start again.
-        warnings.filterwarnings("ignore", message=".*ray_remote_args")
-        answered = ray.data.from_items(items, override_num_blocks=ray_blocks).map_batches(
-            Actor,
-            fn_constructor_args=(cloudpickle.dumps((work, source.everywhere())), cpus),
-            compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=in_flight),
-            batch_size=None,  # a whole Ray block, nothing is bundled
-            num_cpus=cpus,
-            num_gpus=gpus,
-            max_restarts=MOST_RESTARTS,
-            max_task_retries=1,
-        )
-    with ray_errors():
-        yield from answered.iter_rows()
+    An actor gets its first block when its model is loaded, so an actor without room in the cluster
+    delays no block. It has one block at a time, so its death loses no other block."""
+    import ray
 
-
-def unpickled(content: bytes) -> Any:
-    """What was pickled in an actor."""
-    from ray import cloudpickle
-
-    return cloudpickle.loads(content)
+    actors, cpus, gpus = pool(cluster, source)
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": MOST_RESTARTS}
+    start = ray.remote(Actor).options(**options, max_task_retries=1).remote
+    started = [start(work, source.everywhere(), cpus) for _ in range(min(actors, len(blocks)))]
+    tasks: dict[Any, tuple[Any, int]] = {actor.check.remote(): (actor, -1) for actor in started}
+    del started  # Ray ends an actor when its last handle is gone
+    todo, lost = deque(enumerate(blocks)), 0
+    while tasks:
+        [task], _ = ray.wait([*tasks])
+        actor, number = tasks.pop(task)
+        try:
+            result = ray.get(task)
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+            result, lost = LostBlock(), lost + 1
+            if number < 0 or lost > MOST_LOST:
+                raise DyingActors() from error
+        except ray.exceptions.RayError as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise RayError(f"Ray failed: {lines[-1]}") from error
+        if number < 0 and result is not None:
+            raise result  # no model
+        if todo:
+            following, block = todo.popleft()
+            tasks[actor.run.remote(block)] = actor, following
+        if number >= 0:
+            yield number, result
 
 
 def answer_blocks(
@@ -237,13 +227,15 @@ def answer_blocks(
     work: Work,
     source: ModelSource,
     cluster: Cluster,
-    failed: Callable[[Any, LostBlock], Any],
+    fail: Callable[[Any, LostBlock], Any],
 ) -> Generator[Any, None, None]:
-    """`map_blocks` for work that gives a list with a result for each item of a block. The items of
-    lost blocks are asked again at the end, each alone: what kills its actor even then gets
-    `failed(item, error)`, and costs no other item."""
+    """`map_blocks` for work that returns a list with one result per item of the block.
+
+    The items of lost blocks run again at the end, one at a time. An item that kills its actor even
+    then gets `fail(item, error)`; no other item is lost. Raises as `map_blocks`, and LostBlock for
+    a block without items."""
     lost: list[Any] = []
-    end: DyingActors | None = None
+    broken: DyingActors | None = None
     try:
         with closing(map_blocks(blocks, work, source, cluster)) as results:
             for block, result in zip(blocks, results, strict=True):
@@ -254,62 +246,59 @@ def answer_blocks(
                 else:
                     lost.extend(block)
     except DyingActors as error:
-        end = error  # once the lost are booked: else they would end every further run here, too
+        broken = error  # record the lost items first, or a resumed run would end here again
     alone = [[item] for item in lost]
-    with closing(map_blocks(alone, work, source, cluster, 1)) as results:
+    with closing(map_blocks(alone, work, source, cluster)) as results:
         for item, result in zip(lost, results, strict=True):
-            yield [failed(item, result)] if isinstance(result, LostBlock) else result
-    if end is not None:
-        raise end
+            yield [fail(item, result)] if isinstance(result, LostBlock) else result
+    if broken is not None:
+        raise broken
 
 
 class Actor:
-    """One model, and the work it does. What fails here comes back as a result: an error raised in
-    an actor is a page of Ray's own frames, and for one in its constructor Ray tries again."""
+    """A model in a process of Ray. Errors are returned as a RayError, not raised: Ray would add its
+    own frames, and would start the actor again after an error in `__init__`."""
 
-    def __init__(self, work_and_source: bytes, threads: int) -> None:
+    def __init__(self, work: Work, source: ModelSource, threads: int) -> None:
         import torch
-        from ray import cloudpickle
 
         from llava_lite.checkpoints.load import load
         from llava_lite.fast.allocator import keep_freed_memory
 
         keep_freed_memory()
         torch.set_num_threads(threads)
-        self.work, source = cloudpickle.loads(work_and_source)
-        self.error = ""
+        self.work = work
+        self.error: RayError | None = None
         try:
             self.model = load(source.name, **source.options)
         except Exception as error:
-            self.error = f"no model in a Ray actor: {described(error)}"
+            self.error = RayError(f"no model in a Ray actor: {describe_error(error)}")
 
-    def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        from ray import cloudpickle
+    def check(self) -> RayError | None:
+        """None once the model is loaded, or the reason why there is none."""
+        return self.error
 
-        for number, block in zip(batch["number"], batch["block"], strict=True):
-            result = None
-            if not self.error:
-                try:
-                    result = self.work(self.model, cloudpickle.loads(block))
-                except Exception as error:
-                    self.error = f"a Ray actor failed: {described(error)}"
-            yield {
-                "number": [int(number)],
-                "result": [cloudpickle.dumps(result)],
-                "failure": [self.error],
-            }
+    def run(self, block: Any) -> Any:
+        """The result of one block."""
+        try:
+            return self.error or self.work(self.model, block)
+        except Exception as error:
+            return RayError(f"a Ray actor failed: {describe_error(error)}")
 
 
-def described(error: Exception) -> str:
-    """What an error says; of one that is no user's also what it is."""
+def describe_error(error: Exception) -> str:
+    """The error's message, with its type unless the user caused the error."""
     is_users = isinstance(error, LlavaLiteError | ValueError | OSError)
-    return reason_of(error) if is_users else f"{type(error).__name__}: {reason_of(error)}"
+    return one_line(error) if is_users else f"{type(error).__name__}: {one_line(error)}"
+
+
+# ---- the cluster ---------------------------------------------------------------------------------
 
 
 def import_ray() -> Any:
-    """The module ray.data. Raises RayError where it is not installed."""
+    """The module ray. Raises RayError if it is not installed."""
     try:
-        import ray.data
+        import ray
     except ImportError as error:
         raise RayError("Ray is not installed: pip install 'llava-lite[ray]'") from error
     return ray
@@ -317,68 +306,30 @@ def import_ray() -> Any:
 
 @contextmanager
 def connected(cluster: Cluster) -> Iterator[None]:
-    """Connected to the cluster, quietly, with Ray Data keeping the order of its rows. A connection
-    that is there already is used and stays. Raises RayError where there is no such cluster."""
+    """Connect to the cluster, without Ray's log. Uses an existing connection, and keeps it open.
+    Raises RayError if there is no cluster at the address."""
     import logging
 
     ray = import_ray()
-    there = ray.is_initialized()
-    if not there:
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if cluster.address is None:
-            options |= {"address": "local", "include_dashboard": False}
-        else:
-            options["address"] = cluster.address
-        try:
-            ray.init(**options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            where = cluster.address or "here"
-            raise RayError(f"no Ray cluster at {where}: {reason_of(error)}") from error
-    context = ray.data.DataContext.get_current()
-    options_then = context.execution_options
-    before = context.enable_progress_bars, options_then.preserve_order, context.max_errored_blocks
-    context.enable_progress_bars, options_then.preserve_order = False, True
-    context.max_errored_blocks = MOST_LOST
-    logger = logging.getLogger("ray.data")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # errors come as ours, or stand in the output
+    if ray.is_initialized():
+        yield
+        return
+    options = {"address": cluster.address or "local", "log_to_driver": False}
+    options |= {} if cluster.address else {"include_dashboard": False}
+    try:
+        ray.init(**options, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise RayError(
+            f"no Ray cluster at {cluster.address or 'here'}: {one_line(error)}"
+        ) from error
     try:
         yield
     finally:
-        logger.setLevel(level)
-        context.enable_progress_bars, options_then.preserve_order = before[:2]
-        context.max_errored_blocks = before[2]
-        if not there:
-            ray.shutdown()
+        ray.shutdown()
 
 
-def pool(cluster: Cluster, source: ModelSource) -> tuple[int, int, int]:
-    """(actors, CPUs of each, GPUs of each) in the cluster this is connected to; an actor has to fit
-    on one node. Raises RayError for `source`'s device where actors cannot have it, where no node
-    has room for an actor, and where a cluster of this machine alone has none for all of them."""
-    nodes = rooms()
-    gpus = gpus_of_actor(source, nodes)
-    actors = cluster.actors or (None if gpus else 1)  # None: one per GPU
-    cpus = cluster.cpus or (1 if gpus else equal_share(nodes, actors or 1))
-    room = sum(node.holds(cpus, gpus) for node in nodes)
-    if not room:
-        have = ", ".join(sorted({str(node) for node in nodes})) or "nothing"
-        raise RayError(
-            f"no node has room for an actor of {cpus} CPUs and {gpus} GPUs; nodes have {have}"
-        )
-    actors = actors or room
-    if cluster.address is None and actors > room:  # any other may grow, or start with fewer
-        all_cpus, all_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-        raise RayError(
-            f"{actors} actors need {actors * cpus} CPUs and {actors * gpus} GPUs, but there are "
-            f"{all_cpus} and {all_gpus}"
-        )
-    return actors, cpus, gpus
-
-
-@dataclass(frozen=True)
-class Room:
-    """What one node of a cluster has in all."""
+class Node(NamedTuple):
+    """The CPUs and GPUs of one machine in the cluster."""
 
     cpus: int
     gpus: int
@@ -392,49 +343,47 @@ class Room:
         return f"{self.cpus} CPUs and {self.gpus} GPUs"
 
 
-def rooms() -> list[Room]:
-    """Of every node that is alive."""
+def pool(cluster: Cluster, source: ModelSource) -> tuple[int, int, int]:
+    """(actors, CPUs of each, GPUs of each) for the connected cluster.
+
+    Raises RayError if no node has room for an actor, if the actors do not fit on this machine, or
+    if no actor can have the source's device. Another cluster may be small: it may still grow."""
     resources = [node["Resources"] for node in import_ray().nodes() if node["Alive"]]
-    return [Room(int(have.get("CPU", 0)), int(have.get("GPU", 0))) for have in resources]
-
-
-def gpus_of_actor(source: ModelSource, nodes: Sequence[Room]) -> int:
-    """How many GPUs an actor reserves for the source's device. Raises RayError as `pool`."""
-    device = checked_device(source)
-    some = any(node.gpus for node in nodes)
-    if device.startswith("cuda") and not some:
+    nodes = [Node(int(have.get("CPU", 0)), int(have.get("GPU", 0))) for have in resources]
+    device = check_device(source)
+    has_gpu = any(node.gpus for node in nodes)
+    if device.startswith("cuda") and not has_gpu:
         raise RayError(f"device {device}: no node of the Ray cluster has a GPU")
-    return int(some and (device == "auto" or device.startswith("cuda")))
+    gpus = int(has_gpu and device.startswith(("auto", "cuda")))
+    actors = cluster.actors or (None if gpus else 1)  # None: as many as fit, one per GPU
+    cpus = cluster.cpus or (1 if gpus else share_cpus(nodes, actors or 1))
+    room = sum(node.holds(cpus, gpus) for node in nodes)
+    if not room:
+        have = ", ".join(sorted({str(node) for node in nodes})) or "nothing"
+        raise RayError(f"no node has room for an actor of {Node(cpus, gpus)}; nodes have {have}")
+    actors = actors or room
+    if cluster.address is None and actors > room:
+        total = Node(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
+        raise RayError(
+            f"{actors} actors need {Node(actors * cpus, actors * gpus)}, but there are "
+            f"{total.cpus} and {total.gpus}"
+        )
+    return actors, cpus, gpus
 
 
-def checked_device(source: ModelSource) -> str:
-    """The device to load on. Raises RayError for the number of a GPU: an actor sees only its own,
-    as the first."""
+def check_device(source: ModelSource) -> str:
+    """The source's device. Raises RayError for a GPU's number: an actor sees one GPU, the first."""
     device = str(source.options.get("device", "auto"))
     if device.startswith("cuda:") and device != "cuda:0":
         raise RayError(f"device {device}: Ray gives every actor a GPU of its own, name only cuda")
     return device
 
 
-def equal_share(nodes: Sequence[Room], actors: int) -> int:
-    """The most CPUs that each of so many actors can have on these nodes; at least one."""
+def share_cpus(nodes: Sequence[Node], actors: int) -> int:
+    """The most CPUs, at least 1, that each actor can have if all fit on the nodes."""
     largest = max((node.cpus for node in nodes), default=0)
     fitting = (c for c in range(largest, 0, -1) if sum(n.holds(c, 0) for n in nodes) >= actors)
     return next(fitting, 1)
-
-
-@contextmanager
-def ray_errors() -> Iterator[None]:
-    """What went wrong in Ray itself, as one line: the last of its report says it."""
-    import ray.exceptions
-
-    try:
-        yield
-    except ray.exceptions.RayActorError as error:
-        raise DyingActors() from error
-    except ray.exceptions.RayError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise RayError(f"Ray failed: {lines[-1]}") from error
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -453,12 +402,12 @@ def run_batch(
     on_record: Callable[[JsonObject], None] | None = None,
     **options: Any,
 ) -> Summary:
-    """`batch.run_batch` on a cluster: the same lines in the same order, resumable in the same way.
+    """`batch_file.run_batch` on a cluster: the same lines in the same order, resumable.
 
-    Batches that are done wait for those before them, so what is lost when this process is killed
-    are at most the batches that were on their way; --resume runs them again. The rows of a batch
-    that killed its actors come last, asked one by one. Raises as `batch.run_batch`, and RayError:
-    where Ray, its cluster or the model are not there before the output is touched."""
+    A batch is written after all batches before it. A killed run loses the batches that were not
+    written, and `resume` runs them again. The rows of a lost batch come last, asked one by one.
+    Raises as `batch_file.run_batch`, and RayError. The output is untouched if Ray, the cluster or
+    the model is missing."""
     from llava_lite.generation.loop import checked_batch_size
 
     size, output = checked_batch_size(batch_size), Path(output)
@@ -469,7 +418,8 @@ def run_batch(
         retry_errors=retry_errors,
         reduction=options.get("reduction"),
     )
-    blocks = in_blocks([absolute(row) for row in todo_of.todo], size)
+    todo = [replace(row, folder=row.folder.absolute()) for row in todo_of.todo]
+    blocks = [todo[start : start + size] for start in range(0, len(todo), size)]
 
     def work(model: "Model", block: list[Row]) -> list[JsonObject]:
         return answer_rows(model, block, None, options)
@@ -478,15 +428,3 @@ def run_batch(
         # No file is touched before a model has answered.
         first = [one for one in [next(records, None)] if one is not None]
         return append_records(output, todo_of, chain(first, records), on_record)
-
-
-def absolute(row: Row) -> Row:
-    """The row with images that are found from anywhere."""
-    from dataclasses import replace
-
-    return replace(row, folder=row.folder.absolute())
-
-
-def in_blocks(items: Sequence[Any], size: int) -> list[list[Any]]:
-    """The items in order, `size` in a block."""
-    return [list(items[start : start + size]) for start in range(0, len(items), size)]

@@ -1,10 +1,9 @@
-"""An evaluation on Ray: blocks of samples go to actors, all answers into one predictions file.
+"""Run an evaluation on Ray: blocks of samples go to actors, all answers into one predictions file.
 
     llava-lite eval mmbench MMBench_DEV_EN.tsv -o runs/mmbench --ray --ray-actors 4
 
-The driver loads no model. The first block is empty: the actor that gets it says what the header of
-the predictions needs to know of the model, before any answer is written. Samples about the same
-images stay in one block, so these are still encoded once.
+The driver loads no model. The first block is empty: its result describes the model, for the header
+of the predictions. Samples about the same images share a block, so each image is encoded once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,17 +23,17 @@ from llava_lite.integrations.ray_batch import (
     Cluster,
     LostBlock,
     ModelSource,
+    absolute_path,
     answer_blocks,
-    checked_device,
+    check_device,
     connected,
     import_ray,
-    path_of,
     pool,
 )
 from llava_lite.saving import JsonObject
 
-# Of a block: towards its end batches are no longer full, so it holds several; but all its answers
-# come at once, and are lost together with a driver that is killed.
+# Batches in a block. More: fewer batches are only partly full. Fewer: a killed driver loses less,
+# because a block's answers arrive together.
 BATCHES = 4
 
 
@@ -45,12 +44,12 @@ def asking_actors(
     batch_size: int | None = None,
     workers: int = DEFAULT_WORKERS,
 ) -> Ask:
-    """Actors answer, each with an `Engine` of its own; for `runner.run`.
+    """For `runner.run`: actors answer, each with an `Engine`.
 
-    Images travel as they are: bytes, functions that can be pickled, or paths, which must mean the
-    same on every machine. `source` names its model. `run` then raises as `map_blocks`."""
-    import_ray()  # what is missing or wrong shows before any file is touched
-    checked_device(source)
+    Images are sent as they are: bytes, picklable functions, or paths, which must mean the same on
+    every machine. `source` must have a name. `run` then raises as `map_blocks`."""
+    import_ray()  # both checks come before any file is touched
+    check_device(source)
     source = source.everywhere()
     most = BATCHES * checked_batch_size(batch_size)
 
@@ -58,7 +57,7 @@ def asking_actors(
         engine = Engine(model, options, batch_size, workers)
         if samples:
             return list(records_of(engine, samples))
-        # The empty block: who is answering?
+        # The empty block asks for the model's settings.
         origin = Origin.of(str(source.name), source.options)
         return model_settings(model, origin, options), about(engine)
 
@@ -66,10 +65,10 @@ def asking_actors(
     def ask(samples: Sequence[Sample]) -> Iterator[Asked]:
         with connected(cluster):
             actors, *_ = pool(cluster, source)
-            share = -(-len(samples) // actors)  # so that none is without work
-            asked = in_whole_groups(list(map(absolute, samples)), max(1, min(most, share)))
+            share = -(-len(samples) // actors)  # every actor gets work
+            asked = split_groups(list(map(with_absolute_paths, samples)), max(1, min(most, share)))
             blocks: list[list[Sample]] = [[], *asked]
-            with closing(answer_blocks(blocks, work, source, cluster, died)) as results:
+            with closing(answer_blocks(blocks, work, source, cluster, record_death)) as results:
                 settings, about_first = next(results)
                 about_all = {**about_first, "actors": min(actors, len(blocks))}
                 yield Asked(settings, about_all, chain.from_iterable(results))
@@ -77,14 +76,14 @@ def asking_actors(
     return ask
 
 
-def died(sample: Sample, error: LostBlock) -> JsonObject:
-    """The line of a sample that kills its actors."""
+def record_death(sample: Sample, error: LostBlock) -> JsonObject:
+    """The predictions line of a sample that kills its actors."""
     return record_of(Outcome(sample, error=error), None)
 
 
-def in_whole_groups(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
-    """At least `size` samples in a block, but for the last; those about the same images together,
-    long prompts first."""
+def split_groups(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
+    """Blocks of at least `size` samples (the last may be smaller), long prompts first. Samples
+    about the same images share a block."""
     blocks: list[list[Sample]] = []
     for group in longest_first(samples):
         if not blocks or len(blocks[-1]) >= size:
@@ -93,6 +92,6 @@ def in_whole_groups(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
     return blocks
 
 
-def absolute(sample: Sample) -> Sample:
-    """The sample with images that are found from any folder."""
-    return replace(sample, images=tuple(map(path_of, sample.images)))
+def with_absolute_paths(sample: Sample) -> Sample:
+    """The sample with image paths that hold in any working folder."""
+    return replace(sample, images=tuple(map(absolute_path, sample.images)))

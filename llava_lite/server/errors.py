@@ -5,7 +5,7 @@ import traceback
 
 from fastapi.responses import JSONResponse
 
-from llava_lite.errors import ContextError, ImageError, LlavaLiteError, PromptError
+from llava_lite.errors import ContextError, ImageError, LlavaLiteError, PromptError, one_line
 from llava_lite.inputs.fetch import shorten
 
 LOG = logging.getLogger("llava_lite.server")
@@ -63,7 +63,7 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, USERS):
         code = "context_length_exceeded" if isinstance(error, ContextError) else None
-        return ApiError(400, " ".join(str(error).split()), code=code)
+        return ApiError(400, one_line(error), code=code)
     return internal_error(error)
 
 

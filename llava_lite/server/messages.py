@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llava_lite.inputs.prompt import IMAGE_MARKER, place_images
+from llava_lite.inputs.prompt import IMAGE_MARKER, check_images, place_images
 from llava_lite.server.errors import ApiError
 from llava_lite.server.protocol import ImageUrl, Message, Part
 
@@ -46,6 +46,7 @@ def read_messages(messages: Sequence[Message], template: str) -> Conversation:
         raise ApiError(400, "messages: the last message must be a user's", "messages")
     questions = [question_text(question, template) for question, _ in turns]
     sources = [source for question, _ in turns for source in image_sources(question)]
+    check_images("\n".join(questions), len(sources))  # before images are fetched
     return Conversation(
         tuple((text, answer) for text, (_, answer) in zip(questions, turns, strict=True)),
         "\n".join(systems) if systems else None,

@@ -13,11 +13,11 @@ from typing import TypeVar
 
 from PIL import Image
 
-from llava_lite.errors import CheckpointError, ContextError, ImageError
+from llava_lite.errors import CheckpointError, ContextError, ImageError, one_line
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
-from llava_lite.generation.state import Request, State
-from llava_lite.inputs.prompt import IMAGE_MARKER, build_prompt
+from llava_lite.generation.state import Request
+from llava_lite.inputs.prompt import IMAGE_MARKER
 from llava_lite.server.errors import ApiError
 from llava_lite.server.images import fetch_image, is_remote, open_image
 from llava_lite.server.messages import Conversation, read_messages
@@ -100,7 +100,7 @@ class Preparer:
             message = f"reduction {request.reduction!r} is not available for this model"
             raise ApiError(400, message, "reduction") from None
         except ValueError as error:  # only here: elsewhere it is a bug
-            raise ApiError(400, " ".join(str(error).split())) from None
+            raise ApiError(400, one_line(error)) from None
         return options
 
     async def image(self, number: int, source: str) -> Image.Image:
@@ -124,15 +124,16 @@ class Preparer:
     ) -> Request:
         """The conversation in ids. Raises PromptError, and ContextError where it is too long.
         Where the request says nothing its answer is as long as the server and the context allow."""
-        template = self.model.config.template
-        text = build_prompt(template, conversation.turns, conversation.system)
         limit = self.model.config.text.max_positions
-        if len(text) > limit * self.longest_piece:  # before what takes long for a long text
-            raise ContextError(f"a prompt of {len(text)} characters exceeds the context of {limit}")
+        length = sum(len(text or "") for turn in conversation.turns for text in turn)
+        length += len(conversation.system or "")
+        if length > limit * self.longest_piece:  # a long text takes long to tokenize
+            raise ContextError(f"a prompt of {length} characters exceeds the context of {limit}")
         with self.tokenizing:
-            ids = tuple(self.model.tokenizer.encode_prompt(text))
-            # Without the system text: the caches of prompt beginnings are not for clients to fill.
-            request = self.model.continuation(State(), ids, images, options)
+            # The client's system text is no option: its keys and values would stay in the cache.
+            request = self.model.request(
+                images, conversation.turns, options, system=conversation.system
+            )
         most = min(request.max_new_tokens, self.settings.max_new_tokens)
         return replace(request, max_new_tokens=most)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import uvicorn
 from fastapi import FastAPI
 
-from llava_lite.errors import LlavaLiteError
+from llava_lite.errors import LlavaLiteError, one_line
 from llava_lite.server.settings import Settings
 
 POLL_SECONDS = 0.05
@@ -37,8 +37,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise LlavaLiteError(f"cannot listen on {host}, port {port}: {reason}") from error
+        raise LlavaLiteError(f"cannot listen on {host}, port {port}: {one_line(error)}") from error
 
 
 def make_server(app: FastAPI) -> uvicorn.Server:

@@ -528,6 +528,15 @@ def test_what_is_prepared_is_made_anew_untimed_and_let_go_of() -> None:
     assert {name: len(values) for name, values in seconds.items()} == {"plain": 2, "prepared": 2}
 
 
+def test_runs_take_turns_and_the_first_round_does_not_count() -> None:
+    calls: list[str] = []
+    runs = {name: partial(calls.append, name) for name in ("full", "merged")}
+    seconds = time_in_turns(runs, 2, "cpu", hidden=True)
+    assert calls == ["full", "merged"] * 3
+    assert {key: len(values) for key, values in seconds.items()} == dict.fromkeys(runs, 2)
+    assert hardware.quartiles([3.0]) == (3.0, 3.0)
+
+
 def test_memory_of_this_process() -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("this system has no /proc")
@@ -656,6 +665,7 @@ def run_cli(*arguments: object) -> int:
     return cli.main(["bench", *map(str, (*small, "hybrid-72-36", *arguments))])
 
 
+@pytest.mark.slow
 def test_a_folder_in_a_process_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -675,6 +685,7 @@ def test_a_folder_in_a_process_of_its_own(
     assert verdicts["tower: time, transformers = 1"] == "not run"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inline")
 def test_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -868,6 +879,7 @@ def end_at_once(settings: Settings) -> Footprint:
     os._exit(9)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_ended_is_an_error() -> None:
     with pytest.raises(BenchError, match="was ended, perhaps for want of memory"):
         bench.apart(end_at_once, Settings())

@@ -98,6 +98,7 @@ def test_lines() -> None:
     )
 
 
+@pytest.mark.slow
 def test_command() -> None:
     """In a process of its own: what torch's profiler prints by itself passes by Python."""
     counts = "--reductions hybrid-72-36 --batch-sizes 1 --lengths 16 --repeat 1".split()

@@ -509,7 +509,7 @@ def test_out_of_memory_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nframe #0: c10")
 
     monkeypatch.setattr("llava_lite.cli.wanted.load", exhausted)
     assert generate("-p", "x") == 1

@@ -20,7 +20,7 @@ from llava_lite.generation.model import Model
 
 FOLDER = llava_lite.embedded_model()
 EXAMPLES = FOLDER / "examples"
-SEED, SCENES = 77, 100
+SEED, SCENES, EACH, FEW = 77, 100, 40, 8
 # Guessing gets about a sixth to a quarter right, half where the answer is yes or no.
 FLOORS = {
     "count": 0.9,
@@ -52,11 +52,25 @@ def evaluate(model: Model, count: int, **options: Any) -> dict[str, Tally]:
     return evaluate_scenes(model, scenes, batch_size=64, reuse_prefix=True, **options)
 
 
+@pytest.mark.parametrize(
+    ("reduction", "floor"), [("none", 0.85), ("tome-72", 0.8), ("hybrid-72-36", 0.6)]
+)
+def test_most_answers_about_a_few_scenes_are_right(
+    model: Model, reduction: str, floor: float
+) -> None:
+    """The fast twin of the tests below, which ask about many scenes."""
+    tallies = evaluate(model, FEW, reduction=reduction)
+    assert overall(tallies).asked > 60
+    assert overall(tallies).accuracy >= floor, tallies
+
+
+@pytest.mark.slow
 def test_nine_of_ten_answers_about_fresh_scenes_are_right(tallies: dict[str, Tally]) -> None:
     assert overall(tallies).asked > 850
     assert overall(tallies).accuracy >= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FLOORS)
 def test_answers_about_fresh_scenes_are_above_chance(
     tallies: dict[str, Tally], family: str
@@ -64,11 +78,12 @@ def test_answers_about_fresh_scenes_are_above_chance(
     assert tallies[family].accuracy >= FLOORS[family], tallies[family].mistakes
 
 
+@pytest.mark.slow
 def test_nine_of_ten_answers_to_a_question_about_each_image_are_right(model: Model) -> None:
     """Through `generate`, a list of images and prompts at once; another family for each image."""
     asked = [
         (scene, some[index % len(some)])
-        for index, (scene, some) in enumerate(fresh_scenes(SCENES, SEED))
+        for index, (scene, some) in enumerate(fresh_scenes(EACH, SEED))
     ]
     answers = model.generate(
         [draw_scene(scene) for scene, _ in asked],
@@ -80,9 +95,10 @@ def test_nine_of_ten_answers_to_a_question_about_each_image_are_right(model: Mod
         answer == question.answer for answer, (_, question) in zip(answers, asked, strict=True)
     ]
     assert len({question.family for _, question in asked}) == len(FLOORS)
-    assert sum(right) >= 0.9 * SCENES
+    assert sum(right) >= 0.9 * EACH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reduction", "floor", "spared"),
     [("tome-72", 0.88, 0.9), ("hybrid-72-36", 0.65, 0.9)],
@@ -97,11 +113,13 @@ def test_reduced_images_are_answered_about(
         assert tallies[family].accuracy >= spared, (family, tallies[family].mistakes)
 
 
+@pytest.mark.slow
 def test_a_drawing_by_other_code_is_understood(model: Model) -> None:
     tallies = evaluate(model, 30, draw=RENDERERS["smooth"])
     assert overall(tallies).accuracy >= 0.88, tallies
 
 
+@pytest.mark.slow
 def test_wrong_short_answers_are_words_that_the_question_allows(tallies: dict[str, Tally]) -> None:
     wrong = [
         (answer, ANSWERS[family])

@@ -149,6 +149,7 @@ def rows_to_kill() -> list[dict[str, object]]:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="kills by POSIX signals")
 def test_mmbench_killed_twenty_times(model_folder: Path, tmp_path: Path) -> None:
     """kill -9 at 20 moments, of the start, the answers and the end: the report of a clean run."""
@@ -167,6 +168,7 @@ def test_mmbench_killed_twenty_times(model_folder: Path, tmp_path: Path) -> None
     check_like_clean(killed, clean, 128)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="kills by POSIX signals")
 def test_coco_killed(model_folder: Path, tmp_path: Path) -> None:
     file = plain_file(tmp_path / "captions.json", drawn_references(tmp_path))

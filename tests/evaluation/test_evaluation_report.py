@@ -691,6 +691,7 @@ def evaluate_in(server: subprocess.Popen[str], folder: Path, kill_after: int | N
     return int(server.stdout.readline())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 def test_killed_twenty_times_the_report_is_that_of_a_clean_run(
     server: subprocess.Popen[str], tmp_path: Path

@@ -53,6 +53,7 @@ def measured(how: str) -> SimpleNamespace:
     return SimpleNamespace(**json.loads(done.stdout))
 
 
+@pytest.mark.slow
 @GLIBC
 def test_the_same_pages_serve_again_and_the_heap_stays_small() -> None:
     kept, given_back = measured("keep"), measured("give back")

@@ -324,6 +324,7 @@ print("ok")
     assert done.stdout == f"{capability.upper()}\nok\n", done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_processors_pack_in_other_orders(capability: str) -> None:
     with_capability(
@@ -337,6 +338,7 @@ for method in quantize.METHODS:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pickled_layer_is_read_on_other_processors(
@@ -959,6 +961,7 @@ def test_bytes_of_a_layer_of_7b_widths(kind: type[QuantizedLinear], most: float)
     assert held <= most * sum(2 * n * k for n, k in shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
 def test_loading_needs_little_more_than_what_is_loaded(method: str, tmp_path: Path) -> None:
     """Anonymous memory, at each layer, of a process that loads 100 MB of bfloat16."""

@@ -8,7 +8,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -25,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.multiprocessing import spawn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import llava_lite
 from helpers.models import ROOT, TINY_CONFIG, random_llava
@@ -37,6 +40,7 @@ from llava_lite.cli import console
 from llava_lite.cli import program as cli
 from llava_lite.config import TextConfig
 from llava_lite.errors import CheckpointError, ImageError
+from llava_lite.fast import ranks as ranks_module
 from llava_lite.fast.ranks import RankError, Ranks, attempt, join
 from llava_lite.fast.tensor_parallel import ParallelModel, decoder_plan
 from llava_lite.generation.model import Model
@@ -374,9 +378,108 @@ def write_unchecked(source: Path, folder: Path, state: dict[str, Tensor]) -> Non
     save_file(state, folder / "model.safetensors")
 
 
+# ---- two ranks in one process --------------------------------------------------------------------
+
+
+class Threads:
+    """Stands in for `torch.distributed`: every rank is a thread of this process."""
+
+    def __init__(self, count: int) -> None:
+        self.here, self.slots = threading.local(), [None] * count
+        self.barrier = threading.Barrier(count, timeout=30)
+
+    def swap(self, value: Any) -> list[Any]:
+        """The values of all ranks; of a rank that runs alone, as often this value."""
+        if not hasattr(self.here, "rank"):
+            return [value] * len(self.slots)
+        self.slots[self.here.rank] = value
+        self.barrier.wait()
+        values = list(self.slots)
+        self.barrier.wait()
+        return values
+
+    def get_world_size(self) -> int:
+        return len(self.slots)
+
+    def new_group(self, **_: Any) -> None:
+        return None
+
+    def all_gather(self, parts: list[Tensor], x: Tensor) -> None:
+        parts[:] = self.swap(x.clone())
+
+    def all_reduce(self, x: Tensor) -> None:
+        x.copy_(sum(self.swap(x.clone())))
+
+    def all_gather_object(self, outcomes: list[Any], own: Any, group: None) -> None:
+        outcomes[:] = self.swap(own)
+
+    def broadcast_object_list(self, sent: list[Any], src: int, group: None) -> None:
+        sent[:] = self.swap(list(sent))[src]
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        """What `work(rank)` returns on every rank."""
+
+        def one(rank: int) -> Any:
+            self.here.rank = rank
+            return work(rank)
+
+        with ThreadPoolExecutor(len(self.slots)) as pool:
+            return list(pool.map(one, range(len(self.slots))))
+
+
+@pytest.fixture
+def parallel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Threads, list[ParallelModel]]:
+    """Both shares of the model, loaded one after the other. Only the cut is torch's."""
+    threads, models = Threads(2), []
+    tokenizer = llava_lite.load(folder / "tiny", "cpu", "float32").tokenizer
+    monkeypatch.setattr(ranks_module, "dist", threads)
+    for rank in (0, 1):
+        threads.get_rank = lambda rank=rank: rank  # type: ignore[attr-defined]
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+        try:
+            source = open_source(folder / "tiny")
+            llava = load_share(source, Ranks(), torch.device("cpu"), torch.float32)
+        finally:
+            dist.destroy_process_group()
+        models.append(ParallelModel(llava, tokenizer))
+    return threads, models
+
+
+@pytest.mark.parametrize("name", ["none", "fastv", "hybrid"])
+def test_two_threads_with_half_the_weights_answer_as_one_process(
+    parallel: tuple[Threads, list[ParallelModel]], folder: Path, name: str
+) -> None:
+    """The arithmetic of a cut decoder, without a second process."""
+    threads, models = parallel
+    whole = llava_lite.load(folder / "tiny", "cpu", "float32")
+    assert models[0].llava.decoder.layers[0].attn.q_proj.weight.shape == (32, 64)
+
+    def logits(model: Model) -> Tensor:
+        pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(5))
+        ids = torch.tensor([model.tokenizer.encode_prompt("USER: <image>\nstar? ASSISTANT:")])
+        found, cache, position = model.prefill(ids, pixels, REDUCTIONS[name], all_logits=True)
+        step, _ = model.decode(found[0, -1].argmax(), position, cache)
+        return torch.cat((found[0], step[0]))
+
+    def answer(model: Model) -> tuple[int, ...]:
+        options = {
+            "max_new_tokens": 6,
+            "reduction": REDUCTIONS[name],
+            "temperature": 2.0,
+            "seed": 1,
+        }
+        return model.generate(picture(1), "star?", **options).token_ids
+
+    alone = logits(whole)
+    for found in threads.run(lambda rank: logits(models[rank])):
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+    assert threads.run(lambda rank: answer(models[rank])) == [answer(whole)] * 2
+
+
 # ---- equal answers -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(REDUCTIONS))
 def test_logits_are_those_of_one_process(found: Found, name: str) -> None:
     alone = found.alone[f"{name} logits"]
@@ -387,6 +490,7 @@ def test_logits_are_those_of_one_process(found: Found, name: str) -> None:
         torch.testing.assert_close(scores, found.alone[f"{name} score"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["tokens", "kept", "kv_bytes", "stream", "chat"])
 @pytest.mark.parametrize("name", list(REDUCTIONS))
 def test_answers_are_those_of_one_process(found: Found, name: str, what: str) -> None:
@@ -396,6 +500,7 @@ def test_answers_are_those_of_one_process(found: Found, name: str, what: str) ->
         assert rank["cases"][f"{name} {what}"] == alone
 
 
+@pytest.mark.slow
 def test_the_plan_run_by_torch_gives_the_same(found: Found) -> None:
     for rank in found.ranks:
         ours, torchs = rank["rows"]
@@ -403,12 +508,14 @@ def test_the_plan_run_by_torch_gives_the_same(found: Found) -> None:
         torch.testing.assert_close(ours, torchs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_ranks_have_the_same_bits(found: Found) -> None:
     first, second = (rank["cases"] for rank in found.ranks)
     for name in REDUCTIONS:
         assert torch.equal(first[f"{name} logits"], second[f"{name} logits"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["sampled", "stopped", "encoded"])
 def test_options_do_as_in_one_process(found: Found, what: str) -> None:
     for rank in found.ranks:
@@ -417,11 +524,13 @@ def test_options_do_as_in_one_process(found: Found, what: str) -> None:
     assert reasons == {"stop", "length"}  # rows of one batch ended at different steps
 
 
+@pytest.mark.slow
 def test_without_a_seed_all_ranks_draw_the_same(found: Found) -> None:
     first, second = (rank["unseeded"] for rank in found.ranks)
     assert [answer.token_ids for answer in first] == [answer.token_ids for answer in second]
 
 
+@pytest.mark.slow
 def test_fastv_asks_the_heads_of_all_ranks(found: Found) -> None:
     """Half of the heads would keep other tokens: without the mean over ranks, wrong ones."""
     first, second = (rank["own heads"] for rank in found.ranks)
@@ -434,6 +543,7 @@ def test_fastv_asks_the_heads_of_all_ranks(found: Found) -> None:
 # ---- what a rank holds ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_rank_has_its_part_of_the_weights(found: Found) -> None:
     whole = random_llava().state_dict()
     first, second = (rank["weights"] for rank in found.ranks)
@@ -452,6 +562,7 @@ def test_every_rank_has_its_part_of_the_weights(found: Found) -> None:
         assert not is_linear or len(first[name].flatten()) == len(tensor.flatten()) / 2
 
 
+@pytest.mark.slow
 def test_no_rank_ever_has_the_whole_decoder_in_memory_of_its_own(found: Found) -> None:
     for rank in found.ranks:
         memory = rank["memory"]
@@ -496,12 +607,14 @@ for kind in ("generate", "stream", "chat"):
 RAISED["encoded"] = RAISED["prompts"].replace("prompts or options", "images or their reductions")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(RAISED))
 def test_an_error_is_raised_on_all_ranks(found: Found, folder: Path, name: str) -> None:
     for rank in found.ranks:
         assert rank["errors"].get(name, "none").startswith(RAISED[name].format(folder=folder))
 
 
+@pytest.mark.slow
 def test_the_end_of_one_rank_is_an_error_on_the_others(found: Found) -> None:
     """Not a wait without end."""
     raised = found.ranks[0]["left alone"]
@@ -510,12 +623,14 @@ def test_the_end_of_one_rank_is_an_error_on_the_others(found: Found) -> None:
         assert words.startswith("another rank has ended, or cannot be reached: ")
 
 
+@pytest.mark.slow
 def test_a_rank_waits_as_long_as_a_user_may_take(found: Found) -> None:
     for rank in found.ranks:
         assert rank["joined once"]
         assert rank["timeouts"] == [timedelta(days=30)] * 2
 
 
+@pytest.mark.slow
 def test_after_an_error_the_ranks_go_on(found: Found) -> None:
     for rank in found.ranks:
         assert set(rank["errors"]) == set(RAISED)
@@ -523,6 +638,7 @@ def test_after_an_error_the_ranks_go_on(found: Found) -> None:
         assert len(rank["after errors"]) == 6
 
 
+@pytest.mark.slow
 def test_an_image_is_what_the_first_rank_has(folder: Path, found: Found) -> None:
     model = llava_lite.load(folder / "tiny", "cpu", "float32")
     alone = model.generate(picture(1), "star?", max_new_tokens=6).token_ids
@@ -619,6 +735,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_program_answers_once(found: Found, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*PROGRAM, "-p", QUESTION]) == 0
     alone = capsys.readouterr().out
@@ -626,6 +743,7 @@ def test_the_program_answers_once(found: Found, capsys: pytest.CaptureFixture[st
     assert [rank["program"] for rank in found.ranks] == [(0, alone, ""), (0, "", "")]
 
 
+@pytest.mark.slow
 def test_an_error_is_said_once_and_ends_all() -> None:
     ran = torchrun("generate", "-i", "none.png", "--tensor-parallel", "--device", "cpu")
     assert ran.returncode == 1 and ran.stdout == ""

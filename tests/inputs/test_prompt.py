@@ -7,6 +7,7 @@ from llava_lite.inputs.prompt import (
     TEMPLATES,
     Template,
     build_prompt,
+    check_images,
     get_template,
     next_turn_text,
     place_images,
@@ -93,6 +94,8 @@ def test_images_go_first_unless_the_text_places_them() -> None:
     assert place_images("a <image> b", 1) == "a <image> b"
     assert place_images("<image> and <image>", 2) == "<image> and <image>"
     assert place_images("Q", 1, "plain") == "<image>Q"
+    for text, count in (("Q", 0), ("Q", 3), ("a <image> b", 1)):
+        check_images(place_images(text, count), count)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,6 @@ def test_images_go_first_unless_the_text_places_them() -> None:
 )
 def test_marker_count_must_fit(text: str, images: int, message: str) -> None:
     with pytest.raises(PromptError, match=f"the prompt has {message}$"):
-        place_images(text, images)
+        check_images(place_images(text, images), images)
     with pytest.raises(ValueError, match="at least 0, got -1"):
         place_images(text, -1)

@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,7 +42,7 @@ from llava_lite.integrations.ray_batch import (
     map_blocks,
     run_batch,
 )
-from llava_lite.integrations.ray_eval import asking_actors, in_whole_groups
+from llava_lite.integrations.ray_eval import asking_actors, split_groups
 from llava_lite.saving import JsonObject
 
 OPTIONS = {"max_new_tokens": 6}
@@ -120,8 +122,8 @@ def plain(folder: Path, tiny_model: Model) -> list[JsonObject]:
 
 
 class LocalRay:
-    """`map_blocks` in this process, for what does not depend on Ray. `deadly(item)` says which
-    items would kill an actor, and with it the block that waits there."""
+    """`map_blocks` in this process, for tests without Ray. `deadly(item)`: this item would kill
+    its actor."""
 
     def __init__(
         self,
@@ -133,13 +135,12 @@ class LocalRay:
         self.stop: type[BaseException] = KeyboardInterrupt
 
     def __call__(
-        self, blocks: Sequence[Any], work: Any, source: Any, cluster: Any, in_flight: int = 2
+        self, blocks: Sequence[Any], work: Any, source: Any, cluster: Any
     ) -> Iterator[Any]:
-        lost = [any(map(self.deadly, block)) for block in blocks]
         for number, block in enumerate(blocks):
             if number == self.stop_after:
                 raise self.stop
-            if any(lost[max(0, number - in_flight + 1) : number + 1]):
+            if any(map(self.deadly, block)):
                 yield LostBlock()
                 continue
             self.asked += len(block)
@@ -194,9 +195,9 @@ def test_a_row_that_kills_its_actor_costs_no_other_row(
     local = LocalRay(tiny_model, deadly=lambda row: row.id == "row 2")
     monkeypatch.setattr(ray_batch, "map_blocks", local)
     summary = run_batch(rows, output, ModelSource(), TWO, batch_size=2, **OPTIONS)
-    # The rows of the lost blocks, 2 and 3 and those that waited, come last.
-    expected = [*plain[:2], *plain[6:], *plain[2:6]]
-    expected[8] = rows[2].failed(BatchError(DIED))
+    # The rows of the lost block, 2 and 3, come last.
+    expected = [*plain[:2], *plain[4:], *plain[2:4]]
+    expected[10] = rows[2].failed(BatchError(DIED))
     assert [comparable(one) for one in read(output)] == expected
     assert (summary.answered, summary.failed) == (7, 5)
     local.deadly = lambda _: False
@@ -213,11 +214,11 @@ def test_where_actors_keep_dying_what_was_lost_so_far_is_booked(
     monkeypatch.setattr(ray_batch, "map_blocks", local)
     with pytest.raises(DyingActors, match="died again and again, in more than 8 blocks"):
         run_batch(rows, output, ModelSource(), TWO, batch_size=1, **OPTIONS)
-    assert [record["id"] for record in read(output)] == ["row 0", "row 3", "row 1", "row 2"]
+    assert [record["id"] for record in read(output)] == ["row 0", "row 2", "row 3", "row 1"]
     assert [record.get("error") for record in read(output)[1:]] == [
-        read(output)[1]["error"],  # its image is missing
-        DIED,
         None,
+        read(output)[2]["error"],  # its image is missing
+        DIED,
     ]
 
 
@@ -246,27 +247,89 @@ def test_an_actor_that_dies_with_an_empty_block_ends_it(monkeypatch: pytest.Monk
         list(ray_batch.answer_blocks([[]], lambda *_: None, ModelSource(), TWO, lambda *_: None))
 
 
-def rows_given(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
-    """Ray that loses all blocks but these; the result of a block is its number."""
-    cloudpickle = pytest.importorskip("ray.cloudpickle")
-    rows = [{"number": n, "result": cloudpickle.dumps(n), "failure": ""} for n in numbers]
+class FakeRay:
+    """Ray in this process. `deadly` blocks kill their actor; `ready` actors load a model, others
+    wait for room for ever; `loading_kills` them."""
+
+    exceptions = SimpleNamespace(
+        RayError=type("RayError", (Exception,), {}),
+        RayActorError=type("RayActorError", (Exception,), {}),
+        OutOfMemoryError=type("OutOfMemoryError", (Exception,), {}),
+    )
+
+    def __init__(self, deadly: Sequence[int] = (), ready: int = 99, loading_kills: bool = False):
+        self.deadly, self.ready, self.loading_kills = deadly, ready, loading_kills
+        self.started: list[Any] = []
+        self.most_at_once = 0
+
+    def remote(self, kind: type) -> Any:
+        def task(actor: int, *block: Any) -> tuple[int, Any]:
+            return (actor, *block)  # type: ignore[return-value]
+
+        def start(work: Any, *_: Any) -> Any:
+            actor, self.work = len(self.started), work
+            check, run = (SimpleNamespace(remote=partial(task, actor)) for _ in range(2))
+            self.started.append(SimpleNamespace(check=check, run=run))
+            return self.started[-1]
+
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
+
+    def wait(self, tasks: list[Any]) -> tuple[list[Any], list[Any]]:
+        """The last task that can end: results do not come in order."""
+        self.most_at_once = max(self.most_at_once, len(tasks))
+        return [[task for task in tasks if task[0] < self.ready][-1]], []
+
+    def get(self, task: tuple[int, Any]) -> Any:
+        if len(task) == 1 and not self.loading_kills:
+            return None
+        if len(task) == 1 or task[1] in self.deadly:
+            raise self.exceptions.RayActorError
+        return self.work(None, task[1])
+
+
+@pytest.fixture
+def fake_ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    fake = FakeRay()
+    monkeypatch.setitem(sys.modules, "ray", fake)
     monkeypatch.setattr(ray_batch, "connected", nullcontext)
-    monkeypatch.setattr(ray_batch, "answered_rows", lambda *_: (row for row in rows))
+    monkeypatch.setattr(ray_batch, "pool", lambda *_: (3, 1, 0))
+    return fake
 
 
-@pytest.mark.parametrize("given", [(0, 1, 2, 3), (1, 3), (0, 2), (2,), (), (0, 3)])
-def test_lost_blocks_are_told_from_those_that_are_there(
-    monkeypatch: pytest.MonkeyPatch, given: tuple[int, ...]
+def double(_: Any, block: int) -> int:
+    return 2 * block
+
+
+@pytest.mark.parametrize("deadly", [(), (1,), (0, 2), (3,), (0, 1, 2, 3), tuple(range(8))])
+@pytest.mark.parametrize("ready", [1, 2, 99])
+def test_results_come_in_order_and_lost_blocks_are_told_from_others(
+    fake_ray: FakeRay, deadly: tuple[int, ...], ready: int
 ) -> None:
-    rows_given(monkeypatch, *given)
-    results = map_blocks("abcd", lambda *_: None, ModelSource(), TWO)
+    """Also where the cluster has no room for some of the actors."""
+    fake_ray.deadly, fake_ray.ready = deadly, ready
+    results = map_blocks(range(9), double, ModelSource(), TWO)
     found = ["lost" if isinstance(one, LostBlock) else one for one in results]
-    assert found == [n if n in given else "lost" for n in range(4)]
+    assert found == ["lost" if n in deadly else 2 * n for n in range(9)]
+    assert len(fake_ray.started) == 3
+    assert fake_ray.most_at_once == 3  # one task for each actor
+
+
+def test_no_more_actors_than_blocks(fake_ray: FakeRay) -> None:
+    assert list(map_blocks([1, 2], double, ModelSource(), TWO)) == [2, 4]
+    assert len(fake_ray.started) == 2
+
+
+@pytest.mark.parametrize("loading", [False, True])
+def test_a_run_ends_where_actors_always_die(fake_ray: FakeRay, loading: bool) -> None:
+    fake_ray.deadly, fake_ray.loading_kills = range(9), loading
+    with pytest.raises(DyingActors, match="more than 8 blocks"):
+        list(map_blocks(range(20), double, ModelSource(), TWO))
 
 
 @pytest.mark.parametrize("retry", [False, True])
 def test_what_cannot_start_touches_no_file(
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
     rows: list[batch_file.Row],
     output: Path,
     tiny_model: Model,
@@ -285,11 +348,10 @@ def test_what_cannot_start_touches_no_file(
         assert (output.read_bytes() if output.exists() else None) == before
 
     fails("device cuda:3", on_device("cuda:3"))
-    rows_given(monkeypatch)
-    failed = {"number": 0, "result": b"", "failure": "no model in a Ray actor: x"}
-    monkeypatch.setattr(ray_batch, "answered_rows", lambda *_: (row for row in [failed]))
+    fake_ray = request.getfixturevalue("fake_ray")
+    fake_ray.get = lambda _: RayError("no model in a Ray actor: x")
     fails("no model in a Ray actor", ModelSource("x"))
-    monkeypatch.setitem(sys.modules, "ray.data", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     fails("Ray is not installed", ModelSource())
 
 
@@ -304,16 +366,15 @@ def test_what_cannot_start_touches_no_file(
 def test_what_fails_in_an_actor_is_one_line(
     source: ModelSource, name: str, block: Any, failure: str
 ) -> None:
-    cloudpickle = pytest.importorskip("ray.cloudpickle")
     used = replace(source, name=name or source.name)
-    actor = ray_batch.Actor(
-        cloudpickle.dumps((lambda model, block: block + 1, used)), torch.get_num_threads()
-    )
-    [row] = actor({"number": [5], "block": [cloudpickle.dumps(block)]})
-    assert row["number"] == [5]
-    assert row["failure"][0].startswith(failure) and "\n" not in row["failure"][0]
-    assert bool(row["failure"][0]) == bool(failure)
-    assert cloudpickle.loads(row["result"][0]) == (None if failure else 3)
+    actor = ray_batch.Actor(lambda model, block: block + 1, used, torch.get_num_threads())
+    result = actor.run(block)
+    if failure:
+        assert isinstance(result, RayError)
+        assert str(result).startswith(failure) and "\n" not in str(result)
+    else:
+        assert result == 3
+    assert actor.check() is (result if name else None)
 
 
 def test_a_predictor_by_itself(source: ModelSource, folder: Path, tiny_model: Model) -> None:
@@ -466,7 +527,7 @@ def commands(rows: Path, output: Path) -> list[list[str]]:
 def test_without_ray_the_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    monkeypatch.setitem(sys.modules, "ray.data", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     for command in commands(folder / "rows.jsonl", tmp_path / "out"):
         assert cli.main([*command, "--ray"]) == 1
         assert "pip install 'llava-lite[ray]'" in capsys.readouterr().err
@@ -503,12 +564,12 @@ def test_blocks_hold_all_samples_about_the_same_images() -> None:
             Sample("f", "?", ("y",), "y"),
             Sample("g", "", error="no image"),
         ]
-        return ["".join(sample.id for sample in block) for block in in_whole_groups(samples, size)]
+        return ["".join(sample.id for sample in block) for block in split_groups(samples, size)]
 
     assert ids(1) == ["bef", "ac", "d", "g"]
     assert ids(2) == ["bef", "ac", "dg"]
     assert ids(4) == ["befac", "dg"]
-    assert in_whole_groups([], 4) == []
+    assert split_groups([], 4) == []
 
 
 def test_images_that_lie_here_are_found_from_any_folder(
@@ -516,7 +577,7 @@ def test_images_that_lie_here_are_found_from_any_folder(
 ) -> None:
     monkeypatch.chdir(folder)
     images = ("red.png", Path("red.png"), "gone.png", "https://example.org/red.png", b"red.png")
-    found = ray_eval.absolute(Sample("a", "?", images, "key"))
+    found = ray_eval.with_absolute_paths(Sample("a", "?", images, "key"))
     here = str(folder / "red.png")
     assert found == Sample("a", "?", (here, here, *images[2:]), "key")
 
@@ -589,7 +650,7 @@ def test_a_block_that_kills_its_actor_is_lost_alone(ray_here: Any, source: Model
         return block
 
     one_actor = Cluster(actors=1, cpus=1)  # each start takes its time
-    results = map_blocks(range(6), work, source, one_actor, in_flight=1)
+    results = map_blocks(range(6), work, source, one_actor)
     found = ["lost" if isinstance(one, LostBlock) else one for one in results]
     assert found == [0, 1, 2, "lost", 4, 5]
 

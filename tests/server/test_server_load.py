@@ -45,6 +45,7 @@ def model() -> Model:
     return llava_lite.load(llava_lite.embedded_model(), device="cpu", dtype="float32")
 
 
+@pytest.mark.slow
 def test_two_hundred_at_once(load_server: ModuleType, model: Model, host: Any) -> None:
     cases = load_server.mixture(model, EXAMPLES, host, 200)
     domains = load_server.ALLOWED_DOMAINS

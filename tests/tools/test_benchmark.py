@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import torch
 from helpers.models import TINY_TEXT, load_tool, random_llava
 from llava_lite.bench import run as bench
 from llava_lite.bench.run import BenchError, Report, Settings
+from llava_lite.config import TINY
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +45,23 @@ def test_reduction(
 
 
 @pytest.mark.parametrize("bound", [0.65, 0.55])
-def test_bounds_where_they_hold(benchmark: ModuleType, bound: float) -> None:
-    key, seconds = ("tower", "keep=72"), {("tower", "keep=72"): [0.6], ("tower", "none"): [1.0]}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(benchmark.BOUNDS, key, bound)
-        row = benchmark.measurement(key, seconds, None, None, True)
-        assert row.verdict == ("PASS" if bound > 0.6 else "SHORT") + f" (at most {bound})"
-        assert benchmark.measurement(key, seconds, None, None, False).verdict == ""
+def test_verdicts(benchmark: ModuleType, bound: float) -> None:
+    row = benchmark.Measurement("tower", "keep=72", 1.0, (1.0, 1.0), 0.6, bound)
+    assert row.verdict == ("PASS" if bound > 0.6 else "SHORT") + f" (at most {bound:.2f})"
+    assert replace(row, bound=None).verdict == ""
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_bounds_are_those_of_their_parts(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, judged: bool
+) -> None:
+    monkeypatch.setattr(benchmark, "time_in_turns", lambda runs, *_: {key: [1.0] for key in runs})
+    monkeypatch.setattr(benchmark, "extrapolate", lambda layers: {})
+    model = bench.open_model(Settings(size="tiny", layers=4))
+    with torch.inference_mode():
+        rows, _ = benchmark.measure_reduction(model, 1, judged)
+    found = {(row.part, row.setting): row.bound for row in rows if row.bound is not None}
+    assert found == (benchmark.BOUNDS if judged else {})
 
 
 @pytest.mark.parametrize(
@@ -68,9 +79,9 @@ def test_bounds_hold_for_7b_in_bfloat16_on_a_cpu(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, change: str, judged: bool
 ) -> None:
     seen: list[bool] = []
-    monkeypatch.setattr(benchmark, "random_model", lambda *_: None)
+    monkeypatch.setattr(benchmark, "open_model", lambda _: SimpleNamespace(config=TINY))
     monkeypatch.setattr(
-        benchmark, "measure_reduction", lambda *args: seen.append(args[3]) or ([], {})
+        benchmark, "measure_reduction", lambda *args: seen.append(args[2]) or ([], {})
     )
     assert benchmark.main(change.split()) == 0
     assert seen == [judged]
@@ -119,14 +130,6 @@ def test_on_a_gpu_everything_runs_twice(
     assert asked == ([plain, compiled] if code == 0 else [plain])
 
 
-def test_settings_take_turns_and_the_first_round_does_not_count(benchmark: ModuleType) -> None:
-    calls: list[str] = []
-    runs = {("part", name): partial(calls.append, name) for name in ("full", "merged")}
-    seconds = benchmark.time_in_turns(runs, 2, "cpu")
-    assert calls == ["full", "merged"] * 3
-    assert {key: len(values) for key, values in seconds.items()} == dict.fromkeys(runs, 2)
-
-
 @pytest.mark.parametrize(("ratio", "code"), [(0.6, 0), (0.7, 1)])
 def test_only_strict_runs_fail_beyond_a_bound(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, ratio: float, code: int
@@ -139,7 +142,7 @@ def test_only_strict_runs_fail_beyond_a_bound(
 
 def test_layers_are_timed_in_watched_forwards_only(benchmark: ModuleType) -> None:
     model, token = random_llava(), torch.tensor([[5]])
-    timer = benchmark.LayerTimer(model, "cpu")
+    timer = benchmark.LayerTimer(model.decoder.layers, "cpu")
     with torch.inference_mode():
         for _ in range(2):
             timer.watch("none", partial(model.prefill, token, None))
@@ -153,16 +156,6 @@ def test_extrapolation(benchmark: ModuleType) -> None:
     ratios = benchmark.extrapolate({"none": full, "tome-72": full, "hybrid-72-36": merged})
     assert ratios["none"] == ratios["tome-72"] == 1
     assert ratios["hybrid-72-36"] == (3 * 0.25 + 29 * 0.125) / 32
-
-
-def test_verdicts(benchmark: ModuleType) -> None:
-    row = benchmark.Measurement("tower", "keep=72", 1.0, (1.0, 1.0), 0.66, bound=0.65)
-    assert row.verdict == "SHORT (at most 0.65)"
-    assert (
-        benchmark.Measurement("tower", "x", 1.0, (1.0, 1.0), 0.6, bound=0.65).verdict[:4] == "PASS"
-    )
-    assert benchmark.Measurement("tower", "x", 1.0, (1.0, 1.0), 0.6).verdict == ""
-    assert benchmark.quartiles([3.0]) == (3.0, 3.0)
 
 
 def test_too_few_layers_are_refused(

@@ -14,6 +14,7 @@ def tool() -> ModuleType:
     return load_tool("eval_throughput")
 
 
+@pytest.mark.slow
 def test_both_ways_answer_the_same(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,7 @@ def expected_logprobs(model: Model, image: torch.Tensor, turns: Turns) -> list[l
     return [list(score.token_logprobs) for score in scores]
 
 
+@pytest.mark.slow
 def test_packed_blocks_have_the_logprobs_of_single_questions(model: Model) -> None:
     writer = Writer(model.tokenizer)
     packed = pack(writer, BLOCKS, [np.arange(576)] * len(BLOCKS), "cpu")
@@ -687,6 +688,7 @@ def test_export_averages_with_given_weights(
         torch.testing.assert_close(written[name], expected, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_all_stages_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From nothing to a folder that loads and answers; run again, it has nothing left to do."""
     monkeypatch.setattr(train_tiny, "HELD_OUT_SCENES", 2)
