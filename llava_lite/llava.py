@@ -18,7 +18,7 @@ cache; `prefill` and `decode` are its two uses for a single item.
 Shapes: P patches and U <= P tokens of an image, N positions and R rows of a prompt, C width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,12 +68,6 @@ class Llava(nn.Module):
         self.vision = VisionTower(config.vision)
         self.projector = Projector(config)
         self.decoder = LlamaDecoder(config.text)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        # A layer that cannot follow to a device or dtype says so before anything has moved.
-        for part in self.modules():
-            getattr(part, "check_apply", lambda _: None)(fn)
-        return super()._apply(fn, recurse)
 
     @property
     def device(self) -> torch.device:

@@ -26,10 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_lite.attention import attend
 from llava_lite.bench.machine import Prepared, Run
 from llava_lite.bench.transformers_peer import Peer
-from llava_lite.cache import KVCache
+from llava_lite.cache import KVCache, attend
 from llava_lite.config import LlavaConfig, TextConfig
 from llava_lite.errors import CheckpointError
 from llava_lite.generation.model import Model

@@ -17,8 +17,7 @@ from torch import Tensor
 from helpers.examples import examples
 from helpers.models import TINY_TEXT, TINY_VISION, random_llava
 from helpers.tensors import close, draw, rms_norm_oracle
-from llava_lite.attention import attend, causal_mask
-from llava_lite.cache import KVCache
+from llava_lite.cache import KVCache, attend, causal_mask
 from llava_lite.config import TextConfig
 from llava_lite.layout import Layout
 from llava_lite.llama import LlamaDecoder, RMSNorm
