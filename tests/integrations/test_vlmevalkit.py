@@ -168,7 +168,7 @@ def test_what_cannot_be_asked(model: Any, tmp_path: Path) -> None:
         model.generate_inner([{"type": "video", "value": "a.mp4"}, text("x")])
     with pytest.raises(LlavaLiteError, match="missing.png"):
         model.generate_inner([image(str(tmp_path / "missing.png")), text("x")])
-    with pytest.raises(LlavaLiteError, match="must end with a message of the user"):
+    with pytest.raises(LlavaLiteError, match="the last message must have the role 'user'"):
         model.chat([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
 
 
