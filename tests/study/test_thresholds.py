@@ -684,7 +684,7 @@ def test_an_output_is_not_replaced_unless_asked(
     output = tmp_path / "t.json"
     output.write_text("[0.5]")
     for more in ([], ["--resume"]):
-        with pytest.raises(BatchError, match="is already there"):
+        with pytest.raises(BatchError, match="already exists"):
             run(tiny_model, pictures, output, *more)
     assert output.read_text() == "[0.5]"
     assert run(tiny_model, pictures, output, "--force")["images"] == NUM_IMAGES
