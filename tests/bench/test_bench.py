@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 from helpers.models import random_llava
+from helpers.peers import peer
 from llava_lite.bench import cases as bench_cases
 from llava_lite.bench import machine as hardware
 from llava_lite.bench import report as bench_report
@@ -66,7 +67,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def report() -> Report:
     """A narrow random model in float32, a quantized one that is none, and transformers."""
-    pytest.importorskip("transformers")
+    peer("transformers")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(bench.SIZES, "tiny", NARROW)
         patch.setattr(bench, "apart", lambda task, *args: task(*args))
@@ -219,7 +220,7 @@ def test_json_has_everything(report: Report) -> None:
 
 
 def test_plot(report: Report, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="plots need the extra `viz`")
+    peer("matplotlib")
     file = tmp_path / "speed.png"
     bench_report.check_plot(file)
     bench_report.save_plot(report, file)
@@ -481,7 +482,7 @@ def test_random_weights_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_peer_shares_our_tensors() -> None:
-    pytest.importorskip("transformers")
+    peer("transformers")
     llava = bench.random_model(TINY, torch.bfloat16, "cpu")
     other = Peer(llava)
     theirs = {tensor.data_ptr() for tensor in other.model.state_dict().values()}
@@ -696,7 +697,7 @@ def test_a_folder_in_a_process_of_its_own(
 def test_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("transformers")
+    peer("transformers")
     monkeypatch.setattr(bench, "free_bytes", lambda device: 1)
     assert run_cli("-m", embedded_model(), "--against", "transformers", "--quiet") == 0
     text, noise = capsys.readouterr()
@@ -802,7 +803,7 @@ def test_what_needs_plain_weights_is_refused_before_anything_slow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if "transformers" in arguments:
-        pytest.importorskip("transformers")
+        peer("transformers")
     monkeypatch.setattr(bench, "apart", lambda *_: pytest.fail("started"))
     assert cli.main(["bench", "-m", str(int4_folder), *arguments]) == 1
     error = capsys.readouterr().err
