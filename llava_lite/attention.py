@@ -30,28 +30,11 @@ from collections.abc import Sequence
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from llava_lite.cache import LayerCache, StaticCache, append
+from llava_lite.cache import LayerCache
 from llava_lite.config import TextConfig
 from llava_lite.layout import PackedLayout
 from llava_lite.rope import apply_rope
-
-
-def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """(num_queries, num_keys) bool, True = may attend; the queries are the LAST of the keys."""
-    ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
-    return ones.tril(num_keys - num_queries)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Fused attention of one item, causal unless a mask is given: (1, H, n, D) like q."""
-    num_queries, num_keys = q.shape[2], k.shape[2]
-    if mask is None and 1 < num_queries < num_keys:
-        # is_causal would align the triangle to the top left corner, as if there were no cache.
-        mask = causal_mask(num_queries, num_keys, q.device)
-    is_causal = mask is None and num_queries == num_keys
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 
 class HybridAttention(nn.Module):
@@ -92,12 +75,8 @@ class HybridAttention(nn.Module):
             past_key_values, masks, split_items((q, k, v), layout.num_positions), strict=True
         ):
             item_q, item_k, item_v = new  # (1, H, n, D) each
-            if isinstance(past, StaticCache):
-                cache: LayerCache = past
-                mixed.append(past.attend(item_q, item_k, item_v))
-            else:
-                cache = append(past, item_k, item_v)
-                mixed.append(attend(item_q, *cache, mask))
+            seen, cache = LayerCache.wrap(past, item_k).attend(item_q, item_k, item_v, mask)
+            mixed.append(seen)
             caches.append(cache)
             queries.append(item_q[:, :, -1:])
         x = torch.cat([rearrange(item, "1 h n d -> n (h d)") for item in mixed])  # (S, C)

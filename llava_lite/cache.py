@@ -1,11 +1,12 @@
-"""The KV cache: for every layer a pair (k, v), each (1, H, length, D), that grows by one position
-with every token.
+"""The KV cache of one layer: a pair (k, v), each (1, H, length, D), and attention over it.
 
-Appending to a tensor copies it, and 32 layers of a long prompt are half a gigabyte: too much to
-copy for every token. So the first append puts the pair into a room with space left behind it, and
-the next ones write there. A pair stays what it was when it was handed out: it shows its own
-positions only, and two continuations of the same pair never meet, for only the first may have the
-space.
+`append` gives a longer pair. A plain append would copy the whole pair for every token. So the first
+append moves the pair into a `Room` with spare space behind it, and later ones write there.
+
+A pair never changes after it was handed out: it shows its own positions only. Two continuations of
+one pair never meet, because only the first of them gets the spare space.
+
+Shapes: H heads, D head dim, n new positions of one item.
 """
 
 from dataclasses import dataclass
@@ -13,25 +14,25 @@ from threading import Lock
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-SPARE = 0.25  # of the length, and at least:
+SPARE = 0.25  # spare space as a share of the length, and at least:
 FEWEST_SPARE = 64
-# Of threads that continue the same pair, one may have the space. A lock for all rooms is held for
-# two comparisons, and rooms without one of their own can be copied and compiled.
+# One lock for all rooms: held for two comparisons only, and rooms stay easy to copy and compile.
 TAKING = Lock()
 
 
 @dataclass
 class Room:
-    """keys and values (1, H, capacity, D), the first `used` positions of them taken."""
+    """keys and values (1, H, capacity, D); the first `used` positions are taken."""
 
     keys: Tensor
     values: Tensor
     used: int
 
     def take(self, length: int, new: int) -> bool:
-        """Take the `new` positions behind the first `length` ones; whether these were free."""
-        # What was made in inference mode must not be written to outside of it.
+        """Take the `new` positions behind the first `length`. Returns False if they are taken."""
+        # torch forbids writing to a tensor of inference mode outside of inference mode.
         if self.keys.is_inference() and not torch.is_inference_mode_enabled():
             return False
         with TAKING:
@@ -42,7 +43,7 @@ class Room:
 
 
 class LayerCache(tuple[Tensor, Tensor]):
-    """The pair (k, v) of one layer, a plain tuple but for the room that it lies in."""
+    """The pair (k, v) of one layer: a plain tuple that also knows its room, if it has one."""
 
     room: Room | None
 
@@ -54,37 +55,60 @@ class LayerCache(tuple[Tensor, Tensor]):
     def __reduce__(self) -> tuple[type, tuple[Tensor, Tensor]]:  # a copy leaves the room behind
         return LayerCache, (self[0], self[1])
 
+    @staticmethod
+    def wrap(past: tuple[Tensor, Tensor] | None, like: Tensor) -> "LayerCache":
+        """Any pair as a LayerCache; None is an empty pair, shaped as `like` (1, H, n, D)."""
+        if isinstance(past, LayerCache):
+            return past
+        return LayerCache(*past) if past is not None else LayerCache(like[:, :, :0], like[:, :, :0])
 
-class StaticCache(LayerCache):
-    """One layer's caches of several items in a fixed shape, which grow and attend by themselves
-    (static_decode.py). In a batch they stand for one item with a row for each of theirs."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the new positions and attend from them: (1, H, n, D) each, and so the result."""
-        raise NotImplementedError
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, "LayerCache"]:
+        """Append k and v, then attend from q to all positions. q, k, v and the result (1, H, n, D);
+        mask as in `attend`. Returns the result and the longer pair."""
+        grown = append(self, k, v)
+        return attend(q, *grown, mask), grown
 
 
 KVCache = tuple[tuple[Tensor, Tensor], ...]
 
 
 def append(past: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> LayerCache:
-    """The pair `past` (None: nothing) with the new positions k and v (1, H, n, D) behind it."""
-    if past is None:
+    """The pair `past` (None: empty) with the new k and v (1, H, n, D) behind it."""
+    if past is None or past[0].shape[2] == 0:
         return LayerCache(k, v)
-    # Writing in place would break the way back.
+    # Writing in place would break the backward pass.
     if any(part.requires_grad for part in (k, v, *past)):
         return LayerCache(torch.cat((past[0], k), 2), torch.cat((past[1], v), 2))
     length, stop = past[0].shape[2], past[0].shape[2] + k.shape[2]
-    room = past.room if isinstance(past, LayerCache) else None
+    room = LayerCache.wrap(past, k).room
     if room is None or not room.take(length, k.shape[2]):
         capacity = stop + max(FEWEST_SPARE, int(SPARE * stop))
-        room = Room(with_space(past[0], capacity), with_space(past[1], capacity), stop)
+        room = Room(add_space(past[0], capacity), add_space(past[1], capacity), stop)
     room.keys[:, :, length:stop], room.values[:, :, length:stop] = k, v
     return LayerCache(room.keys[:, :, :stop], room.values[:, :, :stop], room)
 
 
-def with_space(x: Tensor, capacity: int) -> Tensor:
-    """x (1, H, length, D) at the beginning of a new (1, H, capacity, D)."""
+def add_space(x: Tensor, capacity: int) -> Tensor:
+    """Copy x (1, H, length, D) to the beginning of a new (1, H, capacity, D)."""
     wide = x.new_empty(1, x.shape[1], capacity, x.shape[3])
     wide[:, :, : x.shape[2]] = x
     return wide
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """(num_queries, num_keys) bool, True = may attend. The queries are the last of the keys."""
+    ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return ones.tril(num_keys - num_queries)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Fused attention of one item: q (1, H, n, D), k and v (1, H, keys, D) -> (1, H, n, D).
+    Causal unless a mask is given."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if mask is None and 1 < num_queries < num_keys:
+        # is_causal aligns the triangle to the top left corner, which is wrong behind a cache.
+        mask = causal_mask(num_queries, num_keys, q.device)
+    is_causal = mask is None and num_queries == num_keys
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)

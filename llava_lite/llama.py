@@ -5,7 +5,7 @@ In front of one layer it may drop image rows (fastv.py).
 Shapes: R packed rows of all items (attention.py), C width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,9 +97,6 @@ class LlamaDecoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Where the heads are spread over processes (tensor_parallel.py): FastV's scores, of these
-        # heads -> of all.
-        self.mean_over_ranks: Callable[[Tensor], Tensor] | None = None
 
     def forward(
         self,
@@ -128,9 +125,8 @@ class LlamaDecoder(nn.Module):
         grown: list[list[LayerCache]] = []
         for layer_idx, layer in enumerate(self.layers):
             if any(wish is not None and wish.layer == layer_idx for wish in fastv):
-                x, layouts, found = prune(
-                    x, layouts, queries, grown[-1], fastv, layer_idx, self.mean_over_ranks
-                )
+                wishes = [wish if wish and wish.layer == layer_idx else None for wish in fastv]
+                x, layouts, found = self.prune(x, layouts, queries, grown[-1], wishes)
                 prunings = [old or new for old, new in zip(prunings, found, strict=True)]
                 packed = pack(layouts)
                 cos, sin = rope_cos_sin(packed.position_ids, self.head_dim, self.rope_theta)
@@ -140,37 +136,38 @@ class LlamaDecoder(nn.Module):
         grown_caches = [tuple(cache) for cache in zip(*grown, strict=True)]
         return DecoderOutput(self.norm(x), packed, grown_caches, prunings)
 
+    def prune(
+        self,
+        x: Tensor,
+        layouts: Sequence[Layout],
+        queries: Sequence[Tensor],
+        caches: Sequence[LayerCache],
+        fastv: Sequence[FastV | None],
+    ) -> tuple[Tensor, list[Layout], list[Pruning | None]]:
+        """Drop image rows in front of a layer, from every item with a FastV (None: drop nothing).
 
-def prune(
-    x: Tensor,
-    layouts: Sequence[Layout],
-    queries: Sequence[Tensor],
-    caches: Sequence[LayerCache],
-    fastv: Sequence[FastV | None],
-    layer_idx: int,
-    mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, list[Layout], list[Pruning | None]]:
-    """FastV in front of layer `layer_idx`, for the items that want it there and have image rows.
+        x (R, C); per item its layout, and the last query (1, H, 1, D) and cache of the layer
+        before. Returns x (R', C), the layouts of the rows that are left, and what was pruned."""
+        left, kept_layouts, prunings = [], [], []
+        rows_of_items = x.split([layout.num_rows for layout in layouts])
+        for rows, layout, query, (keys, _), wish in zip(
+            rows_of_items, layouts, queries, caches, fastv, strict=True
+        ):
+            sizes = [stop - start for start, stop in layout.image_spans]
+            budgets = None if wish is None else wish.budgets(sizes)
+            pruning = None
+            if wish is not None and budgets is not None:
+                scores = self.fastv_scores(query, keys, layout, wish.score)
+                pruning = choose(scores, layout.image_spans, budgets)
+                rows, layout = rows[pruning.kept_indices], layout.keep(pruning.kept_indices)
+            left.append(rows)
+            kept_layouts.append(layout)
+            prunings.append(pruning)
+        return torch.cat(left), kept_layouts, prunings
 
-    x (R, C); per item its layout, last query (1, H, 1, D) and cache of the layer before.
-    `mean_over_ranks`: scores (U,) of the heads here -> of all heads; None: all are here. Returns
-    x (R', C), the layouts of what is left, and what was pruned."""
-    left, kept_layouts, prunings = [], [], []
-    rows_of_items = x.split([layout.num_rows for layout in layouts])
-    for rows, layout, query, (keys, _), wish in zip(
-        rows_of_items, layouts, queries, caches, fastv, strict=True
-    ):
-        sizes = [stop - start for start, stop in layout.image_spans]
-        budgets = wish.budgets(sizes) if wish is not None and wish.layer == layer_idx else None
-        pruning = None
-        if wish is not None and budgets is not None:
-            probs = last_row(query, keys)[-layout.num_positions :]
-            scores = row_scores(probs, layout.mapping_indices, layout.num_rows, wish.score)
-            if mean_over_ranks is not None:
-                scores = mean_over_ranks(scores)
-            pruning = choose(scores, layout.image_spans, budgets)
-            rows, layout = rows[pruning.kept_indices], layout.keep(pruning.kept_indices)
-        left.append(rows)
-        kept_layouts.append(layout)
-        prunings.append(pruning)
-    return torch.cat(left), kept_layouts, prunings
+    def fastv_scores(self, query: Tensor, keys: Tensor, layout: Layout, score: str) -> Tensor:
+        """The score of every row of one item (U,): the attention of the last query (1, H, 1, D)
+        to the keys (1, H, n, D) of its positions. `score` is "sum" or "mean", see `FastV`."""
+        # Cached positions before this item's new rows are never pruned.
+        probs = last_row(query, keys)[-layout.num_positions :]
+        return row_scores(probs, layout.mapping_indices, layout.num_rows, score)

@@ -1,4 +1,4 @@
-"""Files of JSON lines that only grow: one object a line, written whole, by one process."""
+"""Write files: check the place first, append JSON lines under a lock, replace a file at once."""
 
 import errno
 import json
@@ -13,6 +13,21 @@ JsonObject = dict[str, Any]
 
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems without
+
+
+def check_output(path: Path, error_type: type[LlavaLiteError], force: bool = True) -> None:
+    """Raise the given error, before any work, where a file cannot be written to `path`.
+
+    Without `force` an existing file is refused, too."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise error_type(f"{path}: is a folder, the output must be a file")
+    if not folder.is_dir():
+        raise error_type(f"{path}: the folder {folder} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise error_type(f"{path}: the folder {folder} cannot be written to")
+    if path.exists() and not force:
+        raise error_type(f"{path} already exists (use --force to overwrite)")
 
 
 def parse_object(line: str | bytes, where: str, error_type: type[LlavaLiteError]) -> JsonObject:

@@ -34,7 +34,7 @@ import torch
 
 from llava_lite.bench.cases import OURS, Contender, Work, prompt_cases, random_pixels, walk_all
 from llava_lite.bench.machine import Run, quartiles, time_in_turns
-from llava_lite.bench.report import FEWEST_ROUNDS, Row, check_output
+from llava_lite.bench.report import FEWEST_ROUNDS, Row
 from llava_lite.bench.run import BenchError, Settings, open_model
 from llava_lite.cli import program as cli
 from llava_lite.cli.arguments import positive
@@ -43,6 +43,7 @@ from llava_lite.fast.device import machine, pick_device
 from llava_lite.fast.quantize import check_operator
 from llava_lite.generation.model import Model
 from llava_lite.reduction import REDUCTIONS, ToMe
+from llava_lite.saving import check_output
 
 TITLES = {"tower": "vision tower", "prefill": "decoder prefill", "decode": "one decoded token"}
 MERGES = {"keep=288": ToMe(keep=288), "keep=144": ToMe(keep=144), "r=21": ToMe(r=21)}
@@ -264,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.device = str(pick_device(args.device))
         if args.json:
-            check_output(args.json)
+            check_output(args.json, BenchError)
     except (ValueError, BenchError) as error:
         parser.error(str(error))
     if (args.what or ("all" if args.device.startswith("cuda") else "reduction")) == "all":

@@ -24,17 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_lite.attention import attend
 from llava_lite.bench.machine import Prepared, Run
 from llava_lite.bench.transformers_peer import Peer
-from llava_lite.cache import KVCache
-from llava_lite.config import LlavaConfig, TextConfig
+from llava_lite.cache import KVCache, attend
+from llava_lite.config import IMAGE_TOKEN_ID, LlavaConfig, TextConfig
 from llava_lite.errors import CheckpointError
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import sample
 from llava_lite.generation.state import NO_TOKENS, Request, State
 from llava_lite.generation.trace import Trace, decoder_flops, kv_bytes, tower_flops, trace_prompt
-from llava_lite.llava import IMAGE_TOKEN_ID, Llava
+from llava_lite.llava import Llava
 from llava_lite.reduction import REDUCTIONS, Reduction
 
 OURS, TRANSFORMERS = "llava_lite", "transformers"

@@ -6,7 +6,6 @@ that the run has nothing for says why.
 """
 
 import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -17,7 +16,7 @@ from llava_lite.bench.cases import OURS, PARTS, SHARED_WORDS, TRANSFORMERS
 from llava_lite.bench.profile import KINDS, OTHERS, Profile, kind
 from llava_lite.bench.run import PEER_FOOTPRINT, BenchError, Footprint, Measurement, Report
 from llava_lite.config import LLAVA_1_5_7B, LlavaConfig
-from llava_lite.saving import replace_file
+from llava_lite.saving import check_output, replace_file
 
 FAST = "hybrid-72-36"
 FEWEST_ROUNDS = 5  # for a verdict
@@ -431,22 +430,11 @@ BARS = (
 )
 
 
-def check_output(path: Path) -> None:
-    """Raise BenchError before a long run whose figures could not be written."""
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise BenchError(f"{path}: is a folder, the output must be a file")
-    if not folder.is_dir():
-        raise BenchError(f"{path}: the folder {folder} does not exist")
-    if not os.access(folder, os.W_OK):
-        raise BenchError(f"{path}: nothing may be written to {folder}")
-
-
 def check_plot(path: Path) -> None:
     """Raise BenchError before a long run whose plot could not be drawn."""
     if path.suffix.lower() != ".png":
         raise BenchError(f"{path}: the plot is a file that ends in .png")
-    check_output(path)
+    check_output(path, BenchError)
     if find_spec("matplotlib") is None:
         raise BenchError("a plot needs matplotlib: pip install 'llava-lite[viz]'")
 

@@ -383,7 +383,7 @@ def twin(model: Model) -> Model:
     llava = meta_model(model.llava.config)
     llava.load_state_dict(model.llava.state_dict(), assign=True)
     copy = Model(
-        llava.requires_grad_(False), model.tokenizer, model.config, thresholds=model.thresholds
+        llava.requires_grad_(False), model.tokenizer, model.config, thresholds=model.own_thresholds
     )
     return CompiledModel(copy) if isinstance(model, CompiledModel) else copy
 

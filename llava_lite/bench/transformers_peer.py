@@ -20,9 +20,9 @@ from llava_lite.checkpoints.export import hf_documents
 from llava_lite.checkpoints.names import our_names
 from llava_lite.checkpoints.skeleton import WithoutInit, expected_shapes
 from llava_lite.checkpoints.tensors import read_json
-from llava_lite.config import LlavaConfig
+from llava_lite.config import IMAGE_TOKEN_ID, LlavaConfig
 from llava_lite.errors import LlavaLiteError
-from llava_lite.llava import IMAGE_TOKEN_ID, Llava
+from llava_lite.llava import Llava
 
 TORCHVISION = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",

@@ -19,7 +19,7 @@ from llava_lite.checkpoints.checkpoint import load_tokenizer
 from llava_lite.checkpoints.names import hf_name
 from llava_lite.checkpoints.source import Source
 from llava_lite.checkpoints.tensors import Spec, num_bytes, read_json_value
-from llava_lite.checkpoints.thresholds import FILE_NAME, fitting_thresholds, thresholds_file
+from llava_lite.checkpoints.thresholds import FILE_NAME, OwnThresholds
 from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
 from llava_lite.errors import CheckpointError
 from llava_lite.saving import write_json
@@ -89,11 +89,12 @@ def write_side_files(
 def threshold_document(opened: Source) -> dict[str, dict[str, Any]]:
     """The source's own thresholds, if it has some, of the blocks that run: the result may have no
     others."""
-    file = thresholds_file(opened)
-    if file is None:
+    own = OwnThresholds.of(opened)
+    thresholds = own.read()
+    if own.file is None or thresholds is None:
         return {}
-    thresholds = fitting_thresholds(file, opened)[: opened.config.vision.num_blocks]
-    content = read_json_value(file)
+    thresholds = thresholds[: opened.config.vision.num_blocks]
+    content = read_json_value(own.file)
     return {FILE_NAME: {**(content if isinstance(content, dict) else {}), "thresholds": thresholds}}
 
 

@@ -47,8 +47,8 @@ class TensorInfo:
 class Info:
     """A model on paper. `source` and `layout` are None for a preset; `quantized` is the method of a
     quantised folder, whose tensors then are codes and scales; `ignored` counts the stored
-    tensors that the model never reads; `thresholds` are what DToMe goes by, if it has some, or
-    the error why they cannot be used."""
+    tensors that the model never reads; `thresholds` are the model's own for DToMe, if it has
+    some; `thresholds_error` says why they cannot be used."""
 
     config: LlavaConfig
     tensors: tuple[TensorInfo, ...]
@@ -56,7 +56,8 @@ class Info:
     layout: str | None = None
     revision: str | None = None
     ignored: int = 0
-    thresholds: tuple[float, ...] | CheckpointError | None = None
+    thresholds: tuple[float, ...] | None = None
+    thresholds_error: str | None = None
     quantized: str | None = None
 
     @property
@@ -97,7 +98,6 @@ class Info:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, ready for json."""
-        unusable = isinstance(self.thresholds, CheckpointError)
         return {
             "name": self.config.name,
             "source": self.source,
@@ -111,8 +111,8 @@ class Info:
             "parameters": self.parameters,
             "memory": self.memory,
             "ignored_tensors": self.ignored,
-            "thresholds": None if unusable else self.thresholds,
-            "thresholds_error": str(self.thresholds) if unusable else None,
+            "thresholds": self.thresholds,
+            "thresholds_error": self.thresholds_error,
             "tensors": [asdict(tensor) for tensor in self.tensors],
         }
 
@@ -137,7 +137,7 @@ def describe_source(
     Raises CheckpointError."""
     from llava_lite.checkpoints.quantized import QuantizedSource, open_source
     from llava_lite.checkpoints.skeleton import expected_shapes
-    from llava_lite.checkpoints.thresholds import own_thresholds_or_error
+    from llava_lite.checkpoints.thresholds import OwnThresholds
 
     source = open_source(Path(path), base, vision_tower)
     tensors = []
@@ -151,6 +151,11 @@ def describe_source(
             for stored, entry in entries.items()
         ]
     skipped = len(source.ignored) + len({entry.stored for entry in source.unused.values()})
+    thresholds, error = None, None
+    try:
+        thresholds = OwnThresholds.of(source).read()
+    except CheckpointError as found:  # the rest of the checkpoint can still be described
+        error = str(found)
     return Info(
         source.config,
         tuple(tensors),
@@ -158,7 +163,8 @@ def describe_source(
         source.layout,
         source.revision,
         skipped,
-        own_thresholds_or_error(source),
+        thresholds,
+        error,
         source.method if isinstance(source, QuantizedSource) else None,
     )
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llava_lite.checkpoints.source import Source
+    from llava_lite.checkpoints.thresholds import OwnThresholds
     from llava_lite.config import LlavaConfig
     from llava_lite.generation.model import Model
     from llava_lite.inputs.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ class Checkpoint(NamedTuple):
     dtype: "torch.dtype"
     tokenizer: "Tokenizer"
     config: "LlavaConfig"
-    thresholds: "tuple[float, ...] | CheckpointError | None"
+    thresholds: "OwnThresholds"
 
 
 def open_checkpoint(
@@ -102,7 +103,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     from llava_lite.checkpoints.checkpoint import load_tokenizer, parse_dtype
     from llava_lite.checkpoints.quantized import open_source
-    from llava_lite.checkpoints.thresholds import own_thresholds_or_error
+    from llava_lite.checkpoints.thresholds import OwnThresholds
     from llava_lite.fast.device import pick_dtype
 
     wanted = None if dtype == "auto" else parse_dtype(dtype)
@@ -112,7 +113,7 @@ def open_checkpoint(
         wanted or pick_dtype(source.dtype, device),
         load_tokenizer(source.tokenizer_file or path, source.config),
         source.config if pad is None else replace(source.config, pad=pad),
-        own_thresholds_or_error(source),
+        OwnThresholds.of(source),
     )
 
 
@@ -137,7 +138,7 @@ def load_whole(
     source, dtype, tokenizer, config, thresholds = read(path, own)
     llava = load_source(source, own, dtype, quantize)
     choose_kernels(llava.decoder)
-    model = Model(llava, tokenizer, config, exif, thresholds)
+    model = Model(llava, tokenizer, config, exif, thresholds.read)
     return CompiledModel(model) if compile else model
 
 
@@ -161,7 +162,7 @@ def load_in_ranks(
     from llava_lite.fast.tensor_parallel import ParallelModel
 
     share = load_share(source, ranks, own, dtype)
-    return ParallelModel(share, tokenizer, config, exif, thresholds)
+    return ParallelModel(share, tokenizer, config, exif, thresholds.read)
 
 
 def embedded_model() -> Path:

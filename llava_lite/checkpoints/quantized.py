@@ -30,6 +30,7 @@ from llava_lite.errors import CheckpointError
 from llava_lite.fast.quantize import (
     METHODS,
     QuantizedLinear,
+    QuantizedLlava,
     check_operator,
     check_shapes,
     decoder_linears,
@@ -165,7 +166,7 @@ def load_source(
         return checkpoint.load_source(source, device, dtype)
     kind, device = method_named(method), torch.device(device)
     wanted = parse_dtype(dtype) or source.dtype
-    model = meta_model(source.config)
+    model = meta_model(source.config, QuantizedLlava)
     shapes = decoder_linears(model)
     check_shapes(shapes, kind)
     check_operator(method, device, wanted)

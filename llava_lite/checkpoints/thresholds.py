@@ -3,10 +3,11 @@
 import math
 import os
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_lite.config import VisionConfig
 from llava_lite.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -88,33 +89,37 @@ def read_dymu(path: Path) -> list[float]:
     return [found.get(block, NEVER) for block in range(num_blocks)]
 
 
-def own_thresholds(source: "Source") -> tuple[float, ...] | None:
-    """The thresholds of a checkpoint: of a thresholds.json in its folder, or in the one that its
-    tower's weights come from; else, for the dimensions of OpenAI's CLIP-L/336, DyMU's list.
+@dataclass(frozen=True)
+class OwnThresholds:
+    """The thresholds of a checkpoint, before they are read: most calls never need them.
 
-    Raises CheckpointError for a damaged file and for one that does not fit the tower."""
-    from llava_lite.config import VisionConfig
+    file: the thresholds.json of the checkpoint, if it has one. vision: the tower they are for."""
 
-    path = thresholds_file(source)
-    if path is not None:
-        return fitting_thresholds(path, source)
-    vision, openai = source.config.vision, VisionConfig()
-    depth = {"num_layers": openai.num_layers, "feature_layer": openai.feature_layer}
-    if replace(vision, **depth) == openai and vision.num_layers <= openai.num_layers:
-        return OPENAI_CLIP_L_336[: vision.num_layers]
-    return None
+    file: Path | None
+    vision: VisionConfig
+
+    @staticmethod
+    def of(source: "Source") -> "OwnThresholds":
+        return OwnThresholds(find_thresholds_file(source), source.config.vision)
+
+    def read(self) -> tuple[float, ...] | None:
+        """The thresholds of the file. Without a file: DyMU's list for a tower with the sizes of
+        OpenAI's CLIP-L/336, and None for any other tower.
+
+        Raises CheckpointError for a damaged file and for one that does not fit the tower."""
+        if self.file is not None:
+            thresholds = read_thresholds(self.file)
+            check_length(self.file, thresholds, self.vision)
+            return thresholds
+        vision, openai = self.vision, VisionConfig()
+        depth = {"num_layers": openai.num_layers, "feature_layer": openai.feature_layer}
+        if replace(vision, **depth) == openai and vision.num_layers <= openai.num_layers:
+            return OPENAI_CLIP_L_336[: vision.num_layers]
+        return None
 
 
-def own_thresholds_or_error(source: "Source") -> tuple[float, ...] | CheckpointError | None:
-    """`own_thresholds`, or why they cannot be used: that concerns only who asks for them."""
-    try:
-        return own_thresholds(source)
-    except CheckpointError as error:
-        return error
-
-
-def thresholds_file(source: "Source") -> Path | None:
-    """The thresholds.json of a checkpoint, if it has one."""
+def find_thresholds_file(source: "Source") -> Path | None:
+    """The thresholds.json in the checkpoint's folder, else in the folder of its tower's weights."""
     tower = source.entries["vision.class_embed"].file
     # An open_clip model object lies in no folder.
     folders = [source.path] if tower in source.in_memory else [source.path, tower.parent]
@@ -122,12 +127,10 @@ def thresholds_file(source: "Source") -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def fitting_thresholds(path: Path, source: "Source") -> tuple[float, ...]:
-    """Read a file and compare its length with the tower."""
-    thresholds, vision = read_thresholds(path), source.config.vision
+def check_length(path: Path, thresholds: tuple[float, ...], vision: VisionConfig) -> None:
+    """Raise CheckpointError unless there is one threshold for each block of the tower."""
     if len(thresholds) not in (vision.num_blocks, vision.num_layers):
         raise CheckpointError(
             f"{path}: holds {len(thresholds)} thresholds, but the tower runs {vision.num_blocks} "
             f"of {vision.num_layers} blocks: there must be one for each of these or of those"
         )
-    return thresholds

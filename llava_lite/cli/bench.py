@@ -16,6 +16,7 @@ from llava_lite.cli.console import (
     OK,
 )
 from llava_lite.cli.wanted import choose_download_bars, default_source
+from llava_lite.saving import check_output, replace_json
 
 if TYPE_CHECKING:
     from llava_lite.bench.run import Settings
@@ -78,15 +79,15 @@ def run_bench(args: argparse.Namespace) -> int:
             args.parser.error(f"--size is for random weights: it does not go with --{name}")
     from llava_lite.bench import report as bench_report
     from llava_lite.bench import run as bench
+    from llava_lite.bench.run import BenchError
     from llava_lite.fast.allocator import keep_freed_memory
     from llava_lite.reduction import REDUCTIONS
-    from llava_lite.saving import replace_json
 
     unknown = [name for name in args.reductions or () if name not in REDUCTIONS]
     if unknown:
         args.parser.error(f"no reduction {unknown[0]!r}; there are {', '.join(REDUCTIONS)}")
     if args.output:
-        bench_report.check_output(Path(args.output))
+        check_output(Path(args.output), BenchError)
     if args.plot:
         bench_report.check_plot(Path(args.plot))
     keep_freed_memory()  # as the other commands do; transformers has the same of it

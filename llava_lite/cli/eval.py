@@ -46,13 +46,12 @@ from llava_lite.evaluation.suites.registry import (
     split_paths,
 )
 from llava_lite.integrations import ray_batch
-from llava_lite.saving import JsonObject
+from llava_lite.saving import JsonObject, check_output, replace_file, replace_json
 
 if TYPE_CHECKING:
     from llava_lite.evaluation.report import Evaluation
     from llava_lite.evaluation.runner import Ask
     from llava_lite.generation.sampling import GenerationOptions
-    from llava_lite.saving import JsonObject
 
 SCENES_HELP = """\
 An answer is right when it is exactly the expected text. The table has the 95 % interval (Wilson) of
@@ -344,13 +343,9 @@ def check_outputs(args: argparse.Namespace, folder: Path | None) -> None:
         if name is None:
             continue
         path = Path(name)
-        if path.is_dir():
-            raise EvaluationError(f"{path}: is a folder, must be a file")
-        is_made = folder is not None and path.absolute().parent == folder.absolute()
-        if not is_made and not path.parent.is_dir():
-            raise EvaluationError(f"{path}: the folder {path.parent} does not exist")
-        if path.parent.exists() and not os.access(path.parent, os.W_OK):
-            raise EvaluationError(f"{path}: the folder {path.parent} cannot be written to")
+        will_exist = folder is not None and path.absolute().parent == folder.absolute()
+        if path.parent.exists() or not will_exist:
+            check_output(path, EvaluationError)
 
 
 def asking(
@@ -459,7 +454,6 @@ def run_report(args: argparse.Namespace) -> int:
 def deliver(args: argparse.Namespace, evaluation: "Evaluation", folder: Path | None) -> int:
     """Write the report and print it."""
     from llava_lite.evaluation import page, report
-    from llava_lite.saving import replace_file, replace_json
 
     content = report.report(evaluation)
     if folder is not None:

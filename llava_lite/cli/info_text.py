@@ -14,7 +14,6 @@ from llava_lite.checkpoints.info import (
     format_count,
 )
 from llava_lite.config import PRESETS
-from llava_lite.errors import CheckpointError
 
 # What each preset of token reduction is for.
 PURPOSES = {
@@ -60,18 +59,18 @@ def architecture_lines(info: Info) -> list[str]:
         f"{text.head_dim}, vocabulary {text.vocab_size}",
         "context": f"{text.max_positions} tokens",
         "template": f"{config.template}, images {images}",
-        "thresholds": info.source and format_thresholds(info.thresholds),
+        "thresholds": info.source and format_thresholds(info),
     }
     return [config.name, *(f"  {name:<11}{fact}" for name, fact in facts.items() if fact)]
 
 
-def format_thresholds(thresholds: Sequence[float] | CheckpointError | None) -> str:
-    """Whether a model can merge by likeness as it is."""
-    if isinstance(thresholds, CheckpointError):
-        return f"unusable: {thresholds}"
-    if thresholds is None:
+def format_thresholds(info: Info) -> str:
+    """Say whether the model has thresholds of its own for DToMe."""
+    if info.thresholds_error is not None:
+        return f"unusable: {info.thresholds_error}"
+    if info.thresholds is None:
         return "none: dymu-72 and --merge dtome need some (llava-lite thresholds)"
-    return f"{len(thresholds)}, what dymu-72 and --merge dtome go by"
+    return f"{len(info.thresholds)}, what dymu-72 and --merge dtome go by"
 
 
 def parameter_lines(info: Info) -> list[str]:

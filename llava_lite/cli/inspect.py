@@ -51,7 +51,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     from llava_lite.study import inspection
 
-    output = inspection.check_output(args.output, args.force)
+    output = inspection.check_picture(args.output, args.force)
     options = generation_options(args)
     images = [image_opener(args)(source) for source in args.image]
     seen = inspection.inspect(load_model(args), images, prompt, **options)

@@ -17,6 +17,7 @@ from llava_lite.cli.console import say
 from llava_lite.cli.wanted import load_model
 from llava_lite.errors import ImageError, one_line
 from llava_lite.generation.batch_file import BatchError, image_names
+from llava_lite.saving import check_output, replace_json
 from llava_lite.study.find_thresholds import DEFAULT_BATCH_SIZE, DEFAULT_KEEP, Finding, finding
 
 if TYPE_CHECKING:
@@ -84,11 +85,9 @@ def add_thresholds_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, model: "Model") -> int:
     """`llava-lite thresholds`: writes the file, says on stderr what went in. Raises BatchError for
     unusable input or output, ValueError for bad numbers, ImageError without a single image."""
-    from llava_lite.saving import replace_json
-
     output = Path(args.output)
     progress = progress_file(output)
-    check_output(output, args.resume, args.force)
+    check_run(output, args.resume, args.force)
     folder, names = listed_images(Path(args.images), args.image_folder)
     random.Random(args.seed).shuffle(names)  # images that lie side by side are often alike
     names = names[: checked_limit(args.limit)]
@@ -237,21 +236,14 @@ def names_in(entry: Any, where: str) -> list[str]:
     return names
 
 
-def check_output(output: Path, resume: bool, force: bool) -> None:
+def check_run(output: Path, resume: bool, force: bool) -> None:
     """Raise BatchError, before any work, where the result could not be written or would replace
     something."""
     progress = progress_file(output)
     if resume and force:
         raise BatchError("--resume and --force contradict each other")
-    if not output.parent.is_dir():
-        raise BatchError(f"{output}: the folder {output.parent} does not exist")
-    if output.is_dir():
-        raise BatchError(f"{output}: is a folder, the output must be a file")
-    if force:
-        return
-    if output.exists() and not (resume and progress.exists()):
-        raise BatchError(f"{output}: is already there (--force replaces it)")
-    if progress.exists() and not resume:
+    check_output(output, BatchError, force or (resume and progress.exists()))
+    if progress.exists() and not (resume or force):
         raise BatchError(f"{progress}: a run was cut off; go on with it (--resume) or use --force")
 
 
@@ -262,8 +254,6 @@ def progress_file(output: Path) -> Path:
 
 def save_progress(path: Path, settings: dict[str, Any], found: Finding) -> None:
     """JSON keeps every bit of a float, so that going on gives the result of an unbroken run."""
-    from llava_lite.saving import replace_json
-
     sums = {"sums": found.sums, "images": found.images, "skipped": found.skipped}
     replace_json(path, {"settings": settings, **sums})
 

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_lite.cache import KVCache, LayerCache, StaticCache
+from llava_lite.cache import KVCache, LayerCache
 from llava_lite.errors import LlavaLiteError, one_line
 from llava_lite.generation.model import Model
 from llava_lite.generation.state import State
@@ -58,7 +58,7 @@ class CompileError(LlavaLiteError):
 # ---- the step ------------------------------------------------------------------------------------
 
 
-class SlotPair(StaticCache):
+class SlotPair(LayerCache):
     """One layer's buffers (k, v), each (n, H, capacity, D), with what a step needs beside them:
     slots (n,) 0..n-1, where each stores its position, places (n,), and what attention adds to its
     scores, bias (n, 1, 1, capacity): 0, and -inf where a slot must not look."""
@@ -74,13 +74,16 @@ class SlotPair(StaticCache):
         cache.slots, cache.places, cache.bias = slots, places, bias
         return cache
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One new position for every slot: (1, H, n, D) each, and so the result."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, LayerCache]:
+        """As `LayerCache.attend`, but row i of q, k and v (1, H, n, D) belongs to slot i. The
+        slots' own bias takes the place of `mask`."""
         keys, values = self
         keys[self.slots, :, self.places] = k[0].transpose(0, 1)  # (n, H, D)
         values[self.slots, :, self.places] = v[0].transpose(0, 1)
         mixed = F.scaled_dot_product_attention(q.transpose(0, 2), keys, values, self.bias)
-        return mixed.transpose(0, 2)
+        return mixed.transpose(0, 2), self
 
 
 def decode_step(
@@ -406,7 +409,9 @@ class CompiledModel(Model):
     happens when a shape is first needed. Raises CompileError without what that takes."""
 
     def __init__(self, model: Model, way: str | None = None) -> None:
-        super().__init__(model.llava, model.tokenizer, model.config, model.exif, model.thresholds)
+        super().__init__(
+            model.llava, model.tokenizer, model.config, model.exif, model.own_thresholds
+        )
         self.static = StaticDecoder(self.llava, checked_way(way, self.llava.device))
 
     def advance(

@@ -423,6 +423,17 @@ def packed_origins(n: int, k: int, device: torch.device) -> Tensor:
 # ---- models --------------------------------------------------------------------------------------
 
 
+class QuantizedLlava(Llava):
+    """A model with quantized layers. A move that one of them refuses moves nothing."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        # torch moves the parts one after the other: ask all of them before the first has moved.
+        for part in self.modules():
+            if isinstance(part, QuantizedLinear):
+                part.check_apply(fn)
+        return super()._apply(fn, recurse)
+
+
 def quantize(model: "Model | Llava", method: str) -> None:
     """Quantise the decoder's linear layers (q, k, v, o, gate, up, down, lm_head) in place, one by
     one: beside the model there is never more than the weight of one of them.
@@ -441,6 +452,8 @@ def quantize(model: "Model | Llava", method: str) -> None:
     check_operator(method, llava.device, llava.dtype)
     for name in shapes:  # all of them, before the first is replaced
         check_range(name, llava.get_parameter(f"{name}.weight").detach(), kind, llava.dtype)
+    if type(llava) is Llava:
+        llava.__class__ = QuantizedLlava  # in place: the caller keeps the same object
     for name in shapes:
         weight = llava.get_parameter(f"{name}.weight").detach()
         llava.set_submodule(name, kind(rounded(name, weight, kind, llava.dtype), own=True))

@@ -20,7 +20,7 @@ their place in the plan needs (`SharedLinear`). `tests/test_tensor_parallel.py` 
 
 Above these layers nothing is spread: all ranks see the same rows, logits and tokens. FastV ranks
 image tokens by the attention of all heads, so the scores are averaged over ranks before any choice
-(`LlamaDecoder.mean_over_ranks`). What could differ between ranks comes from the first one: pixels,
+(`ParallelDecoder.fastv_scores`). What could differ between ranks comes from the first one: pixels,
 sampled tokens.
 """
 
@@ -40,12 +40,14 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 from llava_lite.cache import KVCache
-from llava_lite.config import LlavaConfig
+from llava_lite.config import LlavaConfig, TextConfig
 from llava_lite.fast.ranks import Ranks
 from llava_lite.generation.answer import Score
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.generation.state import Request, Row
+from llava_lite.layout import Layout
+from llava_lite.llama import LlamaDecoder
 from llava_lite.llava import EncodedImage, Llava
 from llava_lite.reduction import NO_REDUCTION, Reduction
 
@@ -84,13 +86,25 @@ class SharedLinear(nn.Module):
 # ---- the model -----------------------------------------------------------------------------------
 
 
+class ParallelDecoder(LlamaDecoder):
+    """The decoder of one rank, which holds some of the heads."""
+
+    def __init__(self, ranks: Ranks, config: TextConfig) -> None:
+        super().__init__(config)
+        self.ranks = ranks
+
+    def fastv_scores(self, query: Tensor, keys: Tensor, layout: Layout, score: str) -> Tensor:
+        """As `LlamaDecoder.fastv_scores`, over the heads of all ranks."""
+        return self.ranks.mean(super().fastv_scores(query, keys, layout, score))
+
+
 class ParallelLlava(Llava):
     """The same model; each rank looks at its share of the images, and all get what all saw."""
 
     def __init__(self, ranks: Ranks, config: LlavaConfig) -> None:
         super().__init__(config)
         self.ranks = ranks
-        self.decoder.mean_over_ranks = ranks.mean
+        self.decoder = ParallelDecoder(ranks, config.text)
 
     def encode_image(
         self, pixel_values: Tensor, reduction: Reduction = NO_REDUCTION

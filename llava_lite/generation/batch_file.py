@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from llava_lite.errors import LlavaLiteError, one_line
 from llava_lite.generation.failures import together_or_alone
-from llava_lite.saving import JsonObject, lines_of, lock, parse_object
+from llava_lite.saving import JsonObject, check_output, lines_of, lock, parse_object
 
 if TYPE_CHECKING:
     from llava_lite.generation.answer import Answer
@@ -225,10 +225,7 @@ def plan(
     batch, and when it answers another question under the same id."""
     output = Path(output)
     rows = [replace(row, reduction=reduction_name(reduction)) for row in rows]
-    if not output.parent.is_dir():
-        raise BatchError(f"{output}: the folder {output.parent} does not exist")
-    if output.is_dir():
-        raise BatchError(f"{output}: is a folder, the output must be a file")
+    check_output(output, BatchError)
     if not output.exists() or not output.stat().st_size:
         return Plan(list(rows))
     if not resume:

@@ -7,9 +7,10 @@ returns the logits of each item's last row; the loop samples a token and drops f
 Shapes: B items, V vocabulary, T prompt ids, S image side.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from time import perf_counter
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llava_lite.config import LlavaConfig
-from llava_lite.errors import CheckpointError, ContextError, ImageError
+from llava_lite.errors import ContextError, ImageError
 from llava_lite.generation.answer import AnswerText
 from llava_lite.generation.prefix import Prefix
 from llava_lite.generation.sampling import (
@@ -43,6 +44,7 @@ from llava_lite.llava import EncodedImage, Llava
 from llava_lite.reduction import NO_REDUCTION, DToMe, Reduction
 
 DEFAULT_BATCH_SIZE = 8
+Thresholds = Sequence[float] | Callable[[], Sequence[float] | None] | None
 
 
 class Loop:
@@ -50,7 +52,7 @@ class Loop:
 
     `config` overrides how prompts and images are prepared (`pad`, `template`) for the same
     weights; `exif=False` ignores the rotation that a camera notes in its files, as LLaVA does;
-    `thresholds` are its own for DToMe, or the error why it has none, raised for who asks."""
+    `thresholds`: the model's own for DToMe, or a function that reads them when they are needed."""
 
     def __init__(
         self,
@@ -58,12 +60,17 @@ class Loop:
         tokenizer: Tokenizer,
         config: LlavaConfig | None = None,
         exif: bool = True,
-        thresholds: Sequence[float] | CheckpointError | None = None,
+        thresholds: Thresholds = None,
     ) -> None:
         self.llava, self.tokenizer, self.exif = llava, tokenizer, exif
-        self.thresholds = thresholds
+        self.own_thresholds = thresholds
         self.config = config or llava.config
         self.prefix = Prefix(llava, tokenizer)
+
+    @cached_property
+    def thresholds(self) -> Sequence[float] | None:
+        """The model's own DToMe thresholds, read at the first use. Raises CheckpointError."""
+        return self.own_thresholds() if callable(self.own_thresholds) else self.own_thresholds
 
     def checking(self) -> AbstractContextManager[None]:
         """Around what checks the arguments of a call: here nothing, but where several processes
@@ -154,21 +161,14 @@ class Loop:
 
     def checked_reduction(self, wish: Reduction) -> Reduction:
         """`Reduction.check` with the model's own thresholds. Raises ValueError, and CheckpointError
-        where these are needed and cannot be read."""
-        thresholds = self.thresholds
-        if isinstance(thresholds, CheckpointError):
-            if wish.merge == DToMe():
-                raise CheckpointError(str(thresholds)) from thresholds
-            thresholds = None
-        return wish.check(self.config, thresholds)
+        if the thresholds are needed and cannot be read."""
+        return wish.check(self.config, self.thresholds if wish.merge == DToMe() else None)
 
     def num_positions(self, image: Any, reduction: Reduction) -> int:
         """Decoder positions the image will take at most, known before looking at it."""
         if isinstance(image, EncodedImage):
             return image.num_positions(reduction.positions)
-        if reduction.merge is None or reduction.positions != "plain":
-            return self.config.vision.num_patches
-        return reduction.merge.most_tokens(self.config.vision)
+        return reduction.most_positions(self.config.vision)
 
     def run(
         self,

@@ -22,7 +22,7 @@ from llava_lite.inputs.images import load_image
 from llava_lite.inputs.pixels import to_square
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
-from llava_lite.saving import replace_file
+from llava_lite.saving import check_output, replace_file
 from llava_lite.study.drawing import Drawing, xml
 from llava_lite.study.figure import draw_run
 
@@ -71,7 +71,7 @@ class Inspection:
     def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
         """Write a .html or a .png file, complete or not at all. Raises InspectError for a file
         that is already there, unless `force`."""
-        output = check_output(path, force)
+        output = check_picture(path, force)
         if output.suffix.lower() == ".png":
             buffer = BytesIO()
             self.png().save(buffer, "PNG", optimize=True)
@@ -118,16 +118,11 @@ def warm_up(
     list(islice(model.run([request], wishes, size), 2))  # the second token comes from a decode step
 
 
-def check_output(path: str | os.PathLike[str], force: bool = False) -> Path:
-    """The path to write to. Raises InspectError, before any work, where that cannot be, or where a
-    file is already there; ValueError for another ending than `FORMATS`."""
+def check_picture(path: str | os.PathLike[str], force: bool = False) -> Path:
+    """The path to write to. Raises InspectError, before any work, where no file can be written or,
+    without `force`, where one exists; ValueError for another ending than `FORMATS`."""
     output = Path(path)
     if output.suffix.lower() not in FORMATS:
         raise ValueError(f"{output}: the picture is a file that ends in {' or '.join(FORMATS)}")
-    if not output.parent.is_dir():
-        raise InspectError(f"{output}: the folder {output.parent} does not exist")
-    if output.is_dir():
-        raise InspectError(f"{output}: is a folder, the output must be a file")
-    if output.exists() and not force:
-        raise InspectError(f"{output}: is already there (force, --force, replaces it)")
+    check_output(output, InspectError, force)
     return output

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 from helpers.models import random_llava
+from helpers.peers import peer
 from llava_lite.bench import cases as bench_cases
 from llava_lite.bench import machine as hardware
 from llava_lite.bench import report as bench_report
@@ -35,12 +36,17 @@ from llava_lite.checkpoints.convert import convert
 from llava_lite.checkpoints.load import embedded_model
 from llava_lite.cli import program as cli
 from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, LlavaConfig
-from llava_lite.fast import device as hardware_device
 from llava_lite.generation.model import Model
 
 INT4 = f"{OURS} int4"
 FAST = "hybrid-72-36"
 PRESETS = {"none", "tome-72", "tome-72-logical", FAST}
+WIDTH, MLP = 64, 160  # a quarter of the embedded model's decoder
+NARROW = replace(
+    TINY,
+    vision=replace(TINY.vision, hidden_size=48, intermediate_size=96, num_layers=4, num_heads=4),
+    text=replace(TINY.text, hidden_size=WIDTH, intermediate_size=MLP, num_heads=4),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,9 +66,10 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    """A tiny random model in float32, a quantized one that is none, and transformers."""
-    pytest.importorskip("transformers")
+    """A narrow random model in float32, a quantized one that is none, and transformers."""
+    peer("transformers")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bench.SIZES, "tiny", NARROW)
         patch.setattr(bench, "apart", lambda task, *args: task(*args))
         patch.setattr(bench, "quantize_model", lambda llava, method: None)
         settings = Settings(
@@ -135,11 +142,11 @@ def test_bytes_and_caches_are_those_of_the_model(report: Report) -> None:
     text = report.config.text
     full, pruned = (report.find(OURS, "decode", x) for x in ("none", "hybrid-72-36"))
     assert full is not None and pruned is not None
-    per_position = 2 * 256 * 4  # keys and values, in float32
+    per_position = 2 * WIDTH * 4  # keys and values, in float32
     assert full.kv_bytes == 4 * 640 * per_position
     assert pruned.kv_bytes == (3 * 136 + 100) * per_position
-    linear = 4 * (4 * 256 * 256 + 3 * 256 * 640) + 256 * text.vocab_size
-    norms = 9 * 256
+    linear = 4 * (4 * WIDTH * WIDTH + 3 * WIDTH * MLP) + WIDTH * text.vocab_size
+    norms = 9 * WIDTH
     halfway = 4 * (640 + 5) * per_position  # after one token, amid eight
     assert full.bytes == 4 * (linear + norms) + halfway
     eight = report.find(OURS, "batch", "none x 8")
@@ -150,8 +157,8 @@ def test_bytes_and_caches_are_those_of_the_model(report: Report) -> None:
 def test_operations_of_decode_are_two_for_each_weight_and_cached_number(report: Report) -> None:
     row, text = report.find(OURS, "decode"), report.config.text
     assert row is not None and row.flops_per_second is not None
-    weights = 4 * (4 * 256 * 256 + 3 * 256 * 640) + 256 * text.vocab_size
-    attention = 4 * 641 * 2 * 256
+    weights = 4 * (4 * WIDTH * WIDTH + 3 * WIDTH * MLP) + WIDTH * text.vocab_size
+    attention = 4 * 641 * 2 * WIDTH
     assert row.flops_per_second * row.seconds == pytest.approx(2 * (weights + attention))
 
 
@@ -213,7 +220,7 @@ def test_json_has_everything(report: Report) -> None:
 
 
 def test_plot(report: Report, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="plots need the extra `viz`")
+    peer("matplotlib")
     file = tmp_path / "speed.png"
     bench_report.check_plot(file)
     bench_report.save_plot(report, file)
@@ -475,7 +482,7 @@ def test_random_weights_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_peer_shares_our_tensors() -> None:
-    pytest.importorskip("transformers")
+    peer("transformers")
     llava = bench.random_model(TINY, torch.bfloat16, "cpu")
     other = Peer(llava)
     theirs = {tensor.data_ptr() for tensor in other.model.state_dict().values()}
@@ -557,7 +564,7 @@ def test_memory_of_this_process() -> None:
 def test_memory_where_the_system_does_not_say(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hardware_device, "PROC", tmp_path)
+    monkeypatch.setattr(hardware, "PROC", tmp_path)
     monkeypatch.setattr(hardware, "CGROUP", tmp_path / "nowhere")
     assert hardware.private_bytes() is None and hardware.free_bytes("cpu") is None
     with hardware.MemoryWatch() as watch:
@@ -602,7 +609,7 @@ def test_memory_where_the_system_does_not_say(
 def test_free_memory_is_that_of_a_container(
     files: dict[str, str], free: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hardware_device, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(hardware, "PROC", tmp_path / "proc")
     monkeypatch.setattr(hardware, "CGROUP", tmp_path / "sys")
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemAvailable:  7000 kB\n")
@@ -685,7 +692,7 @@ def test_a_folder_in_a_process_of_its_own(
 def test_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("transformers")
+    peer("transformers")
     monkeypatch.setattr(bench, "free_bytes", lambda device: 1)
     assert run_cli("-m", embedded_model(), "--against", "transformers", "--quiet") == 0
     text, noise = capsys.readouterr()
@@ -791,7 +798,7 @@ def test_what_needs_plain_weights_is_refused_before_anything_slow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if "transformers" in arguments:
-        pytest.importorskip("transformers")
+        peer("transformers")
     monkeypatch.setattr(bench, "apart", lambda *_: pytest.fail("started"))
     assert cli.main(["bench", "-m", str(int4_folder), *arguments]) == 1
     error = capsys.readouterr().err

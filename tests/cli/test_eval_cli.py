@@ -432,7 +432,7 @@ def test_a_selection_comes_back_from_json() -> None:
         (("-o", "file/run"), "file/run: "),
         (("-o", "file"), "file: "),
         (("-o", "run", "--report-file", "none/r.json"), "r.json: the folder "),
-        (("-o", "run", "--report-file", "."), "is a folder, must be a file"),
+        (("-o", "run", "--report-file", "."), "is a folder, the output must be a file"),
     ],
 )
 def test_what_cannot_be_written_shows_before_the_model_is_loaded(

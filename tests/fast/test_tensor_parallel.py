@@ -42,7 +42,7 @@ from llava_lite.config import TextConfig
 from llava_lite.errors import CheckpointError, ImageError
 from llava_lite.fast import ranks as ranks_module
 from llava_lite.fast.ranks import RankError, Ranks, attempt, join
-from llava_lite.fast.tensor_parallel import ParallelModel, decoder_plan
+from llava_lite.fast.tensor_parallel import ParallelDecoder, ParallelModel, decoder_plan
 from llava_lite.generation.model import Model
 from llava_lite.inputs.tokenizer import Tokenizer
 from llava_lite.layout import Layout
@@ -293,12 +293,9 @@ def logits_of_rows(model: Model, rows: Tensor) -> Tensor:
 
 def kept_by_own_heads(model: ParallelModel) -> list[tuple[int, ...]]:
     """What this rank would keep, had it asked only its own heads."""
-    decoder = model.llava.decoder
-    decoder.mean_over_ranks = None
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ParallelDecoder, "fastv_scores", LlamaDecoder.fastv_scores)
         return kept_tokens(model)
-    finally:
-        decoder.mean_over_ranks = model.ranks.mean
 
 
 def private_bytes() -> int:

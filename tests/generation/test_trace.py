@@ -126,9 +126,7 @@ def watched(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Record]:
     hooks.append(llava.vision.register_forward_hook(lambda _, __, out: record.seen.append(out)))
     hooks.append(llava.register_forward_hook(lambda _, __, out: record.runs.append(out)))
     with monkeypatch.context() as patch:
-        patch.setattr(
-            llava_lite.attention, "attend", counting("decoder", llava_lite.attention.attend)
-        )
+        patch.setattr(llava_lite.cache, "attend", counting("decoder", llava_lite.cache.attend))
         patch.setattr(llava_lite.vision, "attend", counting("tower", llava_lite.vision.attend))
         patch.setattr(llava_lite.llama, "last_row", counted_row)
         try:

@@ -533,7 +533,7 @@ def test_save_writes_both_and_nothing_twice(tiny_model: Model, tmp_path: Path) -
     seen.save(str(tmp_path / "run.PNG"))
     assert (tmp_path / "run.html").read_text(encoding="utf-8") == seen.html()
     assert np.array_equal(np.asarray(Image.open(tmp_path / "run.PNG")), np.asarray(seen.png()))
-    with pytest.raises(InspectError, match="already there"):
+    with pytest.raises(InspectError, match="already exists"):
         seen.save(tmp_path / "run.html")
     replace(seen, prompt="Something else?").save(tmp_path / "run.html", force=True)
     assert "Something else?" in (tmp_path / "run.html").read_text(encoding="utf-8")
@@ -697,7 +697,7 @@ def test_command_checks_the_output_before_any_work(
     (tmp_path / "there.png").write_bytes(b"mine")
     (tmp_path / "folder.png").mkdir()
     cases = {
-        "there.png": "already there",
+        "there.png": "already exists",
         "folder.png": "is a folder",
         "missing/run.png": "does not exist",
     }

@@ -31,7 +31,7 @@ from llava_lite import CheckpointError, DToMe, ImageError, Reduction, ToMe, read
 from llava_lite.checkpoints.checkpoint import save_model
 from llava_lite.checkpoints.convert import convert
 from llava_lite.checkpoints.source import Entry, Source
-from llava_lite.checkpoints.thresholds import NEVER, OPENAI_CLIP_L_336, own_thresholds
+from llava_lite.checkpoints.thresholds import NEVER, OPENAI_CLIP_L_336, OwnThresholds
 from llava_lite.cli import thresholds as command
 from llava_lite.config import LlavaConfig, VisionConfig
 from llava_lite.evaluation.scenes.world import Scene, draw_scene, sample_scene
@@ -239,16 +239,16 @@ def test_openai_clip_has_dymu_s_thresholds(
     config = LlavaConfig(vision=replace(VisionConfig(), **changes))
     entry = Entry(tmp_path / "tower.safetensors", "class_embed", (1024,), torch.float32)
     source = Source(tmp_path / "model", "", config, {"vision.class_embed": entry})
-    assert own_thresholds(source) == expected
+    assert OwnThresholds.of(source).read() == expected
     if expected is not None:
         assert len(DToMe(expected).steps(config.vision)) == config.vision.num_blocks
     # A file goes before the list: beside the tower's weights, or rather in the model's folder.
     values = [0.5] * config.vision.num_blocks
     (tmp_path / "thresholds.json").write_text(json.dumps(values))
-    assert own_thresholds(source) == tuple(values)
+    assert OwnThresholds.of(source).read() == tuple(values)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thresholds.json").write_text(json.dumps([0.25, *values[1:]]))
-    assert own_thresholds(source) == (0.25, *values[1:])
+    assert OwnThresholds.of(source).read() == (0.25, *values[1:])
 
 
 def test_a_tower_in_memory_has_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_a_tower_in_memory_has_no_folder(tmp_path: Path, monkeypatch: pytest.Mon
     entry = Entry(file, "class_embed", (48,), torch.float32)
     source = Source(Path("model"), "", TINY_CONFIG, {"vision.class_embed": entry})
     source.in_memory = {file: {}}
-    assert own_thresholds(source) is None
+    assert OwnThresholds.of(source).read() is None
 
 
 @pytest.mark.parametrize("to", ["llava_lite", "hf"])
@@ -684,7 +684,7 @@ def test_an_output_is_not_replaced_unless_asked(
     output = tmp_path / "t.json"
     output.write_text("[0.5]")
     for more in ([], ["--resume"]):
-        with pytest.raises(BatchError, match="is already there"):
+        with pytest.raises(BatchError, match="already exists"):
             run(tiny_model, pictures, output, *more)
     assert output.read_text() == "[0.5]"
     assert run(tiny_model, pictures, output, "--force")["images"] == NUM_IMAGES

@@ -60,6 +60,13 @@ from training.start import carry_places, fit_heads, start_local
 from training.trainer import Trainer, initialise
 from training.work import ORDER, misplaced
 
+# As the embedded model, but narrow and of few layers: its stages take seconds.
+MINIATURE = replace(
+    TINY,
+    vision=replace(TINY_VISION, image_size=TINY.vision.image_size, num_layers=5),
+    text=replace(TINY.text, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4),
+)
+
 Turns = tuple[tuple[str, str], ...]
 
 # Lengths of answers differ, and with them the weights in the loss; one block has three turns.
@@ -691,6 +698,7 @@ def test_export_averages_with_given_weights(
 @pytest.mark.slow
 def test_all_stages_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From nothing to a folder that loads and answers; run again, it has nothing left to do."""
+    monkeypatch.setattr(train_tiny, "TINY", MINIATURE)
     monkeypatch.setattr(train_tiny, "HELD_OUT_SCENES", 2)
     monkeypatch.setattr(train_tiny, "TOKENIZER_SCENES", 50)
     for module in ("train_tiny", "training.seeing"):  # both ways to see are taken
