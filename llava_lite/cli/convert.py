@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_lite.checkpoints.convert import DTYPES, FORMATS, HF_QUANTIZED, METHODS, Progress, convert
+from llava_lite.checkpoints.convert import FORMATS, HF_QUANTIZED, METHODS, Progress, convert
 from llava_lite.cli.arguments import add_command
 
 
@@ -39,7 +39,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     add("destination", metavar="DESTINATION", nargs="?", help="folder (not needed by --dry-run)")
     add(
         "--dtype",
-        choices=DTYPES,
+        choices=("bfloat16", "float16", "float32", "keep"),
         default="bfloat16",
         help="of the weights written; keep: the decoder's own (default: bfloat16)",
     )

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from helpers.examples import examples
 from helpers.models import SHARED
 from helpers.peers import peer
+from llava_lite.config import IMAGE_TOKEN_ID
 from llava_lite.errors import CheckpointError
 from llava_lite.inputs.prompt import build_prompt, next_turn_text
-from llava_lite.inputs.tokenizer import IMAGE_TOKEN_ID, StreamDecoder, Tokenizer, train_tokenizer
+from llava_lite.inputs.tokenizer import StreamDecoder, Tokenizer, train_tokenizer
 
 MODEL_FILE = SHARED / "data" / "llama_tokenizer" / "tokenizer.model"
 needs_model = pytest.mark.skipif(not MODEL_FILE.is_file(), reason=f"no {MODEL_FILE}")
