@@ -18,9 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.models import ROOT, TINY_CONFIG, random_llava
+from helpers.models import ROOT
 from helpers.peers import peer
-from llava_lite.checkpoints.checkpoint import save_model
 from llava_lite.cli import console
 from llava_lite.cli import program as cli
 from llava_lite.evaluation.fingerprint import model_hash
@@ -30,7 +29,6 @@ from llava_lite.generation import batch_file
 from llava_lite.generation.batch_file import BatchError
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
-from llava_lite.inputs.tokenizer import Tokenizer
 from llava_lite.integrations import ray_batch, ray_eval
 from llava_lite.integrations.ray_batch import (
     Cluster,
@@ -78,11 +76,8 @@ def output(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> ModelSource:
-    """The tiny random model as a folder."""
-    where = tmp_path_factory.mktemp("models") / "random"
-    save_model(random_llava(), TINY_CONFIG, where, tiny_tokenizer)
-    return ModelSource(str(where), {"device": "cpu"})
+def source(model_folder: Path) -> ModelSource:
+    return ModelSource(str(model_folder), {"device": "cpu"})
 
 
 @pytest.fixture(scope="module")
