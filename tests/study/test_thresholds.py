@@ -748,7 +748,7 @@ def test_resume(
     assert progress.exists() == (batch > 1)
     if batch > 1:
         assert json.loads(progress.read_text())["images"] == 2 * (batch - 1)
-        with pytest.raises(BatchError, match="a run was cut off"):
+        with pytest.raises(BatchError, match="a run was interrupted"):
             run(tiny_model, pictures, output)
     calls: list[int] = []
 
