@@ -7,6 +7,7 @@ two published families (they share `model_type: "llava"`, so `parse` tells them 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+IMAGE_TOKEN_ID = -200  # stands for an image among the ids of a prompt
 MAX_PROJECTOR_DEPTH = 8  # published are 1 and 2; a name may say any number
 
 

@@ -1,24 +1,23 @@
-"""Where the rows of a prompt stand: the map between what the model computes on and what attention
-sees.
+"""Where the rows of a prompt stand.
 
-The decoder runs on U rows: words, and image tokens into each of which several patches may have
-merged. Attention runs on N positions. Three ways to place merged image tokens (after `p` rows of
-text, P patches merged into U tokens):
+The decoder computes on U rows: words, and image tokens into which several patches may have merged.
+Attention sees N positions. There are three ways to place an image whose P patches have merged into
+U tokens, behind `p` rows of text (`PLACEMENTS`):
 
-    plain     one position each, p .. p + U - 1; the text after them moves closer
-    logical   one position each, that of their first patch, p + 0 .. p + P - 1, in this order; the
-              text after them stands at p + P as if nothing had merged
-    vtu       virtual token unmerging (DyMU, arXiv 2504.17040): every patch has its position, and
-              shows there the token it is part of. mapping_indices (N,) say which row fills which
-              position: rows -> positions is a copy ("unmerge"), back a mean ("remerge")
+    plain     one position per token, p .. p + U - 1; the text behind the image moves closer
+    logical   one position per token: the position of the token's first patch, ascending; the text
+              behind the image starts at p + P, as without merging
+    vtu       virtual token unmerging (DyMU, arXiv 2504.17040): one position per patch, which shows
+              the token of the patch. mapping_indices (N,) say which row fills which position:
+              rows -> positions is a copy ("unmerge"), the way back a mean ("remerge")
 
-Between them lies the choice of this project: `vtu` gives the model the sequence it was trained on
-and costs attention over all N positions, `logical` keeps its distances and costs U.
+The trade-off: `vtu` reproduces the sequence the model was trained on, at the price of attention
+over all N positions. `logical` keeps the distances between tokens and attends over U positions.
 
-Shapes: U rows and N positions of one item, R and S those of all items of a batch, packed.
+Shapes: U rows and N positions of one item; R rows and S positions of all items of a batch, packed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -28,9 +27,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """One item's new rows: position_ids (N,), ascending; mapping_indices (N,), the row at each
-    position (None: row i at position i, N = U); image_spans, the rows (start, stop) of each image;
-    and the position after the last one, where the next row will stand."""
+    """The new rows of one item.
+
+    position_ids (N,), ascending; mapping_indices (N,), the row at each position (None: row i at
+    position i, so N = U); image_spans, the rows (start, stop) of each image; next_position, where
+    the next row will stand."""
 
     num_rows: int
     position_ids: Tensor
@@ -46,32 +47,32 @@ class Layout:
 
     @property
     def num_positions(self) -> int:
-        """N, what attention sees."""
+        """N, the length that attention sees."""
         return len(self.position_ids)
 
     def keep(self, kept_indices: Tensor) -> "Layout":
-        """What is left of it when only these rows, kept_indices (U',) ascending, go on, with all
-        their positions, which keep their numbers."""
-        mapping = self.mapping_indices
+        """The layout of the rows kept_indices (U',), ascending. All positions of a kept row stay,
+        with the same position ids."""
         num_rows = len(kept_indices)
-        if mapping is None:
+        if self.mapping_indices is None:
             return Layout(num_rows, self.position_ids[kept_indices], self.next_position)
-        stays = torch.zeros(self.num_rows, dtype=torch.bool, device=mapping.device)
+        stays = torch.zeros(self.num_rows, dtype=torch.bool, device=kept_indices.device)
         stays = stays.index_fill(0, kept_indices, True)
-        shown = stays[mapping]  # (N,) whether a position stays
-        # How many do is only known to the device: the one scalar that a `vtu` prompt waits for.
+        shown = stays[self.mapping_indices]  # (N,) whether a position stays
+        # int(...) waits for the device: only the device knows how many positions stay.
         positions = (~shown).int().argsort(stable=True)[: int(shown.sum())]
-        new_row = stays.cumsum(0) - 1
-        return Layout(
-            num_rows, self.position_ids[positions], self.next_position, new_row[mapping[positions]]
-        )
+        new_row = stays.cumsum(0) - 1  # kept rows close the gaps, so they get new numbers
+        mapping_indices = new_row[self.mapping_indices[positions]]
+        return Layout(num_rows, self.position_ids[positions], self.next_position, mapping_indices)
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """The layouts of a batch, one after the other: position_ids (S,); per item its number of rows
-    and of positions; mapping_indices (S,) into the packed rows, and how many positions each of
-    these fills, row_sizes (R,): both None where all items are identities."""
+    """The layouts of a batch, concatenated.
+
+    position_ids (S,); per item its number of rows and of positions; mapping_indices (S,) into the
+    packed rows; row_sizes (R,), the number of positions of each row. The last two are None if row i
+    stands at position i in every item."""
 
     position_ids: Tensor
     num_rows: tuple[int, ...]
@@ -80,28 +81,29 @@ class PackedLayout:
     row_sizes: Tensor | None
 
     def unmerge(self, x: Tensor) -> Tensor:
-        """Show every row at its positions: (R, ...) -> (S, ...)."""
+        """Copy every row to its positions: (R, ...) -> (S, ...)."""
         return x if self.mapping_indices is None else x[self.mapping_indices]
 
     def remerge(self, x: Tensor) -> Tensor:
         """Mean over the positions of every row: (S, ...) -> (R, ...), in float32 at least."""
         if self.mapping_indices is None or self.row_sizes is None:
             return x
+        # A sum of many 16-bit numbers loses digits.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         sums = wide.new_zeros(len(self.row_sizes), *x.shape[1:])
         sums.index_add_(0, self.mapping_indices, wide)
         return (sums / self.row_sizes.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
 
     def last_rows(self, x: Tensor) -> Tensor:
-        """Of every item the row at its last position: (R, C) -> (B, C)."""
+        """The row at the last position of every item: (R, C) -> (B, C)."""
         if self.mapping_indices is None:
             return torch.cat([rows[-1:] for rows in x.split(self.num_rows)])
         items = self.mapping_indices.split(self.num_positions)
-        return x[torch.cat([mapping[-1:] for mapping in items])]
+        return x[torch.cat([mapping_indices[-1:] for mapping_indices in items])]
 
 
 def pack(layouts: Sequence[Layout]) -> PackedLayout:
-    """Several layouts as one."""
+    """Concatenate the layouts of the items of a batch."""
     num_rows = tuple(layout.num_rows for layout in layouts)
     mapping_indices = row_sizes = None
     if any(layout.mapping_indices is not None for layout in layouts):
@@ -125,7 +127,7 @@ def pack(layouts: Sequence[Layout]) -> PackedLayout:
 
 
 def join(layouts: Sequence[Layout]) -> Layout:
-    """Pieces of one prompt, one after the other: all rows are one item's."""
+    """Concatenate the pieces of one prompt. In contrast to `pack`, the result is one item."""
     if len(layouts) == 1:
         return layouts[0]
     packed = pack(layouts)
@@ -144,20 +146,62 @@ def join(layouts: Sequence[Layout]) -> Layout:
     )
 
 
+# ---- placing an image --------------------------------------------------------------------------
+# Each function takes the mapping (P,) from patch to token, the number U of tokens and the first
+# position. It returns the layout, and the order (U,) in which the tokens become rows (None: as is).
+
+
+def place_plain(mapping: Tensor, num_tokens: int, position: int) -> tuple[Layout, None]:
+    """One position per token, without gaps."""
+    return Layout.text(num_tokens, position, mapping.device), None
+
+
+def place_logical(mapping: Tensor, num_tokens: int, position: int) -> tuple[Layout, Tensor]:
+    """One position per token: the position of its first patch."""
+    stop = position + len(mapping)
+    patches = torch.arange(position, stop, device=mapping.device)
+    first = torch.full((num_tokens,), stop, device=mapping.device)
+    first = first.scatter_reduce(0, mapping, patches, "amin")
+    position_ids, order = first.sort()  # merging has shuffled the tokens
+    return Layout(num_tokens, position_ids, stop), order
+
+
+def place_vtu(mapping: Tensor, num_tokens: int, position: int) -> tuple[Layout, None]:
+    """One position per patch, which shows the token of the patch."""
+    stop = position + len(mapping)
+    patches = torch.arange(position, stop, device=mapping.device)
+    return Layout(num_tokens, patches, stop, mapping), None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One way to place an image: its function, and the length of the image for the text behind it:
+    P, as without merging (`keeps_length`), or U."""
+
+    place: Callable[[Tensor, int, int], tuple[Layout, Tensor | None]]
+    keeps_length: bool
+
+    def num_positions(self, num_patches: int, num_tokens: int) -> int:
+        """By how many positions the image moves the text behind it."""
+        return num_patches if self.keeps_length else num_tokens
+
+
+PLACEMENTS = {
+    "vtu": Placement(place_vtu, keeps_length=True),
+    "logical": Placement(place_logical, keeps_length=True),
+    "plain": Placement(place_plain, keeps_length=False),
+}
+
+
 def place_image(
     mapping: Tensor | None, num_tokens: int, position: int, positions: str, device: torch.device
 ) -> tuple[Layout, Tensor | None]:
-    """The layout of one image from `position` on, and the order (U,) its tokens must have in it
-    (None: as they are). mapping (P,) is the token of every patch, None where none has merged."""
-    span = ((0, num_tokens),)
-    if mapping is None or positions == "plain":
-        return replace(Layout.text(num_tokens, position, device), image_spans=span), None
-    patches = torch.arange(position, position + len(mapping), device=device)
-    stop = position + len(mapping)
-    if positions == "vtu":
-        return Layout(num_tokens, patches, stop, mapping, span), None
-    first = torch.full((num_tokens,), stop, device=device).scatter_reduce(
-        0, mapping, patches, "amin"
-    )
-    position_ids, order = first.sort()
-    return Layout(num_tokens, position_ids, stop, None, span), order
+    """Place one image from `position` on, in the way that `positions` names in `PLACEMENTS`.
+
+    mapping (P,) is the token of every patch (None: nothing has merged, all ways are the same).
+    Returns the layout, and the order (U,) in which the tokens become rows (None: as is)."""
+    if mapping is None:
+        layout, order = Layout.text(num_tokens, position, device), None
+    else:
+        layout, order = PLACEMENTS[positions].place(mapping, num_tokens, position)
+    return replace(layout, image_spans=((0, num_tokens),)), order

@@ -25,16 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from llava_lite.cache import KVCache
-from llava_lite.config import LlavaConfig
+from llava_lite.config import IMAGE_TOKEN_ID, LlavaConfig
 from llava_lite.errors import PromptError
 from llava_lite.fastv import Pruning
-from llava_lite.layout import Layout, join, place_image
+from llava_lite.layout import PLACEMENTS, Layout, join, place_image
 from llava_lite.llama import LlamaDecoder
 from llava_lite.projector import Projector
 from llava_lite.reduction import NO_REDUCTION, DToMe, FastV, Reduction
 from llava_lite.vision import VisionTower
-
-IMAGE_TOKEN_ID = -200
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ class EncodedImage:
         return len(self.image_embeds if self.mapping is None else self.mapping)
 
     def num_positions(self, positions: str) -> int:
-        """Decoder positions it takes, text after it starts so much later (layout.py)."""
-        return len(self.image_embeds) if positions == "plain" else self.num_patches
+        """By how many positions the image moves the text behind it (layout.py)."""
+        return PLACEMENTS[positions].num_positions(self.num_patches, len(self.image_embeds))
 
 
 class Llava(nn.Module):

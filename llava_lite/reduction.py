@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 from llava_lite.config import LlavaConfig, VisionConfig
+from llava_lite.layout import PLACEMENTS
 from llava_lite.tome import SCHEDULES, MergeStep, capped, spread, spread_to_keep
 
-POSITIONS = ("vtu", "logical", "plain")
+POSITIONS = tuple(PLACEMENTS)
 SCORES = ("sum", "mean")
 PRUNE_LAYER = 3
 
@@ -213,6 +214,12 @@ class Reduction:
         if not isinstance(wish, Reduction):
             raise ValueError(f"reduction {wish!r} is neither a Reduction nor a preset's name")
         return wish
+
+    def most_positions(self, vision: VisionConfig) -> int:
+        """The most positions that one image takes in the decoder, whatever it shows."""
+        patches = vision.num_patches
+        tokens = patches if self.merge is None else self.merge.most_tokens(vision)
+        return PLACEMENTS[self.positions].num_positions(patches, tokens)
 
     def check(self, config: LlavaConfig, thresholds: Sequence[float] | None = None) -> "Reduction":
         """The same, checked against a model, whose `thresholds` stand in where none are named.

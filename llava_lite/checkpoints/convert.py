@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 
-DTYPES = ("bfloat16", "float16", "float32", "keep")
-
-
 FORMATS = ("llava_lite", "hf")
 
 

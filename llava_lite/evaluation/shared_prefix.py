@@ -11,9 +11,9 @@ from os.path import commonprefix
 
 import torch
 
+from llava_lite.config import IMAGE_TOKEN_ID
 from llava_lite.generation.model import Model
 from llava_lite.generation.state import Request, State
-from llava_lite.llava import IMAGE_TOKEN_ID
 
 
 @dataclass(frozen=True)

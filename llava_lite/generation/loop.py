@@ -168,9 +168,7 @@ class Loop:
         """Decoder positions the image will take at most, known before looking at it."""
         if isinstance(image, EncodedImage):
             return image.num_positions(reduction.positions)
-        if reduction.merge is None or reduction.positions != "plain":
-            return self.config.vision.num_patches
-        return reduction.merge.most_tokens(self.config.vision)
+        return reduction.most_positions(self.config.vision)
 
     def run(
         self,

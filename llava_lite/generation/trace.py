@@ -44,6 +44,7 @@ from typing import Any
 from llava_lite.cache import KVCache
 from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
 from llava_lite.fastv import Pruning
+from llava_lite.layout import place_image
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
 
@@ -215,15 +216,13 @@ def trace_images(
 
 
 def decoder_groups(image: EncodedImage, positions: str) -> tuple[int, ...]:
-    """The token of every patch (P,), numbered as the decoder has them: `logical` positions put
-    merged tokens into the order of their first patches (layout.py)."""
-    if image.mapping is None:
+    """The token of every patch (P,), numbered by its row in the decoder."""
+    mapping = image.mapping
+    if mapping is None:
         return tuple(range(image.num_patches))
-    mapping = image.mapping.tolist()
-    if positions != "logical":
-        return tuple(mapping)
-    numbers: dict[int, int] = {}
-    return tuple(numbers.setdefault(token, len(numbers)) for token in mapping)
+    _, order = place_image(mapping, len(image.image_embeds), 0, positions, mapping.device)
+    rows = mapping if order is None else order.argsort()[mapping]
+    return tuple(rows.tolist())
 
 
 def trace_tower(vision: VisionConfig, images: Sequence[EncodedImage]) -> Flops:

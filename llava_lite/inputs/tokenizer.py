@@ -11,17 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from llava_lite.config import IMAGE_TOKEN_ID
 from llava_lite.errors import CheckpointError
+from llava_lite.inputs.prompt import IMAGE_MARKER
 from llava_lite.inputs.sentencepiece import Merge, _read_sentencepiece
 
 if TYPE_CHECKING:
     import tokenizers
-
-IMAGE_MARKER = "<image>"
-
-
-IMAGE_TOKEN_ID = -200
-
 
 SPACE = "\u2581"  # sentencepiece writes every space as this visible character
 

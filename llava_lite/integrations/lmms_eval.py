@@ -22,13 +22,11 @@ from llava_lite.generation.loop import DEFAULT_BATCH_SIZE
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.generation.state import as_list
+from llava_lite.inputs.messages import Conversation, ImagePart, Message, Part
 from llava_lite.integrations.conversation import (
-    Conversation,
-    Message,
-    Picture,
     answer_conversations,
-    conversation,
-    question,
+    read_conversation,
+    read_question,
 )
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
@@ -190,7 +188,7 @@ class LlavaLite(lmms):
             if job.document not in images:
                 reduction = self.prompting["reduction"]
                 images[job.document] = [self.model.encode(i, reduction) for i in job.visuals()]
-            one = question(job.request.args[0], images[job.document], self.template)
+            one = read_question(job.request.args[0], images[job.document], self.template)
             prompts.append(one.turns[0][0])
             shown.append(list(one.images))
         texts = [job.continuation() for job in jobs]
@@ -252,9 +250,9 @@ class Job:
         """What is asked in this round."""
         if self.owner.is_simple:
             images = self.visuals() if self.asked is None else as_visuals(self.asked)
-            return question(self.context, images, self.owner.template)
+            return read_question(self.context, images, self.owner.template)
         messages = self.own[1](self.doc) if self.asked is None else self.asked
-        return conversation([message_of(one) for one in messages], self.owner.template)
+        return read_conversation([read_message(one) for one in messages], self.owner.template)
 
     def visuals(self) -> list[Any]:
         """The images of the document."""
@@ -314,15 +312,15 @@ def generation_result(answer: Answer | None) -> GenerationResult:
     return GenerationResult(str(answer), counts)
 
 
-def message_of(message: Any) -> Message:
+def read_message(message: Any) -> Message:
     """A message of lmms-eval. Raises LlavaLiteError for videos and sounds."""
     content = message["content"]
-    parts: list[str | Picture] = []
+    parts: list[Part] = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         if part["type"] == "text":
             parts.append(part["text"])
         elif part["type"] == "image":
-            parts.append(Picture(part["url"]))
+            parts.append(ImagePart(part["url"]))
         else:
             raise LlavaLiteError(f"LLaVA knows texts and images, not {part['type']!r}")
     return Message(message["role"], tuple(parts))

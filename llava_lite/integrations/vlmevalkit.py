@@ -21,13 +21,8 @@ from llava_lite.evaluation.suites.multiple_choice import is_missing, multiple_ch
 from llava_lite.evaluation.suites.short_answers import short_answer_prompt
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
-from llava_lite.integrations.conversation import (
-    Conversation,
-    Message,
-    Picture,
-    answer_conversations,
-    conversation,
-)
+from llava_lite.inputs.messages import Conversation, ImagePart, Message, Part
+from llava_lite.integrations.conversation import answer_conversations, read_conversation
 
 MAX_NEW_TOKENS = 1024  # of LLaVA's scripts for multiple choice and long answers
 
@@ -150,17 +145,17 @@ class LLaVALite(base_class()):  # type: ignore[misc]
 
     def read(self, messages: Sequence[Mapping[str, Any]]) -> Conversation:
         template = self.options.template or self.model.config.template
-        return conversation([message_of(one) for one in messages], template)
+        return read_conversation([read_message(one) for one in messages], template)
 
 
-def message_of(message: Mapping[str, Any]) -> Message:
+def read_message(message: Mapping[str, Any]) -> Message:
     """A message of VLMEvalKit. Raises LlavaLiteError for videos."""
     content = message["content"]
-    parts: list[str | Picture] = []
+    parts: list[Part] = []
     for part in [content] if isinstance(content, str | Mapping) else content:
         part = as_part(part)
         if part["type"] == "image":
-            parts.append(Picture(part["value"]))
+            parts.append(ImagePart(part["value"]))
         elif part["type"] == "text":
             parts.append(part["value"])
         else:

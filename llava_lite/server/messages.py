@@ -1,112 +1,96 @@
 """OpenAI messages become the turns of a prompt, its system text, and the sources of its images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 
+from llava_lite.errors import PromptError
+from llava_lite.inputs.messages import Conversation, ImagePart, Message, Part, fold_messages
 from llava_lite.inputs.prompt import IMAGE_MARKER, check_images, place_images
+from llava_lite.server import protocol
 from llava_lite.server.errors import ApiError
-from llava_lite.server.protocol import ImageUrl, Message, Part
 
 SYSTEM_ROLES = ("system", "developer")
 TEXT_TYPES, IMAGE_TYPES = ("text", "input_text"), ("image_url", "input_image")
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """What `prompt.build_prompt` takes, and where its images come from, in their order."""
+def read_messages(messages: Sequence[protocol.Message], template: str) -> Conversation:
+    """The conversation in these messages; its images are URLs. System messages come first.
 
-    turns: tuple[tuple[str, str | None], ...]
-    system: str | None
-    sources: tuple[str, ...]
-
-
-def read_messages(messages: Sequence[Message], template: str) -> Conversation:
-    """The conversation in these messages, to be answered. System messages stand first; user and
-    assistant take turns, several of one in a row are one. Raises ApiError (400), PromptError."""
-    rest = list(enumerate(messages))
-    systems = []
-    while rest and rest[0][1].role in SYSTEM_ROLES:
-        place, message = rest.pop(0)
-        systems.append(plain_text(message, place))
-    turns: list[tuple[list[Part], str | None]] = []
-    for place, message in rest:
-        if message.role == "user":
-            if not turns or turns[-1][1] is not None:
-                turns.append(([], None))
-            turns[-1][0].extend(parts_of(message, place))
-        elif message.role == "assistant":
-            if not turns:
-                raise refusal(place, "an assistant message needs a user message before it")
-            question, before = turns[-1]
-            texts = [text for text in (before, plain_text(message, place).strip()) if text]
-            turns[-1] = (question, "\n".join(texts))
-        else:
-            raise refusal(place, f"the role {message.role[:40]!r} is not supported here")
-    if not turns or turns[-1][1] is not None:
-        raise ApiError(400, "messages: the last message must be a user's", "messages")
-    questions = [question_text(question, template) for question, _ in turns]
-    sources = [source for question, _ in turns for source in image_sources(question)]
-    check_images("\n".join(questions), len(sources))  # before images are fetched
-    return Conversation(
-        tuple((text, answer) for text, (_, answer) in zip(questions, turns, strict=True)),
-        "\n".join(systems) if systems else None,
-        tuple(sources),
-    )
+    Raises ApiError (400), and PromptError for markers and images that differ in number."""
+    num_system = len(list(takewhile(lambda message: message.role in SYSTEM_ROLES, messages)))
+    read = [
+        read_message(message, number, number < num_system)
+        for number, message in enumerate(messages)
+    ]
+    try:
+        conversation = fold_messages(read, partial(write_parts, template=template))
+    except PromptError as error:
+        raise ApiError(400, str(error), "messages") from None
+    questions = "\n".join(question for question, _ in conversation.turns)
+    check_images(questions, len(conversation.images))  # already here, before images are fetched
+    return conversation
 
 
-def refusal(place: int, reason: str) -> ApiError:
-    return ApiError(400, f"messages.{place}: {reason}", "messages")
+def refusal(number: int, reason: str) -> ApiError:
+    return ApiError(400, f"messages.{number}: {reason}", "messages")
 
 
-def parts_of(message: Message, place: int) -> list[Part]:
-    """The parts of a user's message, each text or image."""
+def read_message(message: protocol.Message, number: int, is_system: bool) -> Message:
+    """Check one message, named by its number. Raises ApiError."""
+    if is_system:
+        return Message("system", (read_text(message, number),))
+    if message.role == "user":
+        return Message("user", read_parts(message, number))
+    if message.role == "assistant":
+        text = read_text(message, number).strip()
+        return Message("assistant", (text,) if text else ())
+    raise refusal(number, f"the role {message.role[:40]!r} is not supported here")
+
+
+def read_parts(message: protocol.Message, number: int) -> tuple[Part, ...]:
+    """The texts and images of a user message. Raises ApiError."""
+    if not message.content and not isinstance(message.content, str):
+        raise refusal(number, "a user message needs content")
     if isinstance(message.content, str):
-        return [Part(type="text", text=message.content)]
-    if not message.content:
-        raise refusal(place, "a user message needs content")
-    for number, part in enumerate(message.content):
-        if part.type not in TEXT_TYPES + IMAGE_TYPES:
+        return (message.content,)
+    parts: list[Part] = []
+    for index, part in enumerate(message.content):
+        url = part.image_url
+        found: Part | None = part.text
+        if part.type in IMAGE_TYPES:
+            url = url.url if isinstance(url, protocol.ImageUrl) else url
+            found = None if url is None else ImagePart(url)
+        elif part.type not in TEXT_TYPES:
             kind = part.type[:40]
-            raise refusal(place, f"content.{number}: a part of type {kind!r} is not supported")
-        if (part.image_url if is_image(part) else part.text) is None:
-            raise refusal(place, f"content.{number}: the {part.type} part is empty")
-    return list(message.content)
+            raise refusal(number, f"content.{index}: a part of type {kind!r} is not supported")
+        if found is None:
+            raise refusal(number, f"content.{index}: the {part.type} part is empty")
+        parts.append(found)
+    return tuple(parts)
 
 
-def plain_text(message: Message, place: int) -> str:
-    """The text of a message that can hold nothing else."""
+def read_text(message: protocol.Message, number: int) -> str:
+    """The text of a system or an assistant message. Raises ApiError for anything else in it."""
     if message.tool_calls:
-        raise refusal(place, "tool calls are not supported")
+        raise refusal(number, "tool calls are not supported")
     parts = message.content
     if isinstance(parts, list):
         if any(part.type not in TEXT_TYPES for part in parts):
-            raise refusal(place, f"a message of the role {message.role!r} holds text only")
+            raise refusal(number, f"a message with the role {message.role!r} holds text only")
         parts = "\n".join(part.text or "" for part in parts)
     text = parts or ""
     if IMAGE_MARKER in text:  # it would shift the images of the conversation
-        raise refusal(place, f"{IMAGE_MARKER} can only stand in a user's message")
+        raise refusal(number, f"{IMAGE_MARKER} can only stand in a user message")
     return text
 
 
-def is_image(part: Part) -> bool:
-    return part.type in IMAGE_TYPES
-
-
-def image_sources(parts: Sequence[Part]) -> list[str]:
-    """Where the images of a question come from."""
-    urls = [part.image_url for part in parts if is_image(part)]
-    return [url.url if isinstance(url, ImageUrl) else url or "" for url in urls]
-
-
-def question_text(parts: Sequence[Part], template: str) -> str:
-    """A question with a marker per image. Images before or after all of the text go first, as the
-    model was trained; images within the text stay where they are."""
-    images = [is_image(part) for part in parts]
+def write_parts(parts: Sequence[Part], template: str) -> str:
+    """One text with a marker per image. Images before or after all text go first, as the model was
+    trained; images between texts stay there."""
+    images = [isinstance(part, ImagePart) for part in parts]
     count = sum(images)
-    at_one_end = not any(images[count:]) or not any(images[: len(parts) - count])
-    pieces = [
-        IMAGE_MARKER if is_image(part) else part.text or ""
-        for part in parts
-        if not (at_one_end and is_image(part))
-    ]
-    return place_images("\n".join(pieces), count, template)
+    if not any(images[count:]) or not any(images[: len(parts) - count]):
+        texts = [part for part in parts if isinstance(part, str)]
+        return place_images("\n".join(texts), count, template)
+    return "\n".join(IMAGE_MARKER if isinstance(part, ImagePart) else part for part in parts)

@@ -17,10 +17,11 @@ from llava_lite.errors import CheckpointError, ContextError, ImageError, one_lin
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.generation.state import Request
+from llava_lite.inputs.messages import Conversation
 from llava_lite.inputs.prompt import IMAGE_MARKER
 from llava_lite.server.errors import ApiError
 from llava_lite.server.images import fetch_image, is_remote, open_image
-from llava_lite.server.messages import Conversation, read_messages
+from llava_lite.server.messages import read_messages
 from llava_lite.server.protocol import ChatRequest, parse_request
 from llava_lite.server.settings import Settings
 from llava_lite.server.worker import Job
@@ -57,7 +58,7 @@ class Preparer:
         conversation, options = wanted.conversation, wanted.options
         images = [
             await self.image(number, source)
-            for number, source in enumerate(conversation.sources, start=1)
+            for number, source in enumerate(conversation.images, start=1)
         ]
         prompt = await in_pool(self.work, lambda: self.prompt(conversation, images, options))
         return Job(prompt, options, wanted.stream), wanted.include_usage
@@ -71,7 +72,7 @@ class Preparer:
             raise ApiError(404, message[:500], "model", "model_not_found")
         options = self.options(request)
         conversation = read_messages(request.messages, self.model.config.template)
-        count, limit = len(conversation.sources), self.settings.max_images
+        count, limit = len(conversation.images), self.settings.max_images
         if count > limit:
             raise ApiError(400, f"{count} images, a request may have {limit}", "messages")
         return Wanted(conversation, options, bool(request.stream), request.include_usage)

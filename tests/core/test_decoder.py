@@ -18,10 +18,10 @@ from helpers.examples import examples
 from helpers.models import TINY_TEXT, TINY_VISION, random_llava
 from helpers.tensors import close, draw, rms_norm_oracle
 from llava_lite.cache import KVCache, attend, causal_mask
-from llava_lite.config import TextConfig
+from llava_lite.config import IMAGE_TOKEN_ID, TextConfig
 from llava_lite.layout import Layout
 from llava_lite.llama import LlamaDecoder, RMSNorm
-from llava_lite.llava import IMAGE_TOKEN_ID, Llava
+from llava_lite.llava import Llava
 from llava_lite.reduction import FastV
 from llava_lite.rope import apply_rope, rope_cos_sin
 

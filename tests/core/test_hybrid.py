@@ -28,10 +28,10 @@ from helpers.prompts import Picture, Prompt, decode, prompts, seeds, write_out
 from helpers.tensors import close, draw, rms_norm_oracle
 from helpers.waits import Watch, cuda_waits, dispatched_waits
 from llava_lite.cache import KVCache
-from llava_lite.config import LlavaConfig
+from llava_lite.config import IMAGE_TOKEN_ID, LlavaConfig
 from llava_lite.fastv import Pruning, choose, last_row, rank_tokens, row_scores
 from llava_lite.layout import Layout
-from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage, Llava
+from llava_lite.llava import EncodedImage, Llava
 from llava_lite.reduction import POSITIONS, SCORES, FastV, Reduction, ToMe
 from llava_lite.rope import apply_rope, rope_cos_sin
 

@@ -30,9 +30,9 @@ from helpers.prompts import (
 )
 from helpers.tensors import close, draw
 from llava_lite.attention import HybridAttention
-from llava_lite.config import LlavaConfig, VisionConfig
+from llava_lite.config import IMAGE_TOKEN_ID, LlavaConfig, VisionConfig
 from llava_lite.layout import Layout, join, pack, place_image
-from llava_lite.llava import IMAGE_TOKEN_ID, Llava
+from llava_lite.llava import Llava
 from llava_lite.reduction import POSITIONS, DToMe, Reduction
 from llava_lite.rope import apply_rope, rope_cos_sin
 

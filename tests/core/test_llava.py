@@ -9,8 +9,9 @@ from torch import Tensor
 
 from helpers.examples import examples
 from helpers.models import TINY_TEXT, TINY_VISION, random_llava
+from llava_lite.config import IMAGE_TOKEN_ID
 from llava_lite.errors import PromptError
-from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage
+from llava_lite.llava import EncodedImage
 
 P = TINY_VISION.num_patches
 DTYPES = [torch.float32, torch.float64]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from helpers.models import TINY_CONFIG, random_llava
+from helpers.peers import peer
 from llava_lite.checkpoints.checkpoint import load_model, save_model, vision_state_from_open_clip
 from llava_lite.checkpoints.convert import convert
 from llava_lite.checkpoints.export import hf_documents
@@ -25,34 +26,17 @@ from llava_lite.errors import CheckpointError
 from llava_lite.llava import Llava
 from llava_lite.vision import VisionTower
 
-OPERATORS = {
-    "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-}
-REGISTERED: list[torch.library.Library] = []
 RANDOM = {"normal_", "uniform_", "kaiming_uniform_", "trunc_normal_", "xavier_uniform_"}
-
-
-def declare_torchvision_operators() -> None:
-    """With a CPU-only torch the compiled operators of torchvision may not load, and importing it
-    fails for want of two names that nothing here calls."""
-    for name, signature in OPERATORS.items():
-        if not hasattr(torch.ops.torchvision, name):
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            library.define(name + signature)
-            REGISTERED.append(library)
 
 
 @pytest.fixture(scope="module")
 def transformers() -> ModuleType:
-    declare_torchvision_operators()
-    return pytest.importorskip("transformers")
+    return peer("transformers")
 
 
 @pytest.fixture(scope="module")
 def open_clip() -> ModuleType:
-    declare_torchvision_operators()
-    return pytest.importorskip("open_clip")
+    return peer("open_clip")
 
 
 class WithoutInit(TorchFunctionMode):

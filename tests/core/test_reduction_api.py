@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 
 from helpers.models import TINY_CONFIG, TINY_TEXT, TINY_VISION, random_llava
+from llava_lite.config import IMAGE_TOKEN_ID
 from llava_lite.errors import ContextError
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.inputs.pixels import preprocess
 from llava_lite.inputs.prompt import build_prompt, place_images
 from llava_lite.inputs.tokenizer import Tokenizer
-from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage
+from llava_lite.llava import EncodedImage
 from llava_lite.reduction import REDUCTIONS, DToMe, FastV, Reduction, ToMe
 
 P = TINY_VISION.num_patches

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.peers import peer
 from llava_lite.evaluation.suites.captions import (
     bleu,
     cider_d,
@@ -56,7 +57,7 @@ def test_tokens_are_those_of_the_coco_evaluation(caption: str, expected: str) ->
 
 
 def test_the_recorded_tokens_are_those_of_the_reference_tokenizer() -> None:
-    module = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
+    module = peer("pycocoevalcap.tokenizer.ptbtokenizer")
     if not shutil.which("java"):
         pytest.skip("the reference tokeniser needs Java")
     captions = {place: [{"caption": caption}] for place, caption in enumerate(TOKENIZED)}
@@ -73,9 +74,9 @@ def test_nothing_is_no_token(caption: str) -> None:
 
 
 def check_against_reference(candidates: list[list[str]], references: list[list[list[str]]]) -> None:
-    cider = pytest.importorskip("pycocoevalcap.cider.cider").Cider()
-    reference_bleu = pytest.importorskip("pycocoevalcap.bleu.bleu").Bleu(4)
-    rouge = pytest.importorskip("pycocoevalcap.rouge.rouge").Rouge()
+    cider = peer("pycocoevalcap.cider.cider").Cider()
+    reference_bleu = peer("pycocoevalcap.bleu.bleu").Bleu(4)
+    rouge = peer("pycocoevalcap.rouge.rouge").Rouge()
     right = {
         place: [" ".join(one) for one in of_image] for place, of_image in enumerate(references)
     }

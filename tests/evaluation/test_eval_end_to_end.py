@@ -38,6 +38,7 @@ from helpers.eval_command import (
 )
 from helpers.mmbench_rows import MILLION, broken_base64, encoded, png, rotated, row
 from helpers.mmbench_rows import write as write_mmbench
+from helpers.peers import peer
 from llava_lite.evaluation.suites import captions
 from llava_lite.generation.model import Model
 
@@ -310,9 +311,9 @@ def coco_scores(
     references: Mapping[str, Sequence[str]], tokens: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
     """What the scorers of the COCO evaluation say; no tokens for a failed image."""
-    cider = pytest.importorskip("pycocoevalcap.cider.cider").Cider()
-    bleu = pytest.importorskip("pycocoevalcap.bleu.bleu").Bleu(4)
-    rouge = pytest.importorskip("pycocoevalcap.rouge.rouge").Rouge()
+    cider = peer("pycocoevalcap.cider.cider").Cider()
+    bleu = peer("pycocoevalcap.bleu.bleu").Bleu(4)
+    rouge = peer("pycocoevalcap.rouge.rouge").Rouge()
     right = {
         name: [" ".join(words_in(caption)) for caption in listed]
         for name, listed in references.items()

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from helpers.examples import examples
 from helpers.models import TINY_CONFIG, TINY_TEXT, TINY_VISION, random_llava
 from llava_lite.checkpoints.checkpoint import load_model
+from llava_lite.config import IMAGE_TOKEN_ID
 from llava_lite.errors import ContextError, ImageError, PromptError
 from llava_lite.generation import loop as generation
 from llava_lite.generation.answer import Answer, AnswerText, Score
@@ -33,7 +34,7 @@ from llava_lite.inputs.images import load_image
 from llava_lite.inputs.pixels import preprocess
 from llava_lite.inputs.prompt import build_prompt, place_images
 from llava_lite.inputs.tokenizer import StreamDecoder, Tokenizer
-from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage
+from llava_lite.llava import EncodedImage
 
 P = TINY_VISION.num_patches
 IMAGE_COUNTS = ("image_patches", "image_tokens", "kept_image_tokens")

@@ -10,8 +10,9 @@ from torch import Tensor
 from helpers.models import TINY_TEXT
 from helpers.tensors import draw
 from llava_lite.cache import KVCache
+from llava_lite.config import IMAGE_TOKEN_ID
 from llava_lite.layout import Layout
-from llava_lite.llava import IMAGE_TOKEN_ID, EncodedImage, Llava
+from llava_lite.llava import EncodedImage, Llava
 
 seeds = st.integers(0, 2**31)
 

@@ -28,6 +28,7 @@ from PIL import Image, ImageFile, ImageOps
 import llava_lite.inputs.fetch as fetch_module
 import llava_lite.inputs.images as image_module
 from helpers.examples import examples
+from helpers.peers import peer
 from llava_lite.errors import ImageError
 from llava_lite.inputs.images import FORMATS, load_image, to_rgb
 from llava_lite.inputs.pixels import pad_to_square, preprocess
@@ -676,7 +677,7 @@ def _import_image_processor() -> Any:
 
     With a CPU-only torch, torchvision's compiled operators are missing; declaring them is enough.
     """
-    transformers = pytest.importorskip("transformers")
+    transformers = peer("transformers")
     try:
         import torchvision  # noqa: F401
     except ImportError:

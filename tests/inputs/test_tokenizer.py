@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from helpers.examples import examples
 from helpers.models import SHARED
+from helpers.peers import peer
+from llava_lite.config import IMAGE_TOKEN_ID
 from llava_lite.errors import CheckpointError
 from llava_lite.inputs.prompt import build_prompt, next_turn_text
-from llava_lite.inputs.tokenizer import IMAGE_TOKEN_ID, StreamDecoder, Tokenizer, train_tokenizer
+from llava_lite.inputs.tokenizer import StreamDecoder, Tokenizer, train_tokenizer
 
 MODEL_FILE = SHARED / "data" / "llama_tokenizer" / "tokenizer.model"
 needs_model = pytest.mark.skipif(not MODEL_FILE.is_file(), reason=f"no {MODEL_FILE}")
@@ -97,7 +99,7 @@ def _save_hf_style(path: Path) -> None:
     from tokenizers import AddedToken, models, normalizers
     from tokenizers import Tokenizer as Backend
 
-    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece = peer("sentencepiece")
     model = sentencepiece.SentencePieceProcessor(model_file=str(MODEL_FILE))
     names = [model.id_to_piece(index) for index in range(model.get_piece_size())]
     vocab = {name: index for index, name in enumerate(names)}
@@ -160,7 +162,7 @@ pieces_of_text = st.one_of(
 
 @needs_model
 def test_ids_and_text_equal_sentencepiece(llama: Tokenizer) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece = peer("sentencepiece")
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(MODEL_FILE))
 
     @examples(400, derandomize=True)

@@ -465,9 +465,12 @@ def test_texts_and_images_keep_their_order(make: Any, tiny_model: Model) -> None
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ([], "must end with a message of the user"),
-        ([{"role": "assistant", "content": "x"}], "'assistant' has no place"),
-        ([{"role": "tool", "content": "x"}], "'tool' has no place"),
+        ([], "the last message must have the role 'user'"),
+        (
+            [{"role": "assistant", "content": "x"}],
+            "messages.0: an assistant message needs a user message before it",
+        ),
+        ([{"role": "tool", "content": "x"}], "messages.0: the role 'tool' is not supported"),
         ([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}], "not 'video'"),
     ],
 )

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from helpers.models import ROOT, TINY_CONFIG, random_llava
+from helpers.peers import peer
 from llava_lite.checkpoints.checkpoint import save_model
 from llava_lite.cli import console
 from llava_lite.cli import program as cli
@@ -87,8 +88,8 @@ def source(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[Any]:
     """Ray on this machine with two CPUs, once for all tests: it takes its time to start."""
-    ray = pytest.importorskip("ray")
-    pytest.importorskip("ray.data")
+    ray = peer("ray")
+    peer("ray.data")
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")  # of 15 a busy machine leaves workers no time
@@ -586,7 +587,7 @@ def test_samples_travel_whatever_their_images_are(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tiny_model: Model, source: ModelSource
 ) -> None:
     """Bytes, functions, no image, and samples that cannot be asked, to actors and back."""
-    cloudpickle = pytest.importorskip("ray.cloudpickle")
+    cloudpickle = peer("ray.cloudpickle")
 
     class Travelling(LocalRay):
         def __call__(self, blocks: Sequence[Any], work: Any, *rest: Any) -> Iterator[Any]:

@@ -19,11 +19,12 @@ pytest.importorskip("fastapi")
 
 from llava_lite.errors import ImageError, PromptError
 from llava_lite.inputs import fetch
+from llava_lite.inputs.messages import Conversation
 from llava_lite.inputs.pixels import to_square
 from llava_lite.server import protocol
 from llava_lite.server.errors import ApiError
 from llava_lite.server.images import fetch_image, is_remote, open_image
-from llava_lite.server.messages import Conversation, read_messages
+from llava_lite.server.messages import read_messages
 from llava_lite.server.protocol import parse_request
 from llava_lite.server.settings import Settings
 
@@ -152,7 +153,7 @@ def test_a_body_that_is_no_object() -> None:
 
 
 def test_one_question() -> None:
-    assert conversation(USER) == Conversation((("star?", None),), None, ())
+    assert conversation(USER) == Conversation((("star?", None),), (), None)
 
 
 def test_system_history_and_several_messages_in_a_row() -> None:
@@ -174,7 +175,7 @@ def test_images_at_an_end_go_first_and_those_within_stay() -> None:
     for parts in ([text_part("x"), first, second], [first, second, text_part("x")]):
         found = conversation({"role": "user", "content": parts})
         assert found.turns == (("<image>\n<image>\nx", None),)
-        assert found.sources == ("data:,a", "data:,b")
+        assert found.images == ("data:,a", "data:,b")
     found = conversation({"role": "user", "content": [first, text_part("and"), second]})
     assert found.turns == (("<image>\nand\n<image>", None),)
     found = conversation({"role": "user", "content": [text_part("a"), first, text_part("b")]})
@@ -198,7 +199,7 @@ def test_images_of_all_turns_in_order() -> None:
         {"role": "assistant", "content": "y"},
         {"role": "user", "content": [text_part("z"), {"type": "input_image", "image_url": "q"}]},
     )
-    assert found.sources == ("data:,a", "q")
+    assert found.images == ("data:,a", "q")
     assert found.turns == (("<image>\nx", "y"), ("<image>\nz", None))
 
 
@@ -208,8 +209,11 @@ def test_images_of_all_turns_in_order() -> None:
         ([{"role": "tool", "content": "x"}], "messages.0: the role 'tool' is not supported"),
         ([USER, {"role": "system", "content": "x"}], "messages.1: the role 'system'"),
         ([{"role": "assistant", "content": "x"}, USER], "needs a user message before it"),
-        ([USER, {"role": "assistant", "content": "x"}], "the last message must be a user's"),
-        ([{"role": "system", "content": "x"}], "the last message must be a user's"),
+        (
+            [USER, {"role": "assistant", "content": "x"}],
+            "the last message must have the role 'user'",
+        ),
+        ([{"role": "system", "content": "x"}], "the last message must have the role 'user'"),
         ([{"role": "user"}], "messages.0: a user message needs content"),
         ([{"role": "user", "content": []}], "needs content"),
         ([{"role": "user", "content": [{"type": "input_audio"}]}], "content.0: a part of type"),
@@ -217,7 +221,7 @@ def test_images_of_all_turns_in_order() -> None:
         ([{"role": "user", "content": [{"type": "image_url"}]}], "the image_url part is empty"),
         ([USER, {"role": "assistant", "tool_calls": [{}]}, USER], "tool calls"),
         ([{"role": "system", "content": [image_part()]}, USER], "holds text only"),
-        ([{"role": "system", "content": "<image>"}, USER], "only stand in a user's message"),
+        ([{"role": "system", "content": "<image>"}, USER], "only stand in a user message"),
     ],
 )
 def test_messages_that_make_no_conversation(messages: list[dict[str, Any]], reason: str) -> None:
@@ -270,7 +274,7 @@ def test_anything_else_is_a_refusal_and_no_crash(messages: Any, fields: dict[str
     except (ApiError, PromptError):
         return
     assert found.turns[-1][1] is None
-    assert sum(question.count("<image>") for question, _ in found.turns) == len(found.sources)
+    assert sum(question.count("<image>") for question, _ in found.turns) == len(found.images)
 
 
 # ---- images ------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from PIL import Image
 
 import llava_lite
 from helpers.models import TINY_TEXT, TINY_VISION, load_tool, random_llava
+from helpers.peers import peer
 from llava_lite import llama
 from llava_lite.checkpoints.checkpoint import save_model
 from llava_lite.config import LlavaConfig
@@ -443,7 +444,7 @@ def test_without_matplotlib_the_run_ends_before_it_starts(
 
 def test_plots(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of everything, with made-up figures: three small pictures, in the colors they were drawn."""
-    pytest.importorskip("matplotlib", reason="plots need the extra `viz`")
+    peer("matplotlib")
     every = study.configurations()
     rows = [made_up_row(study, one, number) for number, one in enumerate(every)]
     facts = {"model": "random", "questions": 90, "scenes": 10, "timed_on": "a machine"}
@@ -481,7 +482,7 @@ def test_plots(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("plot", ["token_plot", "time_plot", "family_plot"])
 def test_plots_show_every_line(study: ModuleType, plot: str) -> None:
     """With all its points, each where its row says, but for the small shifts sideways."""
-    pyplot = pytest.importorskip("matplotlib.pyplot", reason="plots need the extra `viz`")
+    pyplot = peer("matplotlib.pyplot")
     every = study.configurations()
     rows = [made_up_row(study, one, number) for number, one in enumerate(every)]
     by_series: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -517,7 +518,7 @@ def made_up_row(study: ModuleType, one: Any, number: int) -> dict[str, Any]:
 
 def test_plots_of_an_unfinished_study(run: Any, tmp_path: Path) -> None:
     """Few configurations, no times, families that were hardly asked."""
-    pytest.importorskip("matplotlib", reason="plots need the extra `viz`")
+    peer("matplotlib")
     assert run(count=1) == 0
     assert sorted(path.name for path in tmp_path.glob("*.png")) == [
         *("accuracy_tokens.png", "families.png")

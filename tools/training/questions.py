@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_lite.config import TINY
+from llava_lite.config import IMAGE_TOKEN_ID, TINY
 from llava_lite.evaluation.scenes.questions import Question
 from llava_lite.inputs.prompt import build_prompt
 from llava_lite.inputs.tokenizer import Tokenizer
 from llava_lite.layout import Layout
 from llava_lite.llama import LlamaDecoder
-from llava_lite.llava import IMAGE_TOKEN_ID
 from training.labels import IGNORE
 from training.scenes import GRID
 

@@ -1,0 +1,72 @@
+"""Messages with roles become the turns of a prompt, for the server and for the evaluation kits."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llava_lite.errors import PromptError
+from llava_lite.inputs.prompt import Turn
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """An image among the texts of a message: any image source, or an `EncodedImage`."""
+
+    image: Any
+
+
+Part = str | ImagePart
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of "system", "user" or "assistant": its texts and images in order."""
+
+    role: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns with `<image>` markers, the last without an answer; the images of the markers; and the
+    system text, None for the template's."""
+
+    turns: tuple[Turn, ...]
+    images: tuple[Any, ...] = ()
+    system: str | None = None
+
+
+def fold_messages(
+    messages: Sequence[Message], write: Callable[[Sequence[Part]], str]
+) -> Conversation:
+    """Fold messages into turns. Neighbors with the same role become one message.
+
+    `write` makes one text of the parts of a message, with an `<image>` marker for each image.
+    Raises PromptError, which names the message by its number from 0."""
+    system: list[Part] = []
+    turns: list[tuple[list[Part], list[Part] | None]] = []
+    for number, message in enumerate(messages):
+        question, answer = turns[-1] if turns else ([], [])
+        if message.role == "system":
+            system.extend(message.parts)
+        elif message.role == "user" and answer is not None:
+            turns.append((list(message.parts), None))
+        elif message.role == "user":
+            question.extend(message.parts)
+        elif message.role != "assistant":
+            role = message.role[:40]
+            raise PromptError(f"messages.{number}: the role {role!r} is not supported here")
+        elif not turns:
+            raise PromptError(
+                f"messages.{number}: an assistant message needs a user message before it"
+            )
+        else:
+            turns[-1] = question, [*(answer or []), *message.parts]
+    if not turns or turns[-1][1] is not None:
+        raise PromptError("messages: the last message must have the role 'user'")
+    parts = [*system, *(part for q, a in turns for part in [*q, *(a or [])])]
+    return Conversation(
+        tuple((write(q), None if a is None else write(a)) for q, a in turns),
+        tuple(part.image for part in parts if isinstance(part, ImagePart)),
+        write(system) if any(message.role == "system" for message in messages) else None,
+    )
