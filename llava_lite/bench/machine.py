@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from llava_lite.fast import device as fast_device
-from llava_lite.fast.device import synchronize
+from llava_lite.fast.device import PROC, synchronize
 
 Key = TypeVar("Key")
 
@@ -143,7 +142,7 @@ def multiply_without_onednn(matrices: Tensor, vector: Tensor) -> None:
 
 def proc_bytes(file: str, field: str) -> int | None:
     """A field of a file in /proc, in bytes; None if the system does not have it."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", read_text(fast_device.PROC / file), re.MULTILINE)
+    found = re.search(rf"^{field}:\s+(\d+) kB", read_text(PROC / file), re.MULTILINE)
     return 1024 * int(found[1]) if found else None
 
 

@@ -8,7 +8,6 @@ Shapes: B items, V vocabulary, T prompt ids, S image side.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -71,11 +70,6 @@ class Loop:
     def thresholds(self) -> Sequence[float] | None:
         """The model's own DToMe thresholds, read at the first use. Raises CheckpointError."""
         return self.own_thresholds() if callable(self.own_thresholds) else self.own_thresholds
-
-    def checking(self) -> AbstractContextManager[None]:
-        """Around what checks the arguments of a call: here nothing, but where several processes
-        share a model, all have to hear what one of them finds (tensor_parallel.py)."""
-        return nullcontext()
 
     def request(
         self,

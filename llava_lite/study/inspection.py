@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from llava_lite.errors import ImageError, LlavaLiteError, PromptError
 from llava_lite.generation.answer import Answer
-from llava_lite.generation.loop import checked_batch_size
 from llava_lite.generation.model import Model
-from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.generation.state import as_list
 from llava_lite.inputs.images import load_image
 from llava_lite.inputs.pixels import to_square
@@ -25,6 +23,11 @@ from llava_lite.reduction import Reduction
 from llava_lite.saving import check_output, replace_file
 from llava_lite.study.drawing import Drawing, xml
 from llava_lite.study.figure import draw_run
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from llava_lite.generation.sampling import Options
 
 FORMATS = (".html", ".png")
 
@@ -107,15 +110,16 @@ def inspect(model: Model, image: Any, prompt: str, **options: Any) -> Inspection
 
 
 def warm_up(
-    model: Model, images: list[Image.Image], prompt: str, batch_size: int | None, **options: Any
+    model: Model,
+    images: list[Image.Image],
+    prompt: str,
+    batch_size: int | None,
+    **options: "Unpack[Options]",
 ) -> None:
     """Run the prompt and two tokens. The first run of a process is the slowest, and would falsify
     the times."""
-    with model.checking():
-        size = checked_batch_size(batch_size)
-        wishes = GenerationOptions(**options)
-        request = model.request(images, prompt, wishes)
-    list(islice(model.run([request], wishes, size), 2))  # the second token comes from a decode step
+    requests, wishes, size = model.read_call(images, prompt, options, batch_size)
+    list(islice(model.run(requests, wishes, size), 2))  # the second token comes from a decode step
 
 
 def check_picture(path: str | os.PathLike[str], force: bool = False) -> Path:

@@ -25,6 +25,8 @@ from helpers.pages import (
 )
 from llava_lite.cli.eval import with_command
 from llava_lite.cli.program import build_parser
+from llava_lite.evaluation.suites.registry import SUITES
+from llava_lite.reduction import REDUCTIONS
 
 # The things that a block may need and a test does not have.
 NEEDS = {
@@ -210,6 +212,25 @@ def test_readme_shows_the_whole_package() -> None:
     folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
     files = {path.name for path in package.glob("*.py")}
     assert shown == folders | files - {"__init__.py", "__main__.py"}
+
+
+def first_column(page: str) -> set[str]:
+    """All names in inline code in the first columns of the tables of a page."""
+    cells = re.findall(r"^\| ([^|]*) \|", read_page(page), re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def test_tables_are_complete() -> None:
+    """Each preset, command and suite has its line."""
+    [commands] = [
+        set(action.choices)
+        for action in build_parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    ]
+    assert first_column("README.md") == commands | set(REDUCTIONS)
+    assert first_column("docs/reduction.md") >= set(REDUCTIONS) - {"none"}
+    evaluation = read_page("docs/evaluation.md")
+    assert [name for name in SUITES if f"eval {name}" not in evaluation] == []
 
 
 def test_sentences_are_short() -> None:
