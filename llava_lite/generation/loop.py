@@ -29,8 +29,7 @@ from llava_lite.generation.sampling import (
 )
 from llava_lite.generation.state import NEW_STATE, NO_TOKENS, Request, Row, State, TokenCounts
 from llava_lite.generation.trace import Trace, trace_prompt
-from llava_lite.inputs.images import load_image
-from llava_lite.inputs.pixels import preprocess
+from llava_lite.inputs.pixels import load_pixels
 from llava_lite.inputs.prompt import (
     Turn,
     build_prompt,
@@ -328,8 +327,7 @@ class Loop:
 
     def prepare(self, image: Any) -> Tensor:
         """An image as pixel values (1, 3, S, S). Raises ImageError."""
-        loaded = load_image(image, exif=self.exif)
-        return preprocess(loaded, self.config.vision.image_size, self.config.pad)
+        return load_pixels(image, self.config, self.exif)
 
     def checked_image(self, image: EncodedImage) -> EncodedImage:
         """The image, if its embeds are of this model's width."""
