@@ -1,4 +1,4 @@
-"""The front door: one call that answers a prompt, one that shows how the answer came about."""
+"""The front door: `generate` answers a prompt, `inspect` shows the run behind an answer."""
 
 import os
 from functools import lru_cache
@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any, overload
 from llava_lite.checkpoints.load import load, source_or_default
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from llava_lite.generation.answer import Answer
     from llava_lite.generation.model import Model
+    from llava_lite.generation.sampling import Options
     from llava_lite.study.inspection import Inspection
 
 
@@ -17,7 +20,9 @@ def generate(
     image: Any,
     prompt: str,
     model: "Model | str | os.PathLike[str] | None" = ...,
-    **options: Any,
+    *,
+    batch_size: int | None = ...,
+    **options: "Unpack[Options]",
 ) -> "Answer": ...
 
 
@@ -26,7 +31,9 @@ def generate(
     image: Any,
     prompt: "list[str] | tuple[str, ...]",
     model: "Model | str | os.PathLike[str] | None" = ...,
-    **options: Any,
+    *,
+    batch_size: int | None = ...,
+    **options: "Unpack[Options]",
 ) -> "list[Answer]": ...
 
 
@@ -34,15 +41,17 @@ def generate(
     image: Any,
     prompt: "str | list[str] | tuple[str, ...]",
     model: "Model | str | os.PathLike[str] | None" = None,
-    **options: Any,
+    *,
+    batch_size: int | None = None,
+    **options: "Unpack[Options]",
 ) -> "Answer | list[Answer]":
-    """Answer a prompt about an image; see `Model.generate` for images, prompts, options and errors.
+    """Answer a prompt about an image. See `Model.generate` for images, prompts, options and errors.
 
-    `model`: a loaded one, or a source for `load`, which is kept loaded for the next call. Without
-    it `$LLAVA_LITE_MODEL` is used, else the embedded model."""
+    model: a loaded model, or a source for `load`, which stays loaded for the next call. None takes
+    `$LLAVA_LITE_MODEL`, or else the embedded model."""
     if model is None or isinstance(model, str | os.PathLike):
         model = load_once(source_or_default(model))
-    return model.generate(image, prompt, **options)
+    return model.generate(image, prompt, batch_size=batch_size, **options)
 
 
 def inspect(
@@ -51,9 +60,9 @@ def inspect(
     model: "Model | str | os.PathLike[str] | None" = None,
     **options: Any,
 ) -> "Inspection":
-    """`generate` one answer, and the picture of how it came about: `.save("run.html")`, `.answer`.
+    """Generate one answer and a picture of the run: `.answer`, `.save("run.html")`.
 
-    Raises as `generate`, and ImageError without an image that can be shown."""
+    Arguments as in `generate`. Raises as `generate`, and ImageError without an image to show."""
     from llava_lite.study import inspection
 
     if model is None or isinstance(model, str | os.PathLike):

@@ -1,27 +1,29 @@
 #!/usr/bin/env python3
-"""Questions a second of an evaluation: one by one, and through the batched engine.
+"""Questions per second of an evaluation: one by one, and through the batched engine.
 
     python tools/eval_throughput.py                             # the embedded model
     python tools/eval_throughput.py --size 7b --layers 4        # random weights of 7B widths
     python tools/eval_throughput.py --images 256 --questions 1 4 --json figures.json --strict
 
-The images are drawn scenes as PNG files in memory. One by one means `Model.generate` for every
-question with its image. Batched means evaluation/engine.py: images opened ahead by threads, encoded
-several at a time and once each, beginnings of prompts shared, questions in batches. Both answer the
-same questions in every round and take turns; figures are medians over the rounds, the first of
-which does not count. The answers must be the same, or the exit code is 1: of random weights in 16
-bit, whose logits are often almost equal, only their number is said.
+The images are drawn scenes, as PNG files in memory. "One by one" calls `Model.generate` for every
+question with its image. "Batched" uses evaluation/engine.py: threads open images ahead, each image
+is encoded once, prompts share their beginnings, and questions run in batches. Both ways take turns
+and answer the same questions in every round. Figures are medians over the rounds; the first round
+does not count. Different answers give exit code 1, except for random weights in 16 bit: their
+logits are often almost equal, so the tool only counts the differences.
 
 The bounds (batched at least 1.5 times as fast with one question per image, 2.5 times with four)
-are those of the embedded model on two cores.
+hold for the embedded model on two cores.
 """
 
 import argparse
 import io
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ import torch
 
 import llava_lite
 from llava_lite.bench.machine import time_in_turns
+from llava_lite.bench.report import Row
 from llava_lite.bench.run import SIZES, random_model
 from llava_lite.checkpoints.checkpoint import load_tokenizer, parse_dtype
 from llava_lite.config import TINY
@@ -43,28 +46,25 @@ from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.saving import replace_json
 
-BOUNDS = {1: 1.5, 4: 2.5}  # questions per image: times as many questions a second
-ONE_BY_ONE, BATCHED = "one by one", "batched"
+BOUNDS = {1: 1.5, 4: 2.5}  # by questions per image: times as many questions per second
+WAYS = ONE_BY_ONE, BATCHED = "one by one", "batched"
 
 
 @dataclass
 class Asking:
-    """The same questions, asked in both ways; `answers` of the last time."""
+    """Questions to ask in both ways; `answers` of the last round, by way and question."""
 
     model: Model
     samples: Sequence[Sample]
     options: GenerationOptions
     batch_size: int
     workers: int
-    answers: dict[str, dict[str, str]]
+    answers: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def one_by_one(self) -> None:
-        options = {
-            "max_new_tokens": self.options.max_new_tokens,
-            "reduction": self.options.reduction,
-        }
+        wanted = {name: getattr(self.options, name) for name in ("max_new_tokens", "reduction")}
         self.answers[ONE_BY_ONE] = {
-            sample.id: str(self.model.generate(list(sample.images), sample.prompt, **options))
+            sample.id: str(self.model.generate(list(sample.images), sample.prompt, **wanted))
             for sample in self.samples
         }
 
@@ -76,34 +76,25 @@ class Asking:
             raise RuntimeError(f"{len(failed)} questions failed, first: {failed[0]}")
         self.answers[BATCHED] = {outcome.sample.id: str(outcome.answer) for outcome in outcomes}
 
-    @property
-    def different(self) -> int:
-        """Questions whose answers differ between the two ways."""
-        one, other = self.answers[ONE_BY_ONE], self.answers[BATCHED]
-        return sum(one[name] != other[name] for name in one)
 
-
-def scene_samples(images: int, questions: int, seed: int) -> list[Sample]:
-    """`questions` about each of so many scenes, all of different families."""
-    samples: list[Sample] = []
-    first = 0
-    while len(samples) < images * questions:
-        [(scene, asked)] = fresh_scenes(1, seed, first=first)
-        first += 1
+def scene_samples(images: int, questions: int, seed: int) -> Iterator[Sample]:
+    """`questions` of different families about each of `images` scenes."""
+    for number in count_from(1):
+        [(scene, asked)] = fresh_scenes(1, seed, first=number - 1)
         if len(asked) < questions:
             continue
         file = io.BytesIO()
         draw_scene(scene).save(file, "PNG", compress_level=1)
-        start = first % (len(asked) - questions + 1)
-        samples += [
-            Sample(f"{first}-{number}", question.text, (file.getvalue(),), str(first))
-            for number, question in enumerate(asked[start : start + questions])
-        ]
-    return samples
+        start = number % (len(asked) - questions + 1)
+        for index, question in enumerate(asked[start : start + questions]):
+            yield Sample(f"{number}-{index}", question.text, (file.getvalue(),), str(number))
+        images -= 1
+        if not images:
+            return
 
 
 def make_model(args: argparse.Namespace) -> Model:
-    """The named model, the embedded one, or random weights that write tokens of its tokenizer."""
+    """The named model, the embedded one, or random weights with the embedded tokenizer's ids."""
     if not args.size:
         source = args.model or llava_lite.embedded_model()
         return llava_lite.load(source, device=args.device, dtype=args.dtype)
@@ -111,40 +102,35 @@ def make_model(args: argparse.Namespace) -> Model:
     layers = args.layers or config.text.num_layers
     text = replace(config.text, num_layers=layers, sampled_vocab_size=TINY.text.sampled_vocab_size)
     dtype = parse_dtype("bfloat16" if args.dtype == "auto" else args.dtype) or torch.bfloat16
-    tokenizer = load_tokenizer(llava_lite.embedded_model(), TINY)
     device = "cpu" if args.device == "auto" else args.device
-    return Model(random_model(replace(config, text=text), dtype, device).eval(), tokenizer)
+    llava = random_model(replace(config, text=text), dtype, device).eval()
+    return Model(llava, load_tokenizer(llava_lite.embedded_model(), TINY))
 
 
 def measure(args: argparse.Namespace, model: Model) -> list[dict[str, Any]]:
     """A row for each number of questions per image."""
     options = GenerationOptions(args.max_new_tokens, reduction=args.reduction)
+    ask = partial(Asking, model, options=options, batch_size=args.batch_size, workers=args.workers)
     asking = {
-        count: Asking(
-            *(model, scene_samples(args.images, count, args.seed), options),
-            *(args.batch_size, args.workers, {}),
-        )
+        count: ask(samples=list(scene_samples(args.images, count, args.seed)))
         for count in args.questions
     }
-    runs = {
-        (count, way): run
-        for count, one in asking.items()
-        for way, run in ((ONE_BY_ONE, one.one_by_one), (BATCHED, one.batched))
-    }
+    runs = {}
+    for count, one in asking.items():
+        runs |= {(count, ONE_BY_ONE): one.one_by_one, (count, BATCHED): one.batched}
     device = str(model.llava.device)
     seconds = time_in_turns(runs, args.rounds, device, not sys.stderr.isatty())
-    return [row(count, one, seconds) for count, one in asking.items()]
+    return [summarize(count, one, seconds) for count, one in asking.items()]
 
 
-def row(
+def summarize(
     count: int, asking: Asking, seconds: Mapping[tuple[int, str], list[float]]
 ) -> dict[str, Any]:
-    """Rates and their ratio, medians of the rounds."""
+    """Rates and their ratio, from medians of the rounds."""
     asked = len(asking.samples)
-    rates = {way: asked / statistics.median(seconds[count, way]) for way in (ONE_BY_ONE, BATCHED)}
-    ratio = rates[BATCHED] / rates[ONE_BY_ONE]
-    bound = BOUNDS.get(count)
-    verdict = "" if bound is None else "PASS" if ratio >= bound else "SHORT"
+    rates = {way: asked / statistics.median(seconds[count, way]) for way in WAYS}
+    ratio, bound = rates[BATCHED] / rates[ONE_BY_ONE], BOUNDS.get(count)
+    one, other = asking.answers[ONE_BY_ONE], asking.answers[BATCHED]
     return {
         "questions_per_image": count,
         "questions": asked,
@@ -152,25 +138,24 @@ def row(
         "images_per_second": {way: rate / count for way, rate in rates.items()},
         "ratio": ratio,
         "bound": bound,
-        "verdict": verdict,
-        "different_answers": asking.different,
+        "verdict": Row("", ratio, bound, at_least=True).verdict,
+        "different_answers": sum(one[name] != other[name] for name in one),
         "seconds": {way: seconds[count, way] for way in rates},
     }
 
 
-def table(content: Mapping[str, Any]) -> list[str]:
-    """Lines for people."""
-    lines = [", ".join(f"{name} {value}" for name, value in content["settings"].items())]
-    lines.append(f"{'questions':>9}{'one by one':>14}{'batched':>12}{'ratio':>8}{'bound':>8}")
-    for found in content["rows"]:
-        rates = found["questions_per_second"]
-        lines.append(
-            f"{found['questions_per_image']:>9}{rates[ONE_BY_ONE]:>12.2f}/s{rates[BATCHED]:>10.2f}/s"
-            f"{found['ratio']:>8.2f}{found['bound'] or '-':>8}  {found['verdict']}"
+def table(content: Mapping[str, Any]) -> Iterator[str]:
+    """The lines to print."""
+    yield ", ".join(f"{name} {value}" for name, value in content["settings"].items())
+    yield f"{'questions':>9}{ONE_BY_ONE:>14}{BATCHED:>12}{'ratio':>8}{'bound':>8}"
+    for row in content["rows"]:
+        one, other = (row["questions_per_second"][way] for way in WAYS)
+        yield (
+            f"{row['questions_per_image']:>9}{one:>12.2f}/s{other:>10.2f}/s"
+            f"{row['ratio']:>8.2f}{row['bound'] or '-':>8}  {row['verdict']}"
         )
-        if found["different_answers"]:
-            lines.append(f"  {found['different_answers']} of {found['questions']} answers differ")
-    return lines
+        if row["different_answers"]:
+            yield f"  {row['different_answers']} of {row['questions']} answers differ"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -180,7 +165,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("-m", "--model", help="model to measure (default: the embedded one)")
     add("--size", choices=sorted(SIZES), help="random weights of that size instead")
-    add("--layers", type=int, help="with --size: so many decoder layers")
+    add("--layers", type=int, help="with --size: number of decoder layers")
     add("--images", type=int, default=64, help="images (default: 64)")
     add("--questions", type=int, nargs="+", default=[1, 4], help="per image (default: 1 4)")
     add("--rounds", type=int, default=5, help="rounds that count (default: 5)")
@@ -188,7 +173,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=2, help="threads that open images (default: 2)")
     add("--max-new-tokens", type=int, default=128)
     add("--reduction", help="preset of token reduction")
-    add("--seed", type=int, default=30_000, help="which scenes (default: 30000)")
+    add("--seed", type=int, default=30_000, help="seed of the scenes (default: 30000)")
     add("--device", default="auto")
     add("--dtype", default="auto")
     add("--threads", type=int, help="CPU threads")
@@ -206,22 +191,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     model = make_model(args)
-    dtype = str(model.llava.dtype).removeprefix("torch.")
     names = ("images", "rounds", "batch_size", "workers", "reduction")
-    settings = {"model": model.config.name, "dtype": dtype}
+    settings = {"model": model.config.name, "dtype": str(model.llava.dtype).removeprefix("torch.")}
     settings |= {name: getattr(args, name) for name in names}
+    facts = machine(str(model.llava.device), torch.get_num_threads())
     rows = measure(args, model)
-    content = {
-        "settings": settings,
-        "machine": machine(str(model.llava.device), torch.get_num_threads()),
-        "rows": rows,
-    }
+    content = {"settings": settings, "machine": facts, "rows": rows}
     print("\n".join(table(content)))
     if args.json:
         replace_json(Path(args.json), content)
     exact = not args.size or model.llava.dtype == torch.float32
-    different = exact and any(found["different_answers"] for found in rows)
-    short = args.strict and any(found["verdict"] == "SHORT" for found in rows)
+    different = exact and any(row["different_answers"] for row in rows)
+    short = args.strict and any(row["verdict"] == "SHORT" for row in rows)
     return int(different or short)
 
 

@@ -1,21 +1,19 @@
-"""What `llava-lite bench` times: every part of a model as one case, with what it takes, counted.
+"""The cases that `llava-lite bench` times: every part of a model, with its operations and bytes.
 
 Parts, in the order of a round:
 
     tower               pixels to image features
-    prefill             all rows of the prompt, its image encoded before, to the first logits
-    first token         pixels to the first token as `generate` does it from its second call on: the
-                        words in front of the image are in a cache (prefix.py); "cold": as in its
-                        first
+    prefill             all rows of the prompt, image encoded before, to the first logits
+    first token         pixels to the first token, as `generate` does from its second call on, with
+                        the words before the image cached (prefix.py); "cold": as in its first call
     decode              one token after the prompt
-    batch               one token after each of so many prompts
+    batch               one token after each of several prompts
     growing prefill, growing decode, growing attention
-                        prompts of words alone, by length, a token after them, and the attention in
-                        one of their layers
+                        by length, without an image: a prompt, a token after it, and the attention
+                        in one of its layers
 
-Our cache grows in steps (cache.py): the first token, which is not timed, makes room for 64 or more,
-so none of those that are timed copies the cache, as one in about 160 does after 640 positions.
-transformers copies its own for every token, which is part of every one that is timed.
+Our cache grows in steps (cache.py). The first token is not timed and makes room for at least 64
+more, so no timed token copies the cache. transformers copies its cache for every token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +38,7 @@ from llava_lite.reduction import REDUCTIONS, Reduction
 
 OURS, TRANSFORMERS = "llava_lite", "transformers"
 WORDS_BEFORE, WORDS_AFTER = 35, 29
-SHARED_WORDS = WORDS_BEFORE - 1  # the last one may join with what follows it
+SHARED_WORDS = WORDS_BEFORE - 1  # the last word may merge with what follows it
 DECODED = 8  # tokens per timing
 ATTENTION_CALLS = 4  # per timing
 BATCHED = COLD = ("none", "hybrid-72-36")  # reductions
@@ -53,7 +51,7 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time: `run` makes `steps` of it, each so many tokens, operations and bytes read
+    """A run to time. `run` makes `steps` steps; tokens, operations and bytes read are per step
     (0: not counted)."""
 
     contender: str
@@ -73,19 +71,19 @@ class Case:
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Bytes of all weights, in whatever form a layer keeps them."""
+    """Bytes of all weights, plain or quantized."""
     tensors: dict[int, Tensor] = {}
     for part in module.modules():
-        own = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-        own += [value for value in vars(part).values() if isinstance(value, Tensor)]
-        tensors |= {id(tensor): tensor for tensor in own}
+        found = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+        found += [value for value in vars(part).values() if isinstance(value, Tensor)]
+        tensors |= {id(tensor): tensor for tensor in found}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass through a model takes, counted: the bytes of its decoder's and its tower's
-    weights, and operations, two for each multiply-add (trace.py says which are counted)."""
+    """The cost of a pass through a model: bytes of the decoder's and the tower's weights, and
+    operations, two per multiply-add (trace.py counts them)."""
 
     config: LlavaConfig
     dtype: torch.dtype
@@ -94,35 +92,35 @@ class Work:
 
     @staticmethod
     def of(llava: Llava) -> "Work":
-        """Of a model as it is, plain or quantized."""
-        rows_of_words = llava.decoder.embed_tokens.weight.nbytes  # of which one or two are read
-        read = stored_bytes(llava.decoder) - rows_of_words
+        """The work of a model, plain or quantized."""
+        embeddings = llava.decoder.embed_tokens.weight.nbytes  # only one or two rows are read
+        read = stored_bytes(llava.decoder) - embeddings
         return Work(llava.config, llava.dtype, read, stored_bytes(llava.vision))
 
     def tower(self, block_flops: int) -> int:
-        """Operations of the tower: cutting patches, and its blocks' multiply-adds."""
+        """Operations of the tower: the patch embedding and `block_flops` multiply-adds."""
         vision = self.config.vision
         patches = vision.num_patches * 3 * vision.patch_size**2 * vision.hidden_size
         return 2 * (patches + block_flops)
 
     def prefill(self, layer_flops: int) -> int:
-        """Operations of a prompt: its layers' multiply-adds, and one row of logits."""
+        """Operations of a prompt: `layer_flops` multiply-adds and one row of logits."""
         return 2 * (layer_flops + self.config.text.hidden_size * self.config.text.vocab_size)
 
     def decode(self, lengths: Sequence[int]) -> int:
-        """Operations of one token behind caches of these lengths, one per layer."""
+        """Operations of one token after caches of these lengths, one per layer."""
         one = [1] * len(lengths)
         return self.prefill(decoder_flops(self.config.text, one, one, lengths))
 
     def cache(self, lengths: Sequence[int]) -> int:
-        """Bytes of such caches while the timed tokens are decoded, halfway."""
+        """Bytes of caches of these lengths, halfway through the timed tokens."""
         halfway = [length + 1 + DECODED // 2 for length in lengths]
         return kv_bytes(self.config.text, halfway, self.dtype.itemsize)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model of ours, or transformers."""
+    """One of our models, or transformers."""
 
     name: str
     model: Model | Peer
@@ -130,18 +128,18 @@ class Contender:
 
 
 def prompt_ids(config: LlavaConfig) -> tuple[int, ...]:
-    """Any words, with the image between them."""
+    """Some words, with the image between them."""
     words = word_ids(config.text, WORDS_BEFORE + WORDS_AFTER)
     return (*words[:WORDS_BEFORE], IMAGE_TOKEN_ID, *words[WORDS_BEFORE:])
 
 
 def word_ids(text: TextConfig, count: int) -> tuple[int, ...]:
-    """Any words; the last id is none of them, it marks images in the peer."""
+    """Some words. The last id is left out: it marks images in transformers."""
     return tuple(3 + n % (text.vocab_size - 4) for n in range(count))
 
 
 def random_pixels(work: Work, device: torch.device) -> Tensor:
-    """An image that everybody looks at, (1, 3, S, S)."""
+    """The same image for every contender, (1, 3, S, S)."""
     size = work.config.vision.image_size
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
     return pixels.to(device, work.dtype)
@@ -152,8 +150,8 @@ def random_pixels(work: Work, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Walk:
-    """One prompt that was run once: its state in front of the decoder, what became of it, the
-    cache's length per layer, the next position, and logits (1, V)."""
+    """A prompt that was run once: the state before the decoder, its trace, the cache's length per
+    layer, the next position, and the logits (1, V)."""
 
     state: State
     trace: Trace
@@ -163,8 +161,7 @@ class Walk:
 
 
 def walk_all(model: Model, names: Sequence[str]) -> tuple[dict[str, Walk], dict[str, str]]:
-    """A walk with every reduction that is named, without one in any case, and why others are not
-    possible here."""
+    """A walk without reduction and one for each named reduction; the reasons for missing ones."""
     walks, skipped = {}, {}
     for name in dict.fromkeys(("none", *names)):
         try:
@@ -198,8 +195,8 @@ def our_cases(
     batch_sizes: Sequence[int],
     lengths: Sequence[int],
 ) -> list[Case]:
-    """Everything that is timed of one of our models: one prompt with every reduction, several at
-    once, and words alone in `lengths` as far as the model's context allows."""
+    """All cases of one of our models: one prompt with every reduction, batches, and prompts without
+    an image of all `lengths` that the model's context allows."""
     cases = []
     for setting, walked in walks.items():
         cases += prompt_cases(one, model, setting, walked)
@@ -212,7 +209,7 @@ def our_cases(
 
 
 def prompt_cases(one: Contender, model: Model, setting: str, walked: Walk) -> list[Case]:
-    """One prompt with one reduction: the tower, the decoder, both, and a token after it."""
+    """One prompt with one reduction: prefill, first token, decode, and the tower."""
     work, trace, reduction = one.work, walked.trace, walked.state.reduction
     merge = reduction.merge
     steps = merge.steps(model.config.vision) if merge else None
@@ -258,7 +255,7 @@ def prompt_cases(one: Contender, model: Model, setting: str, walked: Walk) -> li
 def batch_cases(
     one: Contender, model: Model, setting: str, walked: Walk, sizes: Sequence[int]
 ) -> list[Case]:
-    """One token for each of several prompts."""
+    """One token after each of several prompts, by number of prompts."""
     cache = one.work.cache(walked.lengths)
     return [
         Case(
@@ -277,7 +274,7 @@ def batch_cases(
 
 
 def growing_cases(one: Contender, model: Model, length: int) -> list[Case]:
-    """A prompt of so many words, a token after it, and the attention in one layer of it."""
+    """A prompt of `length` words, a token after it, and the attention in one layer."""
     work, text = one.work, model.config.text
     lengths = (length,) * text.num_layers
     state = State(pending_ids=word_ids(text, length))
@@ -304,21 +301,21 @@ def growing_cases(one: Contender, model: Model, length: int) -> list[Case]:
         ),
         case(
             "growing attention",
-            run=partial(call_often, attention, ATTENTION_CALLS),
+            run=partial(call_repeatedly, attention),
             steps=ATTENTION_CALLS,
             tokens=length,
         ),
     ]
 
 
-def call_often(call: Callable[[], Any], times: int) -> None:
-    for _ in range(times):
+def call_repeatedly(call: Callable[[], Any]) -> None:
+    for _ in range(ATTENTION_CALLS):
         call()
 
 
 def first_token(model: Model, pixels: Tensor, reduction: Reduction) -> list[State]:
-    """From pixels to the first token of an answer, as `generate` does it: the first words' cache
-    is made by the first call, in a pass of its own, and at hand in those after it."""
+    """From pixels to the first token, as in `generate`. The first call computes the cache of the
+    words before the image in a separate pass; later calls reuse it."""
     ids = prompt_ids(model.llava.config)
     images = tuple(model.llava.encode_image(pixels, reduction))
     asked = State(pending_ids=ids, reduction=reduction)
@@ -328,7 +325,7 @@ def first_token(model: Model, pixels: Tensor, reduction: Reduction) -> list[Stat
 
 
 def take_tokens(model: Model, logits: Tensor, states: Sequence[State]) -> list[State]:
-    """Each item's likeliest token becomes what it runs next."""
+    """The states with each item's most likely token pending."""
     tokens = sample(logits, num_text_ids=model.config.text.sampled_vocab_size).tolist()
     return [
         replace(state, pending_ids=(token,)) for state, token in zip(states, tokens, strict=True)
@@ -336,7 +333,7 @@ def take_tokens(model: Model, logits: Tensor, states: Sequence[State]) -> list[S
 
 
 def decode(model: Model, states: Sequence[State], steps: int) -> list[State]:
-    """So many tokens of every item."""
+    """Decode `steps` tokens of every item."""
     states = list(states)
     for _ in range(steps):
         states = take_tokens(model, *model.advance(states))
@@ -344,7 +341,7 @@ def decode(model: Model, states: Sequence[State], steps: int) -> list[State]:
 
 
 def decoding(model: Model, walked: Walk, size: int) -> Prepared:
-    """Decoding after `size` prompts like the one that was walked."""
+    """A run that decodes after `size` copies of the prompt."""
     state, lengths, position = walked.state, walked.lengths, walked.position
     return Prepared(partial(begin_decoding, model, state, lengths, position, size))
 
@@ -352,17 +349,12 @@ def decoding(model: Model, walked: Walk, size: int) -> Prepared:
 def begin_decoding(
     model: Model, before: State, lengths: Sequence[int], position: int, size: int
 ) -> Callable[[], Any]:
-    """The tokens to time, after a first one that gives every cache room to grow. What the cache
-    holds does not matter for speed."""
+    """Decode one token, which gives every cache room to grow, and return the call to time. The
+    cache holds zeros: its values do not matter for speed."""
     text = model.config.text
-    make = partial(torch.zeros, device=model.llava.device, dtype=model.llava.dtype)
-    cache: KVCache = tuple(
-        (
-            make(1, text.num_heads, length, text.head_dim),
-            make(1, text.num_heads, length, text.head_dim),
-        )
-        for length in lengths
-    )
+    zeros = partial(torch.zeros, device=model.llava.device, dtype=model.llava.dtype)
+    shapes = [(1, text.num_heads, length, text.head_dim) for length in lengths]
+    cache: KVCache = tuple((zeros(shape), zeros(shape)) for shape in shapes)
     state = replace(
         before, past_key_values=cache, next_position=position, pending_ids=(5,), images=()
     )
@@ -373,14 +365,14 @@ def begin_decoding(
 
 
 def peer_cases(peer: Peer, work: Work) -> tuple[list[Case], Tensor]:
-    """The same of transformers, without a reduction, and its logits (1, V)."""
+    """The cases of transformers, without a reduction, and its logits (1, V)."""
     text, vision = work.config.text, work.config.vision
     ids = peer.expand(prompt_ids(work.config))
     pixels = random_pixels(work, peer.device)
     logits, cache = peer.first_token(ids, pixels)
     length = ids.shape[1]
     lengths = (length,) * text.num_layers
-    blocks = vision.num_layers / vision.num_blocks  # it runs them all
+    blocks = vision.num_layers / vision.num_blocks  # transformers runs all layers
     embeds = torch.randn(1, length, text.hidden_size, device=peer.device, dtype=work.dtype)
     case = partial(Case, TRANSFORMERS, setting="none", image_tokens=vision.num_patches)
     cases = [

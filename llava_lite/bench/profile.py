@@ -1,8 +1,8 @@
-"""Where the time of a part goes: one more pass of it under torch's profiler, after all were timed.
+"""Profile each part: one pass under torch's profiler, after all parts were timed.
 
-Operators count with the time that they spend themselves, not with what they call, in three kinds:
-products of matrices, fused attention, and the others. What is left of the wall clock passed between
-operators, in Python, in the profiler itself, and, on a GPU, where it waited for work.
+An operator's time excludes the operators it calls. Operators have three kinds: matrix products,
+fused attention, and others. The rest of the wall clock passes between operators: in Python, in the
+profiler, and, on a GPU, in waiting for work.
 """
 
 import os
@@ -18,7 +18,7 @@ from llava_lite.bench.cases import Case
 from llava_lite.bench.machine import Prepared
 from llava_lite.fast.device import synchronize
 
-PARTS = ("tower", "prefill", "decode", "growing prefill")  # of bench_cases.PARTS
+PARTS = ("tower", "prefill", "decode", "growing prefill")  # of cases.PARTS
 PRODUCTS, ATTENTION, OTHERS = KINDS = ("products", "attention", "others")
 PATTERNS = {
     ATTENTION: re.compile("attention|scaled_dot_product|flash"),
@@ -28,7 +28,7 @@ PATTERNS = {
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds of one pass, of these by operator, the longest first, and by kind."""
+    """Seconds of one pass, and of each operator in it, the longest first."""
 
     contender: str
     part: str
@@ -46,19 +46,19 @@ class Profile:
 
 
 def kind(operator: str) -> str:
-    """Which of KINDS an operator is."""
+    """The kind of an operator, one of KINDS."""
     return next((name for name, known in PATTERNS.items() if known.search(operator)), OTHERS)
 
 
 def profile_cases(cases: Iterable[Case], device: str) -> list[Profile]:
-    """One pass of each case that is of one of PARTS."""
-    # Or the profiler's library prints two lines to stderr for every pass.
+    """Profile one pass of each case of PARTS."""
+    # Without it, the profiler's library prints two lines to stderr for every pass.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     return [profile_case(case, device) for case in cases if case.part in PARTS]
 
 
 def profile_case(case: Case, device: str) -> Profile:
-    """One pass, with all its steps; seconds are those of one step."""
+    """Profile one pass. Seconds are per step."""
     on_gpu = device.startswith("cuda")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     call = case.run.make() if isinstance(case.run, Prepared) else case.run
@@ -68,13 +68,13 @@ def profile_case(case: Case, device: str) -> Profile:
         call()
         synchronize(device)
         seconds = perf_counter() - start
-    # Kernels of a GPU count once, with the operator that queued them.
+    # A GPU kernel counts once, for the operator that queued it.
     events = [event for event in seen.key_averages() if event.device_type == DeviceType.CPU]
-    took = {event.key: own_microseconds(event, on_gpu) / 1e6 / case.steps for event in events}
+    took = {event.key: self_microseconds(event, on_gpu) / 1e6 / case.steps for event in events}
     longest = sorted((name for name in took if took[name] > 0), key=took.__getitem__, reverse=True)
     return Profile(*case.key, seconds / case.steps, {name: took[name] for name in longest})
 
 
-def own_microseconds(event: Any, on_gpu: bool) -> float:
-    """Of an operator, without those that it calls; on a GPU, of its kernels."""
+def self_microseconds(event: Any, on_gpu: bool) -> float:
+    """An operator's time without the operators it calls; on a GPU, the time of its kernels."""
     return float(event.self_device_time_total if on_gpu else event.self_cpu_time_total)

@@ -1,8 +1,7 @@
-"""What `llava-lite bench` says: rows with a bound, PASS or SHORT, the table, JSON, and the plot.
+"""The output of `llava-lite bench`: a table, figures with bounds (PASS or SHORT), JSON, a plot.
 
-Bounds are those of a whole 7B model in bfloat16 on a CPU, from medians of at least five rounds. Of
-anything else the same figures stand there without a verdict, and say what is different. A figure
-that the run has nothing for says why.
+The bounds hold for a whole 7B model in bfloat16 on a CPU, from medians of at least five rounds. For
+other runs the figures have no verdict, but say what is different. A missing figure says why.
 """
 
 import io
@@ -20,9 +19,8 @@ from llava_lite.saving import check_output, replace_file
 
 FAST = "hybrid-72-36"
 FEWEST_ROUNDS = 5  # for a verdict
-# Of the read bandwidth, for what a longer cache costs a token. One that is read once comes near to
-# 1; copied at every token it is read, written into lines that are fetched before, and read again:
-# four passes instead of one, at most 0.25.
+# The least share of the read bandwidth at which a token reads a longer cache. Reading once comes
+# near 1. A cache copied at every token takes four passes (read, fetch, write, read): at most 0.25.
 CACHE_BANDWIDTH = 0.3
 GIGA = 1e9
 TITLES = {
@@ -43,10 +41,9 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One figure and its bound (None: it has none). value: None where the run has nothing for it,
-    and why that is. whole: it depends on how many decoder layers there are; plain: on weights that
-    are not quantized. judged: the bound holds here; conditions: those that it holds under, or what
-    is different here."""
+    """One figure and its bound (None: no bound). value: None if the run does not have it, and
+    `missing` says why. whole: the bound needs all decoder layers; plain: it needs plain weights.
+    judged: the bound holds here; conditions: of the bound, or the differences here."""
 
     figure: str
     value: float | None
@@ -61,7 +58,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """PASS, SHORT, "not run", or nothing where no bound holds."""
+        """PASS, SHORT, "not run", or empty if no bound holds."""
         if self.value is None:
             return "not run"
         if not self.judged or self.bound is None:
@@ -70,19 +67,19 @@ class Row:
         return "PASS" if within else "SHORT"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, ready for json."""
+        """The row in plain types, ready for JSON."""
         return {**asdict(self), "verdict": self.verdict}
 
 
 def rows(report: Report) -> list[Row]:
-    """Every figure that has a bound, from one run, and a few to be read beside these."""
+    """All figures with a bound, and a few related ones without."""
     found = [*peer_rows(report), *quantized_rows(report), *load_rows(report)]
     found += [*peer_load_rows(report), *work_rows(report)]
     return [with_conditions(report, row) for row in found]
 
 
 def with_conditions(report: Report, row: Row) -> Row:
-    """The row, judged only where its bound holds."""
+    """The row with its conditions, judged only if they hold."""
     conditions = {
         report.machine["device"]: "cpu",
         report.dtype: "bfloat16",
@@ -90,8 +87,8 @@ def with_conditions(report: Report, row: Row) -> Row:
     }
     if row.whole:
         layers = (config.text.num_layers for config in (report.config, LLAVA_1_5_7B))
-        here, all_of_them = (f"{count} decoder layers" for count in layers)
-        conditions[here] = all_of_them
+        here, there = (f"{count} decoder layers" for count in layers)
+        conditions[here] = there
     if row.plain:
         conditions[f"{report.method or 'plain'} weights"] = "plain weights"
     different = [f"{here}, not {there}" for here, there in conditions.items() if here != there]
@@ -103,17 +100,17 @@ def with_conditions(report: Report, row: Row) -> Row:
 
 
 def widths(config: LlavaConfig) -> str:
-    """What makes the layers as large as they are."""
+    """The size of a decoder layer."""
     return f"width {config.text.hidden_size} with {config.text.num_heads} heads"
 
 
 def peer_rows(report: Report) -> Iterator[Row]:
-    """Against transformers, without a reduction on its side."""
+    """Against transformers, which has no reduction."""
     missing = "--against transformers"
-    decode = ratio(report, "decode", TRANSFORMERS, OURS)  # of times, so of tokens/s the other way
+    decode = ratio(report, "decode", TRANSFORMERS, OURS)  # times, so the inverse of tokens/s
     yield Row("decode, tokens/s: times transformers", decode, 1.35, True, "", missing)
-    own = report.find(OURS, "decode")
-    share = own.read_share if own else None
+    ours = report.find(OURS, "decode")
+    share = ours.read_share if ours else None
     yield Row("decode: share of the read bandwidth", share, 0.90, True)
     yield from first_token_rows(report, "none", 0.90)
     tower = ratio(report, "tower", OURS, TRANSFORMERS)
@@ -122,8 +119,8 @@ def peer_rows(report: Report) -> Iterator[Row]:
 
 
 def first_token_rows(report: Report, setting: str, bound: float) -> Iterator[Row]:
-    """Ours as from the second call on, and as in the first; transformers, which caches nothing
-    from one call to the next, is the same in both."""
+    """Our later calls and our first call. transformers caches nothing between calls, so it has one
+    time for both."""
     name = "first token" if setting == "none" else f"first token, {setting}"
     for part, how, limit in (
         ("first token", f"{SHARED_WORDS} words cached", bound),
@@ -137,7 +134,7 @@ def first_token_rows(report: Report, setting: str, bound: float) -> Iterator[Row
 
 
 def quantized_rows(report: Report) -> Iterator[Row]:
-    """int4 against transformers in 16 bit, and its memory."""
+    """int4 weights: decode against transformers in 16 bit, and peak memory."""
     settings = report.settings
     int4 = settings.quantized if settings.quantize == "int4" else ""
     missing = "--against transformers" if int4 else "--quantize int4"
@@ -154,7 +151,7 @@ def quantized_rows(report: Report) -> Iterator[Row]:
 
 
 def load_rows(report: Report) -> Iterator[Row]:
-    """A folder in a fresh process, its file in the page cache."""
+    """Loading a folder in a fresh process, with the file in the page cache."""
     footprint, missing = report.footprints[OURS], "of a folder: -m MODEL"
     figure = "load of a folder: median of fresh processes, import of torch apart"
     yield Row(figure, footprint.load_seconds, 5.0, False, "s", missing)
@@ -166,7 +163,7 @@ def load_rows(report: Report) -> Iterator[Row]:
 
 
 def peer_load_rows(report: Report) -> Iterator[Row]:
-    """The same of transformers, beside ours; no bound."""
+    """Load time and memory against transformers; no bound."""
     ours, other = report.footprints[OURS], report.footprints.get(TRANSFORMERS)
     missing = report.skipped.get(PEER_FOOTPRINT, "--against transformers")
     for name, field in (
@@ -181,7 +178,7 @@ def peer_load_rows(report: Report) -> Iterator[Row]:
 
 
 def work_rows(report: Report) -> Iterator[Row]:
-    """More prompts at once, and longer ones."""
+    """Batches, and longer prompts."""
     one, eight = (report.find(OURS, "batch", f"none x {size}") for size in (1, 8))
     batch = 8 * one.seconds / eight.seconds if one and eight else None
     yield Row("batch of 8, tokens/s: times batch of 1", batch, 5.0, True, "", "--batch-sizes 1 8")
@@ -198,29 +195,28 @@ def work_rows(report: Report) -> Iterator[Row]:
 
 
 def ratio(report: Report, part: str, above: str, below: str, setting: str = "none") -> float | None:
-    """Of the median times of two contenders; transformers has no other setting than "none"."""
-    names = (above, below)
+    """The ratio of two contenders' median times. transformers has only the setting "none"."""
     top, bottom = (
-        theirs(report, part) if name == TRANSFORMERS else report.find(name, part, setting)
-        for name in names
+        find_theirs(report, part) if name == TRANSFORMERS else report.find(name, part, setting)
+        for name in (above, below)
     )
     return top.seconds / bottom.seconds if top and bottom else None
 
 
-def theirs(report: Report, part: str) -> Measurement | None:
-    """What a part of ours is compared with; every first token of transformers is a cold one."""
+def find_theirs(report: Report, part: str) -> Measurement | None:
+    """The measurement of transformers to compare with; each of its first tokens is a cold one."""
     return report.find(TRANSFORMERS, part.removesuffix(", cold"))
 
 
 def measured_lengths(report: Report) -> list[int]:
-    """Of the prompts of words alone, ascending."""
+    """The lengths of the growing prompts, ascending."""
     part = PARTS[-1]
     return sorted(int(row.setting) for row in report.measurements if row.part == part)
 
 
 def per_token(report: Report) -> list[float]:
-    """Seconds of prefill per token for every length, without the attention, which grows with the
-    square of the length."""
+    """Seconds of prefill per token for every length, without attention, which grows with the square
+    of the length."""
     layers, values = report.config.text.num_layers, []
     for length in measured_lengths(report):
         whole = report.find(OURS, "growing prefill", str(length))
@@ -231,10 +227,10 @@ def per_token(report: Report) -> list[float]:
 
 
 def cache_bandwidth(report: Report) -> tuple[float | None, str]:
-    """The rate at which a token reads what is cached more behind the longest prompt than behind the
-    shortest, as a share of the read bandwidth, or why there is none."""
-    found = [report.find(OURS, "growing decode", str(n)) for n in measured_lengths(report)]
-    timed = [row for row in found if row]
+    """The rate at which a token reads the extra cache of the longest prompt over the shortest, as a
+    share of the read bandwidth; or None and the reason."""
+    lengths = map(str, measured_lengths(report))
+    timed = [row for n in lengths if (row := report.find(OURS, "growing decode", n))]
     if len(timed) < 2:
         return None, "--lengths 128 2048"
     seconds = timed[-1].seconds - timed[0].seconds
@@ -247,7 +243,7 @@ def cache_bandwidth(report: Report) -> tuple[float | None, str]:
 
 
 def to_dict(report: Report) -> dict[str, Any]:
-    """All of it in plain types, ready for json."""
+    """The report in plain types, ready for JSON."""
     content = asdict(report)
     content["config"] = report.config.to_dict()
     for name, footprint in report.footprints.items():
@@ -258,14 +254,14 @@ def to_dict(report: Report) -> dict[str, Any]:
 
 
 def ratios(report: Report, row: Measurement) -> tuple[float | None, float | None]:
-    """Its time as a share of the same part's without a reduction, and of transformers'."""
-    bases = report.find(row.contender, row.part), theirs(report, row.part)
+    """The time relative to the same part without a reduction, and to transformers."""
+    bases = report.find(row.contender, row.part), find_theirs(report, row.part)
     none, other = (row.seconds / base.seconds if base else None for base in bases)
     return none, None if row.contender == TRANSFORMERS else other
 
 
 def table(report: Report) -> Iterator[str]:
-    """Lines for people."""
+    """The lines to print."""
     yield from heading(report)
     for part in PARTS:
         lines = [row for row in report.measurements if row.part == part]
@@ -282,21 +278,24 @@ def table(report: Report) -> Iterator[str]:
 
 
 def part_lines(report: Report, part: str, lines: list[Measurement]) -> Iterator[str]:
-    """One part: its title, then a line for each of its measurements, in columns of which those are
-    left out that have nothing in them."""
+    """The title of a part and a line for each measurement. Empty columns are left out."""
     cells = [table_cells(report, row) for row in lines]
-    titles = [title for title in cells[0] if any(line[title] for line in cells)]
-    width = 2 + max(len(f"{row.contender} {row.setting}") for row in lines)
+    widths = {
+        title: 2 + max(len(title), *(len(line[title]) for line in cells))
+        for title in cells[0]
+        if any(line[title] for line in cells)
+    }
+    names = [f"{row.contender} {row.setting}" for row in lines]
+    width = 2 + max(map(len, names))
     yield f"\n{TITLES[part]}"
-    yield " " * (width + 2) + "".join(f"{title:>{WIDTHS[title]}}" for title in titles)
-    for row, line in zip(lines, cells, strict=True):
-        name = f"{row.contender} {row.setting}"
-        values = "".join(f"{line[title]:>{WIDTHS[title]}}" for title in titles)
+    yield " " * (width + 2) + "".join(f"{title:>{size}}" for title, size in widths.items())
+    for name, line in zip(names, cells, strict=True):
+        values = "".join(f"{line[title]:>{size}}" for title, size in widths.items())
         yield f"  {name:<{width}}{values}".rstrip()
 
 
 def table_cells(report: Report, row: Measurement) -> dict[str, str]:
-    """One measurement, by title of the column."""
+    """The cells of a measurement, by title of the column."""
     low, high = (1000 * value for value in row.quartiles)
     none, other = ratios(report, row)
     decoded = "decode" in row.part or row.part == "batch"
@@ -315,22 +314,8 @@ def table_cells(report: Report, row: Measurement) -> dict[str, str]:
     }
 
 
-WIDTHS = {
-    "image tokens": 14,
-    "ms": 10,
-    "quartiles": 18,
-    "tokens/s": 10,
-    "TFLOP/s": 9,
-    "of matmul": 11,
-    "GB/s": 8,
-    "of read": 9,
-    "none = 1": 10,
-    "transformers = 1": 18,
-}
-
-
 def profile_lines(profiles: Sequence[Profile]) -> Iterator[str]:
-    """Where the time of each part went, as shares of one pass."""
+    """The kinds of operators as shares of one pass, for each part."""
     names = [f"{one.contender} {one.part} {one.setting}" for one in profiles]
     width = 2 + max(map(len, names))
     yield "\nwhere the time goes: one pass of each under torch's profiler"
@@ -351,7 +336,7 @@ def number(value: float | None, form: str, scale: float = 1.0) -> str:
 
 
 def heading(report: Report) -> Iterator[str]:
-    """What was measured, on what, and what the machine can do."""
+    """The settings, the machine, its limits, and the footprints."""
     settings, limits = report.settings, report.limits
     weights = settings.source or "random weights"
     layers = f"{report.config.text.num_layers} decoder layers"
@@ -388,12 +373,12 @@ def heading(report: Report) -> Iterator[str]:
 
 
 def precision(report: Report) -> str:
-    """The dtype, and what the decoder's weights are where they are something else."""
+    """The dtype, and the decoder's quantization if it has one."""
     return f"{report.method} decoder, {report.dtype}" if report.method else report.dtype
 
 
 def load_time(footprint: Footprint) -> str | None:
-    """With the number of processes that it is the median of."""
+    """Seconds to load, and the number of processes."""
     if footprint.load_seconds is None:
         return None
     processes = f" (median of {n} processes)" if (n := len(footprint.loads)) > 1 else ""
@@ -405,7 +390,7 @@ def in_gb(count: int | None) -> str | None:
 
 
 def bound_line(row: Row) -> str:
-    """One figure with its bound, the verdict, and the conditions of that or what is different."""
+    """One figure with its bound, verdict and conditions."""
     bound = ""
     if row.bound is not None:
         bound = f"{'at least' if row.at_least else 'at most'} {row.bound:.2f} {row.unit}".rstrip()
@@ -420,7 +405,7 @@ def bound_line(row: Row) -> str:
 
 # ---- plot --------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, which are told apart whatever colours an eye sees.
+# The colors of Okabe and Ito, which color-blind people can tell apart.
 BARS = (
     (TRANSFORMERS, "none", "transformers", "#999999"),
     (OURS, "none", "llava_lite, no reduction", "#0072B2"),
@@ -431,7 +416,7 @@ BARS = (
 
 
 def check_plot(path: Path) -> None:
-    """Raise BenchError before a long run whose plot could not be drawn."""
+    """Raise BenchError, before a long run, if the plot cannot be drawn or written."""
     if path.suffix.lower() != ".png":
         raise BenchError(f"{path}: the plot is a file that ends in .png")
     check_output(path, BenchError)
@@ -440,7 +425,7 @@ def check_plot(path: Path) -> None:
 
 
 def save_plot(report: Report, path: Path) -> None:
-    """Time to first token and tokens per second, side by side, as bars with their quartiles."""
+    """Draw time to first token and tokens per second, as bars with quartiles."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -465,12 +450,12 @@ def draw_bars(
     title: str,
     value_of: Callable[[Measurement], float],
 ) -> None:
-    """One bar for each contender that was run, the value at its end."""
+    """Draw a bar for each contender, with the value at its end."""
     found = bars(report, part)
     values = [value_of(row) for row, _, _ in found]
     places = range(len(found))
     base = values[0] if found and found[0][0].contender == TRANSFORMERS else None
-    errors = [spread_of(row, value_of(row)) for row, _, _ in found]
+    errors = [error_bar(row, value_of(row)) for row, _, _ in found]
     axes.barh(places, values, color=[color for _, _, color in found], height=0.7)
     axes.errorbar(
         values, places, xerr=list(zip(*errors, strict=True)), fmt="none", ecolor="0.25", capsize=2
@@ -489,7 +474,7 @@ def draw_bars(
 
 
 def bars(report: Report, part: str) -> list[tuple[Measurement, str, str]]:
-    """What there is of `BARS`: figure, label, colour."""
+    """(measurement, label, color) of each of `BARS` that was run."""
     found = []
     for contender, setting, label, color in BARS:
         name = f"{OURS} int4" if contender == "int4" else contender
@@ -499,8 +484,8 @@ def bars(report: Report, part: str) -> list[tuple[Measurement, str, str]]:
     return found
 
 
-def spread_of(row: Measurement, value: float) -> tuple[float, float]:
-    """From the value down and up to the quartiles, of seconds or of a rate."""
+def error_bar(row: Measurement, value: float) -> tuple[float, float]:
+    """Distances from the value to its quartiles, below and above. value: seconds or a rate."""
     ends = [value * q / row.seconds for q in row.quartiles]
     if value != row.seconds:
         ends = [value * row.seconds / q for q in row.quartiles]

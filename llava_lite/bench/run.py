@@ -1,11 +1,11 @@
-"""`llava-lite bench`: how fast a model is on this machine, and how near to what the machine can do.
+"""`llava-lite bench`: how fast a model is on this machine, compared with the machine's limits.
 
-Contenders take turns within every round: this package, the same with quantized weights if asked
-for, and `transformers` on the same weights (peer.py). So do the two limits of the machine, its rate
-of multiplying matrices and of reading memory (hardware.py). What does not fit into memory together
-runs one after the other instead. Load time and memory are those of a fresh process.
+Contenders take turns within every round: this package, on request also with quantized weights, and
+`transformers` on the same weights (transformers_peer.py). Two limits of the machine take turns too:
+matrix products and memory reads (machine.py). Models that do not fit in memory together run one
+after another. Load time and memory are measured in a fresh process.
 
-bench_cases.py says what is timed; bench_report.py makes rows with bounds, a table and a plot of it.
+cases.py has the cases to time; report.py turns the figures into rows, a table and a plot.
 """
 
 import shutil
@@ -82,22 +82,20 @@ PEER_FOOTPRINT = "load and memory of transformers"
 SPARE_BYTES = 1_000_000_000
 GIGA = 1e9
 
-
 Result = TypeVar("Result")
 
 
 class BenchError(LlavaLiteError):
-    """What was asked for cannot be measured here."""
+    """The request cannot be measured here."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one run measures, in plain values, for another process gets them, too.
+    """The settings of one run, in plain values that another process can receive.
 
-    source: a model as `load` takes it, with its other `options`; None: random weights of a `size`,
-    with `layers` decoder layers (None: all). against: compare with transformers. compile: our
-    tokens are decoded in steps of fixed shapes (static_decode.py). profile: say where the time
-    goes, too (bench_profile.py)."""
+    source, options: arguments of `load`. source None: random weights of a `size`, with `layers`
+    decoder layers (None: all). against: compare with transformers. compile: decode our tokens in
+    compiled steps (compiled.py). profile: also profile each part (profile.py)."""
 
     source: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -118,23 +116,24 @@ class Settings:
 
     @property
     def contenders(self) -> tuple[str, ...]:
-        """Their names, ours first."""
+        """The names of all contenders, ours first."""
         ours = (OURS, self.quantized) if self.quantize else (OURS,)
         return (*ours, TRANSFORMERS) if self.against else ours
 
     @property
     def quantized(self) -> str:
-        """The name of ours with quantized weights."""
+        """The name of our model with quantized weights."""
         return f"{OURS} {self.quantize}"
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """A model in a process of its own. load_seconds: None for random weights; the median of
-    `loads`, each in a fresh process, where torch was imported before. private: bytes that
-    belong to the process alone after loading; loading: the peak of those that no file backs while
-    it loads; answering: the peak of all its pages while it answers, mapped weights included.
-    method: how the decoder's weights are quantized, None where they are plain."""
+    """Load time and memory of a model in a fresh process, in seconds and bytes.
+
+    load_seconds: the median of `loads`, one per process, without the import of torch; None for
+    random weights. private: memory of the process alone after loading. loading: the peak of
+    anonymous memory while loading. answering: the peak of all pages while answering, mapped weights
+    included. method: of the decoder's quantization, None if it is plain."""
 
     config: LlavaConfig
     dtype: str
@@ -149,8 +148,8 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One case, timed: median seconds of a step, quartiles, all rounds; rates per second (None: not
-    counted) and their share of what the machine can do."""
+    """A timed case: median seconds of a step, quartiles and all rounds; rates per second (None: not
+    counted), and their shares of the machine's limits."""
 
     contender: str
     part: str
@@ -172,11 +171,10 @@ class Measurement:
 class Report:
     """All figures of one run.
 
-    phases: contenders that took turns with each other. footprints: by contender. limits: operations
-    and bytes per second by way, the fastest read as "read". skipped: presets that this model does
-    not allow and prompts longer than its context, and why. profiles: where the time of the
-    parts went, if that was asked for. transformers: its version. difference: the largest between
-    the first logits of both, as a share of the largest of these."""
+    phases: groups of contenders that took turns. footprints: by contender. limits: operations and
+    bytes per second by way; "read" is the fastest way to read. skipped: presets and prompts that
+    this model does not allow, with the reason. transformers: its version. difference: the largest
+    difference between our first logits and theirs, as a share of the largest logit."""
 
     settings: Settings
     config: LlavaConfig
@@ -193,11 +191,11 @@ class Report:
 
     @property
     def method(self) -> str | None:
-        """How the weights of plain ours are quantized already, as those of an int4 folder are."""
+        """The quantization of the source itself, such as an int4 folder; None if it is plain."""
         return self.footprints[OURS].method
 
     def find(self, contender: str, part: str, setting: str = "none") -> Measurement | None:
-        """One of them, None where it was not run."""
+        """One measurement; None if it was not run."""
         wanted = contender, part, setting
         for row in self.measurements:
             if (row.contender, row.part, row.setting) == wanted:
@@ -206,7 +204,7 @@ class Report:
 
 
 def bench(settings: Settings) -> Report:
-    """Measure everything. Raises BenchError, PeerError, and whatever `load` raises."""
+    """Measure everything. Raises BenchError, PeerError, and the errors of `load`."""
     check(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -242,7 +240,7 @@ def bench(settings: Settings) -> Report:
 
 
 def check(settings: Settings) -> None:
-    """Raise BenchError or PeerError for what is not there, before anything slow."""
+    """Raise BenchError or PeerError for an impossible request, before anything slow."""
     unknown = [name for name in settings.reductions if name not in REDUCTIONS]
     if unknown:
         raise BenchError(f"no reduction {unknown[0]!r}; there are {', '.join(REDUCTIONS)}")
@@ -258,25 +256,25 @@ def check(settings: Settings) -> None:
         if free is not None and needed > free:
             raise BenchError(
                 f"{config.name} with {config.text.num_layers} layers in {name_of(dtype)} needs "
-                f"{needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: take fewer --layers"
+                f"{needed / GIGA:.1f} GB, but {free / GIGA:.1f} GB are free: use fewer --layers"
             )
 
 
 def check_stored(settings: Settings, folder: Path) -> None:
-    """Raise BenchError for a folder that is quantized already where plain weights are needed."""
+    """Raise BenchError for a quantized folder if the settings need plain weights."""
     method = stored_method(folder)
     wishes = {"--quantize": settings.quantize, "--against transformers": settings.against}
     for wish, wanted in wishes.items():
         if method and wanted:
             raise BenchError(
-                f"{folder}: is {method} already, {wish} needs the plain weights that it was made "
-                f"from; without {wish} it is measured as what it is"
+                f"{folder}: is {method} already, {wish} needs the plain weights; "
+                f"without {wish} the {method} weights are measured"
             )
 
 
 def plan(settings: Settings, plain: Footprint, free: int | None) -> list[tuple[str, ...]]:
-    """Who runs together: all, if the memory that is free holds them; else the quantized weights
-    later, by themselves; else all one after the other. Together where nobody knows what is free."""
+    """Groups of contenders that run together: all, if free memory (None: unknown) holds them; else
+    the quantized weights later; else one after another."""
     names = settings.contenders
     quantized = tuple(name for name in names if name == settings.quantized)
     others = tuple(name for name in names if name != settings.quantized)
@@ -289,13 +287,13 @@ def plan(settings: Settings, plain: Footprint, free: int | None) -> list[tuple[s
 
 
 def needed_bytes(settings: Settings, plain: Footprint, names: Sequence[str]) -> int:
-    """Memory that some contenders take together, about."""
+    """About how many bytes some contenders need together."""
     text, patches = plain.config.text, plain.config.vision.num_patches
     needed = plain.weights + READ_BYTES + SPARE_BYTES
-    # What is quantized takes the place of plain weights, unless others still need these.
+    # Quantized weights replace the plain ones, unless another contender needs these.
     if settings.quantize and settings.quantized in names and len(names) > 1:
         needed += int(SHARE_OF_PLAIN[settings.quantize] * plain.weights)
-    # The caches of the largest batch, with room to grow, and a few of one prompt.
+    # Caches of the largest batch, with room to grow, and of a few single prompts.
     copies = 1.25 * max(settings.batch_sizes, default=1) + 3
     prompt = [WORDS_BEFORE + patches + WORDS_AFTER] * text.num_layers
     needed += int(copies * kv_bytes(text, prompt, parse_bytes(plain.dtype)))
@@ -304,8 +302,8 @@ def needed_bytes(settings: Settings, plain: Footprint, names: Sequence[str]) -> 
 
 
 def static_bytes(settings: Settings, plain: Footprint) -> int:
-    """The buffers of compiled steps: as many slots as the largest batch and as many positions as
-    the longest prompt, and they stay."""
+    """Bytes of the permanent buffers of compiled steps: a slot for each item of the largest batch,
+    with as many positions as the longest prompt."""
     text, patches = plain.config.text, plain.config.vision.num_patches
     words = [length for length in settings.lengths if length <= text.max_positions]
     longest = max([WORDS_BEFORE + patches + WORDS_AFTER, *words]) + DECODED + 1
@@ -315,12 +313,12 @@ def static_bytes(settings: Settings, plain: Footprint) -> int:
 
 
 def parse_bytes(dtype: str) -> int:
-    """Of one number of a named dtype."""
+    """Bytes of one number of a named dtype."""
     return (parse_dtype(dtype) or torch.float32).itemsize
 
 
 def difference(ours: Tensor | None, theirs: Tensor | None) -> float | None:
-    """Largest between two (1, V) of logits, as a share of the largest."""
+    """The largest difference of logits (1, V), as a share of the largest logit."""
     if ours is None or theirs is None:
         return None
     ours, theirs = ours.float().cpu(), theirs.float().cpu()
@@ -331,11 +329,11 @@ def difference(ours: Tensor | None, theirs: Tensor | None) -> float | None:
 
 
 def open_model(settings: Settings, quantize: str | None = None) -> Model:
-    """The model to measure, its weights plain or, of a source, quantized while it is loaded."""
+    """The model to measure. quantize: only for a source, while it is loaded."""
     if settings.source is None:
         llava = random_model(random_config(settings), random_dtype(settings), settings.device)
         choose_kernels(llava.decoder)  # as `load` does
-        # Words do not matter here, any tokenizer will do.
+        # Any tokenizer will do: words do not matter here.
         model = Model(llava, load_tokenizer(embedded_model(), TINY))
         return CompiledModel(model) if settings.compile else model
     options = {**settings.options, **({"quantize": quantize} if quantize else {})}
@@ -344,20 +342,20 @@ def open_model(settings: Settings, quantize: str | None = None) -> Model:
 
 
 def random_config(settings: Settings) -> LlavaConfig:
-    """A named size, with as many decoder layers as asked for."""
+    """The config of the named size, with the wanted number of decoder layers."""
     config = SIZES[settings.size]
     layers = settings.layers or config.text.num_layers
     return replace(config, text=replace(config.text, num_layers=layers))
 
 
 def random_dtype(settings: Settings) -> torch.dtype:
-    """bfloat16 unless another is named."""
+    """bfloat16, unless the settings name another dtype."""
     return parse_dtype("bfloat16" if settings.dtype == "auto" else settings.dtype) or torch.bfloat16
 
 
 def random_model(config: LlavaConfig, dtype: torch.dtype, device: str) -> Llava:
-    """A model that was never trained, the same every time. Norms are 1, so that numbers stay in
-    range; all else repeats one block of noise, which takes seconds at any size."""
+    """An untrained model, the same every time. Norms are 1, so activations stay in range. The other
+    weights repeat one block of noise, which takes seconds at any size."""
     model = meta_model(config).to(dtype).to_empty(device=device)  # never in memory in float32
     generator = torch.Generator().manual_seed(0)
     noise = (0.02 * torch.randn((1 << 22) + 4099, generator=generator)).to(device, dtype)
@@ -381,7 +379,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def twin(model: Model) -> Model:
-    """Another model on the same tensors, whose layers may be replaced."""
+    """A second model on the same tensors. Its layers may be replaced."""
     llava = meta_model(model.llava.config)
     llava.load_state_dict(model.llava.state_dict(), assign=True)
     copy = Model(
@@ -394,34 +392,40 @@ def twin(model: Model) -> Model:
 
 
 def apart(task: Callable[..., Result], *args: Any) -> Result:
-    """Run it in a fresh process. Raises what it raises, and BenchError where that is ended."""
+    """Run a task in a fresh process. Raises its errors; BenchError if the process is killed."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(task, *args).result()
         except BrokenProcessPool as error:
-            raise BenchError("a model's process was ended, perhaps for want of memory") from error
+            raise BenchError("the process of a model was killed (out of memory?)") from error
 
 
 def footprint_apart(settings: Settings, name: str) -> Footprint:
-    """One of our contenders in a process of its own; a folder is loaded as it is in as many
-    processes as there are rounds, one after the other."""
+    """The footprint of one of our models, in a fresh process. A folder is loaded
+    without further quantization in as many processes as there are rounds."""
     first = apart(footprint, settings, name)
     if first.load_seconds is None:
         return first
     more = settings.repeat - 1 if name == OURS else 0
-    loads = (first.load_seconds, *(apart(load_seconds, settings) for _ in range(more)))
-    return replace(first, loads=loads, load_seconds=statistics.median(loads))
+    return with_loads(
+        first, [first.load_seconds, *(apart(load_seconds, settings) for _ in range(more))]
+    )
+
+
+def with_loads(first: Footprint, loads: Sequence[float]) -> Footprint:
+    """The footprint with the load times of all processes."""
+    return replace(first, loads=tuple(loads), load_seconds=statistics.median(loads))
 
 
 def start_process(settings: Settings) -> None:
-    """What a command does before it loads a model."""
+    """Prepare a process as a command does before it loads a model."""
     keep_freed_memory()
     if settings.threads:
         torch.set_num_threads(settings.threads)
 
 
 def load_seconds(settings: Settings) -> float:
-    """Seconds of loading the source; to be called in a fresh process."""
+    """Seconds to load the source. Call it in a fresh process."""
     start_process(settings)
     start = perf_counter()
     open_model(settings)
@@ -429,8 +433,7 @@ def load_seconds(settings: Settings) -> float:
 
 
 def footprint(settings: Settings, name: str) -> Footprint:
-    """Load one of our contenders, answer, and note what that takes; to be called in a fresh
-    process."""
+    """Load one of our models, answer, and measure. Call it in a fresh process."""
     start_process(settings)
     quantize = settings.quantize if name == settings.quantized else None
     from_source = settings.source is not None
@@ -457,8 +460,8 @@ def footprint(settings: Settings, name: str) -> Footprint:
 
 
 def peer_footprint_apart(settings: Settings, plain: Footprint) -> Footprint:
-    """transformers' `from_pretrained` of the same model, exported into a temporary folder, in
-    processes of its own. Raises BenchError where there is no folder to export, or no space."""
+    """The footprint of `from_pretrained` of transformers, in fresh processes, on a temporary export
+    of the model. Raises BenchError if there is no folder to export, or no space."""
     if settings.source is None:
         raise BenchError("of a folder: -m MODEL")
     with TemporaryDirectory(prefix="llava_lite-bench-") as parent:
@@ -466,7 +469,7 @@ def peer_footprint_apart(settings: Settings, plain: Footprint) -> Footprint:
         free = shutil.disk_usage(parent).free
         if free < size + SPARE_BYTES:
             raise BenchError(
-                f"its copy of the weights needs {size / GIGA:.1f} GB and one to spare, "
+                f"the copy of the weights needs {size / GIGA:.1f} GB and 1 GB to spare, "
                 f"{free / GIGA:.1f} GB are free in {Path(parent).parent}"
             )
         apart(export_for_peer, settings, plain.dtype, folder)
@@ -474,12 +477,12 @@ def peer_footprint_apart(settings: Settings, plain: Footprint) -> Footprint:
             apart(peer_footprint, settings, plain, folder, not more)
             for more in range(settings.repeat)
         ]
-    loads = tuple(one.load_seconds for one in found if one.load_seconds is not None)
-    return replace(found[0], loads=loads, load_seconds=statistics.median(loads))
+    loads = [one.load_seconds for one in found if one.load_seconds is not None]
+    return with_loads(found[0], loads)
 
 
 def export_for_peer(settings: Settings, dtype: str, folder: Path | None) -> int:
-    """`convert --to hf` of the source; without a folder only how many bytes that takes."""
+    """Bytes of `convert --to hf` of the source. folder None: write nothing."""
     options = settings.options
     tower = options.get("vision_tower")
     where = {name: options[name] for name in ("revision", "offline") if name in options}
@@ -497,7 +500,7 @@ def export_for_peer(settings: Settings, dtype: str, folder: Path | None) -> int:
 
 
 def peer_footprint(settings: Settings, plain: Footprint, folder: Path, answer: bool) -> Footprint:
-    """As `footprint`, the same prompt and as many tokens, its import apart like torch's."""
+    """`footprint` of transformers: the same prompt and number of tokens, without its import."""
     start_process(settings)
     import_transformers()
     dtype = parse_dtype(plain.dtype) or torch.float32
@@ -521,7 +524,7 @@ def peer_footprint(settings: Settings, plain: Footprint, folder: Path, answer: b
 
 
 def build(settings: Settings, names: Sequence[str]) -> list[Contender]:
-    """Those that run together, on the same plain weights as far as they keep them."""
+    """The named contenders. They share the plain weights."""
     model = open_model(settings)
     built = {}
     if TRANSFORMERS in names:
@@ -541,7 +544,7 @@ def build(settings: Settings, names: Sequence[str]) -> list[Contender]:
 
 @dataclass(frozen=True)
 class Phase:
-    """What contenders that ran together came to; logits: of the prompt's last row, by name."""
+    """The figures of contenders that ran together. logits: of the prompt's last row, by name."""
 
     limits: dict[str, float]
     measurements: list[Measurement]
@@ -551,14 +554,14 @@ class Phase:
 
 
 def run_phase(settings: Settings, names: Sequence[str]) -> Phase:
-    """Build some contenders, time them and the machine in turns, and let go of them again."""
-    contenders = build(settings, names)  # not in inference mode: transformers' weights are not
+    """Build some contenders, time them and the machine in turns, and free them."""
+    contenders = build(settings, names)  # not in inference mode: transformers is not built in it
     with torch.inference_mode():
         return time_contenders(settings, contenders)
 
 
 def time_contenders(settings: Settings, contenders: Sequence[Contender]) -> Phase:
-    """Make their cases, and time all of these and the machine in turns."""
+    """Make all cases, and time them and the machine in turns."""
     cases: list[Case] = []
     skipped: dict[str, str] = {}
     logits: dict[str, Tensor] = {}
@@ -591,7 +594,7 @@ def time_contenders(settings: Settings, contenders: Sequence[Contender]) -> Phas
 def limit_rates(
     limits: Sequence[Limit], seconds: Mapping[tuple[str, ...], list[float]]
 ) -> dict[str, float]:
-    """Operations and bytes per second: "matmul", the fastest "read", and every way to read."""
+    """Operations ("matmul") and bytes per second (the fastest "read", and each way to read)."""
     rates: dict[str, float] = {}
     for limit in limits:
         rate = limit.amount / statistics.median(seconds[limit.kind, limit.way])
@@ -602,7 +605,7 @@ def limit_rates(
 
 
 def measure(case: Case, rounds: Sequence[float], rates: Mapping[str, float]) -> Measurement:
-    """One line of the table, from its seconds in every round and the machine's rates."""
+    """The measurement of a case, from its seconds in every round and the machine's rates."""
     steps = [seconds / case.steps for seconds in rounds]
     median = statistics.median(steps)
     flops = case.flops / median if case.flops else None

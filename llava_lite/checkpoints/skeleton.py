@@ -21,12 +21,20 @@ def meta_model(config: LlavaConfig, build: Callable[[LlavaConfig], Llava] = Llav
         return build(config).eval().requires_grad_(False)
 
 
+IN_PLACE_RANDOM = {
+    *("normal_", "uniform_", "trunc_normal_"),
+    *("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_"),
+}
+
+
 class WithoutInit(TorchFunctionMode):
-    """Skips random initialization, which on the meta device only imports torch's compiler."""
+    """Skips random initialization. On the meta device it would only import torch's compiler.
+    Elsewhere it would write all of the memory with values that are replaced later."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
+        name = getattr(func, "__name__", "")
+        if getattr(func, "__module__", "") == "torch.nn.init" or name in IN_PLACE_RANDOM:
             return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
         return func(*args, **(kwargs or {}))

@@ -25,7 +25,6 @@ sampled tokens.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -43,8 +42,9 @@ from llava_lite.cache import KVCache
 from llava_lite.config import LlavaConfig, TextConfig
 from llava_lite.fast.ranks import Ranks
 from llava_lite.generation.answer import Score
+from llava_lite.generation.chat import Chat
 from llava_lite.generation.model import Model
-from llava_lite.generation.sampling import GenerationOptions
+from llava_lite.generation.sampling import GenerationOptions, Options
 from llava_lite.generation.state import Request, Row
 from llava_lite.layout import Layout
 from llava_lite.llama import LlamaDecoder
@@ -142,9 +142,31 @@ class ParallelModel(Model):
     def ranks(self) -> Ranks:
         return self.llava.ranks
 
-    def checking(self) -> AbstractContextManager[None]:
-        """An error on all ranks where one fails."""
-        return self.ranks.together()
+    # Every check of arguments runs on all ranks: an error on one rank raises on all.
+
+    def read_call(
+        self,
+        image: Any,
+        prompt: str | Sequence[str],
+        options: Options,
+        batch_size: int | None = None,
+        single: bool = False,
+    ) -> tuple[list[Request], GenerationOptions, int]:
+        with self.ranks.together():
+            return super().read_call(image, prompt, options, batch_size, single)
+
+    def read_scores(self, *call: Any) -> tuple[list[Request], list[tuple[int, ...]], int]:
+        with self.ranks.together():
+            return super().read_scores(*call)
+
+    def chat(self, image: Any = None, **options: Any) -> Chat:
+        with self.ranks.together():
+            return ParallelChat(self, image, GenerationOptions(**options))
+
+    def encode(self, image: Any, reduction: Reduction | str | None = None) -> EncodedImage:
+        with self.ranks.together():
+            self.reduction_for([image], reduction)
+        return super().encode(image, reduction)
 
     def prefill(
         self,
@@ -166,7 +188,7 @@ class ParallelModel(Model):
         batch_size: int | None = None,
     ) -> Iterator[tuple[int, Row]]:
         """As `Model.run`, once all ranks agree on what to run."""
-        with self.checking():
+        with self.ranks.together():
             requests = list(requests)
         asked = [described(request) for request in requests]
         self.ranks.require_same("the prompts or options", (asked, options, batch_size))
@@ -195,6 +217,16 @@ class ParallelModel(Model):
     def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
         """The tokens that the first rank samples."""
         return self.ranks.from_first(lambda: super(ParallelModel, self).next_tokens(logits, rows))
+
+
+class ParallelChat(Chat):
+    """A chat on several ranks."""
+
+    model: ParallelModel
+
+    def request(self, text: str, image: Any) -> Request:
+        with self.model.ranks.together():
+            return super().request(text, image)
 
 
 def described(request: Request) -> tuple[Any, ...]:

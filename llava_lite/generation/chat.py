@@ -67,14 +67,16 @@ class Chat:
         """`send`, piece by piece. What was written until the stream is closed or interrupted stays
         in the history as the answer. A new message closes a stream that is still open."""
         self.close_stream()
-        with self.model.checking():
-            images = as_list(image) if self.log.turns else self.images + as_list(image)
-            request = self.model.request(
-                images, text, self.options, state=self.log.state, counts=self.log.counts
-            )
-        pieces = self.answer(text, request)
+        pieces = self.answer(text, self.request(text, image))
         self.open_stream = weakref.ref(pieces)
         return pieces
+
+    def request(self, text: str, image: Any) -> Request:
+        """Check the next message, before any computation."""
+        images = as_list(image) if self.log.turns else self.images + as_list(image)
+        return self.model.request(
+            images, text, self.options, state=self.log.state, counts=self.log.counts
+        )
 
     def close_stream(self) -> None:
         """Close a stream that somebody left open."""

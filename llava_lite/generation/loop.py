@@ -8,7 +8,6 @@ Shapes: B items, V vocabulary, T prompt ids, S image side.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -30,8 +29,7 @@ from llava_lite.generation.sampling import (
 )
 from llava_lite.generation.state import NEW_STATE, NO_TOKENS, Request, Row, State, TokenCounts
 from llava_lite.generation.trace import Trace, trace_prompt
-from llava_lite.inputs.images import load_image
-from llava_lite.inputs.pixels import preprocess
+from llava_lite.inputs.pixels import load_pixels
 from llava_lite.inputs.prompt import (
     Turn,
     build_prompt,
@@ -71,11 +69,6 @@ class Loop:
     def thresholds(self) -> Sequence[float] | None:
         """The model's own DToMe thresholds, read at the first use. Raises CheckpointError."""
         return self.own_thresholds() if callable(self.own_thresholds) else self.own_thresholds
-
-    def checking(self) -> AbstractContextManager[None]:
-        """Around what checks the arguments of a call: here nothing, but where several processes
-        share a model, all have to hear what one of them finds (tensor_parallel.py)."""
-        return nullcontext()
 
     def request(
         self,
@@ -334,8 +327,7 @@ class Loop:
 
     def prepare(self, image: Any) -> Tensor:
         """An image as pixel values (1, 3, S, S). Raises ImageError."""
-        loaded = load_image(image, exif=self.exif)
-        return preprocess(loaded, self.config.vision.image_size, self.config.pad)
+        return load_pixels(image, self.config, self.exif)
 
     def checked_image(self, image: EncodedImage) -> EncodedImage:
         """The image, if its embeds are of this model's width."""

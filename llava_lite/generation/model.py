@@ -1,12 +1,12 @@
-"""`Model`: what a user calls. `generate` collects what the loop yields, `stream` passes pieces on,
-`Chat` keeps the state between turns, `score` reads the logits of a given continuation.
+"""`Model`: the calls of a user. `generate` collects what the loop yields, `stream` passes it on,
+`chat` keeps a conversation, `score` rates a given answer.
 
 Shapes: V vocabulary, T prompt ids, S image side.
 """
 
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -16,12 +16,13 @@ from llava_lite.errors import PromptError
 from llava_lite.generation.answer import Answer, Score, score_tokens
 from llava_lite.generation.chat import Chat
 from llava_lite.generation.loop import DEFAULT_BATCH_SIZE, Loop, checked_batch_size
-from llava_lite.generation.sampling import (
-    GenerationOptions,
-)
+from llava_lite.generation.sampling import GenerationOptions, Options, PromptOptions
 from llava_lite.generation.state import Request, as_list
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Model(Loop):
@@ -33,17 +34,8 @@ class Model(Loop):
         image: Any,
         prompt: str,
         *,
-        max_new_tokens: int | None = ...,
-        temperature: float = ...,
-        top_p: float = ...,
-        top_k: int = ...,
-        seed: int | None = ...,
-        stop: str | Sequence[str] | None = ...,
-        system: str | None = ...,
-        template: str | None = ...,
-        reduction: Reduction | str | None = ...,
-        trace: bool = ...,
         batch_size: int | None = ...,
+        **options: "Unpack[Options]",
     ) -> Answer: ...
 
     @overload
@@ -52,17 +44,8 @@ class Model(Loop):
         image: Any,
         prompt: list[str] | tuple[str, ...],
         *,
-        max_new_tokens: int | None = ...,
-        temperature: float = ...,
-        top_p: float = ...,
-        top_k: int = ...,
-        seed: int | None = ...,
-        stop: str | Sequence[str] | None = ...,
-        system: str | None = ...,
-        template: str | None = ...,
-        reduction: Reduction | str | None = ...,
-        trace: bool = ...,
         batch_size: int | None = ...,
+        **options: "Unpack[Options]",
     ) -> list[Answer]: ...
 
     def generate(
@@ -70,66 +53,70 @@ class Model(Loop):
         image: Any,
         prompt: str | list[str] | tuple[str, ...],
         *,
-        max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        system: str | None = None,
-        template: str | None = None,
-        reduction: Reduction | str | None = None,
-        trace: bool = False,
         batch_size: int | None = None,
+        **options: "Unpack[Options]",
     ) -> Answer | list[Answer]:
         """Answer a prompt about an image, or a list of prompts about a list of images.
 
-        An image is whatever `load_image` takes (path, bytes, PIL image, array, tensor, URL), an
-        `EncodedImage`, or None for text only. With one prompt a list of images are the images of
-        that prompt. With a list of prompts `image` is None or a list of the same length, each entry
-        an image, a list of images, or None: a batch. In float32 its answers are those of the single
-        calls; in a 16-bit dtype they are up to rounding, which depends on how many rows a product
-        of matrices has, so that a token may change where two are almost equally likely.
+        image: a path, bytes, PIL image, array, tensor or URL (see `load_image`), an `EncodedImage`,
+        or None. A list of images belongs to one prompt. With a list of prompts, `image` is None or
+        a list of the same length: per prompt an image, a list of images, or None.
 
-        Options: see `GenerationOptions`; `batch_size` items run at once (8), and a new one starts
-        as soon as one is done. Raises ImageError, and before any computation PromptError,
-        ContextError and ValueError."""
-        with self.checking():
-            options = GenerationOptions(
-                max_new_tokens,
-                temperature,
-                top_p,
-                top_k,
-                seed,
-                stop,
-                system,
-                template,
-                reduction,
-                trace,
-            )
-            items = pair(image, prompt)
-            requests = [self.request(images, text, options) for images, text in items]
+        In float32 a batch gives the answers of the single calls. In 16 bit the rounding depends on
+        the size of a batch, so a token may differ where two are almost equally likely.
+
+        Options:
+            batch_size: prompts that run at once, 8 by default. The next prompt starts as soon as
+                one is done.
+            max_new_tokens: None means 512, or as many as the context has room for.
+            temperature: 0 (default) always takes the most likely token; above 0 samples.
+            top_p: sample from the smallest set of tokens with this probability, 1.0 (default): all.
+            top_k: sample from this many best tokens, 0 (default): all.
+            seed: makes sampling repeatable; None (default) differs every time.
+            stop: a string or several that end the answer; the answer does not contain them.
+            system: replaces the system text of the template.
+            template: replaces the model's prompt template.
+            reduction: how to use fewer image tokens, a `Reduction` or the name of a preset.
+            trace: True adds `Answer.trace`, the path of the image tokens and their cost (trace.py).
+
+        Raises ImageError. Raises before any computation: PromptError, ContextError, ValueError, and
+        TypeError for an unknown option."""
+        requests, wishes, size = self.read_call(image, prompt, options, batch_size)
         answers = {
             index: row.answer()
-            for index, row in self.run(requests, options, batch_size)
+            for index, row in self.run(requests, wishes, size)
             if row.finish_reason is not None
         }
-        ordered = [answers[index] for index in range(len(items))]
+        ordered = [answers[index] for index in range(len(requests))]
         return ordered[0] if isinstance(prompt, str) else ordered
 
-    def stream(self, image: Any, prompt: str, **options: Any) -> Generator[str, None, Answer]:
-        """The text of `generate(image, prompt, **options)` piece by piece, each as soon as it is
-        certain.
+    def read_call(
+        self,
+        image: Any,
+        prompt: str | Sequence[str],
+        options: Options,
+        batch_size: int | None = None,
+        single: bool = False,
+    ) -> tuple[list[Request], GenerationOptions, int]:
+        """Check the arguments of a call, before any computation: requests, options, batch size.
 
-        Bad arguments raise here, not at the first piece. The generator's return value is the
+        `single` allows one prompt only. Raises as `generate`."""
+        wishes = GenerationOptions(**options)
+        if single and not isinstance(prompt, str):
+            kind = type(prompt).__name__
+            raise PromptError(f"a stream answers one prompt, a str, not a {kind}")
+        size = checked_batch_size(batch_size)
+        items = pair(image, prompt)
+        return [self.request(images, text, wishes) for images, text in items], wishes, size
+
+    def stream(
+        self, image: Any, prompt: str, **options: "Unpack[Options]"
+    ) -> Generator[str, None, Answer]:
+        """The text of `generate(image, prompt, **options)` in pieces, as soon as each is certain.
+
+        Bad arguments raise at this call, not at the first piece. The generator returns the
         `Answer`; closing it early ends the computation."""
-        with self.checking():
-            wishes = GenerationOptions(**options)
-            if not isinstance(prompt, str):
-                kind = type(prompt).__name__
-                raise PromptError(f"a stream answers one prompt, a str, not a {kind}")
-            [(images, text)] = pair(image, prompt)
-            request = self.request(images, text, wishes)
+        [request], wishes, _ = self.read_call(image, prompt, options, single=True)
         return self.pieces(request, wishes)
 
     def pieces(self, request: Request, options: GenerationOptions) -> Generator[str, None, Answer]:
@@ -139,21 +126,21 @@ class Model(Loop):
                 yield row.piece
         return row.answer()
 
-    def chat(self, image: Any = None, **options: Any) -> Chat:
-        """Start a conversation, about an image (or a list of them) if given; options as of
-        `generate`. A later image is reduced as the one before it. Raises ValueError for options
-        that the model does not allow."""
-        with self.checking():
-            return Chat(self, image, GenerationOptions(**options))
+    def chat(self, image: Any = None, **options: "Unpack[Options]") -> Chat:
+        """Start a conversation, about an image or a list of images if given. Options as in
+        `generate`.
+
+        A later image gets the reduction of the one before it. Raises ValueError for options that
+        the model does not allow."""
+        return Chat(self, image, GenerationOptions(**options))
 
     def encode(self, image: Any, reduction: Reduction | str | None = None) -> EncodedImage:
-        """Look at one image now, to ask about it many times later.
+        """Run the vision tower on one image now, to ask about the image many times later.
 
-        Merging happens here. The rest of the reduction holds for calls that name none; of an image
-        that is encoded already only this rest can still change. Raises ImageError and ValueError.
-        """
-        with self.checking():
-            checked = self.reduction_for([image], reduction)
+        Tokens merge here. Positions and FastV of the reduction hold for calls without a reduction.
+        An image that is encoded already can change only these two. Raises ImageError and
+        ValueError."""
+        checked = self.reduction_for([image], reduction)
         [encoded], _ = self.encode_images([(image, checked)], DEFAULT_BATCH_SIZE)
         return replace(encoded, reduction=checked)
 
@@ -184,10 +171,8 @@ class Model(Loop):
         prompt: str,
         continuation: str,
         *,
-        system: str | None = ...,
-        template: str | None = ...,
-        reduction: Reduction | str | None = ...,
         batch_size: int | None = ...,
+        **options: "Unpack[PromptOptions]",
     ) -> Score: ...
 
     @overload
@@ -197,10 +182,8 @@ class Model(Loop):
         prompt: list[str] | tuple[str, ...],
         continuation: list[str] | tuple[str, ...],
         *,
-        system: str | None = ...,
-        template: str | None = ...,
-        reduction: Reduction | str | None = ...,
         batch_size: int | None = ...,
+        **options: "Unpack[PromptOptions]",
     ) -> list[Score]: ...
 
     def score(
@@ -209,33 +192,42 @@ class Model(Loop):
         prompt: str | list[str] | tuple[str, ...],
         continuation: str | list[str] | tuple[str, ...],
         *,
-        system: str | None = None,
-        template: str | None = None,
-        reduction: Reduction | str | None = None,
         batch_size: int | None = None,
+        **options: "Unpack[PromptOptions]",
     ) -> Score | list[Score]:
-        """How likely is `continuation` as the answer's beginning? Lists are batches, as in
+        """How likely is `continuation` as the beginning of the answer? Lists are batches, as in
         `generate`.
 
-        The space in front of an answer is implied, the end token is not scored. Raises as
-        `generate`, and ValueError for an empty continuation."""
-        with self.checking():
-            items = pair(image, prompt)
-            texts = paired_continuations(prompt, continuation, len(items))
-            targets = [
-                tuple(self.tokenizer.encode(text.removeprefix(" "), bos=False)) for text in texts
-            ]
-            if not all(targets):
-                raise ValueError("a continuation to score must not be empty")
-            requests = []
-            for (images, text), target in zip(items, targets, strict=True):
-                options = GenerationOptions(
-                    len(target), system=system, template=template, reduction=reduction
-                )
-                requests.append(self.request(images, text, options))
-            size = checked_batch_size(batch_size)
+        Options: system, template, reduction and batch_size, as in `generate`. A space in front of
+        the continuation is implied, the end token is not scored. Raises as `generate`, and
+        ValueError for an empty continuation."""
+        requests, targets, size = self.read_scores(image, prompt, continuation, options, batch_size)
         scores = self.score_requests(requests, targets, size)
         return scores[0] if isinstance(prompt, str) else scores
+
+    def read_scores(
+        self,
+        image: Any,
+        prompt: str | Sequence[str],
+        continuation: str | Sequence[str],
+        options: PromptOptions,
+        batch_size: int | None,
+    ) -> tuple[list[Request], list[tuple[int, ...]], int]:
+        """Check the arguments of `score`: requests, ids of the continuations, the batch size."""
+        for name in options.keys() - PromptOptions.__annotations__.keys():
+            raise TypeError(f"score() got an unexpected keyword argument {name!r}")
+        items = pair(image, prompt)
+        texts = pair_continuations(prompt, continuation, len(items))
+        targets = [
+            tuple(self.tokenizer.encode(text.removeprefix(" "), bos=False)) for text in texts
+        ]
+        if not all(targets):
+            raise ValueError("a continuation to score must not be empty")
+        requests = [
+            self.request(images, text, GenerationOptions(len(target), **options))
+            for (images, text), target in zip(items, targets, strict=True)
+        ]
+        return requests, targets, checked_batch_size(batch_size)
 
     def score_requests(
         self, requests: Sequence[Request], targets: Sequence[tuple[int, ...]], batch_size: int
@@ -285,7 +277,7 @@ def pair(image: Any, prompt: str | Sequence[str]) -> list[tuple[list[Any], str]]
     return [(as_list(entry), text) for entry, text in zip(images, prompts, strict=True)]
 
 
-def paired_continuations(
+def pair_continuations(
     prompt: str | Sequence[str], continuation: str | Sequence[str], count: int
 ) -> list[str]:
     """The continuations of `count` items: a str for one prompt, a list for a list of them."""

@@ -6,7 +6,7 @@ Shapes: B items, V vocabulary.
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,18 +16,30 @@ from llava_lite.reduction import Reduction
 DEFAULT_MAX_NEW_TOKENS = 512
 
 
+class PromptOptions(TypedDict, total=False):
+    """The options of `Model.score`."""
+
+    system: str | None
+    template: str | None
+    reduction: Reduction | str | None
+
+
+class Options(PromptOptions, total=False):
+    """The options of `Model.generate`, which explains them, of `stream` and of `chat`."""
+
+    max_new_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stop: str | Sequence[str] | None
+    trace: bool
+
+
 @dataclass(frozen=True)
 class GenerationOptions:
-    """The wishes of one call, checked when made: ValueError out of range.
-
-    max_new_tokens: None means 512, or as many as the context has room for.
-    temperature, top_p, top_k: see `sample`; temperature 0 is greedy.
-    seed: None differs every time.
-    stop: a string or several to end at; they are not part of the answer.
-    system, template: instead of the template's own system text, and of the model's template.
-    reduction: how to use fewer image tokens, a Reduction or the name of a preset (reduction.py).
-    trace: the answer tells what became of its image tokens, and what that cost (trace.py).
-    """
+    """The checked options of one call (see `Model.generate`) with their defaults. Raises ValueError
+    for a value out of range."""
 
     max_new_tokens: int | None = None
     temperature: float = 0.0

@@ -29,7 +29,6 @@ from llava_lite.integrations.conversation import (
     read_question,
 )
 from llava_lite.llava import EncodedImage
-from llava_lite.reduction import Reduction
 
 MAX_NEW_TOKENS = 1024  # of LLaVA's scripts for long answers, where a task says nothing
 BATCHES_AT_ONCE = 4  # whose images are in memory
@@ -72,7 +71,7 @@ class LlavaLite(lmms):
             "system": system_prompt,
             "template": template,
             "seed": seed,
-            "reduction": Reduction.of(reduction),
+            "reduction": reduction,
         }
         GenerationOptions(**self.prompting)  # a wrong one is said before the model is loaded
         device = "auto" if device is None else str(device)

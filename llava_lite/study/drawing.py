@@ -1,11 +1,11 @@
-"""A drawing as a list of shapes, shown in two ways: as SVG and as a Pillow image.
+"""A drawing: a list of shapes that becomes an SVG or a Pillow image.
 
     Drawing(1000, 600, (Rect(40, 40, 288, 12, BLUE), Text(40, 80, "72 tokens"))).svg()
 
-Every shape knows both, so that the two cannot come apart. Lengths are units, one CSS pixel each;
-x runs right, y down, a text stands on its y. Edges are axis-parallel and need no smoothing. Texts
-are set in the font that Pillow carries. The SVG carries it too; for letters beyond its few, a
-browser finds fonts by itself, and Pillow looks for some that most systems have.
+Every shape has both forms, so they always match. Lengths are units of one CSS pixel; x runs right,
+y runs down, and y is the baseline of a text. All edges are horizontal or vertical and need no
+smoothing. Texts use the font that ships with Pillow, and the SVG embeds this font. For letters that
+the font does not have, a browser picks fonts itself, and Pillow tries OTHER_FONTS.
 """
 
 import base64
@@ -26,9 +26,9 @@ Segment = tuple[float, float, float, float]  # x and y of its start, x and y of 
 INK: Color = (31, 35, 40)
 PAPER: Color = (255, 255, 255)
 
-# Outline fonts with many letters, by the names under which systems have them.
+# File names of fonts with many letters, which most systems have.
 OTHER_FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "msyh.ttc")
-# What XML may not hold, even escaped: control characters and halves of surrogate pairs.
+# XML forbids control characters and halves of surrogate pairs, even escaped.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _SMOOTH = 4
 _MEASURED_AT = 100.0  # large, so that hinting does not matter
@@ -39,7 +39,7 @@ _MEASURED_AT = 100.0  # large, so that hinting does not matter
 
 @lru_cache(maxsize=64)
 def face(index: int, size: float) -> ImageFont.FreeTypeFont | None:
-    """A font: 0 is Pillow's own, the others are `OTHER_FONTS`, None where the system has it not."""
+    """Font 0 is Pillow's, the others are `OTHER_FONTS`; None if the system does not have it."""
     if index:
         try:
             return ImageFont.truetype(OTHER_FONTS[index - 1], size)
@@ -51,8 +51,8 @@ def face(index: int, size: float) -> ImageFont.FreeTypeFont | None:
 
 
 @lru_cache(maxsize=4096)
-def face_of(character: str) -> int | None:
-    """The first font that has a character; None where none has."""
+def find_face(character: str) -> int | None:
+    """The index of the first font that has the character; None if no font has it."""
     if character.isascii():
         return 0
     for index in range(len(OTHER_FONTS) + 1):
@@ -64,9 +64,9 @@ def face_of(character: str) -> int | None:
     return None
 
 
-def runs(text: str) -> Iterator[tuple[int | None, str, float]]:
-    """Pieces of one font: its index, the piece, and its width at size 1."""
-    for index, characters in groupby(text, key=face_of):
+def split_runs(text: str) -> Iterator[tuple[int | None, str, float]]:
+    """Pieces of one font each: the font's index, the piece, and its width at size 1."""
+    for index, characters in groupby(text, key=find_face):
         piece = "".join(characters)
         if index is None:
             yield None, piece, sum(map(unknown_width, piece))
@@ -77,7 +77,7 @@ def runs(text: str) -> Iterator[tuple[int | None, str, float]]:
 
 
 def unknown_width(character: str) -> float:
-    """The likely width, at size 1, of a character that no font here has."""
+    """The estimated width, at size 1, of a character that no font has."""
     if unicodedata.category(character) in ("Mn", "Me", "Cf"):  # accents, joiners of emoji
         return 0.0
     return 1.0 if unicodedata.east_asian_width(character) in "WF" else 0.6
@@ -85,34 +85,34 @@ def unknown_width(character: str) -> float:
 
 def text_width(text: str, size: float) -> float:
     """Units from the start of a text to its end."""
-    return size * sum(width for _, _, width in runs(text))
+    return size * sum(width for _, _, width in split_runs(text))
 
 
 def wrap(text: str, width: float, size: float) -> list[str]:
-    """Lines of at most `width` units: line breaks stay, words stay whole where they fit."""
+    """Lines of at most `width` units. Keeps line breaks; splits a word only if it is too long."""
     lines = []
     for paragraph in text.splitlines() or [""]:
         line = ""
-        for word in printable(paragraph.replace("\t", " ")).split():
+        for word in replace_unprintable(paragraph.replace("\t", " ")).split():
             longer = f"{line} {word}" if line else word
             if text_width(longer, size) <= width:
                 line = longer
                 continue
             if line:
                 lines.append(line)
-            *full, line = cut(word, width, size)
+            *full, line = split_word(word, width, size)
             lines += full
         lines.append(line)
     return lines
 
 
-def printable(text: str) -> str:
-    """The text without what XML, and a font, cannot hold."""
+def replace_unprintable(text: str) -> str:
+    """The text with a replacement character for each character that XML forbids."""
     return _UNPRINTABLE.sub("\ufffd", text)
 
 
-def cut(word: str, width: float, size: float) -> list[str]:
-    """A word in pieces of at most `width` units, at least one character each."""
+def split_word(word: str, width: float, size: float) -> list[str]:
+    """Pieces of a word, each at most `width` units and at least one character long."""
     pieces, used = [""], 0.0
     for character in word:
         wide = text_width(character, size)
@@ -128,18 +128,18 @@ def cut(word: str, width: float, size: float) -> list[str]:
 
 
 class Canvas:
-    """The Pillow image that shapes are painted on, so many pixels per unit."""
+    """A Pillow image to paint shapes on, with `scale` pixels per unit."""
 
     def __init__(self, width: float, height: float, scale: float) -> None:
         self.scale = scale
         self.image = Image.new("RGB", (self.pixels(width), self.pixels(height)), PAPER)
-        self.draw = ImageDraw.Draw(self.image, "RGBA")  # fills with alpha are blended
+        self.draw = ImageDraw.Draw(self.image, "RGBA")  # blends colors with alpha
 
     def pixels(self, length: float) -> int:
         return round(length * self.scale)
 
     def box(self, x: float, y: float, width: float, height: float) -> tuple[int, int, int, int]:
-        """Left, top, right, bottom; shapes that touch in units touch in pixels."""
+        """Left, top, right, bottom in pixels. Shapes that touch in units touch in pixels."""
         right, bottom = self.pixels(x + width), self.pixels(y + height)
         return self.pixels(x), self.pixels(y), right, bottom
 
@@ -176,7 +176,7 @@ class Rect(Shape):
 
 @dataclass(frozen=True)
 class Lines(Shape):
-    """Horizontal and vertical segments as one shape: where they cross nothing gets darker."""
+    """Horizontal and vertical segments as one shape: crossings do not get darker."""
 
     segments: tuple[Segment, ...]
     color: Color
@@ -195,24 +195,18 @@ class Lines(Shape):
     def paint(self, canvas: Canvas) -> None:
         thick = max(1, canvas.pixels(self.width))
         before, after = thick // 2, thick - thick // 2
-        boxes = []
+        mask = Image.new("L", canvas.image.size)
         for x1, y1, x2, y2 in self.segments:
             left, right = sorted((canvas.pixels(x1), canvas.pixels(x2)))
             top, bottom = sorted((canvas.pixels(y1), canvas.pixels(y2)))
-            boxes.append((left - before, top - before, right + after, bottom + after))
-        if not boxes:
-            return
-        lefts, tops, rights, bottoms = zip(*boxes, strict=True)
-        x, y = min(lefts), min(tops)
-        mask = Image.new("L", (max(rights) - x, max(bottoms) - y))
-        for left, top, right, bottom in boxes:
-            mask.paste(round(255 * self.opacity), (left - x, top - y, right - x, bottom - y))
-        canvas.image.paste(self.color, (x, y), mask)
+            box = left - before, top - before, right + after, bottom + after
+            mask.paste(round(255 * self.opacity), box)
+        canvas.image.paste(self.color, (0, 0), mask)
 
 
 @dataclass(frozen=True)
 class Text(Shape):
-    """One line. `anchor`: where x is, "start", "middle" or "end"."""
+    """One line of text. `anchor`: the part of the text at x, "start", "middle" or "end"."""
 
     x: float
     y: float
@@ -224,7 +218,7 @@ class Text(Shape):
 
     @property
     def weight(self) -> float:
-        """How much wider a bold stroke is; the font has one weight only."""
+        """The extra width of a bold stroke. The font has only one weight."""
         return self.size / 25 if self.bold else 0.0
 
     def svg(self) -> str:
@@ -238,7 +232,7 @@ class Text(Shape):
     def paint(self, canvas: Canvas) -> None:
         shift = {"start": 0.0, "middle": 0.5, "end": 1.0}[self.anchor]
         x = self.x - shift * text_width(self.text, self.size)
-        for index, piece, width in runs(self.text):
+        for index, piece, width in split_runs(self.text):
             if index is None:
                 self.paint_unknown(canvas, x, piece)
             else:
@@ -246,8 +240,8 @@ class Text(Shape):
             x += width * self.size
 
     def paint_piece(self, canvas: Canvas, x: float, piece: str, width: float, index: int) -> None:
-        """Letters of one font. Drawn large and made small, they are as wide as measured; a font
-        drawn small moves its letters onto whole pixels."""
+        """Paint letters of one font: drawn large, then made smaller, so that their widths match the
+        measured ones. A font drawn small moves its letters to whole pixels."""
         fine = canvas.scale * _SMOOTH
         font = face(index, self.size * fine)
         assert font is not None
@@ -257,27 +251,26 @@ class Text(Shape):
         at = (x * fine - left * _SMOOTH, self.y * fine - top * _SMOOTH)
         stroke = self.weight * fine / 2
         ImageDraw.Draw(mask).text(at, piece, 255, font, "ls", stroke_width=stroke)
-        # Finer shades are invisible, and would make up half of a PNG's bytes.
+        # Finer shades are invisible, but would double the size of a PNG.
         mask = mask.reduce(_SMOOTH).point(lambda shade: round(shade / 17) * 17)
         canvas.image.paste(self.color, (left, top), mask)
 
     def paint_unknown(self, canvas: Canvas, x: float, piece: str) -> None:
-        """An empty box for each character."""
+        """Paint an empty box for each character."""
         for character in piece:
             width = unknown_width(character) * self.size
             if width:
                 top, bottom = self.y - 0.7 * self.size, self.y
                 left, right = x + 0.1 * self.size, x + width - 0.1 * self.size
-                corners = ((left, top), (right, top), (right, bottom), (left, bottom), (left, top))
-                sides = zip(corners, corners[1:], strict=False)
-                frame = tuple((*start, *end) for start, end in sides)
-                Lines(frame, self.color, self.size / 14).paint(canvas)
+                across = ((left, top, right, top), (left, bottom, right, bottom))
+                down = ((left, top, left, bottom), (right, top, right, bottom))
+                Lines(across + down, self.color, self.size / 14).paint(canvas)
             x += width
 
 
 @dataclass(frozen=True)
 class Picture(Shape):
-    """An image, stretched to a size; `alt` says what it shows."""
+    """An image, stretched to a size. `alt` describes it."""
 
     x: float
     y: float
@@ -290,7 +283,8 @@ class Picture(Shape):
         buffer = io.BytesIO()
         self.image.save(buffer, "PNG", optimize=True)
         place = attributes(x=self.x, y=self.y, width=self.width, height=self.height)
-        alt, data = quoteattr(printable(self.alt)), base64.b64encode(buffer.getvalue()).decode()
+        alt = quoteattr(replace_unprintable(self.alt))
+        data = base64.b64encode(buffer.getvalue()).decode()
         return f'<image{place} aria-label={alt} href="data:image/png;base64,{data}"/>'
 
     def paint(self, canvas: Canvas) -> None:
@@ -302,7 +296,7 @@ class Picture(Shape):
 
 @dataclass(frozen=True)
 class Group(Shape):
-    """Shapes that belong together; `title` shows in a browser when pointed at."""
+    """Shapes that belong together. A browser shows `title` under the pointer."""
 
     title: str
     shapes: tuple[Shape, ...]
@@ -321,7 +315,7 @@ class Group(Shape):
 
 @dataclass(frozen=True)
 class Drawing:
-    """Shapes on white, the first at the bottom. `title` names it for those who cannot see it."""
+    """Shapes on white paper, the first at the bottom. `title` is for screen readers."""
 
     width: float
     height: float
@@ -329,7 +323,7 @@ class Drawing:
     title: str = field(default="", kw_only=True)
 
     def svg(self) -> str:
-        """An <svg> element that refers to nothing outside of itself."""
+        """An <svg> element without references to other files."""
         width, height = number(self.width), number(self.height)
         paper = Rect(0, 0, self.width, self.height, PAPER).svg()
         inner = "\n".join(shape.svg() for shape in self.shapes)
@@ -342,7 +336,7 @@ class Drawing:
         )
 
     def image(self, scale: float = 2) -> Image.Image:
-        """An RGB image of `scale` pixels per unit."""
+        """An RGB image with `scale` pixels per unit."""
         canvas = Canvas(self.width, self.height, scale)
         for shape in self.shapes:
             shape.paint(canvas)
@@ -350,7 +344,7 @@ class Drawing:
 
 
 def font_rule() -> str:
-    """Pillow's font for a browser."""
+    """A CSS rule that embeds Pillow's font."""
     font = face(0, _MEASURED_AT)
     data = font.path.getvalue() if font and isinstance(font.path, io.BytesIO) else b""
     source = f"url(data:font/ttf;base64,{base64.b64encode(data).decode()})"
@@ -359,16 +353,16 @@ def font_rule() -> str:
 
 def xml(text: str) -> str:
     """Text as the content of an element."""
-    return escape(printable(text))
+    return escape(replace_unprintable(text))
 
 
 def number(value: float) -> str:
-    """At most two decimals."""
+    """A number with at most two decimals."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def attributes(**values: float) -> str:
-    """Lengths as XML attributes."""
+    """Numbers as XML attributes."""
     return "".join(f' {name.replace("_", "-")}="{number(v)}"' for name, v in values.items())
 
 

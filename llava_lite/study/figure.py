@@ -1,11 +1,11 @@
-"""The one picture of a run: what the model saw, what became of its image tokens, what that cost.
+"""The picture of a run: the image as the model sees it, its tokens, time and memory.
 
     the reduction, the prompt, the answer
-    for each image      the square it saw | its tokens after merging | what FastV scored and kept
+    for each image      the square | its tokens after merging | FastV's scores and kept tokens
     for the whole run   tokens in the tower | tokens in the decoder | time and memory
 
-Everything is read off the answer's trace (trace.py). Each section returns its shapes and the y
-below them. P patches of an image, U tokens; S pixels are the side of the square.
+All figures come from the answer's trace (trace.py). Each section returns its shapes and the y below
+them. P patches of an image, U tokens.
 """
 
 import math
@@ -43,17 +43,17 @@ Section = tuple[list[Shape], float]
 MARGIN, COLUMN, GAP = 40, 288, 28
 COLUMNS = tuple(MARGIN + index * (COLUMN + GAP) for index in range(3))
 WIDTH = COLUMNS[2] + COLUMN + MARGIN
-INDENT = 72  # of prompt and answer, behind their labels
-MOST_LINES = 8  # of each of them
+INDENT = 72  # of prompt and answer, after their labels
+MOST_LINES = 8  # of prompt and answer each
 PLOT = 130  # height of a chart
 
-GREY: Color = (101, 109, 118)
+GRAY: Color = (101, 109, 118)
 RULE: Color = (216, 222, 228)
 EMPTY: Color = (241, 243, 245)
 BLUE: Color = (64, 120, 192)
 SLATE: Color = (168, 178, 190)
 
-# Scores from low to high, light to dark, so that they are told apart without their hues too.
+# Colors of scores from low to high: light to dark, so they differ without their hues too.
 HEAT: tuple[Color, ...] = (
     (253, 240, 190),
     (250, 196, 96),
@@ -62,15 +62,15 @@ HEAT: tuple[Color, ...] = (
     (112, 14, 48),
 )
 KEPT_OPACITY, DROPPED_OPACITY = 0.8, 0.85
-DIMMED = 0.8  # how far a dropped patch is on its way to white
+DIMMED = 0.8  # share of white in a dropped patch
 
 PHASES = {"preprocess": "prepare", "vision": "vision", "prefill": "prefill", "decode": "decode"}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One image of a run: the square that the model saw, and what became of it. `name` says which
-    of several it is."""
+    """One image of a run: the square that the model saw and its trace. name: which one of several
+    images it is."""
 
     square: Image.Image
     trace: ImageTrace
@@ -78,7 +78,7 @@ class Seen:
 
     @property
     def side(self) -> float:
-        """Of a patch on the drawing."""
+        """The side of a patch on the drawing."""
         return COLUMN / self.trace.grid
 
     def cell(self, patch: int) -> tuple[int, int]:
@@ -93,8 +93,8 @@ def draw_run(
     reduction: Reduction,
     model: str,
 ) -> Drawing:
-    """The picture of a run. squares: what the model saw of each image (`image.to_square`); model:
-    its name. Raises ValueError for an answer without a trace, or of other images."""
+    """The picture of a run. squares: each image as the model saw it (`pixels.to_square`); model:
+    its name. Raises ValueError for an answer without a trace, or about other images."""
     trace, total = answer.trace, len(squares)
     if trace is None:
         raise ValueError("the answer has no trace: generate it with trace=True")
@@ -118,23 +118,23 @@ def draw_run(
 
 
 def header(reduction: Reduction, model: str, trace: Trace) -> Section:
-    """Which reduction, which model, and how many tokens that meant."""
+    """The names of the reduction and the model, and the numbers of tokens."""
     name = str(reduction) if reduction in REDUCTIONS.values() else "custom reduction"
     right = COLUMNS[2] + COLUMN
     if reduction == REDUCTIONS["none"]:
         name = "no reduction"
     shapes: list[Shape] = [
         Text(MARGIN, 60, name, 26, bold=True),
-        Text(right, 60, wrap(model, COLUMN, 15)[0], 15, GREY, "end"),
-        Text(MARGIN, 84, describe_reduction(reduction), 15, GREY),
-        Text(right, 84, token_counts(trace), 15, GREY, "end"),
+        Text(right, 60, wrap(model, COLUMN, 15)[0], 15, GRAY, "end"),
+        Text(MARGIN, 84, describe_reduction(reduction), 15, GRAY),
+        Text(right, 84, token_counts(trace), 15, GRAY, "end"),
         Lines(((MARGIN, 102, right, 102),), RULE),
     ]
     return shapes, 102
 
 
 def describe_reduction(reduction: Reduction) -> str:
-    """What a reduction does, in one line."""
+    """A reduction in one line."""
     merge, fastv, parts = reduction.merge, reduction.fastv, []
     if isinstance(merge, DToMe):
         parts.append("DToMe merges by likeness")
@@ -152,7 +152,7 @@ def describe_reduction(reduction: Reduction) -> str:
 
 
 def token_counts(trace: Trace) -> str:
-    """How many patches became how many tokens, all images together."""
+    """The numbers of patches, tokens and kept tokens of all images together."""
     patches = sum(image.num_patches for image in trace.images)
     tokens = sum(len(image.sizes) for image in trace.images)
     parts = [f"{patches} patches", f"{tokens} tokens"]
@@ -162,23 +162,20 @@ def token_counts(trace: Trace) -> str:
 
 
 def question(prompt: str, answer: Answer, y: float) -> Section:
-    """Prompt and answer, smaller where they are long, and no more than fits above the panels: the
-    drawing's title has all of it."""
+    """Prompt and answer. Long texts are smaller, and cut after MOST_LINES lines; the title of
+    the drawing has the whole text."""
     shapes: list[Shape] = []
-    length = len(prompt) + len(answer)
-    size = 20 if length < 300 else 15
-    texts = (("Prompt", prompt, False), ("Answer", answer or "(empty)", True))
+    size = 20 if len(prompt) + len(answer) < 300 else 15
     y += 8
-    for label, text, bold in texts:
+    for label, text, bold in (("Prompt", prompt, False), ("Answer", answer or "(empty)", True)):
         y += 8
-        width = WIDTH - 2 * MARGIN - INDENT
-        lines = wrap(text, width, size)
+        lines = wrap(text, WIDTH - 2 * MARGIN - INDENT, size)
         if len(lines) > MOST_LINES:
             lines = [*lines[: MOST_LINES - 1], f"... ({len(lines) - MOST_LINES + 1} more lines)"]
         for index, line in enumerate(lines):
             y += 1.4 * size
             if index == 0:
-                shapes.append(Text(MARGIN, y, label, 15, GREY))
+                shapes.append(Text(MARGIN, y, label, 15, GRAY))
             shapes.append(Text(MARGIN + INDENT, y, line, size, bold=bold))
     return shapes, y + 16
 
@@ -187,7 +184,7 @@ def question(prompt: str, answer: Answer, y: float) -> Section:
 
 
 def panels(seen: Seen, trace: Trace, y: float) -> Section:
-    """What the model saw, what merged, what FastV dropped."""
+    """The three panels of an image: square, merged tokens, FastV's scores."""
     top = y + 52
     shapes = [
         *picture_panel(seen, COLUMNS[0], top),
@@ -198,15 +195,15 @@ def panels(seen: Seen, trace: Trace, y: float) -> Section:
 
 
 def titles(x: float, top: float, title: str, below: str) -> list[Shape]:
-    """Words over and under a panel."""
+    """The texts above and below a panel."""
     return [
         Text(x, top - 14, title, 16, bold=True),
-        *([Text(x, top + COLUMN + 22, below, 13, GREY)] if below else []),
+        *([Text(x, top + COLUMN + 22, below, 13, GRAY)] if below else []),
     ]
 
 
 def picture_panel(seen: Seen, x: float, top: float) -> list[Shape]:
-    """The square, with the grid of patches."""
+    """The square with the grid of patches."""
     grid, side = seen.trace.grid, seen.square.width
     below = f"{side} x {side} pixels, {grid} x {grid} patches"
     title = f"What the model sees{f', {seen.name}' if seen.name else ''}"
@@ -239,14 +236,14 @@ def merged_panel(seen: Seen, x: float, top: float) -> list[Shape]:
 
 
 def score_panel(seen: Seen, trace: Trace, x: float, top: float) -> list[Shape]:
-    """FastV's scores over a grey picture, dropped patches dimmed; a word where nothing dropped."""
+    """FastV's scores over a gray picture, dropped patches dimmed; or a note that FastV is off."""
     image = seen.trace
     if image.scores is None or trace.prune_layer is None:
         return [
             *titles(x, top, "Nothing dropped", ""),
             Rect(x, top, COLUMN, COLUMN, EMPTY),
-            Text(x + COLUMN / 2, top + COLUMN / 2 - 6, "all tokens go through", 15, GREY, "middle"),
-            Text(x + COLUMN / 2, top + COLUMN / 2 + 15, "all layers", 15, GREY, "middle"),
+            Text(x + COLUMN / 2, top + COLUMN / 2 - 6, "all tokens go through", 15, GRAY, "middle"),
+            Text(x + COLUMN / 2, top + COLUMN / 2 + 15, "all layers", 15, GRAY, "middle"),
         ]
     scale, kept = ScoreScale.of(trace), set(image.kept)
     tokens = []
@@ -257,11 +254,11 @@ def score_panel(seen: Seen, trace: Trace, x: float, top: float) -> list[Shape]:
         shown = cells(seen, token, x, top, color, opacity)
         tokens.append(Group(describe_token(image, token), shown))
     marks = tuple(token if token in kept else -1 for token in image.groups)
-    grey = ImageOps.grayscale(seen.square).convert("RGB")
+    gray = ImageOps.grayscale(seen.square).convert("RGB")
     title = f"{count(len(kept), 'token')} kept by FastV, {len(image.sizes) - len(kept)} dropped"
     return [
         Text(x, top - 14, title, 16, bold=True),
-        Picture(x, top, COLUMN, COLUMN, grey, "what the model sees, in grey"),
+        Picture(x, top, COLUMN, COLUMN, gray, "what the model sees, in gray"),
         *tokens,
         Lines(borders(seen, marks, x, top), INK, 0.75, 0.8),
         *scale.legend(min((image.scores[t] for t in kept), default=None), x, top + COLUMN + 9),
@@ -269,7 +266,7 @@ def score_panel(seen: Seen, trace: Trace, x: float, top: float) -> list[Shape]:
 
 
 def describe_token(trace: ImageTrace, token: int) -> str:
-    """What is known of a token, in one line."""
+    """A token's number, size and score in one line."""
     parts = [f"token {token}", count(trace.sizes[token], "patch", "patches")]
     if trace.scores is not None:
         parts += [f"score {percent(trace.scores[token])}"]
@@ -304,24 +301,24 @@ def cells(
 
 
 def borders(seen: Seen, marks: Sequence[int], x: float, top: float) -> tuple[Segment, ...]:
-    """Lines between neighbours of different marks (P,), as long as they run straight."""
+    """Lines between neighbor patches with different marks (P,), joined where they run straight."""
     grid, side = seen.trace.grid, seen.side
     inside = np.array(marks).reshape(grid, grid)
-    # Around the picture there is nothing, which what is marked -1 is part of.
+    # The frame around the picture has the mark -1, like dropped patches.
     padded = np.pad(inside, 1, constant_values=-1)  # (grid + 2, grid + 2)
     segments: list[Segment] = []
     for line in range(grid + 1):
-        for first, last in stretches(padded[line, 1:-1] != padded[line + 1, 1:-1]):
+        for first, last in find_runs(padded[line, 1:-1] != padded[line + 1, 1:-1]):
             at = top + line * side
             segments.append((x + first * side, at, x + last * side, at))
-        for first, last in stretches(padded[1:-1, line] != padded[1:-1, line + 1]):
+        for first, last in find_runs(padded[1:-1, line] != padded[1:-1, line + 1]):
             at = x + line * side
             segments.append((at, top + first * side, at, top + last * side))
     return tuple(segments)
 
 
-def stretches(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Where runs of True start, and where they end."""
+def find_runs(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """(start, end) of each run of True."""
     steps = np.diff(np.pad(flags.astype(int), 1))
     starts, ends = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
     return list(zip(starts.tolist(), ends.tolist(), strict=True))
@@ -332,18 +329,18 @@ def stretches(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """Colors for scores from 0 to `high`. They go by the root of a score: a few tokens get most of
-    the attention, and the others are not to look all alike."""
+    """Colors for scores from 0 to `high`, by the square root of the score. A few tokens get most of
+    the attention; the root keeps the others distinct."""
 
     high: float
 
     @staticmethod
     def of(trace: Trace) -> "ScoreScale":
-        """For the scores of all images."""
+        """One scale for the scores of all images."""
         return ScoreScale(max(score for image in trace.images for score in image.scores or ()))
 
     def place(self, score: float) -> float:
-        """0 for nothing, 1 for the highest."""
+        """The place of a score on the scale, 0..1."""
         return math.sqrt(score / self.high) if self.high > 0 else 0.0
 
     def color(self, score: float) -> Color:
@@ -351,12 +348,12 @@ class ScoreScale:
         return heat(self.place(score))
 
     def legend(self, lowest_kept: float | None, x: float, y: float) -> list[Shape]:
-        """The colors with the scores they stand for, and from where on tokens were kept."""
+        """The bar of colors with its scores, and a mark at the lowest kept score."""
         steps, base = 48, y + 23
         wide = COLUMN / steps
         bar = [Rect(x + i * wide, y, wide, 7, heat(i / (steps - 1))) for i in range(steps)]
         low, high = "0", f"{percent(self.high)} of attention"
-        ends = [Text(x, base, low, 13, GREY), Text(x + COLUMN, base, high, 13, GREY, "end")]
+        ends = [Text(x, base, low, 13, GRAY), Text(x + COLUMN, base, high, 13, GRAY, "end")]
         if lowest_kept is None:
             return [*bar, *ends]
         at = x + COLUMN * self.place(lowest_kept)
@@ -369,20 +366,20 @@ class ScoreScale:
 
 
 def heat(place: float) -> Color:
-    """A color of the scale, 0..1."""
+    """The color at a place of the scale, 0..1."""
     position = place * (len(HEAT) - 1)
     index = min(int(position), len(HEAT) - 2)
     return blend(HEAT[index], HEAT[index + 1], position - index)
 
 
 def blend(start: Color, end: Color, share: float) -> Color:
-    """A color on the way from one to another."""
+    """A mix of two colors with `share` of the second."""
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(start, end, strict=True))
     return red, green, blue
 
 
 def percent(share: float) -> str:
-    """Two digits: 0.012 %, 3.1 %, 12 %."""
+    """A share with two digits: 0.012 %, 3.1 %, 12 %."""
     return f"{100 * share:.2g} %"
 
 
@@ -390,13 +387,13 @@ def percent(share: float) -> str:
 
 
 def tower_chart(trace: Trace, y: float) -> Section:
-    """Tokens in front of the tower's first block, and after each."""
+    """A chart of the tokens before the tower's first block and after each block."""
     x, top = COLUMNS[0], y + 48
     counts = list(dict.fromkeys(tokens_in_tower(image) for image in trace.images))
     known = [values for values in counts if len(values) > 1]
     shapes: list[Shape] = [Text(x, y + 16, "Tokens in the vision tower", 16, bold=True)]
     if not known:
-        note = Text(x, top + PLOT / 2, "not known for an image encoded before", 13, GREY)
+        note = Text(x, top + PLOT / 2, "not known for an image encoded before", 13, GRAY)
         return [*shapes, note], top + PLOT
     most = max(map(max, known))
     longest = max(known, key=sum)
@@ -404,12 +401,12 @@ def tower_chart(trace: Trace, y: float) -> Section:
     shapes += [Lines(step_line(x, top, values, most), BLUE, 1.5) for values in known]
     blocks = len(longest) - 1
     shapes += axis(x, top, {0: "in", **{b: str(b) for b in ticks(1, blocks)}}, blocks + 1)
-    shapes.append(Text(x, top - 6, str(longest[0]), 13, GREY))
+    shapes.append(Text(x, top - 6, str(longest[0]), 13, GRAY))
     ends = ", ".join(dict.fromkeys(str(values[-1]) for values in known))
     if len(known) == 1 and longest[-1] != longest[0]:
         beside = math.ceil(text_width(ends, 13) / COLUMN * len(longest))
-        height = PLOT * longest[-beside] / most  # over all columns that the number spans
-        shapes.append(Text(x + COLUMN, top + PLOT - height - 6, ends, 13, GREY, "end"))
+        height = PLOT * longest[-beside] / most  # above all columns that the number spans
+        shapes.append(Text(x + COLUMN, top + PLOT - height - 6, ends, 13, GRAY, "end"))
     each = " of each image" if len(trace.images) > 1 and len(known) == 1 else ""
     lines = wrap(f"{ends} tokens{each} after {count(blocks, 'block')}", COLUMN, 13)
     shapes += [Text(x, top + PLOT + 42 + 20 * i, line, 13) for i, line in enumerate(lines)]
@@ -417,12 +414,12 @@ def tower_chart(trace: Trace, y: float) -> Section:
 
 
 def tokens_in_tower(image: ImageTrace) -> tuple[int, ...]:
-    """Tokens in front of the first block, and after each."""
+    """Tokens before the first block and after each block."""
     return (image.num_patches, *image.tokens_per_block)
 
 
 def decoder_chart(trace: Trace, y: float) -> Section:
-    """Text and image tokens in every layer, and the positions that attention sees of them."""
+    """A chart of text and image tokens in every layer, and of the positions in attention."""
     x, top = float(COLUMNS[1]), y + 48
     rows, positions = trace.rows_per_layer, trace.positions_per_layer
     text = rows[0] - sum(len(image.sizes) for image in trace.images)
@@ -433,14 +430,17 @@ def decoder_chart(trace: Trace, y: float) -> Section:
     shapes += columns(x, top, [text] * len(rows), most, SLATE)
     line = Lines(((x, top, x + COLUMN, top),), RULE)
     unit = f"{unreduced} unreduced" if rows[-1] < unreduced else str(unreduced)
-    shapes += [line, Text(x + COLUMN, top - 6, unit, 13, GREY, "end")]
+    shapes += [line, Text(x + COLUMN, top - 6, unit, 13, GRAY, "end")]
     layers = len(rows)
     marks, pruned = {0, layers - 1}, trace.prune_layer
     if pruned is not None:
-        near = 20 * layers / COLUMN  # columns that the label of one hides
+        near = 20 * layers / COLUMN  # columns that a label hides
         marks = {pruned, *(mark for mark in marks if abs(mark - pruned) >= near)}
     shapes += axis(x, top, {layer: str(layer) for layer in marks}, layers)
-    legend: list[tuple[Color, str]] = [(SLATE, f"{text} text"), (BLUE, f"{then(rows, text)} image")]
+    legend: list[tuple[Color, str]] = [
+        (SLATE, f"{text} text"),
+        (BLUE, f"{join_counts(rows, text)} image"),
+    ]
     base = top + PLOT + 42
     for color, label in legend:
         shapes += [Rect(x, base - 9, 9, 9, color), Text(x + 15, base, label, 13)]
@@ -449,17 +449,17 @@ def decoder_chart(trace: Trace, y: float) -> Section:
         x, base = float(COLUMNS[1]), base + 20
         shapes.append(Lines(step_line(x, top, positions, most), INK, 1.5))
         shapes.append(Lines(((x, base - 4.5, x + 9, base - 4.5),), INK, 1.5))
-        shapes.append(Text(x + 15, base, f"{then(positions)} positions in attention", 13))
+        shapes.append(Text(x + 15, base, f"{join_counts(positions)} positions in attention", 13))
     return shapes, base + 4
 
 
-def then(counts: Sequence[int], less: int = 0) -> str:
-    """Numbers without their repetitions: 72, then 36."""
+def join_counts(counts: Sequence[int], less: int = 0) -> str:
+    """Counts without repetitions, each minus `less`: 72, then 36."""
     return ", then ".join(dict.fromkeys(str(count - less) for count in counts))
 
 
 def columns(x: float, top: float, values: Sequence[int], most: int, color: Color) -> list[Shape]:
-    """A chart of steps, filled."""
+    """The filled columns of a chart."""
     wide = COLUMN / len(values)
     heights = [PLOT * value / most for value in values]
     return [
@@ -469,7 +469,7 @@ def columns(x: float, top: float, values: Sequence[int], most: int, color: Color
 
 
 def step_line(x: float, top: float, values: Sequence[int], most: int) -> tuple[Segment, ...]:
-    """The upper edge of a chart of steps."""
+    """The upper edge of the columns of a chart."""
     wide = COLUMN / len(values)
     ys = [top + PLOT - PLOT * value / most for value in values]
     flat = [(x + i * wide, y, x + (i + 1) * wide, y) for i, y in enumerate(ys)]
@@ -478,17 +478,17 @@ def step_line(x: float, top: float, values: Sequence[int], most: int) -> tuple[S
 
 
 def axis(x: float, top: float, labels: dict[int, str], count: int) -> list[Shape]:
-    """The base line of a chart of `count` columns, and what some of them are called."""
+    """The base line of a chart of `count` columns, with labels for some columns."""
     wide, base = COLUMN / count, top + PLOT
     texts = [
-        Text(x + (column + 0.5) * wide, base + 16, label, 13, GREY, "middle")
+        Text(x + (column + 0.5) * wide, base + 16, label, 13, GRAY, "middle")
         for column, label in labels.items()
     ]
     return [Lines(((x, base, x + COLUMN, base),), SLATE), *texts]
 
 
 def ticks(first: int, last: int) -> list[int]:
-    """All of few numbers, the last of many."""
+    """Every number if there are few, else only the last."""
     return list(range(first, last + 1)) if last - first < 8 else [last]
 
 
@@ -496,7 +496,7 @@ def ticks(first: int, last: int) -> list[int]:
 
 
 def costs(answer: Answer, trace: Trace, y: float) -> Section:
-    """Seconds of each phase, and what is left of the work and the memory without a reduction."""
+    """Seconds of each phase; work and memory as shares of those without a reduction."""
     seconds = {name: answer.timings.get(phase, 0.0) for phase, name in PHASES.items()}
     longest = max(seconds.values()) or 1.0
     tokens = answer.usage.get("completion_tokens", 0)
@@ -520,12 +520,12 @@ def costs(answer: Answer, trace: Trace, y: float) -> Section:
 def bars(
     title: str, rows: Sequence[tuple[str, float, str]], y: float, empty: Color | None = None
 ) -> Section:
-    """Labelled bars, each so long as its share; `empty` colors the rest of it."""
+    """Labeled bars, as long as their shares. `empty`: color of the rest of a bar."""
     x, start, wide = COLUMNS[2], COLUMNS[2] + 70, 80
     shapes: list[Shape] = [Text(x, y + 16, title, 16, bold=True)]
     y += 40
     for label, share, value in rows:
-        shapes.append(Text(x, y, label, 13, GREY))
+        shapes.append(Text(x, y, label, 13, GRAY))
         if empty is not None:
             shapes.append(Rect(start, y - 10, wide, 11, empty))
         shapes.append(Rect(start, y - 10, wide * min(share, 1.0), 11, BLUE))

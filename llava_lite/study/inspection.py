@@ -1,4 +1,4 @@
-"""`llava-lite inspect`: one run of a model, and the picture of it as HTML or PNG.
+"""`llava-lite inspect`: run a model once and draw a picture of the run, as HTML or PNG.
 
 llava_lite.inspect("photo.jpg", "What is this?", reduction="hybrid-72-36").save("run.html")
 """
@@ -8,38 +8,41 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from llava_lite.errors import ImageError, LlavaLiteError, PromptError
 from llava_lite.generation.answer import Answer
-from llava_lite.generation.loop import checked_batch_size
 from llava_lite.generation.model import Model
-from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.generation.state import as_list
 from llava_lite.inputs.images import load_image
-from llava_lite.inputs.pixels import to_square
+from llava_lite.inputs.pixels import load_square
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
 from llava_lite.saving import check_output, replace_file
 from llava_lite.study.drawing import Drawing, xml
 from llava_lite.study.figure import draw_run
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from llava_lite.generation.sampling import Options
+
 FORMATS = (".html", ".png")
 
-# Whatever a prompt or an answer may hold, the page loads nothing and runs nothing.
+# The page loads and runs nothing, whatever text a prompt or an answer has.
 _POLICY = "default-src 'none'; img-src data:; font-src data:; style-src 'unsafe-inline'"
 
 
 class InspectError(LlavaLiteError):
-    """The picture cannot be written where it should go."""
+    """The picture cannot be written to the given path."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A run that was looked at. squares: what the model saw of each image; answer: with its trace;
-    model: its name. Shows itself in a notebook."""
+    """A traced run. squares: each image as the model saw it; answer: with its trace; model: its
+    name. A notebook displays it as a picture."""
 
     squares: tuple[Image.Image, ...]
     prompt: str
@@ -48,11 +51,11 @@ class Inspection:
     model: str
 
     def drawing(self) -> Drawing:
-        """The picture, as shapes."""
+        """The picture as shapes."""
         return draw_run(self.squares, self.prompt, self.answer, self.reduction, self.model)
 
     def html(self) -> str:
-        """A page that holds all it shows: nothing is loaded, nothing runs."""
+        """An HTML page with everything inside: it loads and runs nothing."""
         drawing = self.drawing()
         return (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -65,7 +68,7 @@ class Inspection:
         )
 
     def png(self, scale: float = 2) -> Image.Image:
-        """The same as an image, `scale` pixels for a CSS pixel of the page."""
+        """The picture as an image, with `scale` pixels per CSS pixel of the page."""
         return self.drawing().image(scale)
 
     def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
@@ -84,11 +87,11 @@ class Inspection:
 
 
 def inspect(model: Model, image: Any, prompt: str, **options: Any) -> Inspection:
-    """Answer one prompt about an image, or a list of images, and keep what there is to see of it.
+    """Answer one prompt about an image, or a list of images, and keep the trace for a picture.
 
-    It runs twice, so that its times are not those of a first run; of the first time, no more than
-    the prompt and the first tokens. Arguments and errors as of `Model.generate`. Raises ImageError
-    for an image that is encoded already, and without any."""
+    The model runs twice, because a first run is slow; the first time only for the prompt and two
+    tokens. Arguments and errors as in `Model.generate`. Raises ImageError for an encoded image, and
+    if there is no image."""
     if not isinstance(prompt, str):
         raise PromptError(f"one prompt is inspected, a str, not a {type(prompt).__name__}")
     sources = as_list(image)
@@ -100,22 +103,22 @@ def inspect(model: Model, image: Any, prompt: str, **options: Any) -> Inspection
     options = {"batch_size": None, **options, "trace": True}
     warm_up(model, images, prompt, **options)
     answer = model.generate(images, prompt, **options)
-    vision, pad = model.config.vision, model.config.pad
-    squares = tuple(to_square(loaded, vision.image_size, pad) for loaded in images)
+    squares = tuple(load_square(loaded, model.config) for loaded in images)
     reduction = Reduction.of(options.get("reduction"))
     return Inspection(squares, prompt, answer, reduction, model.config.name)
 
 
 def warm_up(
-    model: Model, images: list[Image.Image], prompt: str, batch_size: int | None, **options: Any
+    model: Model,
+    images: list[Image.Image],
+    prompt: str,
+    batch_size: int | None,
+    **options: "Unpack[Options]",
 ) -> None:
-    """Prompt and first tokens. The first run of a process is the slowest, and says little of the
-    time that any other takes."""
-    with model.checking():
-        size = checked_batch_size(batch_size)
-        wishes = GenerationOptions(**options)
-        request = model.request(images, prompt, wishes)
-    list(islice(model.run([request], wishes, size), 2))  # the second token is of a decode step
+    """Run the prompt and two tokens. The first run of a process is the slowest, and would falsify
+    the times."""
+    requests, wishes, size = model.read_call(images, prompt, options, batch_size)
+    list(islice(model.run(requests, wishes, size), 2))  # the second token comes from a decode step
 
 
 def check_picture(path: str | os.PathLike[str], force: bool = False) -> Path:

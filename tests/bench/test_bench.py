@@ -592,21 +592,17 @@ def test_memory_where_the_system_does_not_say(
         ),
         (
             {
-                "app/inner/memory.max": "max",
-                "app/inner/memory.current": "1",
-                "app/memory.max": "5000000",
-                "app/memory.current": "1000000",
-            },
-            4_000_000,
-        ),
-        (
-            {
-                "memory/app/inner/memory.limit_in_bytes": "4000000",
-                "memory/app/inner/memory.usage_in_bytes": "1000000",
-                "memory/memory.limit_in_bytes": "9223372036854771712",
+                "memory/memory.limit_in_bytes": "4000000",
                 "memory/memory.usage_in_bytes": "1000000",
             },
             3_000_000,
+        ),
+        (
+            {
+                "memory/memory.limit_in_bytes": "9223372036854771712",
+                "memory/memory.usage_in_bytes": "1000000",
+            },
+            7000 * 1024,
         ),
     ],
 )
@@ -615,9 +611,8 @@ def test_free_memory_is_that_of_a_container(
 ) -> None:
     monkeypatch.setattr(hardware, "PROC", tmp_path / "proc")
     monkeypatch.setattr(hardware, "CGROUP", tmp_path / "sys")
-    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemAvailable:  7000 kB\n")
-    (tmp_path / "proc/self/cgroup").write_text("4:memory:/app/inner\n0::/app/inner\n")
     for name, content in files.items():
         file = tmp_path / "sys" / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -717,7 +712,7 @@ def test_without_space_for_a_copy_the_row_says_so(monkeypatch: pytest.MonkeyPatc
     plain = replace(LOADED[OURS], config=TINY)
     with monkeypatch.context() as patch:
         patch.setattr(bench.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000_000))
-        with pytest.raises(BenchError, match=r"needs 0\.0 GB and one to spare, 1\.0 GB are free"):
+        with pytest.raises(BenchError, match=r"needs 0\.0 GB and 1 GB to spare, 1\.0 GB are free"):
             bench.peer_footprint_apart(settings, plain)
     with pytest.raises(BenchError, match="of a folder"):
         bench.peer_footprint_apart(Settings(size="tiny", against=True), plain)
@@ -888,5 +883,5 @@ def end_at_once(settings: Settings) -> Footprint:
 
 @pytest.mark.slow
 def test_a_process_that_is_ended_is_an_error() -> None:
-    with pytest.raises(BenchError, match="was ended, perhaps for want of memory"):
+    with pytest.raises(BenchError, match=r"was killed \(out of memory\?\)"):
         bench.apart(end_at_once, Settings())

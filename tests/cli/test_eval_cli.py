@@ -3,7 +3,6 @@
 import io
 import json
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 import llava_lite
-from helpers.models import ROOT
+from helpers.processes import Fork, start_program
 from llava_lite.cli import console
 from llava_lite.cli import program as cli
 from llava_lite.cli.eval import with_command
@@ -276,11 +275,7 @@ def many_questions(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "many.jsonl", rows)
 
 
-def command(*words: Any) -> list[str]:
-    return [sys.executable, "-m", "llava_lite", "eval", *map(str, words)]
-
-
-def wait_for_lines(path: Path, process: subprocess.Popen[bytes], count: int) -> None:
+def wait_for_lines(path: Path, process: Fork, count: int) -> None:
     while not path.exists() or path.read_bytes().count(b"\n") < count:
         assert process.poll() is None
         time.sleep(0.005)
@@ -291,22 +286,20 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(
 ) -> None:
     file, folder = many_questions(tmp_path), tmp_path / "run"
     words = ("jsonl", file, "-o", folder, "-m", model_folder, "-n", 40, "--batch-size", 1)
-    process = subprocess.Popen(
-        command(*words, "--threads", 1), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    process = start_program("eval", *words, "--threads", 1)
     predictions = folder / "predictions.jsonl"
     wait_for_lines(predictions, process, 6)
     assert run_eval(*words, "--limit", 1, "--reuse") == console.FAILED
     assert capsys.readouterr().err == f"error: {predictions}: another run is writing to it\n"
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == console.INTERRUPTED
-    said = err.decode().splitlines()
+    out, err = process.stdout.read(), process.stderr.read()
+    assert process.wait() == console.INTERRUPTED
+    said = err.splitlines()
     assert said[-2:] == [
-        f"{folder} keeps what was answered; --reuse goes on from there",
+        f"{folder} keeps all answers so far; resume with --reuse",
         "interrupted",
     ]
-    assert out == b"" and "|" not in err.decode()  # no bar where there is no terminal
+    assert out == "" and "|" not in err  # no bar where there is no terminal
     lines = predictions.read_bytes().splitlines()
     assert 6 <= len(lines) < 402
     assert all(json.loads(line) for line in lines)
@@ -342,7 +335,7 @@ def test_progress_shows_on_a_terminal_only(
         (("jsonl", "a", "--report-file", "noend"), "a folder for predictions is needed: -o DIR"),
         (("jsonl", "-o", "d"), "the following arguments are required: PATH"),
         (("jsonl", "a", "-o", "d", "--retry-errors"), "--retry-errors needs --reuse"),
-        (("jsonl", "a", "-o", "d", "--reuse", "--force"), "--reuse goes on with the predictions"),
+        (("jsonl", "a", "-o", "d", "--reuse", "--force"), "--reuse resumes with the predictions"),
         (("jsonl", "a", "-o", "d", "--limit", "0"), "not a number of at least 1"),
         (("jsonl", "a", "-o", "d", "--workers", "-1"), "not a number of at least 0"),
         (("jsonl", "a", "-o", "d", "--shard", "3/2"), "is not I/N"),

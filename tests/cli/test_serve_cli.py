@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from helpers.models import ROOT, TINY_CONFIG, TINY_TEXT, random_llava
+from helpers.processes import Fork
 
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
@@ -243,7 +244,6 @@ def test_the_command_line_imports_no_server() -> None:
 
 SLOW_SERVER = """
 import sys, time
-sys.path.insert(0, sys.argv[1])
 from dataclasses import replace
 from helpers.models import CORPUS, TINY_CONFIG, TINY_TEXT, random_llava
 from llava_lite.generation.model import Model
@@ -257,12 +257,12 @@ run.CLOSE_SECONDS = 0.5
 
 class Slow(Model):
     def step(self, rows):
-        time.sleep(float(sys.argv[3]))
+        time.sleep(float(sys.argv[2]))
         super().step(rows)
 
 endless = replace(TINY_CONFIG, text=replace(TINY_TEXT, eos_id=0))  # ends only where it must
 model = Slow(random_llava(), train_tokenizer(CORPUS, TINY_TEXT.sampled_vocab_size), endless)
-settings = Settings("slow", shutdown_timeout=float(sys.argv[2]))
+settings = Settings("slow", shutdown_timeout=float(sys.argv[1]))
 with listen("127.0.0.1", 0) as sock:
     port = sock.getsockname()[1]
     print(serve(create_app(model, settings), settings, sock, lambda: print(port, flush=True)))
@@ -270,19 +270,13 @@ with listen("127.0.0.1", 0) as sock:
 
 
 @contextmanager
-def slow_server(
-    shutdown_timeout: float, step_seconds: float = 0.05
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def slow_server(shutdown_timeout: float, step_seconds: float = 0.05) -> Iterator[tuple[Fork, str]]:
     """A process with a model of 20 steps a second or fewer, and its URL."""
-    arguments = [str(ROOT / "tests"), str(shutdown_timeout), str(step_seconds)]
-    command = [sys.executable, "-c", SLOW_SERVER, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        try:
-            yield process, f"http://127.0.0.1:{int(process.stdout.readline())}"
-        finally:
-            process.kill()
+    process = Fork(SLOW_SERVER, shutdown_timeout, step_seconds)
+    try:
+        yield process, f"http://127.0.0.1:{int(process.stdout.readline())}"
+    finally:
+        process.kill()
 
 
 def stream_of(url: str, tokens: int) -> Any:
@@ -315,7 +309,6 @@ def test_a_signal_lets_running_requests_finish(tiny_tokenizer: Tokenizer) -> Non
         seen += lines
         assert seen[-2] == "data: [DONE]"
         assert text_of(seen) == expected
-        assert process.stdout is not None
         assert process.wait(20) == 0 and process.stdout.read() == f"{signal.SIGTERM.value}\n"
 
 
@@ -326,7 +319,6 @@ def test_a_request_that_does_not_finish_in_time_hears_of_it() -> None:
         process.send_signal(signal.SIGINT)
         events = [line for line in lines if line]
         assert json.loads(events[-1][6:])["error"]["message"] == "the server is shutting down"
-        assert process.stdout is not None
         assert process.wait(20) == 0 and process.stdout.read() == f"{signal.SIGINT.value}\n"
 
 
@@ -361,6 +353,7 @@ def test_no_step_of_the_model_keeps_the_process(signals: int) -> None:
         assert process.wait(10) == 130
 
 
+@pytest.mark.slow
 def test_the_program() -> None:
     command = [sys.executable, "-m", "llava_lite", "serve", "--port", "0", "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,5 +1,6 @@
 """Every block of the documentation runs, unless its mark says what it needs."""
 
+import ast
 import contextlib
 import io
 import json
@@ -85,6 +86,17 @@ def run_shell(code: str) -> str:
     return done.stdout
 
 
+def run_python(code: str, namespace: dict[str, object]) -> None:
+    """Run a block. A statement that ends in `# -> TEXT` must print this text."""
+    lines = code.splitlines()
+    for statement in ast.parse(code).body:
+        with contextlib.redirect_stdout(io.StringIO()) as stdout:
+            exec(compile(ast.Module([statement], []), "<block>", "exec"), namespace)
+        assert statement.end_lineno is not None
+        _, arrow, expected = lines[statement.end_lineno - 1].partition("# -> ")
+        assert not arrow or stdout.getvalue() == expected + "\n"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_run(page: str, in_checkout: Path) -> None:
     """In order, the Python of a page in one namespace. A reader can start at the top and go on."""
@@ -95,8 +107,7 @@ def test_blocks_run(page: str, in_checkout: Path) -> None:
         if block.language == "bash":
             run_bash(block)
         elif block.language == "python":
-            with contextlib.redirect_stdout(io.StringIO()):
-                exec(compile(block.code, page, "exec"), namespace)
+            run_python(block.code, namespace)
 
 
 def test_first_command_prints_ring(in_checkout: Path) -> None:

@@ -1,9 +1,7 @@
 """`llava-lite eval` killed at any moment: --reuse goes on, to the report of a clean run."""
 
-import multiprocessing
 import os
 import random
-import runpy
 import signal
 import subprocess
 import sys
@@ -18,6 +16,7 @@ from helpers.coco_files import drawn_references, plain_file
 from helpers.eval_command import Command, command
 from helpers.mmbench_rows import broken_base64, encoded, rotated, row, write
 from helpers.models import ROOT
+from helpers.processes import start_program
 from llava_lite.cli import console
 from llava_lite.cli import program as cli
 
@@ -60,21 +59,14 @@ def process_of(evaluation: Command) -> Life:
 
 
 def fork_of(evaluation: Command) -> Life:
-    """The same, forked from a process that has imported torch, which is most of a start."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    process = context.Process(target=runpy.run_module, args=("llava_lite", None, "__main__", True))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(sys, "argv", ["llava-lite", *evaluation.words, "--reuse"])
-        process.start()  # the child gets these arguments
+    """The same, forked from a process that has imported torch."""
+    process = start_program(*evaluation.words, "--reuse")
 
     def kill() -> int:
         process.kill()
-        process.join(60)
-        assert process.exitcode is not None
-        return process.exitcode
+        return process.wait()
 
-    return Life(lambda: not process.is_alive(), kill)
+    return Life(lambda: process.poll() is not None, kill)
 
 
 def content_of(path: Path) -> bytes:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from helpers.models import ROOT
+from helpers.processes import Fork, start_program
 from llava_lite import saving
 from llava_lite.cli.program import main
 from llava_lite.errors import ImageError
@@ -550,22 +551,17 @@ def test_command_interrupted(
     assert len(read_jsonl(output)) == 2
     printed = capsys.readouterr().err.splitlines()
     assert printed == [
-        f"{output} keeps what was answered; --resume goes on from there",
+        f"{output} keeps all answers so far; resume with --resume",
         "interrupted",
     ]
 
 
-def start_batch(path: Path, output: Path, model: Path) -> subprocess.Popen[bytes]:
-    arguments = ["batch", str(path), "-o", str(output), "-m", str(model), "--resume"]
-    options = ["--batch-size", "1", "-n", "40", "--threads", "1", "--quiet"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "llava_lite", *arguments, *options],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def start_batch(path: Path, output: Path, model: Path) -> Fork:
+    options = ("--batch-size", 1, "-n", 40, "--threads", 1, "--quiet")
+    return start_program("batch", path, "-o", output, "-m", model, "--resume", *options)
 
 
-def wait_for_lines(output: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for_lines(output: Path, count: int, process: Fork) -> None:
     """Until the output has so many lines, or the process has ended."""
     deadline = time.monotonic() + 120
     while not output.exists() or output.read_bytes().count(b"\n") < count:
@@ -574,6 +570,7 @@ def wait_for_lines(output: Path, count: int, process: subprocess.Popen[bytes]) -
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="kills by POSIX signals")
 def test_killed_and_interrupted_runs_equal_a_clean_one(
     images: Path, model_folder: Path, tiny_model: Model

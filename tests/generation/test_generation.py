@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
+import llava_lite
 from helpers.examples import examples
 from helpers.models import TINY_CONFIG, TINY_TEXT, TINY_VISION, random_llava
 from llava_lite.checkpoints.checkpoint import load_model
@@ -29,7 +30,13 @@ from llava_lite.generation import loop as generation
 from llava_lite.generation.answer import Answer, AnswerText, Score
 from llava_lite.generation.chat import Chat
 from llava_lite.generation.model import Model
-from llava_lite.generation.sampling import GenerationOptions, draw, sample
+from llava_lite.generation.sampling import (
+    GenerationOptions,
+    Options,
+    PromptOptions,
+    draw,
+    sample,
+)
 from llava_lite.inputs.images import load_image
 from llava_lite.inputs.pixels import preprocess
 from llava_lite.inputs.prompt import build_prompt, place_images
@@ -396,6 +403,36 @@ def test_integers_of_other_kinds_are_taken(tiny_model: Model) -> None:
     options = GenerationOptions(max_new_tokens=np.int64(3), top_k=torch.tensor(2), seed=np.uint8(1))
     assert [type(n) for n in (options.max_new_tokens, options.top_k, options.seed)] == [int] * 3
     assert options == GenerationOptions(max_new_tokens=3, top_k=2, seed=1)
+
+
+def test_all_doors_take_the_same_options(tiny_model: Model) -> None:
+    checked, typed = get_type_hints(GenerationOptions), get_type_hints(Options)
+    assert typed == checked
+    assert Model.generate.__doc__ is not None
+    for name in (*typed, "batch_size"):
+        assert f"            {name}: " in Model.generate.__doc__
+    assert set(get_type_hints(PromptOptions)) < set(typed)
+
+
+@pytest.mark.parametrize("call", ["generate", "stream", "chat", "score", "front door"])
+def test_an_unknown_option_is_named_at_the_call(tiny_model: Model, call: str) -> None:
+    wrong: dict[str, Any] = {"temprature": 1.0}
+    calls: dict[str, Callable[[], Any]] = {
+        "generate": lambda: tiny_model.generate(None, "star?", **wrong),
+        "stream": lambda: tiny_model.stream(None, "star?", **wrong),
+        "chat": lambda: tiny_model.chat(**wrong),
+        "score": lambda: tiny_model.score(None, "star?", "red", **wrong),
+        "front door": lambda: llava_lite.generate(None, "star?", tiny_model, **wrong),
+    }
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+        calls[call]()
+
+
+def test_score_takes_no_options_of_sampling(tiny_model: Model) -> None:
+    for name in ("temperature", "max_new_tokens", "trace"):
+        wrong: dict[str, Any] = {name: 1}
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            tiny_model.score(None, "star?", "red", **wrong)
 
 
 def test_batch_size_out_of_range(tiny_model: Model) -> None:

@@ -89,7 +89,7 @@ def count_words(page: str) -> list[tuple[int, str]]:
     text = re.sub(r"`[^`]*`", "CODE", text)
     counted = []
     for paragraph in re.split(r"\n\s*\n|^\s*(?:[*-]|\d+\.)\s", text, flags=re.MULTILINE):
-        for sentence in re.split(r"(?<=[.!?:;])\s+", " ".join(paragraph.split())):
+        for sentence in re.split(r"(?<=[.!?])\s+", " ".join(paragraph.split())):
             number = len(re.findall(r"\w[\w'.,/-]*", sentence))
             if number > 1:
                 counted.append((number, sentence))

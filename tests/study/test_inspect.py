@@ -450,14 +450,14 @@ def test_wrap() -> None:
 
 def test_letters_that_no_font_has_are_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "OTHER_FONTS", ("No Such Font.ttf",))
-    for cached in (drawing.face, drawing.face_of):
+    for cached in (drawing.face, drawing.find_face):
         cached.cache_clear()
     wide = Drawing(60, 20, [Text(5, 15, "\u4e2d\u6587", 13)]).image(2)
     box = wide.convert("L").point(lambda shade: 255 if shade < 128 else 0).getbbox()
     assert box is not None and box[0] >= 10 and 40 <= box[2] - box[0] <= 52
     assert Drawing(60, 20, [Text(5, 15, "\u200d", 13)]).image() == Drawing(60, 20, []).image()
     assert drawing.text_width("\u4e2d", 13) == 13
-    for cached in (drawing.face, drawing.face_of):
+    for cached in (drawing.face, drawing.find_face):
         cached.cache_clear()
 
 

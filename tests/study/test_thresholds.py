@@ -26,6 +26,7 @@ import llava_lite
 from helpers.dymu import named, slow_attention
 from helpers.examples import examples
 from helpers.models import ROOT, TINY_CONFIG, TINY_VISION, random_llava
+from helpers.processes import Fork
 from helpers.thresholds_command import parse
 from llava_lite import CheckpointError, DToMe, ImageError, Reduction, ToMe, read_thresholds
 from llava_lite.checkpoints.checkpoint import save_model
@@ -575,9 +576,9 @@ def run(model: Model, images: Path, output: Path, *more: object) -> dict[str, An
 
 def test_defaults() -> None:
     args = parse("photos", "-o", "t.json")
-    assert command.merge_of(args) == ToMe(keep=72)
+    assert command.merge_option(args) == ToMe(keep=72)
     assert args.batch_size == 8
-    assert command.merge_of(parse("photos", "-o", "t.json", "--r", "21")) == ToMe(r=21)
+    assert command.merge_option(parse("photos", "-o", "t.json", "--r", "21")) == ToMe(r=21)
     with pytest.raises(SystemExit):
         parse("photos", "-o", "t.json", "--r", "21", "--keep", "72")
 
@@ -748,7 +749,7 @@ def test_resume(
     assert progress.exists() == (batch > 1)
     if batch > 1:
         assert json.loads(progress.read_text())["images"] == 2 * (batch - 1)
-        with pytest.raises(BatchError, match="a run was cut off"):
+        with pytest.raises(BatchError, match="a run was interrupted"):
             run(tiny_model, pictures, output)
     calls: list[int] = []
 
@@ -786,10 +787,8 @@ run(parse(*sys.argv[2:]), llava_lite.load(sys.argv[1], device="cpu"))
 def test_resume_after_kill(folder: Path, pictures: Path, tmp_path: Path) -> None:
     """Killed in the 12th of 14 batches; 8 were saved."""
     output, expected = tmp_path / "t.json", tmp_path / "expected.json"
-    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, "-c", KILLED, folder, *options(pictures, output)]
-    ended = subprocess.run([str(part) for part in command], env={**os.environ, **path}, timeout=120)
-    assert ended.returncode == -signal.SIGKILL
+    ended = Fork(KILLED, folder, *options(pictures, output))
+    assert ended.wait() == -signal.SIGKILL
     assert not output.exists()
     assert json.loads((tmp_path / "t.json.partial").read_text())["images"] == 16
     model = llava_lite.load(folder, device="cpu")
