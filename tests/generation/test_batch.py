@@ -551,7 +551,7 @@ def test_command_interrupted(
     assert len(read_jsonl(output)) == 2
     printed = capsys.readouterr().err.splitlines()
     assert printed == [
-        f"{output} keeps what was answered; --resume goes on from there",
+        f"{output} keeps all answers so far; resume with --resume",
         "interrupted",
     ]
 
