@@ -27,7 +27,7 @@ from llava_lite.evaluation.suite import Sample
 from llava_lite.fast.device import synchronize
 from llava_lite.generation.answer import Answer
 from llava_lite.generation.failures import ROW_ERRORS, is_accelerator_failure
-from llava_lite.generation.loop import checked_batch_size
+from llava_lite.generation.loop import check_batch_size
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.generation.state import Request, Row
@@ -187,7 +187,7 @@ class Engine:
         reuse_prefix: bool = True,
     ) -> None:
         self.model, self.options, self.workers = model, options, workers
-        self.batch_size = checked_batch_size(batch_size)
+        self.batch_size = check_batch_size(batch_size)
         self.reuse_prefix = reuse_prefix
         self.reduction = model.reduction_for([], options.reduction)
 
