@@ -165,7 +165,7 @@ def walk_all(model: Model, names: Sequence[str]) -> tuple[dict[str, Walk], dict[
     walks, skipped = {}, {}
     for name in dict.fromkeys(("none", *names)):
         try:
-            reduction = model.checked_reduction(REDUCTIONS[name])
+            reduction = model.check_reduction(REDUCTIONS[name])
         except (CheckpointError, ValueError) as error:
             skipped[name] = str(error)
         else:
@@ -319,7 +319,7 @@ def first_token(model: Model, pixels: Tensor, reduction: Reduction) -> list[Stat
     ids = prompt_ids(model.llava.config)
     images = tuple(model.llava.encode_image(pixels, reduction))
     asked = State(pending_ids=ids, reduction=reduction)
-    state = model.after_prefix(Request(asked, (), NO_TOKENS, 1, ids[:SHARED_WORDS]))
+    state = model.apply_prefix(Request(asked, (), NO_TOKENS, 1, ids[:SHARED_WORDS]))
     logits, states = model.advance([replace(state, images=images)])
     return take_tokens(model, logits, states)
 

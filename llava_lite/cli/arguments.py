@@ -10,7 +10,8 @@ from llava_lite.cli.reduction import add_reduction_arguments
 from llava_lite.inputs.prompt import ALIASES, TEMPLATES
 from llava_lite.integrations.ray_batch import Cluster
 
-DTYPES = {
+EXIT_CODES = "exit codes: 0 ok, 1 failed, 2 wrong usage, 130 interrupted"
+DTYPE_NAMES = {
     "auto": "auto",
     **dict.fromkeys(("float32", "fp32", "f32"), "float32"),
     **dict.fromkeys(("bfloat16", "bf16"), "bfloat16"),
@@ -19,14 +20,14 @@ DTYPES = {
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """A whole number of at least 1."""
     if not re.fullmatch(r"0*[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)
 
 
 def natural(text: str) -> int:
-    """A whole number from 0 on."""
+    """A whole number of at least 0."""
     if not re.fullmatch(r"[0-9]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return int(text)
@@ -48,21 +49,18 @@ def device(text: str) -> str:
 
 
 def dtype(text: str) -> str:
-    """A dtype's full name."""
-    if text not in DTYPES:
-        names = ", ".join(dict.fromkeys(DTYPES.values()))
+    """The full name of a dtype."""
+    if text not in DTYPE_NAMES:
+        names = ", ".join(dict.fromkeys(DTYPE_NAMES.values()))
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {names}")
-    return DTYPES[text]
+    return DTYPE_NAMES[text]
 
 
 def port(text: str) -> int:
-    """A port, or 0."""
+    """A port number, or 0."""
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
     return int(text)
-
-
-EXIT_CODES = "exit codes: 0 ok, 1 failed, 2 wrong usage, 130 interrupted"
 
 
 def add_command(
@@ -74,10 +72,10 @@ def add_command(
     details: str = "",
     within: str = "",
 ) -> argparse.ArgumentParser:
-    """One subcommand, `within` another one; `details` stand below its arguments in the help."""
+    """Add one subcommand (of the command `within`). The help ends with `details`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
-        usage=" ".join(f"llava-lite {within}{name} {usage} [options]".split()),
+        usage=" ".join(f"llava-lite {within} {name} {usage} [options]".split()),
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"{details}\n\n{EXIT_CODES}".strip(),
@@ -89,18 +87,20 @@ def add_command(
     return parser
 
 
+def add_flags(group: argparse._ActionsContainer, texts: dict[str, str]) -> None:
+    """Add flags without a value: help text by name."""
+    for name, text in texts.items():
+        group.add_argument(name, action="store_true", help=text)
+
+
 def add_counts(
     parser: argparse.ArgumentParser, name: str, default: tuple[int, ...], text: str
 ) -> None:
-    """An option of several numbers."""
+    """Add an option that takes several numbers."""
     shown = " ".join(map(str, default)) or "none"
+    text = f"{text} (default: {shown})"
     parser.add_argument(
-        name,
-        type=positive,
-        nargs="+",
-        default=list(default),
-        metavar="N",
-        help=f"{text} (default: {shown})",
+        name, type=positive, nargs="+", default=list(default), metavar="N", help=text
     )
 
 
@@ -111,52 +111,42 @@ def add_image_sources(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, longest: str = "512") -> None:
-    """How answers are generated (`longest` by default), and what stands around the prompt."""
-    group = parser.add_argument_group("generation")
-    group.add_argument(
-        "-n",
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help=f"longest answer in tokens (default: {longest})",
-    )
-    group.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 = greedy, the default"
-    )
-    group.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest P only"
-    )
-    group.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="sample from the K best only (0 = all)"
-    )
-    group.add_argument("--seed", type=int, metavar="N", help="same seed, same answer")
-    group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated"
-    )
-    group.add_argument("--system", metavar="TEXT", help="instead of the template's system text")
-    group.add_argument(
-        "--template",
-        choices=[*TEMPLATES, *ALIASES],
-        metavar="NAME",
-        help=f"prompt format: {', '.join(TEMPLATES)} (default: the model's)",
-    )
+    """Options of generation, reduction and image preparation. `longest`: default answer length."""
+    add = parser.add_argument_group("generation").add_argument
+    text = f"longest answer in tokens (default: {longest})"
+    add("-n", "--max-new-tokens", type=int, metavar="N", help=text)
+    text = "0 = greedy, the default"
+    add("--temperature", type=float, default=0.0, metavar="T", help=text)
+    text = "sample from the likeliest P only"
+    add("--top-p", type=float, default=1.0, metavar="P", help=text)
+    text = "sample from the K best only (0 = all)"
+    add("--top-k", type=int, default=0, metavar="K", help=text)
+    add("--seed", type=int, metavar="N", help="same seed, same answer")
+    text = "end there; may be repeated"
+    add("--stop", action="append", default=[], metavar="TEXT", help=text)
+    add("--system", metavar="TEXT", help="instead of the template's system text")
+    text = f"prompt format: {', '.join(TEMPLATES)} (default: the model's)"
+    add("--template", choices=[*TEMPLATES, *ALIASES], metavar="NAME", help=text)
     add_reduction_arguments(parser)
-    images = parser.add_argument_group("image preparation")
-    images.add_argument(
-        "--no-pad", action="store_true", help="crop the middle square instead of padding to one"
-    )
-    images.add_argument(
-        "--no-exif", action="store_true", help="ignore the camera's rotation, as LLaVA does"
+    add_square_arguments(parser.add_argument_group("image preparation"))
+
+
+def add_square_arguments(group: argparse._ActionsContainer) -> None:
+    """How an image becomes a square."""
+    add_flags(
+        group,
+        {
+            "--no-pad": "crop the middle square instead of padding to one",
+            "--no-exif": "ignore the camera's rotation, as LLaVA does",
+        },
     )
 
 
 def add_notice_arguments(group: argparse._ArgumentGroup, stats: bool = True) -> None:
-    """What is said on stderr."""
+    """What the command prints to stderr."""
     if stats:
-        group.add_argument(
-            "--stats", action="store_true", help="token counts and timings on stderr"
-        )
-    group.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+        add_flags(group, {"--stats": "token counts and timings on stderr"})
+    add_flags(group, {"--quiet": "nothing on stderr but errors"})
 
 
 def add_model_arguments(
@@ -165,75 +155,48 @@ def add_model_arguments(
 ) -> None:
     """Which model, and where it runs."""
     group = parser.add_argument_group("model")
-    parser.set_defaults(tensor_parallel=False)  # only `generate` has it
-    group.add_argument(
-        "-m",
-        "--model",
-        metavar="MODEL",
-        help="converted folder, official checkpoint of any layout, or hub id "
-        "(default: $LLAVA_LITE_MODEL, else the embedded model)",
+    parser.set_defaults(tensor_parallel=False)  # only `generate` has the flag
+    add = group.add_argument
+    text = (
+        "converted folder, official checkpoint of any layout, or hub id "
+        "(default: $LLAVA_LITE_MODEL, else the embedded model)"
     )
+    add("-m", "--model", metavar="MODEL", help=text)
     add_source_arguments(group)
-    group.add_argument("--download", action="store_true", help="fetch a hub id that is not here")
-    group.add_argument(
-        "--device",
-        type=device,
-        default="auto",
-        metavar="NAME",
-        help="auto (the default), cpu, cuda, cuda:1, mps",
-    )
-    group.add_argument(
-        "--dtype",
-        type=dtype,
-        default="auto",
-        metavar="NAME",
-        help="auto (the file's, the default), float32, bfloat16, float16, or fp32, bf16, fp16",
-    )
-    group.add_argument(
-        "--quantize",
-        choices=METHODS,
-        help=quantize_help,
-    )
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        help="decode in steps of fixed shapes: a CUDA graph, elsewhere torch.compile",
-    )
-    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    add_flags(group, {"--download": "fetch a hub id that is not here"})
+    text = "auto (the default), cpu, cuda, cuda:1, mps"
+    add("--device", type=device, default="auto", metavar="NAME", help=text)
+    text = "auto (the file's, the default), float32, bfloat16, float16, or fp32, bf16, fp16"
+    add("--dtype", type=dtype, default="auto", metavar="NAME", help=text)
+    add("--quantize", choices=METHODS, help=quantize_help)
+    text = "decode in steps of fixed shapes: a CUDA graph, elsewhere torch.compile"
+    add_flags(group, {"--compile": text})
+    add("--threads", type=positive, metavar="N", help="CPU threads")
 
 
 def add_source_arguments(group: argparse._ActionsContainer) -> None:
-    """What a model's name alone does not say."""
-    group.add_argument("--base", metavar="DIR", help="model below a LoRA adapter or a projector")
-    group.add_argument(
-        "--vision-tower", metavar="DIR", help="CLIP folder or file for a checkpoint without one"
-    )
-    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
-    group.add_argument("--offline", action="store_true", help="never use the network for a model")
-
-
-# ---- command line --------------------------------------------------------------------------------
+    """Where the parts of a model come from, if its name does not say so."""
+    for name, metavar, text in (
+        ("--base", "DIR", "model below a LoRA adapter or a projector"),
+        ("--vision-tower", "DIR", "CLIP folder or file for a checkpoint without one"),
+        ("--revision", "NAME", "branch, tag or commit of a hub id"),
+    ):
+        group.add_argument(name, metavar=metavar, help=text)
+    add_flags(group, {"--offline": "never use the network for a model"})
 
 
 def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of a command that can run on a cluster."""
     group = parser.add_argument_group("many machines")
-    group.add_argument(
-        "--ray", action="store_true", help="run on Ray: on this machine, or with --ray-address"
-    )
-    group.add_argument(
-        "--ray-address", metavar="ADDRESS", help="of a running cluster; auto finds that of here"
-    )
-    group.add_argument(
-        "--ray-actors",
-        type=positive,
-        metavar="N",
-        help="models that work at once (default: one per GPU, else one; --threads are of each)",
-    )
+    add_flags(group, {"--ray": "run on Ray: on this machine, or with --ray-address"})
+    text = "of a running cluster; auto finds the one on this machine"
+    group.add_argument("--ray-address", metavar="ADDRESS", help=text)
+    text = "models that work at once (default: one per GPU, else one; each has --threads)"
+    group.add_argument("--ray-actors", type=positive, metavar="N", help=text)
 
 
 def parse_cluster(args: argparse.Namespace) -> Cluster | None:
-    """What the flags say; None without --ray. The others without it are wrong usage."""
+    """The cluster of the flags; None without --ray. Other Ray flags need --ray."""
     if args.ray:
         return Cluster(args.ray_address, args.ray_actors, args.threads)
     for name in ("ray_address", "ray_actors"):

@@ -1,11 +1,11 @@
 """`llava-lite batch`: answer many prompts from a file, with resume."""
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
 from llava_lite.cli.arguments import (
     add_command,
+    add_flags,
     add_model_arguments,
     add_notice_arguments,
     add_ray_arguments,
@@ -14,11 +14,8 @@ from llava_lite.cli.arguments import (
     positive,
     shard,
 )
-from llava_lite.cli.console import (
-    FAILED,
-    OK,
-    say,
-)
+from llava_lite.cli.console import FAILED, OK, say
+from llava_lite.cli.progress import Progress
 from llava_lite.cli.wanted import (
     default_source,
     generation_options,
@@ -31,7 +28,6 @@ from llava_lite.integrations import ray_batch
 
 if TYPE_CHECKING:
     from llava_lite.generation.batch_file import Row, Summary
-    from llava_lite.saving import JsonObject
 
 BATCH_HELP = """\
 input:
@@ -41,9 +37,9 @@ input:
   Image paths are relative to the folder of the input file. A row without an image is text only.
 
 output: one JSON line per row, in order: id, prompt, image, answer or error, finish_reason, usage,
-  and the reduction where one was asked for.
-  A row that fails (bad image, prompt too long) gets an error line and costs no other row.
-  After a crash or Ctrl-C the same command with --resume goes on where it stopped.
+  and the reduction if one was asked for.
+  A row that fails (bad image, prompt too long) gets an error line. All other rows are answered.
+  To resume after a crash or Ctrl-C, run the same command with --resume.
 
 exit code 0 means that every row is answered, 1 that some rows failed.
 
@@ -53,31 +49,23 @@ examples:
 
 
 def add_batch(commands: Any) -> None:
-    parser = add_command(
-        commands, "batch", run_batch, "INPUT -o FILE", "answer many prompts from a file", BATCH_HELP
-    )
-    parser.add_argument("input", metavar="INPUT", help="JSONL file, CSV file, or folder of images")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="JSONL file to write")
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="prompt of rows that have none")
+    summary = "answer many prompts from a file"
+    parser = add_command(commands, "batch", run_batch, "INPUT -o FILE", summary, BATCH_HELP)
+    add = parser.add_argument
+    add("input", metavar="INPUT", help="JSONL file, CSV file, or folder of images")
+    add("-o", "--output", required=True, metavar="FILE", help="JSONL file to write")
+    add("-p", "--prompt", metavar="TEXT", help="prompt of rows that have none")
     rows = parser.add_argument_group("rows")
-    rows.add_argument("--resume", action="store_true", help="skip rows that FILE already holds")
-    rows.add_argument(
-        "--retry-errors", action="store_true", help="with --resume: run rows again that failed"
-    )
-    rows.add_argument(
-        "--shard",
-        type=shard,
-        default=(1, 1),
-        metavar="I/N",
-        help="only every N-th row from the I-th on, I = 1..N, for N machines with an output each",
-    )
-    rows.add_argument(
-        "--batch-size",
-        type=positive,
-        default=batch_file.DEFAULT_BATCH_SIZE,
-        metavar="N",
-        help=f"rows that run at once (default: {batch_file.DEFAULT_BATCH_SIZE})",
-    )
+    flags = {
+        "--resume": "skip rows that FILE already holds",
+        "--retry-errors": "with --resume: run failed rows again",
+    }
+    add_flags(rows, flags)
+    text = "only every N-th row from the I-th on, I = 1..N, for N machines with an output each"
+    rows.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help=text)
+    size = batch_file.DEFAULT_BATCH_SIZE
+    text = f"rows that run at once (default: {size})"
+    rows.add_argument("--batch-size", type=positive, default=size, metavar="N", help=text)
     add_ray_arguments(parser)
     add_sampling_arguments(parser)
     add_notice_arguments(parser.add_argument_group("output"), stats=False)
@@ -93,9 +81,8 @@ def run_batch(args: argparse.Namespace) -> int:
     rows = batch_file.select_shard(batch_file.read_rows(args.input, args.prompt), args.shard)
     resume = {"resume": args.resume, "retry_errors": args.retry_errors}
     reduction = options["reduction"]
-    plan = batch_file.plan(
-        rows, args.output, **resume, reduction=reduction
-    )  # problems show at once
+    # Before the model is loaded, so that problems show at once.
+    plan = batch_file.plan(rows, args.output, **resume, reduction=reduction)
     if plan.todo:
         summary = run_rows(args, rows, len(plan.todo), cluster, {**resume, **options})
     else:
@@ -112,12 +99,13 @@ def run_rows(
     cluster: "ray_batch.Cluster | None",
     options: dict[str, Any],
 ) -> "Summary":
-    """Answer the rows, `total` of which are left to do, with a bar of progress."""
+    """Answer the rows with a progress bar. `total`: rows left to do."""
     options = {**options, "batch_size": args.batch_size}
     model = None if cluster else load_model(args)
     try:
-        with Progress(total, args.quiet) as progress:
-            options["on_record"] = progress
+        with Progress("row", args.quiet) as progress:
+            progress.start(total)
+            options["on_record"] = progress.count
             if cluster:
                 source = ray_batch.ModelSource(default_source(args.model), load_options(args))
                 return ray_batch.run_batch(rows, args.output, source, cluster, **options)
@@ -127,35 +115,12 @@ def run_rows(
             )
     except KeyboardInterrupt:
         if not args.quiet:
-            say(f"{args.output} keeps what was answered; --resume goes on from there")
+            say(f"{args.output} keeps all answers so far; resume with --resume")
         raise
 
 
-class Progress:
-    """A bar of finished rows on stderr, only where that is a terminal."""
-
-    def __init__(self, total: int, quiet: bool) -> None:
-        self.failed, self.total = 0, total
-        self.hidden = quiet or not sys.stderr.isatty()
-
-    def __enter__(self) -> "Progress":
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=self.total, unit="row", file=sys.stderr, disable=self.hidden)
-        return self
-
-    def __call__(self, record: "JsonObject") -> None:
-        if "error" in record:
-            self.failed += 1
-            self.bar.set_postfix(failed=self.failed, refresh=False)
-        self.bar.update()
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-
 def format_summary(summary: "Summary", output: str) -> str:
-    """What a batch did, in one line, or two if rows failed."""
+    """Counts in one line; with failed rows also the first error and how to run them again."""
     parts = [f"{summary.answered} answered", f"{summary.failed} failed"]
     if summary.present:
         parts.insert(0, f"{summary.present} were there")

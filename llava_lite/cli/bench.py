@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 from llava_lite.cli.arguments import (
     add_command,
     add_counts,
+    add_flags,
     add_model_arguments,
     positive,
 )
-from llava_lite.cli.console import (
-    FAILED,
-    OK,
-)
+from llava_lite.cli.console import FAILED, OK
 from llava_lite.cli.wanted import choose_download_bars, default_source
 from llava_lite.saving import check_output, replace_json
 
@@ -22,9 +20,9 @@ if TYPE_CHECKING:
     from llava_lite.bench.run import Settings
 
 BENCH_HELP = """\
-Everything takes turns within every round: what is timed, transformers on the same weights, and the
-machine's own limits. Figures are medians. Each that has a bound (of a 7B model in bfloat16 on a
-CPU) is a row of its own with PASS or SHORT. Let the machine do nothing else meanwhile.
+In every round, llava-lite, transformers (on the same weights) and the machine's limits take turns.
+Figures are medians. A figure with a bound (for a 7B model in bfloat16 on a CPU) gets a row with
+PASS or SHORT. Let the machine do nothing else meanwhile.
 
 examples:
   llava-lite bench -m weights/llava-1.5-7b --against transformers --plot speed.png
@@ -35,34 +33,29 @@ examples:
 def add_bench(commands: Any) -> None:
     summary = "measure speed and memory, beside the machine's limits and transformers"
     parser = add_command(commands, "bench", run_bench, "[-m MODEL]", summary, BENCH_HELP)
-    parser.add_argument(
-        "--size",
-        choices=["7b", "13b", "tiny"],
-        help="random weights of that size instead of a model: speed does not depend on values",
-    )
-    parser.add_argument(
-        "--layers", type=positive, metavar="N", help="with --size: so many decoder layers"
-    )
-    parser.add_argument(
-        "--against", choices=["transformers"], help="run the same weights through it, too"
-    )
-    parser.add_argument(
-        "--reductions", nargs="+", metavar="NAME", help="presets to time (default: all)"
-    )
+    add = parser.add_argument
+    text = "random weights of that size instead of a model: speed does not depend on values"
+    add("--size", choices=["7b", "13b", "tiny"], help=text)
+    text = "with --size: so many decoder layers"
+    add("--layers", type=positive, metavar="N", help=text)
+    text = "run the same weights through it, too"
+    add("--against", choices=["transformers"], help=text)
+    text = "presets to time (default: all)"
+    add("--reductions", nargs="+", metavar="NAME", help=text)
     add_counts(parser, "--batch-sizes", (1, 2, 4, 8), "prompts at once")
     add_counts(parser, "--lengths", (128, 256, 512, 1024, 2048), "words of growing prompts")
-    parser.add_argument(
-        "--repeat", type=positive, default=5, metavar="N", help="rounds that count (default: 5)"
-    )
-    parser.add_argument(
-        "--profile", action="store_true", help="say where the time of each part goes, too"
-    )
+    text = "rounds that count (default: 5)"
+    add("--repeat", type=positive, default=5, metavar="N", help=text)
+    add("--profile", action="store_true", help="say where the time of each part goes, too")
     output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="print one object, no table")
+    add_flags(output, {"--json": "print one object, no table"})
     output.add_argument("-o", "--output", metavar="FILE", help="write that object there")
     output.add_argument("--plot", metavar="FILE", help="draw the main figures (.png)")
-    output.add_argument("--strict", action="store_true", help="exit code 1 where a bound is missed")
-    output.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+    flags = {
+        "--strict": "exit code 1 where a bound is missed",
+        "--quiet": "nothing on stderr but errors",
+    }
+    add_flags(output, flags)
     parser.set_defaults(no_pad=False, no_exif=False)
     add_model_arguments(parser, "measure quantized weights, too")
 
@@ -90,7 +83,7 @@ def run_bench(args: argparse.Namespace) -> int:
         check_output(Path(args.output), BenchError)
     if args.plot:
         bench_report.check_plot(Path(args.plot))
-    keep_freed_memory()  # as the other commands do; transformers has the same of it
+    keep_freed_memory()  # as the other commands do; transformers gains from it, too
     report = bench.bench(bench_settings(args))
     content = bench_report.to_dict(report)
     print(json.dumps(content) if args.json else "\n".join(bench_report.table(report)))
@@ -103,7 +96,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def bench_settings(args: argparse.Namespace) -> "Settings":
-    """What the arguments ask for."""
+    """The settings of the run."""
     from llava_lite.bench.run import Settings
     from llava_lite.fast.device import pick_device
     from llava_lite.reduction import REDUCTIONS
@@ -112,20 +105,20 @@ def bench_settings(args: argparse.Namespace) -> "Settings":
         choose_download_bars(args.quiet)
     names = "base vision_tower revision offline download"
     return Settings(
-        None if args.size else default_source(args.model),
-        {name: getattr(args, name) for name in names.split()},
-        args.size or "",
-        args.layers,
-        str(pick_device(args.device)),
-        args.dtype,
-        args.threads,
-        args.repeat,
-        tuple(dict.fromkeys(args.reductions or REDUCTIONS)),
-        tuple(dict.fromkeys(args.batch_sizes)),
-        tuple(dict.fromkeys(args.lengths)),
-        args.against is not None,
-        args.quantize,
-        args.quiet,
-        args.compile,
-        args.profile,
+        source=None if args.size else default_source(args.model),
+        options={name: getattr(args, name) for name in names.split()},
+        size=args.size or "",
+        layers=args.layers,
+        device=str(pick_device(args.device)),
+        dtype=args.dtype,
+        threads=args.threads,
+        repeat=args.repeat,
+        reductions=tuple(dict.fromkeys(args.reductions or REDUCTIONS)),
+        batch_sizes=tuple(dict.fromkeys(args.batch_sizes)),
+        lengths=tuple(dict.fromkeys(args.lengths)),
+        against=args.against is not None,
+        quantize=args.quantize,
+        quiet=args.quiet,
+        compile=args.compile,
+        profile=args.profile,
     )

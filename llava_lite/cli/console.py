@@ -1,6 +1,6 @@
-"""What the program writes while it works: answers on stdout, notices on stderr.
+"""Exit codes, and how the program prints: answers to stdout, notices to stderr.
 
-Imports nothing heavy: errors of usage are said before torch is there.
+Imports nothing heavy: usage errors appear before torch is loaded.
 """
 
 import io
@@ -15,42 +15,36 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llava_lite.generation.answer import Answer
 
-OK, FAILED, WRONG_USAGE = 0, 1, 2
-
-
-def say(text: str) -> None:
-    """One line for the user, on stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
+OK, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 GRACE = 10.0  # seconds
 
 
-INTERRUPTED = 130
+def say(text: str) -> None:
+    """Print one line for the user to stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
-def behind_first_rank(rank: int, program: Callable[[], int]) -> int:
-    """Run the program as one of several processes that do the same (ranks.py), of which only the
-    first, rank 0, shows what it has to say.
+def run_silently(rank: int, program: Callable[[], int]) -> int:
+    """Run the program on a rank above 0 (see ranks.py): only rank 0 prints.
 
-    What fails here mostly fails there as well, and has to be said there before this process ends,
-    since then torchrun ends all of them: so a failure waits. Only if nothing ends this process
-    meanwhile does it say what it alone knows."""
-    said = io.StringIO()
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(said):
+    Most failures happen on every rank, and torchrun kills all ranks when one exits. So a failing
+    rank waits for rank 0 to print the error. If the rank still runs after `GRACE` seconds, it
+    prints its own error."""
+    printed = io.StringIO()
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(printed):
         try:
             code = program()
         except Exception:
             traceback.print_exc()
-            code = 1
-    if code not in (0, INTERRUPTED):
+            code = FAILED
+    if code not in (OK, INTERRUPTED):
         time.sleep(GRACE)
-        say(f"rank {rank}: {said.getvalue().rstrip()}")
+        say(f"rank {rank}: {printed.getvalue().rstrip()}")
     return code
 
 
 def print_pieces(pieces: "Generator[str, None, Answer]") -> "Answer":
-    """Print the pieces as they come, and the end of the line however it ends."""
+    """Print the pieces of an answer as they arrive. The line always ends with a newline."""
     try:
         while True:
             try:

@@ -4,14 +4,12 @@ import argparse
 from typing import Any
 
 from llava_lite.cli.arguments import add_command
-from llava_lite.cli.console import (
-    OK,
-)
+from llava_lite.cli.console import OK
 from llava_lite.cli.wanted import choose_download_bars
 
 
 def add_download(commands: Any) -> None:
-    details = "Prints the folder. A download that was cut off goes on where it stopped."
+    details = "Prints the folder. An interrupted download is resumed."
     summary = "fetch a checkpoint from the Hugging Face hub"
     parser = add_command(commands, "download", run_download, "REPO", summary, details)
     parser.add_argument("repo", metavar="REPO", help="hub id, such as llava-hf/llava-1.5-7b-hf")

@@ -1,19 +1,19 @@
-"""`llava-lite eval`: one command for each data set, `scenes` for drawn ones, `report` for answers
-that are there.
+"""`llava-lite eval`: one command per data set, `scenes` for drawn images, `report` for a report of
+existing answers.
 
-What is slow to import is imported where it is used.
+Slow imports happen inside the functions.
 """
 
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_lite.cli.arguments import (
     add_command,
+    add_flags,
     add_model_arguments,
     add_ray_arguments,
     add_sampling_arguments,
@@ -22,20 +22,10 @@ from llava_lite.cli.arguments import (
     positive,
     shard,
 )
-from llava_lite.cli.console import (
-    FAILED,
-    OK,
-    WRONG_USAGE,
-    say,
-)
-from llava_lite.cli.reduction import add_reduction_arguments
-from llava_lite.cli.wanted import (
-    default_source,
-    generation_options,
-    load_model,
-    load_options,
-    parse_reduction,
-)
+from llava_lite.cli.console import FAILED, OK, WRONG_USAGE, say
+from llava_lite.cli.eval_scenes import add_scenes
+from llava_lite.cli.progress import Progress
+from llava_lite.cli.wanted import default_source, generation_options, load_model, load_options
 from llava_lite.errors import EvaluationError
 from llava_lite.evaluation.suite import Suite
 from llava_lite.evaluation.suites.registry import (
@@ -46,23 +36,12 @@ from llava_lite.evaluation.suites.registry import (
     split_paths,
 )
 from llava_lite.integrations import ray_batch
-from llava_lite.saving import JsonObject, check_output, replace_file, replace_json
+from llava_lite.saving import check_output, replace_file, replace_json
 
 if TYPE_CHECKING:
     from llava_lite.evaluation.report import Evaluation
     from llava_lite.evaluation.runner import Ask
     from llava_lite.generation.sampling import GenerationOptions
-
-SCENES_HELP = """\
-An answer is right when it is exactly the expected text. The table has the 95 % interval (Wilson) of
-each family's accuracy, that of all questions together, and the mean of the families.
-
-families: count, count_color, count_shape, color, shape, exists, where, relation, digit, describe
-
-examples:
-  llava-lite eval scenes
-  llava-lite eval scenes --n 500 --reduction hybrid-72-36 --families where digit --mistakes 5"""
-
 
 EVAL_HELP = """\
 examples:
@@ -74,36 +53,31 @@ examples:
 
 `llava-lite eval WHAT --help` explains each."""
 
-
 SUITE_HELP = """\
-DIR gets predictions.jsonl (every setting, and a line for every answer as soon as it is there),
-report.json, and report.html, a page that needs no network. Prompts are the official ones, answers
-greedy unless told otherwise. A sample that fails (bad image, prompt too long) costs no other one;
+DIR gets predictions.jsonl (the settings, and one line per answer as soon as it is known),
+report.json, and report.html, a page that needs no network. Prompts are the official ones. Answers
+are greedy by default. A sample that fails (bad image, prompt too long) does not stop the others;
 the exit code is then 1.
 
-Photos are turned as their camera noted (EXIF) unless --no-exif is given; LLaVA does not turn them.
-VizWiz's line about questions that cannot be answered is not added to the prompt. What LLaVA
-publishes of TextVQA needs --ocr.
+Photos are rotated as the camera noted (EXIF) unless --no-exif is given; LLaVA does not rotate them.
+VizWiz's line about questions that cannot be answered is not added to the prompt. LLaVA's published
+results of TextVQA need --ocr.
 
-After a crash or Ctrl-C the same command with --reuse goes on where it stopped. It refuses answers
-that were given with other settings. Shards on N machines get a DIR each; `llava-lite eval report
-DIR... -o DIR` makes one report of them. With --ray models in several actors answer into one DIR;
---reuse goes on with or without it."""
-
+To resume after a crash or Ctrl-C, run the same command with --reuse. It refuses answers that were
+given with other settings. Each of N machines writes its shard to a DIR of its own; `llava-lite eval
+report DIR... -o DIR` makes one report of them. With --ray, models in several actors answer into one
+DIR; --reuse resumes with or without it."""
 
 REPORT_HELP = """\
-The data set is opened where it was; --files says where it is now. The answers must have been given
+The data set is opened at its old place; --files gives a new place. All answers must have been given
 with the same settings.
 
 examples:
   llava-lite eval report runs/mmbench
   llava-lite eval report runs/shard-1 runs/shard-2 -o runs/all"""
 
-
-# How the options of data sets look as flags; all others take a text.
+# How the options of data sets look as flags. All others take a text.
 SWITCHES = ("circular", "ocr", "short_answer")
-
-
 CHOICES = {"language": ("en", "cn")}
 
 
@@ -120,9 +94,6 @@ def with_command(argv: Sequence[str]) -> list[str]:
     return list(argv)
 
 
-# ---- arguments -----------------------------------------------------------------------------------
-
-
 def add_eval(commands: Any) -> None:
     summary = "measure how often answers are right: MMBench, COCO, POPE, VQA, your own data"
     usage = "WHAT FILES -o DIR"
@@ -134,136 +105,67 @@ def add_eval(commands: Any) -> None:
     add_report(commands)
 
 
-def add_scenes(commands: Any) -> None:
-    parser = add_command(
-        commands,
-        "scenes",
-        run_scenes,
-        "",
-        "fresh drawn scenes of the embedded model's world, a question of every family",
-        SCENES_HELP,
-        within="eval ",
-    )
-    add = parser.add_argument
-    add("--n", type=positive, default=2000, metavar="N", help="scenes (default: 2000)")
-    words = "which scenes (default: 20000)"
-    add("--seed", type=natural, default=20_000, metavar="S", help=words)
-    add("--families", nargs="+", metavar="NAME", help="only these questions")
-    add(
-        "--renderer",
-        choices=["plain", "smooth"],
-        default="plain",
-        help="who draws: plain, as in training (the default), or smooth, by other code",
-    )
-    words = "at once (default: 16)"
-    add("--batch-size", type=positive, default=16, metavar="N", help=words)
-    parser.set_defaults(no_pad=False, no_exif=False)
-    add_reduction_arguments(parser)
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="print one object")
-    words = "wrong answers to show per family"
-    output.add_argument("--mistakes", type=natural, default=0, metavar="N", help=words)
-    output.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
-    add_model_arguments(parser)
-
-
 def add_data_set(commands: Any, name: str, kind: SuiteKind) -> None:
-    parser = add_command(
-        commands,
-        name,
-        run_data_set,
-        f"{kind.usage} -o DIR",
-        kind.summary,
-        SUITE_HELP,
-        within="eval ",
-    )
+    usage = f"{kind.usage} -o DIR"
+    parser = add_command(commands, name, run_data_set, usage, kind.summary, SUITE_HELP, "eval")
     parser.set_defaults(suite=name)
     parser.add_argument("paths", metavar="PATH", nargs="+", help=f"in any order: {kind.usage}")
-    for option, words in kind.options.items():
-        add_option(parser, option, words)
-    add_run_arguments(parser)
+    for option, text in kind.options.items():
+        flag = f"--{option.replace('_', '-')}"
+        if option in SWITCHES:
+            parser.add_argument(flag, action="store_true", default=None, help=text)
+        else:
+            parser.add_argument(flag, choices=CHOICES.get(option), metavar="NAME", help=text)
+    add_sample_arguments(parser.add_argument_group("samples"))
     add_ray_arguments(parser)
     add_sampling_arguments(parser, "what the data set asks for")
-    add_output_arguments(parser)
+    add_output_arguments(parser.add_argument_group("output"))
     add_model_arguments(parser)
 
 
-def add_option(parser: argparse.ArgumentParser, option: str, words: str) -> None:
-    """One option of a data set as a flag."""
-    flag = f"--{option.replace('_', '-')}"
-    if option in SWITCHES:
-        parser.add_argument(flag, action="store_true", default=None, help=words)
-    else:
-        parser.add_argument(flag, choices=CHOICES.get(option), metavar="NAME", help=words)
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sample_arguments(group: argparse._ArgumentGroup) -> None:
     """Which samples, and how many at once."""
-    group = parser.add_argument_group("samples")
-    group.add_argument("--limit", type=positive, metavar="N", help="only the first N")
-    group.add_argument(
-        "--shard",
-        type=shard,
-        default=(1, 1),
-        metavar="I/N",
-        help="only every N-th image from the I-th on, I = 1..N, for N machines with a DIR each",
-    )
-    group.add_argument(
-        "--batch-size", type=positive, metavar="N", help="asked at once (default: 8)"
-    )
-    group.add_argument(
-        "--workers",
-        type=natural,
-        default=2,
-        metavar="N",
-        help="threads that open images ahead of the model (default: 2; 0: none)",
-    )
+    add = group.add_argument
+    add("--limit", type=positive, metavar="N", help="only the first N")
+    text = "only every N-th image from the I-th on, I = 1..N, for N machines with a DIR each"
+    add("--shard", type=shard, default=(1, 1), metavar="I/N", help=text)
+    add("--batch-size", type=positive, metavar="N", help="asked at once (default: 8)")
+    text = "threads that open images ahead of the model (default: 2; 0: none)"
+    add("--workers", type=natural, default=2, metavar="N", help=text)
 
 
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where everything goes, and what becomes of what is there."""
-    group = parser.add_argument_group("output")
-    group.add_argument("-o", "--output", metavar="DIR", help="folder of predictions and report")
-    group.add_argument(
-        "--report-file",
-        metavar="FILE",
-        help="write the JSON report there, too (without -o, DIR is FILE without its suffix)",
-    )
-    group.add_argument(
-        "--reuse", action="store_true", help="go on with the predictions that DIR holds"
-    )
-    group.add_argument(
-        "--retry-errors", action="store_true", help="with --reuse: ask again what failed"
-    )
-    group.add_argument("--force", action="store_true", help="replace the predictions in DIR")
-    group.add_argument(
-        "--export", metavar="FILE", help="write the answers as the data set's server takes them"
-    )
-    group.add_argument("--json", action="store_true", help="print the report, no table")
-    group.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+def add_output_arguments(group: argparse._ArgumentGroup) -> None:
+    """Where the results go, and whether existing ones are reused or overwritten."""
+    add = group.add_argument
+    add("-o", "--output", metavar="DIR", help="folder of predictions and report")
+    text = "write the JSON report there, too (without -o, DIR is FILE without its suffix)"
+    add("--report-file", metavar="FILE", help=text)
+    flags = {
+        "--reuse": "resume with the predictions in DIR",
+        "--retry-errors": "with --reuse: ask failed samples again",
+        "--force": "overwrite the predictions in DIR",
+    }
+    add_flags(group, flags)
+    text = "write the answers as the data set's server takes them"
+    add("--export", metavar="FILE", help=text)
+    flags = {
+        "--json": "print the report, no table",
+        "--quiet": "nothing on stderr but errors",
+    }
+    add_flags(group, flags)
 
 
 def add_report(commands: Any) -> None:
-    parser = add_command(
-        commands,
-        "report",
-        run_report,
-        "DIR...",
-        "make the report of answers that are there, of one or several shards",
-        REPORT_HELP,
-        within="eval ",
-    )
+    summary = "make the report of existing answers, of one or several shards"
+    parser = add_command(commands, "report", run_report, "DIR...", summary, REPORT_HELP, "eval")
     add = parser.add_argument
     add("folders", nargs="+", metavar="DIR", help="folders that an evaluation wrote")
-    words = "folder for the report (default: that one; of several, none)"
-    add("-o", "--output", metavar="DIR", help=words)
+    text = "folder for the report (default: that one; of several, none)"
+    add("-o", "--output", metavar="DIR", help=text)
     add("--report-file", metavar="FILE", help="write the JSON report there, too")
-    add("--files", nargs="+", metavar="FILE", help="the data set's files, where they moved")
+    add("--files", nargs="+", metavar="FILE", help="the data set's files, if they moved")
     add("--export", metavar="FILE", help="write the answers as the data set's server takes them")
     add("--json", action="store_true", help="print the report, no table")
-
-
-# ---- a data set ----------------------------------------------------------------------------------
 
 
 def run_data_set(args: argparse.Namespace) -> int:
@@ -273,29 +175,29 @@ def run_data_set(args: argparse.Namespace) -> int:
     options = generation_options(args)
     reopen = suite_arguments(args)
     check_outputs(args, folder)
-    suite = suite_of(reopen)
+    suite = open_again(reopen)
     check_export(args, suite)
     options["max_new_tokens"] = options["max_new_tokens"] or suite.max_new_tokens
     from llava_lite.evaluation import predictions, report
     from llava_lite.evaluation.settings import answer_settings
     from llava_lite.generation.sampling import GenerationOptions
 
-    wishes = GenerationOptions(**options)
-    settings = answer_settings(suite, wishes)
+    checked = GenerationOptions(**options)
+    settings = answer_settings(suite, checked)
     path = folder / predictions.FILE_NAME
     predictions.check(path, args.reuse, args.force, settings)
-    ask = asking(args, wishes, cluster)
+    ask = choose_ask(args, checked, cluster)
     answer(args, suite, ask, settings, folder, reopen)
     found = predictions.read_predictions(path)
     return deliver(args, report.Evaluation.of(suite, [(str(folder), found)]), folder)
 
 
 def output_folder(args: argparse.Namespace) -> Path:
-    """Where predictions go; wrong usage shows here."""
+    """The folder of the predictions. Contradictory flags are wrong usage."""
     if args.retry_errors and not args.reuse:
         args.parser.error("--retry-errors needs --reuse")
     if args.reuse and args.force:
-        args.parser.error("--reuse goes on with the predictions, --force replaces them: give one")
+        args.parser.error("--reuse resumes with the predictions, --force overwrites them: give one")
     if args.output is None and args.report_file is None:
         args.parser.error("a folder for predictions and report is needed: -o DIR")
     if args.output is not None:
@@ -307,8 +209,9 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 
 def suite_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Name, paths and options of the suite as plain types, to open it now and for a report. Too
-    many paths or too few are wrong usage."""
+    """Name, paths and options of the suite as plain types, to open it now and for a report.
+
+    A wrong number of paths is wrong usage."""
     paths = [Path(path).absolute() for path in args.paths]
     if all(path.exists() for path in paths):
         try:
@@ -319,26 +222,26 @@ def suite_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {"name": args.suite, "paths": list(map(str, paths)), "options": options}
 
 
-def suite_of(arguments: Mapping[str, Any]) -> Suite:
-    """The suite of `suite_arguments`."""
+def open_again(arguments: Mapping[str, Any]) -> Suite:
+    """Open the suite of `suite_arguments`."""
     paths = [Path(path) for path in arguments["paths"]]
     return open_suite(arguments["name"], paths, **arguments["options"])
 
 
 def check_export(args: argparse.Namespace, suite: Suite) -> None:
-    """Wrong usage where the data set has no format for answers."""
+    """--export is wrong usage if the data set has no format for answers."""
     if args.export and not isinstance(suite, Exporting):
         args.parser.error(f"--export: {suite.name} has no format for answers")
 
 
 def check_outputs(args: argparse.Namespace, folder: Path | None) -> None:
-    """Raise EvaluationError where a result could not be written, before anything is asked."""
+    """Raise EvaluationError, before anything is asked, if a result cannot be written."""
     if folder is not None:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not there.is_dir():
-            raise EvaluationError(f"{folder}: {there} is not a folder")
-        if not os.access(there, os.W_OK):
-            raise EvaluationError(f"{folder}: {there} cannot be written to")
+        first = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not first.is_dir():
+            raise EvaluationError(f"{folder}: {first} is not a folder")
+        if not os.access(first, os.W_OK):
+            raise EvaluationError(f"{folder}: {first} cannot be written to")
     for name in (args.report_file, args.export):
         if name is None:
             continue
@@ -348,17 +251,17 @@ def check_outputs(args: argparse.Namespace, folder: Path | None) -> None:
             check_output(path, EvaluationError)
 
 
-def asking(
+def choose_ask(
     args: argparse.Namespace,
     options: "GenerationOptions",
     cluster: ray_batch.Cluster | None,
 ) -> "Ask":
-    """Who answers: the actors of a cluster, or a model that is loaded here."""
-    named, wanted = default_source(args.model), load_options(args)
+    """The function that answers: actors of a cluster, or a model in this process."""
+    name, wanted = default_source(args.model), load_options(args)
     if cluster is not None:
         from llava_lite.integrations.ray_eval import asking_actors
 
-        source = ray_batch.ModelSource(named, wanted)
+        source = ray_batch.ModelSource(name, wanted)
         return asking_actors(source, cluster, options, args.batch_size, args.workers)
     from llava_lite.evaluation.engine import Engine
     from llava_lite.evaluation.runner import asking_here
@@ -366,7 +269,7 @@ def asking(
 
     model = load_model(args)
     engine = Engine(model, options, args.batch_size, args.workers)
-    return asking_here(engine, model_settings(model, Origin.of(named, wanted), options))
+    return asking_here(engine, model_settings(model, Origin.of(name, wanted), options))
 
 
 def answer(
@@ -377,56 +280,27 @@ def answer(
     folder: Path,
     reopen: Mapping[str, Any],
 ) -> None:
-    """Ask what is missing, with a bar of progress."""
+    """Ask the missing samples, with a progress bar."""
     from llava_lite.evaluation.runner import Files, Selection, run
 
-    progress = Progress(args.quiet)
+    files = Files(folder, args.reuse, args.retry_errors, args.force)
+    selection = Selection(args.limit, args.shard)
     try:
-        run(
-            suite.samples(),
-            ask,
-            Files(folder, args.reuse, args.retry_errors, args.force),
-            settings,
-            Selection(args.limit, args.shard),
-            reopen,
-            progress.start,
-            progress.count,
-        )
+        with Progress("sample", args.quiet) as progress:
+            run(
+                suite.samples(),
+                ask,
+                files,
+                settings,
+                selection,
+                reopen,
+                on_start=progress.start,
+                on_record=progress.count,
+            )
     except KeyboardInterrupt:
         if not args.quiet:
-            say(f"{folder} keeps what was answered; --reuse goes on from there")
+            say(f"{folder} keeps all answers so far; resume with --reuse")
         raise
-    finally:
-        progress.close()
-
-
-class Progress:
-    """A bar of answered samples on stderr, only where that is a terminal."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.hidden = quiet or not sys.stderr.isatty()
-        self.failed = 0
-        self.bar: Any = None
-
-    def start(self, total: int, done: int) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(
-            total=total, initial=done, unit="sample", file=sys.stderr, disable=self.hidden
-        )
-
-    def count(self, record: "JsonObject") -> None:
-        if "error" in record:
-            self.failed += 1
-            self.bar.set_postfix(failed=self.failed, refresh=False)
-        self.bar.update()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-# ---- report --------------------------------------------------------------------------------------
 
 
 def run_report(args: argparse.Namespace) -> int:
@@ -442,11 +316,11 @@ def run_report(args: argparse.Namespace) -> int:
     ]
     runs = parts[0][1].runs
     if not runs or "name" not in runs[-1].get("suite", {}):
-        raise predictions.PredictionsError(f"{folders[0]}: does not say which data set it is of")
+        raise predictions.PredictionsError(f"{folders[0]}: does not name its data set")
     arguments = dict(runs[-1]["suite"])
     if args.files:
         arguments["paths"] = args.files
-    suite = suite_of(arguments)
+    suite = open_again(arguments)
     check_export(args, suite)
     return deliver(args, report.Evaluation.of(suite, parts), output)
 
@@ -468,52 +342,3 @@ def deliver(args: argparse.Namespace, evaluation: "Evaluation", folder: Path | N
         part.export(evaluation.answers, Path(args.export))
     print(json.dumps(content) if args.json else "\n".join(report.table(content)))
     return FAILED if content["samples"]["failed"] else OK
-
-
-# ---- scenes --------------------------------------------------------------------------------------
-
-
-def run_scenes(args: argparse.Namespace) -> int:
-    """`llava-lite eval scenes`."""
-    from llava_lite.evaluation.scenes.questions import PARAPHRASES
-    from llava_lite.reduction import Reduction
-
-    unknown = [name for name in args.families or () if name not in PARAPHRASES]
-    if unknown:
-        args.parser.error(f"no family {unknown[0]!r}; there are {', '.join(PARAPHRASES)}")
-    reduction = Reduction.of(parse_reduction(args))
-    from tqdm import tqdm
-
-    from llava_lite.evaluation.scenes import accuracy
-    from llava_lite.fast.quantize import method_of
-
-    scenes = list(accuracy.fresh_scenes(args.n, args.seed, args.families))
-    model = load_model(args)
-    hidden = args.quiet or not sys.stderr.isatty()
-    asked = sum(len(questions) for _, questions in scenes)
-    with tqdm(unit="question", total=asked, file=sys.stderr, disable=hidden) as bar:
-        tallies = accuracy.evaluate_scenes(
-            model,
-            scenes,
-            reduction=reduction,
-            batch_size=args.batch_size,
-            draw=accuracy.RENDERERS[args.renderer],
-            reuse_prefix=True,
-            on_answer=bar.update,
-        )
-    method = method_of(model.llava)
-    settings = {
-        "model": model.config.name,
-        "dtype": str(model.llava.dtype).removeprefix("torch."),
-        **({"quantize": method} if method else {}),
-        "reduction": str(reduction),
-        "renderer": args.renderer,
-        "scenes": args.n,
-        "seed": args.seed,
-    }
-    if args.json:
-        print(json.dumps(accuracy.report(tallies, settings, args.mistakes)))
-    else:
-        print(", ".join(f"{name} {value}" for name, value in settings.items()))
-        print("\n".join(accuracy.table(tallies, args.mistakes)))
-    return OK

@@ -7,59 +7,49 @@ from typing import Any
 
 from llava_lite.cli.arguments import (
     add_command,
+    add_flags,
     add_image_sources,
     add_model_arguments,
     add_notice_arguments,
     add_sampling_arguments,
 )
-from llava_lite.cli.console import (
-    OK,
-    format_stats,
-    print_pieces,
-    say,
-)
+from llava_lite.cli.console import OK, format_stats, print_pieces, say
 from llava_lite.cli.wanted import (
     generation_options,
-    joined_ranks,
+    join_ranks,
     load_model,
     open_images,
     read_prompt,
 )
 
-
-def add_generate(commands: Any) -> None:
-    details = """examples:
+GENERATE_HELP = """\
+examples:
   llava-lite generate -i photo.jpg -p "What is in this picture?"
   llava-lite generate -i a.png b.png -p "What differs between <image> and <image>?"
   echo "Describe the image." | llava-lite generate -m weights/llava-1.5-7b -i photo.jpg --json"""
-    parser = add_command(
-        commands, "generate", run_generate, "-i IMAGE -p TEXT", "answer one prompt", details
-    )
+
+
+def add_generate(commands: Any) -> None:
+    summary, usage = "answer one prompt", "-i IMAGE -p TEXT"
+    parser = add_command(commands, "generate", run_generate, usage, summary, GENERATE_HELP)
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="the question (default: stdin)")
     add_image_sources(parser, "image to ask about: path, URL, or - for stdin; repeat for more")
     add_sampling_arguments(parser)
     output = parser.add_argument_group("output")
-    output.add_argument(
-        "--stream",
-        action=argparse.BooleanOptionalAction,
-        help="print the answer while it is written (default: when stdout is a terminal)",
-    )
-    output.add_argument(
-        "--json", action="store_true", help="print one object: text, finish_reason, usage, timings"
-    )
-    output.add_argument(
-        "--trace",
-        action="store_true",
-        help="with --json: what became of the image tokens, layer by layer, and what that cost",
-    )
+    text = "print the answer while it is written (default: when stdout is a terminal)"
+    output.add_argument("--stream", action=argparse.BooleanOptionalAction, help=text)
+    flags = {
+        "--json": "print one object: text, finish_reason, usage, timings",
+        "--trace": "with --json: the fate of the image tokens, layer by layer, and its cost",
+    }
+    add_flags(output, flags)
     add_notice_arguments(output)
     add_model_arguments(parser)
-    parser.add_argument(
-        "--tensor-parallel",
-        action="store_true",
-        help="spread the decoder over several GPUs: torchrun --nproc-per-node 2 -m llava_lite "
-        "generate --tensor-parallel ...",
+    text = (
+        "spread the decoder over several GPUs: torchrun --nproc-per-node 2 -m llava_lite "
+        "generate --tensor-parallel ..."
     )
+    add_flags(parser, {"--tensor-parallel": text})
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -68,7 +58,7 @@ def run_generate(args: argparse.Namespace) -> int:
         args.parser.error("--json prints one object at the end: it does not go with --stream")
     if args.trace and not args.json:
         args.parser.error("--trace is part of the object that --json prints")
-    ranks = joined_ranks(args)
+    ranks = join_ranks(args)
     prompt = read_prompt(args) if ranks is None else ranks.from_first(lambda: read_prompt(args))
     options = {**generation_options(args), "trace": args.trace}
     images = open_images(args, ranks)

@@ -11,32 +11,29 @@ from llava_lite.cli.arguments import (
     add_notice_arguments,
     add_sampling_arguments,
 )
-from llava_lite.cli.console import (
-    OK,
-    format_stats,
-    say,
-)
+from llava_lite.cli.console import OK, format_stats, say
 from llava_lite.cli.wanted import generation_options, image_opener, load_model, read_prompt
 
 PICTURES = (".html", ".png")
-
-
-def add_inspect(commands: Any) -> None:
-    details = """The page holds all it shows, without scripts; the PNG shows the same. Times are
-those of a second run of the prompt: the first one of a process is slower.
+INSPECT_HELP = """\
+The page holds everything it shows, without scripts. The PNG shows the same. Times are from a second
+run of the prompt, because the first run of a process is slower.
 
 examples:
   llava-lite inspect -i photo.jpg -p "What is this?" --reduction hybrid-72-36 -o run.html
   llava-lite inspect -i photo.jpg -p "What is this?" --fastv-k 0.5 -o run.png --force"""
+
+
+def add_inspect(commands: Any) -> None:
     summary = "draw what became of a prompt's image tokens, and what that cost"
     usage = "-i IMAGE -p TEXT -o FILE"
-    parser = add_command(commands, "inspect", run_inspect, usage, summary, details)
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the question (default: stdin)")
+    parser = add_command(commands, "inspect", run_inspect, usage, summary, INSPECT_HELP)
+    add = parser.add_argument
+    add("-p", "--prompt", metavar="TEXT", help="the question (default: stdin)")
     add_image_sources(parser, "image to ask about: path, URL, or - for stdin; repeat for more")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help="picture to write: .html or .png"
-    )
-    parser.add_argument("--force", action="store_true", help="replace FILE")
+    text = "picture to write: .html or .png"
+    add("-o", "--output", required=True, metavar="FILE", help=text)
+    add("--force", action="store_true", help="overwrite FILE")
     add_sampling_arguments(parser)
     add_notice_arguments(parser.add_argument_group("output"))
     add_model_arguments(parser)
@@ -55,7 +52,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     options = generation_options(args)
     images = [image_opener(args)(source) for source in args.image]
     seen = inspection.inspect(load_model(args), images, prompt, **options)
-    print(seen.answer, flush=True)  # first: it is worth more than its picture
+    print(seen.answer, flush=True)  # before the picture: the answer is worth more
     seen.save(output, args.force)
     if args.stats:
         say(format_stats(seen.answer))

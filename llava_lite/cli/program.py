@@ -1,7 +1,7 @@
-"""The program `llava-lite`: arguments in, the answer on stdout, everything else on stderr.
+"""The program `llava-lite`: parse the arguments, run one subcommand, return the exit code.
 
-Each subcommand is one function that takes the parsed arguments and returns the exit code. What is
-slow to import is imported there, so that help and usage errors come at once.
+Each subcommand is a function that takes the parsed arguments. Slow imports happen inside that
+function, so help and usage errors appear at once.
 """
 
 import argparse
@@ -10,21 +10,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from llava_lite.cli import eval as eval_cli
 from llava_lite.cli.arguments import EXIT_CODES
 from llava_lite.cli.batch import add_batch
 from llava_lite.cli.bench import add_bench
 from llava_lite.cli.chat import add_chat
-from llava_lite.cli.console import (
-    FAILED,
-    INTERRUPTED,
-    WRONG_USAGE,
-    behind_first_rank,
-    say,
-)
+from llava_lite.cli.console import FAILED, INTERRUPTED, WRONG_USAGE, run_silently, say
 from llava_lite.cli.convert import add_convert
 from llava_lite.cli.download import add_download
-from llava_lite.cli.eval import add_eval
+from llava_lite.cli.eval import add_eval, with_command
 from llava_lite.cli.generate import add_generate
 from llava_lite.cli.info import add_info
 from llava_lite.cli.inspect import add_inspect
@@ -33,18 +26,32 @@ from llava_lite.cli.thresholds import add_thresholds
 from llava_lite.errors import LlavaLiteError, one_line
 from llava_lite.version import __version__
 
+COMMANDS = (
+    add_generate,
+    add_chat,
+    add_batch,
+    add_convert,
+    add_download,
+    add_info,
+    add_thresholds,
+    add_inspect,
+    add_eval,
+    add_bench,
+    add_serve,
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with `argv` (default: the process's own) and return its exit code.
+    """Run the program with `argv` (default: `sys.argv`) and return its exit code.
 
-    What a user can cause becomes one line on stderr."""
-    argv = [hyphenated(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    An error that a user can cause becomes one line on stderr."""
+    argv = [hyphenate(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     rank = int(os.environ.get("RANK", "0")) if "--tensor-parallel" in argv else 0  # of torchrun
-    return behind_first_rank(rank, lambda: speak(argv)) if rank else speak(argv)
+    return run_silently(rank, lambda: run_safely(argv)) if rank else run_safely(argv)
 
 
-def speak(argv: Sequence[str]) -> int:
-    """`main` of the process that shows what it has to say."""
+def run_safely(argv: Sequence[str]) -> int:
+    """Run the program; turn interrupts and errors of the user into an exit code and one line."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack letters that answers have
     try:
@@ -62,14 +69,14 @@ def speak(argv: Sequence[str]) -> int:
             raise
         say(f"error: {one_line(error)}")
         if isinstance(error, OSError):
-            drop_stdout()  # if that is what failed, it would fail again at exit
+            drop_stdout()  # if stdout failed, it would fail again at exit
         return FAILED
 
 
 def run(argv: Sequence[str]) -> int:
     """Parse the arguments and run the chosen subcommand."""
     try:
-        args, unknown = build_parser().parse_known_args(eval_cli.with_command(argv))
+        args, unknown = build_parser().parse_known_args(with_command(argv))
         if unknown:
             args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         with warnings.catch_warnings():
@@ -83,30 +90,27 @@ def run(argv: Sequence[str]) -> int:
 
 
 def is_users(error: Exception) -> bool:
-    """True for errors that a user can cause; any other is a bug and keeps its traceback."""
+    """True for errors that a user can cause. Any other error is a bug and keeps its traceback."""
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return isinstance(error, LlavaLiteError | ValueError | OSError) or out_of_memory
 
 
 def drop_stdout() -> None:
-    """Send what is still in stdout's buffer nowhere, so that Python does not complain at exit."""
+    """Discard the rest of stdout's buffer, so that Python does not complain at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def hyphenated(argument: str) -> str:
-    """--max_new_tokens means --max-new-tokens; what follows a `=` stays as it is."""
+def hyphenate(argument: str) -> str:
+    """Read --max_new_tokens as --max-new-tokens. A value after `=` stays unchanged."""
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
-# ---- arguments ---------------------------------------------------------------------------------
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="llava-lite",
         usage="llava-lite COMMAND [options]",
@@ -118,18 +122,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"llava-lite {__version__}")
     commands = parser.add_subparsers(
         prog="llava-lite",
-        metavar="COMMAND [...]",  # as wide as the longest, or argparse breaks that one's line
+        metavar="COMMAND [...]",  # as wide as the longest name, or argparse breaks its line
         required=True,
     )
-    add_generate(commands)
-    add_chat(commands)
-    add_batch(commands)
-    add_convert(commands)
-    add_download(commands)
-    add_info(commands)
-    add_thresholds(commands)
-    add_inspect(commands)
-    add_eval(commands)
-    add_bench(commands)
-    add_serve(commands)
+    for add_to in COMMANDS:
+        add_to(commands)
     return parser

@@ -1,7 +1,6 @@
 """Token reduction on the command line: `--reduction NAME`, and flags for each of its parts.
 
-A preset and single flags may be combined; a flag then replaces that part of the preset. Imports
-nothing heavy: help and errors of usage come at once.
+A flag replaces that part of the preset. Imports nothing heavy, so help appears at once.
 """
 
 import argparse
@@ -17,50 +16,38 @@ MERGE_FORMS = "none, tome:72 (keeps 72), tome:r=21 (21 per block), tome:r=21,lin
 
 
 def add_reduction_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags, in a group of their own."""
-    group = parser.add_argument_group(
-        "token reduction", "fewer image tokens: faster, with answers that may change"
+    """Add the group of flags."""
+    summary = "fewer image tokens: faster, with answers that may change"
+    add = parser.add_argument_group("token reduction", summary).add_argument
+    text = "preset, such as hybrid-72-36 (info --presets: all)"
+    add("--reduction", metavar="NAME", help=text)
+    text = f"merge image tokens in the vision tower: {MERGE_FORMS}"
+    add("--merge", metavar="HOW", help=text)
+    text = "for --merge dtome: JSON, or a checkpoint of DyMU (default: the model's own)"
+    add("--thresholds", metavar="FILE", help=text)
+    text = "where merged tokens stand in the decoder: vtu (the default), logical, plain"
+    add("--positions", metavar="WHERE", help=text)
+    text = (
+        "prune image tokens in the decoder: 36 keeps so many, 0.7 drops that share, none "
+        "(default: $FASTV_K, else what --reduction says)"
     )
-    group.add_argument(
-        "--reduction", metavar="NAME", help="preset, such as hybrid-72-36 (info --presets: all)"
+    add("--fastv-k", metavar="AMOUNT", help=text)
+    text = (
+        "first pruned layer, counted from 0 and at least 1: the layer before it gives the scores "
+        "(default: 3)"
     )
-    group.add_argument(
-        "--merge", metavar="HOW", help=f"merge image tokens in the vision tower: {MERGE_FORMS}"
-    )
-    group.add_argument(
-        "--thresholds",
-        metavar="FILE",
-        help="for --merge dtome: JSON, or a checkpoint of DyMU (default: the model's own)",
-    )
-    group.add_argument(
-        "--positions",
-        metavar="WHERE",
-        help="where merged tokens stand in the decoder: vtu (the default), logical, plain",
-    )
-    group.add_argument(
-        "--fastv-k",
-        metavar="AMOUNT",
-        help="prune image tokens in the decoder: 36 keeps so many, 0.7 drops that share, none "
-        "(default: $FASTV_K, else what --reduction says)",
-    )
-    group.add_argument(
-        "--fastv-layer",
-        type=int,
-        metavar="K",
-        help="first pruned layer, counted from 0 and at least 1: the layer before it gives the "
-        "scores (default: 3)",
-    )
+    add("--fastv-layer", type=int, metavar="K", help=text)
 
 
 def build_reduction(args: argparse.Namespace) -> "Reduction | None":
-    """What the flags ask for, None where they say nothing.
+    """The reduction of the flags; None without any.
 
-    Raises ValueError, and CheckpointError for a file of thresholds that cannot be used."""
+    Raises ValueError for a bad value, CheckpointError for an unusable file of thresholds."""
     amount, flag = args.fastv_k, "--fastv-k"
     if amount is None:
         amount, flag = os.environ.get("FASTV_K") or None, "FASTV_K"
-    said = (args.reduction, args.merge, args.thresholds, args.positions, amount, args.fastv_layer)
-    if all(flag is None for flag in said):
+    given = (args.reduction, args.merge, args.thresholds, args.positions, amount, args.fastv_layer)
+    if all(flag is None for flag in given):
         return None
     from llava_lite.reduction import Reduction
 

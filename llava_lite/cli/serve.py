@@ -1,6 +1,6 @@
-"""`llava-lite serve`: its arguments, and what they mean for a server.
+"""`llava-lite serve`: the arguments of the server, and its start.
 
-Imports nothing heavy: help and errors of usage come at once.
+Imports nothing heavy, so help appears at once.
 """
 
 import argparse
@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from llava_lite.cli.arguments import (
     add_command,
     add_model_arguments,
+    add_square_arguments,
     natural,
     port,
     positive,
 )
-from llava_lite.cli.console import INTERRUPTED, say
+from llava_lite.cli.console import INTERRUPTED, OK, say
 from llava_lite.cli.reduction import add_reduction_arguments
 from llava_lite.cli.wanted import load_model, parse_reduction
 from llava_lite.errors import LlavaLiteError
@@ -31,19 +32,33 @@ if TYPE_CHECKING:
     from llava_lite.server.settings import Settings
 
 KEY_VARIABLE = "LLAVA_LITE_API_KEY"
-
-
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
-
-
-HELP = f"""\
+LIMITS = (
+    ("--max-batch-size", positive, 8, "requests that the model answers at once"),
+    ("--max-queue", positive, 64, "requests that may wait; more get status 429"),
+    ("--max-new-tokens", positive, 2048, "longest answer that may be asked for"),
+    ("--max-images", positive, 8, "images of one request"),
+    ("--max-image-mb", positive, 20, "megabytes of one image as it is sent"),
+    ("--max-body-mb", positive, 32, "megabytes of one request"),
+    ("--max-pixels", positive, 64_000_000, "pixels of one image"),
+    ("--image-workers", positive, 2, "images that are decoded at once"),
+    (
+        "--request-timeout",
+        positive,
+        300,
+        "seconds from the first byte of a request to the last of its answer",
+    ),
+    ("--shutdown-timeout", positive, 30, "seconds for running requests to finish at the end"),
+    ("--image-cache", natural, 16, "encoded images kept for later turns of their chats, 0: none"),
+)
+SERVE_HELP = f"""\
 POST /v1/chat/completions (text and image_url parts, stream), GET /v1/models, /health, /metrics.
 Any OpenAI client reaches it as base_url http://HOST:PORT/v1. Without a temperature answers are
 greedy. Extensions of a request: "top_k", and "reduction", the name of a preset (or "none").
 
-Images are data URLs. URLs and files are refused unless a domain or a folder is allowed. Whoever
-reaches the port may ask: set a key ({KEY_VARIABLE} or --api-key) before listening elsewhere
-than on this machine, and put a proxy with TLS in front.
+Images are data URLs. URLs and files are refused unless a domain or a folder is allowed. Everyone
+who reaches the port may ask. Before other machines can reach it, set a key ({KEY_VARIABLE} or
+--api-key) and put a proxy with TLS in front.
 
 examples:
   llava-lite serve
@@ -51,102 +66,62 @@ examples:
   {KEY_VARIABLE}=... llava-lite serve --host 0.0.0.0 --allow-url-domain images.example.org"""
 
 
-def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    """All but those of the model and of token reduction."""
+def add_serve(commands: Any) -> None:
+    summary = "answer over HTTP as OpenAI's chat completions do"
+    parser = add_command(commands, "serve", run_serve, "[-m MODEL]", summary, SERVE_HELP)
     add_address(parser.add_argument_group("address"))
-    add_sources(parser.add_argument_group("images"))
-    add_limits(parser.add_argument_group("limits"))
+    add_image_limits(parser.add_argument_group("images"))
+    limits = parser.add_argument_group("limits")
+    for name, kind, default, text in LIMITS:
+        text = f"{text} (default: {default})"
+        limits.add_argument(name, type=kind, default=default, metavar="N", help=text)
     output = parser.add_argument_group("output")
     output.add_argument("--quiet", action="store_true", help="only warnings and errors on stderr")
+    add_reduction_arguments(parser)
+    add_model_arguments(parser)
 
 
 def add_address(group: argparse._ArgumentGroup) -> None:
-    """Where it listens, and to whom."""
-    group.add_argument(
-        "--host", default="127.0.0.1", metavar="HOST", help="address (default: 127.0.0.1)"
+    """Where the server listens, and which clients may ask."""
+    add = group.add_argument
+    add("--host", default="127.0.0.1", metavar="HOST", help="address (default: 127.0.0.1)")
+    text = "0 takes a free one (default: 8000)"
+    add("--port", type=port, default=8000, metavar="N", help=text)
+    text = (
+        f"key that clients must send (default: ${KEY_VARIABLE}, which other users of this "
+        "machine cannot see in the list of processes)"
     )
-    group.add_argument(
-        "--port", type=port, default=8000, metavar="N", help="0 takes a free one (default: 8000)"
+    add("--api-key", metavar="KEY", help=text)
+    text = "name of the model for clients (default: the model's own)"
+    add("--served-model-name", metavar="NAME", help=text)
+    text = "web page that may ask from a browser, such as http://localhost:3000; may be repeated"
+    add("--cors-origin", action="append", default=[], metavar="ORIGIN", help=text)
+    text = (
+        "further name of this machine that requests may carry, for a server that listens on this "
+        "machine only and needs no key; may be repeated"
     )
-    group.add_argument(
-        "--api-key",
-        metavar="KEY",
-        help=f"key that clients must send (default: ${KEY_VARIABLE}, which other users of this "
-        "machine cannot see in the list of processes)",
-    )
-    group.add_argument(
-        "--served-model-name", metavar="NAME", help="what clients call it (default: its own name)"
-    )
-    group.add_argument(
-        "--cors-origin",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="web page that may ask from a browser, such as http://localhost:3000; may be repeated",
-    )
-    group.add_argument(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="further name of this machine that requests may carry, where it listens on this "
-        "machine only and needs no key; may be repeated",
-    )
+    add("--allow-host", action="append", default=[], metavar="NAME", help=text)
 
 
-def add_sources(group: argparse._ArgumentGroup) -> None:
-    """Where images may come from."""
-    group.add_argument(
-        "--allow-url-domain",
-        action="append",
-        default=[],
-        metavar="DOMAIN",
-        help='host to fetch image URLs from, "*.example.org" is all below it; may be repeated',
-    )
-    group.add_argument(
-        "--media-root", type=Path, metavar="DIR", help="folder whose files may be named as images"
-    )
-    group.add_argument(
-        "--no-pad", action="store_true", help="crop the middle square instead of padding to one"
-    )
-    group.add_argument(
-        "--no-exif", action="store_true", help="ignore the camera's rotation, as LLaVA does"
-    )
+def add_image_limits(group: argparse._ArgumentGroup) -> None:
+    """Where images may come from, and how they become squares."""
+    add = group.add_argument
+    text = 'host to fetch image URLs from, "*.example.org" is all below it; may be repeated'
+    add("--allow-url-domain", action="append", default=[], metavar="DOMAIN", help=text)
+    text = "folder whose files may be named as images"
+    add("--media-root", type=Path, metavar="DIR", help=text)
+    add_square_arguments(group)
 
 
-def add_limits(group: argparse._ArgumentGroup) -> None:
-    """How much of everything."""
-    for name, default, text in (
-        ("--max-batch-size", 8, "requests that the model answers at once"),
-        ("--max-queue", 64, "requests that may wait; more get status 429"),
-        ("--max-new-tokens", 2048, "longest answer that may be asked for"),
-        ("--max-images", 8, "images of one request"),
-        ("--max-image-mb", 20, "megabytes of one image as it is sent"),
-        ("--max-body-mb", 32, "megabytes of one request"),
-        ("--max-pixels", 64_000_000, "pixels of one image"),
-        ("--image-workers", 2, "images that are decoded at once"),
-        ("--request-timeout", 300, "seconds from a request's first byte to its answer's last"),
-        ("--shutdown-timeout", 30, "seconds for what runs to finish at the end"),
-    ):
-        group.add_argument(
-            name,
-            type=positive,
-            default=default,
-            metavar="N",
-            help=f"{text} (default: {default})",
-        )
-    group.add_argument(
-        "--image-cache",
-        type=natural,
-        default=16,
-        metavar="N",
-        help="encoded images that are kept for the next turns of their chats, 0 for none "
-        "(default: 16)",
-    )
+def run_serve(args: argparse.Namespace) -> int:
+    """`llava-lite serve`."""
+    require_packages()
+    settings = read_settings(args, parse_reduction(args))
+    return run(args, settings, lambda: load_model(args))
 
 
 def require_packages() -> None:
-    """Raises LlavaLiteError where the extra is not installed."""
+    """Raises LlavaLiteError if the extra `serve` is not installed."""
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise LlavaLiteError(
@@ -155,13 +130,13 @@ def require_packages() -> None:
 
 
 def read_settings(args: argparse.Namespace, reduction: "Reduction | None") -> "Settings":
-    """What the arguments say; the model's name is still missing. Raises ValueError."""
+    """The server's settings. The model's name is empty if no flag gives one. Raises ValueError."""
     from llava_lite.server.run import is_loopback
     from llava_lite.server.settings import Settings
 
     key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE) or None
     local = is_loopback(args.host)
-    # Other names than these reach a local server only from a page that plays tricks with names.
+    # A request to a local server under another name is DNS rebinding by a web page.
     hosts = (*LOCAL_NAMES, args.host, *map(str.lower, args.allow_host))
     return Settings(
         model_name=args.served_model_name or "",
@@ -212,28 +187,13 @@ def run(args: argparse.Namespace, settings: "Settings", load: "Callable[[], Mode
                 say(f"serving {settings.model_name} at {url} (Ctrl-C stops)")
 
         ended_by = serve(create_app(model, settings), settings, sock, announce)
-    return INTERRUPTED if ended_by == signal.SIGINT else 0
+    return INTERRUPTED if ended_by == signal.SIGINT else OK
 
 
 def start_log(quiet: bool) -> None:
-    """One line per request on stderr."""
+    """Log one line per request to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log = logging.getLogger("llava_lite.server")
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.WARNING if quiet else logging.INFO)
-
-
-def add_serve(commands: Any) -> None:
-    summary = "answer over HTTP as OpenAI's chat completions do"
-    parser = add_command(commands, "serve", run_serve, "[-m MODEL]", summary, HELP)
-    add_serve_arguments(parser)
-    add_reduction_arguments(parser)
-    add_model_arguments(parser)
-
-
-def run_serve(args: argparse.Namespace) -> int:
-    """`llava-lite serve`."""
-    require_packages()
-    settings = read_settings(args, parse_reduction(args))
-    return run(args, settings, lambda: load_model(args))

@@ -1,4 +1,4 @@
-"""From parsed arguments to objects: the model, its options, images and the prompt."""
+"""From parsed arguments to objects: the model, the options, the images and the prompt."""
 
 import argparse
 import os
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def load_model(args: argparse.Namespace) -> "Model":
-    """The model of the arguments, prepared as they say."""
+    """Load the model that the arguments name."""
     import torch
 
     from llava_lite.fast.allocator import keep_freed_memory
@@ -28,21 +28,20 @@ def load_model(args: argparse.Namespace) -> "Model":
         torch.set_num_threads(args.threads)
     if args.download:
         choose_download_bars(args.quiet)
-    # With --quiet the source is named, and then `load` has no reason to say which it took.
+    # `load` prints which model it chose, unless the source is given.
     source = default_source(args.model) if args.quiet else args.model
     return load(source, **load_options(args))
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments say to `llava_lite.load`, beside the source."""
+    """The keyword arguments of `llava_lite.load`."""
     names = "device dtype download revision offline base vision_tower quantize compile"
-    names += " tensor_parallel"
-    options = {name: getattr(args, name) for name in names.split()}
+    options = {name: getattr(args, name) for name in (*names.split(), "tensor_parallel")}
     return options | {"pad": False if args.no_pad else None, "exif": not args.no_exif}
 
 
-def joined_ranks(args: argparse.Namespace) -> "Ranks | None":
-    """The processes that share the model, where the arguments ask for several."""
+def join_ranks(args: argparse.Namespace) -> "Ranks | None":
+    """The processes that share the model; None without --tensor-parallel."""
     if not args.tensor_parallel:
         return None
     from llava_lite.fast.ranks import join
@@ -51,20 +50,20 @@ def joined_ranks(args: argparse.Namespace) -> "Ranks | None":
 
 
 def choose_download_bars(quiet: bool) -> None:
-    """The hub's progress bars only at a terminal, and not when quiet."""
+    """Hide the hub's progress bars if quiet, or if stderr is not a terminal."""
     if quiet or not sys.stderr.isatty():
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
 
 
-def default_source(named: str | None) -> str:
-    """What is loaded when no model is named."""
-    return named or os.environ.get("LLAVA_LITE_MODEL") or str(embedded_model())
+def default_source(name: str | None) -> str:
+    """The given model, else $LLAVA_LITE_MODEL, else the embedded model."""
+    return name or os.environ.get("LLAVA_LITE_MODEL") or str(embedded_model())
 
 
 def parse_reduction(args: argparse.Namespace) -> "Reduction | None":
-    """What the flags of token reduction ask for; what cannot be is wrong usage."""
+    """The reduction of the flags; None without any. A bad value is wrong usage."""
     try:
         return build_reduction(args)
     except ValueError as error:
@@ -73,8 +72,9 @@ def parse_reduction(args: argparse.Namespace) -> "Reduction | None":
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `Model.generate`. Raises before any model is loaded: SystemExit for flags of
-    token reduction that cannot be, ValueError for other values."""
+    """The options of `Model.generate`, checked before any model is loaded.
+
+    Raises SystemExit for bad flags of token reduction, ValueError for other bad values."""
     from llava_lite.generation.sampling import GenerationOptions
 
     names = "max_new_tokens temperature top_p top_k seed stop system template"
@@ -85,7 +85,7 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def image_opener(args: argparse.Namespace) -> "Callable[[str], Image]":
-    """Opens a path, a URL, or - for stdin, as the arguments say. Raises ImageError."""
+    """A function that opens a path, a URL, or - for stdin. It raises ImageError."""
     from llava_lite.inputs.images import load_image
 
     def open_image(source: str) -> "Image":
@@ -95,7 +95,7 @@ def image_opener(args: argparse.Namespace) -> "Callable[[str], Image]":
 
 
 def open_images(args: argparse.Namespace, ranks: "Ranks | None") -> "list[Image | None]":
-    """The images of the arguments; of several ranks only the first opens them, for all."""
+    """The images of the arguments. With several ranks only rank 0 opens them."""
     images: list[Image | None] = []
 
     def open_all() -> None:
@@ -109,7 +109,7 @@ def open_images(args: argparse.Namespace, ranks: "Ranks | None") -> "list[Image 
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The prompt of the arguments, or all of stdin when that is no terminal."""
+    """The prompt of the arguments, else all of stdin if stdin is not a terminal."""
     prompt = args.prompt
     if args.image.count("-") > 1 or (prompt is None and "-" in args.image):
         args.parser.error("stdin can be one image or the prompt: give the prompt with -p")

@@ -27,14 +27,12 @@ from llava_lite.evaluation.suite import Sample
 from llava_lite.fast.device import synchronize
 from llava_lite.generation.answer import Answer
 from llava_lite.generation.failures import ROW_ERRORS, is_accelerator_failure
-from llava_lite.generation.loop import checked_batch_size
+from llava_lite.generation.loop import check_batch_size
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.generation.state import Request, Row
-from llava_lite.inputs.images import load_image
-from llava_lite.inputs.pixels import to_square
+from llava_lite.inputs.pixels import load_square
 from llava_lite.llava import EncodedImage
-from llava_lite.reduction import Reduction
 
 DEFAULT_WORKERS = 2
 LOOK_AHEAD = 2  # batches of images that are opened before they are needed
@@ -132,21 +130,21 @@ def select_shard(samples: Sequence[Sample], shard: tuple[int, int]) -> list[Samp
 def prepare(model: Model, group: Group) -> Prepared:
     """Open the images of a group and make squares of them, without torch: in a thread of its own it
     would take a second set of CPU threads."""
-    start, size = perf_counter(), model.config.vision.image_size
+    start = perf_counter()
     try:
-        images = tuple(square(model, image, size) for image in group.images)
+        images = tuple(square(model, image) for image in group.images)
     except ROW_ERRORS as error:
         return Prepared(group, error=bare(error), seconds=perf_counter() - start)
     return Prepared(group, images, seconds=perf_counter() - start)
 
 
-def square(model: Model, image: AnyImage, size: int) -> AnyImage:
+def square(model: Model, image: AnyImage) -> AnyImage:
     """The picture that the model's own preprocessing would make pixel values of. A function is
     called for its image."""
     image = image() if callable(image) else image
     if isinstance(image, EncodedImage):
         return image
-    return to_square(load_image(image, exif=model.exif), size, model.config.pad)
+    return load_square(image, model.config, model.exif)
 
 
 def prepared_ahead(
@@ -189,9 +187,9 @@ class Engine:
         reuse_prefix: bool = True,
     ) -> None:
         self.model, self.options, self.workers = model, options, workers
-        self.batch_size = checked_batch_size(batch_size)
+        self.batch_size = check_batch_size(batch_size)
         self.reuse_prefix = reuse_prefix
-        self.reduction = model.checked_reduction(Reduction.of(options.reduction))
+        self.reduction = model.reduction_for([], options.reduction)
 
     def answer(self, samples: Iterable[Sample]) -> Iterator[Outcome]:
         """An outcome for every sample, in the order in which they are done."""

@@ -29,7 +29,7 @@ class Beginning:
     @classmethod
     def of(cls, model: Model, requests: Sequence[Request]) -> "Beginning":
         """The longest one that leaves every request something to run. Their images are encoded."""
-        states = [model.after_prefix(request) for request in requests]
+        states = [model.apply_prefix(request) for request in requests]
         shared = commonprefix([state.pending_ids for state in states])  # of any sequences
         shared = shared[: min(len(state.pending_ids) for state in states) - 1]
         return cls(requests, states, len(shared), shared.count(IMAGE_TOKEN_ID))
@@ -63,7 +63,7 @@ def continued(
         request,
         state=replace(after, pending_ids=before.pending_ids[length:]),
         images=left,
-        counts=request.counts.with_images(seen, None, after.reduction.positions),
+        counts=request.counts.add_images(seen, None, after.reduction.positions),
     )
 
 

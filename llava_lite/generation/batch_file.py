@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from llava_lite.errors import LlavaLiteError, one_line
-from llava_lite.generation.failures import together_or_alone
+from llava_lite.generation.failures import try_together
 from llava_lite.saving import JsonObject, check_output, lines_of, lock, parse_object
 
 if TYPE_CHECKING:
@@ -57,23 +57,28 @@ class Row:
         is_url = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
         return [name if is_url.match(name) else str(self.folder / name) for name in names]
 
-    def asked(self) -> JsonObject:
+    def start_record(self) -> JsonObject:
         """The part of its output line that repeats the question."""
         asked = {"id": self.id, "prompt": self.prompt, "image": self.image}
         return asked if self.reduction is None else {**asked, "reduction": self.reduction}
 
-    def answered(self, answer: "Answer") -> JsonObject:
+    def record_answer(self, answer: "Answer") -> JsonObject:
         """Its output line."""
         return {
-            **self.asked(),
+            **self.start_record(),
             "answer": str(answer),
             "finish_reason": answer.finish_reason,
             "usage": answer.usage,
         }
 
-    def failed(self, error: BaseException) -> JsonObject:
+    def record_error(self, error: BaseException) -> JsonObject:
         """Its output line when there is no answer."""
-        return {**self.asked(), "error": one_line(error), "finish_reason": "error", "usage": {}}
+        return {
+            **self.start_record(),
+            "error": one_line(error),
+            "finish_reason": "error",
+            "usage": {},
+        }
 
 
 # ---- input -------------------------------------------------------------------------------------
@@ -360,9 +365,9 @@ def run_batch(
     its error and costs no other row; an accelerator that fails ends the run. An interrupt leaves
     complete lines. Raises as `plan` and `select_shard`, ValueError for bad options, OSError when
     the output cannot be written."""
-    from llava_lite.generation.loop import checked_batch_size
+    from llava_lite.generation.loop import check_batch_size
 
-    size = checked_batch_size(batch_size)
+    size = check_batch_size(batch_size)
     output = Path(output)
     work = plan(
         select_shard(rows, shard),
@@ -418,6 +423,6 @@ def answer_rows(
         ]
         prompts = [row.prompt for row in rows]
         answers = model.generate(images, prompts, batch_size=len(rows), **options)
-        return [row.answered(answer) for row, answer in zip(rows, answers, strict=True)]
+        return [row.record_answer(answer) for row, answer in zip(rows, answers, strict=True)]
 
-    return together_or_alone(rows, answered, Row.failed)
+    return try_together(rows, answered, Row.record_error)

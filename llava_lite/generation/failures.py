@@ -24,7 +24,7 @@ def is_accelerator_failure(error: BaseException) -> bool:
     return named or "CUDA error" in str(error)
 
 
-def together_or_alone(
+def try_together(
     items: Sequence[Item],
     work: Callable[[Sequence[Item]], list[Result]],
     failed: Callable[[Item, Exception], Result],
@@ -41,4 +41,4 @@ def together_or_alone(
         if len(items) == 1:
             return [failed(items[0], error)]
     # Out of the handler, which would keep the tensors of the batch.
-    return [result for item in items for result in together_or_alone([item], work, failed)]
+    return [result for item in items for result in try_together([item], work, failed)]

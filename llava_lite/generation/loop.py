@@ -24,13 +24,12 @@ from llava_lite.generation.prefix import Prefix
 from llava_lite.generation.sampling import (
     DEFAULT_MAX_NEW_TOKENS,
     GenerationOptions,
-    checked_integer,
+    check_integer,
     sample,
 )
 from llava_lite.generation.state import NEW_STATE, NO_TOKENS, Request, Row, State, TokenCounts
 from llava_lite.generation.trace import Trace, trace_prompt
-from llava_lite.inputs.images import load_image
-from llava_lite.inputs.pixels import preprocess
+from llava_lite.inputs.pixels import load_pixels
 from llava_lite.inputs.prompt import (
     Turn,
     build_prompt,
@@ -144,7 +143,7 @@ class Loop:
             wish = encoded[0] if encoded else before
             if any(reduction != wish for reduction in encoded):
                 raise ValueError("the images of one prompt are encoded with different reductions")
-        checked = self.checked_reduction(Reduction.of(wish))
+        checked = self.check_reduction(Reduction.of(wish))
         for reduction in encoded:
             if reduction.merge != checked.merge:
                 raise ValueError(
@@ -153,7 +152,7 @@ class Loop:
                 )
         return checked
 
-    def checked_reduction(self, wish: Reduction) -> Reduction:
+    def check_reduction(self, wish: Reduction) -> Reduction:
         """`Reduction.check` with the model's own thresholds. Raises ValueError, and CheckpointError
         if the thresholds are needed and cannot be read."""
         return wish.check(self.config, self.thresholds if wish.merge == DToMe() else None)
@@ -174,7 +173,7 @@ class Loop:
 
         At most `batch_size` run at once; each that finishes makes room for the next, which is taken
         from `requests` only then."""
-        size = checked_batch_size(batch_size)
+        size = check_batch_size(batch_size)
         waiting = enumerate(requests)
         active: list[tuple[int, Row]] = []
         while (joining := list(islice(waiting, size - len(active)))) or active:
@@ -188,7 +187,7 @@ class Loop:
         self, requests: Sequence[Request], options: Sequence[GenerationOptions], batch_size: int
     ) -> list[Row]:
         """Look at the images of some requests, and make rows of them, each with its options."""
-        states, seconds = self.with_images(requests, batch_size)
+        states, seconds = self.encode_requests(requests, batch_size)
         return [
             Row(
                 request,
@@ -276,7 +275,7 @@ class Loop:
         ]
         return logits, advanced
 
-    def with_images(
+    def encode_requests(
         self, requests: Sequence[Request], batch_size: int
     ) -> tuple[list[State], dict[str, float]]:
         """The requests' states with their images encoded, and the seconds that took."""
@@ -284,12 +283,12 @@ class Loop:
         encoded, seconds = self.encode_images(wanted, batch_size)
         rest = iter(encoded)
         states = [
-            replace(self.after_prefix(request), images=tuple(next(rest) for _ in request.images))
+            replace(self.apply_prefix(request), images=tuple(next(rest) for _ in request.images))
             for request in requests
         ]
         return states, seconds
 
-    def after_prefix(self, request: Request) -> State:
+    def apply_prefix(self, request: Request) -> State:
         """The request's state, begun with the shared cache of its prefix where it has one."""
         state, prefix = request.state, request.prefix
         if not prefix or state.next_position:
@@ -313,7 +312,7 @@ class Loop:
         pixel_values: dict[int, Tensor] = {}
         for slot, (image, reduction) in enumerate(wanted):
             if isinstance(image, EncodedImage):
-                encoded[slot] = self.checked_image(image)
+                encoded[slot] = self.check_image(image)
             else:
                 pixel_values[slot] = self.prepare(image)
                 slots.setdefault(reduction, []).append(slot)
@@ -328,10 +327,9 @@ class Loop:
 
     def prepare(self, image: Any) -> Tensor:
         """An image as pixel values (1, 3, S, S). Raises ImageError."""
-        loaded = load_image(image, exif=self.exif)
-        return preprocess(loaded, self.config.vision.image_size, self.config.pad)
+        return load_pixels(image, self.config, self.exif)
 
-    def checked_image(self, image: EncodedImage) -> EncodedImage:
+    def check_image(self, image: EncodedImage) -> EncodedImage:
         """The image, if its embeds are of this model's width."""
         width, needed = image.image_embeds.shape[-1], self.config.text.hidden_size
         if width != needed:
@@ -339,9 +337,9 @@ class Loop:
         return image
 
 
-def checked_batch_size(batch_size: int | None) -> int:
+def check_batch_size(batch_size: int | None) -> int:
     """The default for None. Raises ValueError below 1."""
-    size = checked_integer("batch_size", DEFAULT_BATCH_SIZE if batch_size is None else batch_size)
+    size = check_integer("batch_size", DEFAULT_BATCH_SIZE if batch_size is None else batch_size)
     if size < 1:
         raise ValueError(f"batch_size {size} must be at least 1")
     return size

@@ -15,7 +15,7 @@ from llava_lite.cache import KVCache
 from llava_lite.errors import PromptError
 from llava_lite.generation.answer import Answer, Score, score_tokens
 from llava_lite.generation.chat import Chat
-from llava_lite.generation.loop import DEFAULT_BATCH_SIZE, Loop, checked_batch_size
+from llava_lite.generation.loop import DEFAULT_BATCH_SIZE, Loop, check_batch_size
 from llava_lite.generation.sampling import GenerationOptions, Options, PromptOptions
 from llava_lite.generation.state import Request, as_list
 from llava_lite.llava import EncodedImage
@@ -105,7 +105,7 @@ class Model(Loop):
         if single and not isinstance(prompt, str):
             kind = type(prompt).__name__
             raise PromptError(f"a stream answers one prompt, a str, not a {kind}")
-        size = checked_batch_size(batch_size)
+        size = check_batch_size(batch_size)
         items = pair(image, prompt)
         return [self.request(images, text, wishes) for images, text in items], wishes, size
 
@@ -154,7 +154,7 @@ class Model(Loop):
     ) -> tuple[Tensor, KVCache, int]:
         """`Llava.prefill`: input_ids (1, T) with -200 per image, pixel_values (images, 3, S, S),
         and a reduction or its name. Raises PromptError, ValueError."""
-        checked = self.checked_reduction(Reduction.of(reduction))
+        checked = self.check_reduction(Reduction.of(reduction))
         return self.llava.prefill(input_ids, pixel_values, checked, all_logits)
 
     @torch.inference_mode()
@@ -227,7 +227,7 @@ class Model(Loop):
             self.request(images, text, GenerationOptions(len(target), **options))
             for (images, text), target in zip(items, targets, strict=True)
         ]
-        return requests, targets, checked_batch_size(batch_size)
+        return requests, targets, check_batch_size(batch_size)
 
     def score_requests(
         self, requests: Sequence[Request], targets: Sequence[tuple[int, ...]], batch_size: int
@@ -245,7 +245,7 @@ class Model(Loop):
     ) -> list[Score]:
         """Two passes: the prompts (last rows only), then all but the last token of each
         continuation."""
-        states, _ = self.with_images(requests, batch_size)
+        states, _ = self.encode_requests(requests, batch_size)
         logits, states = self.advance(states)
         packed = [[row] for row in logits]  # per item, logits (V,) of each target
         longer = [index for index, target in enumerate(targets) if len(target) > 1]

@@ -58,7 +58,7 @@ class GenerationOptions:
         for name in ("max_new_tokens", "top_k", "seed"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, checked_integer(name, value))
+                object.__setattr__(self, name, check_integer(name, value))
         # `not a <= x` rather than `x < a`: it refuses NaN too.
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
@@ -94,7 +94,7 @@ class GenerationOptions:
         return generator
 
 
-def checked_integer(name: str, value: Any) -> int:
+def check_integer(name: str, value: Any) -> int:
     """The value as an int. Raises ValueError for one that is no whole number, such as a float."""
     try:
         return operator.index(value)

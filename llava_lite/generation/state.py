@@ -51,7 +51,7 @@ class TokenCounts:
     kept: int = 0
     positions: int = 0
 
-    def with_images(
+    def add_images(
         self, images: tuple[EncodedImage, ...], pruning: Pruning | None, positions: str
     ) -> "TokenCounts":
         """And those of the images of one forward."""
@@ -104,7 +104,7 @@ class Row:
         """Take the sampled token and the state it leads to."""
         if self.steps == 0:
             positions = state.reduction.positions
-            self.counts = self.request.counts.with_images(
+            self.counts = self.request.counts.add_images(
                 self.state.images, state.pruning, positions
             )
         is_eos = token == eos_id

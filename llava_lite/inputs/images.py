@@ -32,8 +32,9 @@ _JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # the end, and those 
 
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
-# The value of each character as a hexadecimal digit; 16 where it is none.
+# The value of each character as a hexadecimal digit; 16 for all other characters.
 _HEX_DIGITS = np.full(256, 16, np.uint8)
+_HEX_DIGITS[np.frombuffer(b"0123456789abcdefABCDEF", np.uint8)] = (*range(16), *range(10, 16))
 
 
 _WHITESPACE = b" \t\n\r\v\f"

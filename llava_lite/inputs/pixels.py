@@ -1,56 +1,57 @@
-"""From any image source to pixel values, bit-exact with the official preprocessing.
+"""From an image to pixel values, bit-exact with the official preprocessing.
 
-Bad input ends in an ImageError that names the source. PIL does the decoding and the resizing; its
-global settings are never touched.
+load_square    any image source -> the square RGB picture that the model sees
+load_pixels    any image source -> pixel values
+preprocess     a PIL image -> pixel values
 """
+
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from llava_lite.inputs.images import _HEX_DIGITS, to_rgb
+from llava_lite.config import LlavaConfig
+from llava_lite.inputs.images import load_image, to_rgb
 
-# 255 * mean, truncated as the official code does, not rounded.
+# 255 * MEAN, truncated as in the official code, not rounded.
 BACKGROUND = (122, 116, 104)
-
-
 MEAN = (0.48145466, 0.4578275, 0.40821073)
-
-
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Beyond this side a padded canvas takes more than 800 MB; such strips are resized before padding.
+# A padded canvas with a longer side takes more than 800 MB. Such strips are resized before padding.
 _MAX_CANVAS_SIDE = 16_384
 
 
-_HEX_DIGITS[np.frombuffer(b"0123456789abcdefABCDEF", np.uint8)] = (*range(16), *range(10, 16))
+def load_square(source: Any, config: LlavaConfig, exif: bool = True) -> Image.Image:
+    """The square picture that the model sees of an image. `source`, `exif`: see `load_image`.
+
+    Raises ImageError."""
+    return to_square(load_image(source, exif=exif), config.vision.image_size, config.pad)
 
 
-# ---- pixel values ------------------------------------------------------------------------------
+def load_pixels(source: Any, config: LlavaConfig, exif: bool = True) -> Tensor:
+    """Pixel values (1, 3, S, S) in float32 of an image. `source`, `exif`: see `load_image`.
 
-
-def pad_to_square(image: Image.Image, color: tuple[int, int, int] = BACKGROUND) -> Image.Image:
-    """The image centred on a square canvas of its longer side; an odd rest goes right or below."""
-    width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
-    canvas = Image.new("RGB", (side, side), color)
-    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
-    return canvas
+    Raises ImageError."""
+    return normalize(load_square(source, config, exif))
 
 
 def preprocess(image: Image.Image, size: int = 336, pad: bool = True) -> Tensor:
     """Pixel values (1, 3, size, size) in float32 of an image in any mode.
 
-    `pad=True` is LLaVA's own preprocessing (whole image on a square), `pad=False` that of llava-hf
-    (short edge to `size`, centre crop). Bit-exact with both, except for strips that would need a
-    canvas with a side of more than 16384 pixels: they take an approximation of bounded memory,
-    padded after the resize, or cropped before it.
+    `pad=True` is the preprocessing of LLaVA: the whole image on a square. `pad=False` is that of
+    llava-hf: short edge to `size`, center crop. Both are bit-exact, with one exception. A strip
+    that needs a canvas with a side above 16384 pixels is padded after the resize, or cropped before
+    it, to bound the memory.
     """
-    square = to_square(image, size, pad)
-    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255  # (3, size, size)
+    return normalize(to_square(image, size, pad))
+
+
+def normalize(square: Image.Image) -> Tensor:
+    """Pixel values (1, 3, S, S) in float32 of an RGB picture (S, S)."""
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255  # (3, S, S)
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     return ((pixels - mean) / std)[None].contiguous()
 
@@ -58,12 +59,26 @@ def preprocess(image: Image.Image, size: int = 336, pad: bool = True) -> Tensor:
 def to_square(
     image: Image.Image, size: int = 336, pad: bool = True, max_canvas_side: int = _MAX_CANVAS_SIDE
 ) -> Image.Image:
-    """The RGB picture (size, size) that the pixel values of `preprocess` are made of. What would
-    need a larger canvas to pad is padded after the resize."""
+    """The RGB picture (size, size) behind the pixel values of `preprocess`.
+
+    An image that needs a larger canvas than `max_canvas_side` is padded after the resize."""
     image = to_rgb(image) if image.mode != "RGB" else image
+    if image.size == (size, size):
+        return image  # the evaluation and the server pass squares, made in other threads
     if pad:
         return _resize_padded(image, size, max_canvas_side)
     return _resize_cropped(image, size)
+
+
+def pad_to_square(image: Image.Image, color: tuple[int, int, int] = BACKGROUND) -> Image.Image:
+    """The image in the center of a square of its longer side. An odd pixel goes right or below."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    canvas = Image.new("RGB", (side, side), color)
+    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+    return canvas
 
 
 def _resize_padded(image: Image.Image, size: int, max_canvas_side: int) -> Image.Image:

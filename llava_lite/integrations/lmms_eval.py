@@ -17,7 +17,7 @@ from lmms_eval.api.model import lmms
 
 from llava_lite.errors import LlavaLiteError
 from llava_lite.generation.answer import Answer
-from llava_lite.generation.failures import together_or_alone
+from llava_lite.generation.failures import try_together
 from llava_lite.generation.loop import DEFAULT_BATCH_SIZE
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
@@ -29,7 +29,6 @@ from llava_lite.integrations.conversation import (
     read_question,
 )
 from llava_lite.llava import EncodedImage
-from llava_lite.reduction import Reduction
 
 MAX_NEW_TOKENS = 1024  # of LLaVA's scripts for long answers, where a task says nothing
 BATCHES_AT_ONCE = 4  # whose images are in memory
@@ -72,7 +71,7 @@ class LlavaLite(lmms):
             "system": system_prompt,
             "template": template,
             "seed": seed,
-            "reduction": Reduction.of(reduction),
+            "reduction": reduction,
         }
         GenerationOptions(**self.prompting)  # a wrong one is said before the model is loaded
         device = "auto" if device is None else str(device)
@@ -126,7 +125,7 @@ class LlavaLite(lmms):
         def failed(job: Job, error: Exception) -> None:
             warnings.warn(f"lmms-eval: {job.name}: no answer: {error}", stacklevel=2)
 
-        return together_or_alone(jobs, answered, failed)
+        return try_together(jobs, answered, failed)
 
     def options(self, wishes: dict[str, Any]) -> GenerationOptions:
         """A task's generation_kwargs as our options. Raises LlavaLiteError for beam search."""
@@ -176,7 +175,7 @@ class LlavaLite(lmms):
             warnings.warn(f"lmms-eval: {job.name}: no score: {error}", stacklevel=2)
             return -float("inf"), False
 
-        return together_or_alone(jobs, lambda jobs: self.scores_at_once(jobs, images), failed)
+        return try_together(jobs, lambda jobs: self.scores_at_once(jobs, images), failed)
 
     def scores_at_once(
         self, jobs: Sequence["Job"], images: dict[Any, list[EncodedImage]]

@@ -28,7 +28,7 @@ from llava_lite.generation.batch_file import (
     plan,
     select_shard,
 )
-from llava_lite.generation.failures import together_or_alone
+from llava_lite.generation.failures import try_together
 from llava_lite.saving import JsonObject
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def answer_each(
         return [*model.generate(opened, texts, batch_size=len(pairs), **options)]
 
     pairs = list(zip(images, prompts, strict=True))
-    return together_or_alone(pairs, answer, lambda _, error: error.with_traceback(None))
+    return try_together(pairs, answer, lambda _, error: error.with_traceback(None))
 
 
 # ---- blocks of work ------------------------------------------------------------------------------
@@ -408,9 +408,9 @@ def run_batch(
     written, and `resume` runs them again. The rows of a lost batch come last, asked one by one.
     Raises as `batch_file.run_batch`, and RayError. The output is untouched if Ray, the cluster or
     the model is missing."""
-    from llava_lite.generation.loop import checked_batch_size
+    from llava_lite.generation.loop import check_batch_size
 
-    size, output = checked_batch_size(batch_size), Path(output)
+    size, output = check_batch_size(batch_size), Path(output)
     todo_of = plan(
         select_shard(rows, shard),
         output,
@@ -424,7 +424,7 @@ def run_batch(
     def work(model: "Model", block: list[Row]) -> list[JsonObject]:
         return answer_rows(model, block, None, options)
 
-    with closing(answer_blocks(blocks, work, source, cluster, Row.failed)) as records:
+    with closing(answer_blocks(blocks, work, source, cluster, Row.record_error)) as records:
         # No file is touched before a model has answered.
         first = [one for one in [next(records, None)] if one is not None]
         return append_records(output, todo_of, chain(first, records), on_record)

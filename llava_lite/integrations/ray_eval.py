@@ -16,7 +16,7 @@ from llava_lite.evaluation.engine import DEFAULT_WORKERS, Engine, Outcome, longe
 from llava_lite.evaluation.runner import Ask, Asked, about, record_of, records_of
 from llava_lite.evaluation.settings import Origin, model_settings
 from llava_lite.evaluation.suite import Sample
-from llava_lite.generation.loop import checked_batch_size
+from llava_lite.generation.loop import check_batch_size
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.integrations.ray_batch import (
@@ -51,7 +51,7 @@ def asking_actors(
     import_ray()  # both checks come before any file is touched
     check_device(source)
     source = source.everywhere()
-    most = BATCHES * checked_batch_size(batch_size)
+    most = BATCHES * check_batch_size(batch_size)
 
     def work(model: Model, samples: Sequence[Sample]) -> Any:
         engine = Engine(model, options, batch_size, workers)

@@ -115,12 +115,12 @@ class LLaVALite(base_class()):  # type: ignore[misc]
 
     def use_custom_prompt(self, dataset: str | None) -> bool:
         """True where LLaVA has an official prompt for that kind of data set."""
-        return kind_of(dataset) is not None
+        return find_kind(dataset) is not None
 
     def build_prompt(self, line: Any, dataset: str | None = None) -> list[dict[str, str]]:
         """The line's images and LLaVA's official prompt. Raises LlavaLiteError where
         `use_custom_prompt` is False."""
-        kind = kind_of(dataset)
+        kind = find_kind(dataset)
         if kind is None:
             raise LlavaLiteError(f"LLaVA has no official prompt for the data set {dataset!r}")
         paths = self.dump_image(line, dataset)
@@ -166,7 +166,7 @@ def read_message(message: Mapping[str, Any]) -> Message:
 # ---- official prompts ----------------------------------------------------------------------------
 
 
-def kind_of(dataset: str | None) -> str | None:
+def find_kind(dataset: str | None) -> str | None:
     """ "choice", "yes or no", "short" or "caption"; None for data sets with other kinds of answers.
 
     The kit calls all free answers VQA, so which of them are short is told by name."""

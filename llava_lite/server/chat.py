@@ -16,10 +16,16 @@ from starlette.types import Receive, Scope, Send
 from llava_lite.generation.answer import Answer
 from llava_lite.generation.model import Model
 from llava_lite.server.errors import ApiError, ClientGone, as_api_error, internal_error
-from llava_lite.server.limits import Body, Memory, disconnected, timed_out, while_connected
+from llava_lite.server.limits import (
+    Body,
+    Memory,
+    run_while_connected,
+    timeout_error,
+    wait_for_disconnect,
+)
 from llava_lite.server.middleware import Record
 from llava_lite.server.prepare import Preparer
-from llava_lite.server.protocol import Completion, usage_of
+from llava_lite.server.protocol import Completion, count_usage
 from llava_lite.server.settings import Settings
 from llava_lite.server.worker import Event, Job, Stopped, Worker, nobody
 
@@ -104,7 +110,7 @@ class ChatService:
             self.worker.submit(job)
         except Stopped:
             events.close()
-            raise shutting_down() from None
+            raise shutdown_error() from None
         completion = Completion(self.settings.model_name, include_usage)
         if job.wants_pieces:
             return EventStream(self.chunks(events, completion, request.scope), events)
@@ -117,7 +123,7 @@ class ChatService:
         """Admit a request and read it: its job, and whether its stream ends with the usage. Raises
         ApiError and what makes it a bad one."""
         if self.draining:
-            raise shutting_down()
+            raise shutdown_error()
         # A page of another site can send text, but not JSON, without the browser asking first.
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -131,7 +137,7 @@ class ChatService:
             self.preparing += 1
             try:
                 left = deadline - asyncio.get_running_loop().time()
-                return await while_connected(self.preparer.prepare(data), request.receive, left)
+                return await run_while_connected(self.preparer.prepare(data), request.receive, left)
             finally:
                 self.preparing -= 1
         finally:
@@ -170,7 +176,7 @@ class ChatService:
 
     def book(self, answer: Answer, scope: Scope) -> None:
         """Count an answer, and note its tokens for the log."""
-        usage = usage_of(answer)
+        usage = count_usage(answer)
         self.totals.answers += 1
         self.totals.prompt_tokens += usage["prompt_tokens"]
         self.totals.completion_tokens += usage["completion_tokens"]
@@ -189,7 +195,7 @@ class Events:
         self.deadline = deadline
         self.queue: asyncio.Queue[Event] = asyncio.Queue()
         job.deliver = self.deliver
-        self.timer = self.loop.call_at(deadline, self.queue.put_nowait, timed_out())
+        self.timer = self.loop.call_at(deadline, self.queue.put_nowait, timeout_error())
         self.gone = self.loop.create_task(leave(receive, worker, job, self.queue))
 
     def deliver(self, event: Event) -> None:
@@ -216,7 +222,7 @@ class Events:
 
 async def leave(receive: Receive, worker: Worker, job: Job, queue: asyncio.Queue[Event]) -> None:
     """Cancel a job when its client goes."""
-    await disconnected(receive)
+    await wait_for_disconnect(receive)
     worker.cancel(job)
     queue.put_nowait(ClientGone())
 
@@ -251,8 +257,8 @@ def as_failure(error: BaseException) -> Exception:
     """What ended a job, for its client."""
     if isinstance(error, ApiError | ClientGone):
         return error
-    return shutting_down() if isinstance(error, Stopped) else internal_error(error)
+    return shutdown_error() if isinstance(error, Stopped) else internal_error(error)
 
 
-def shutting_down() -> ApiError:
+def shutdown_error() -> ApiError:
     return ApiError(503, "the server is shutting down", retry_after=RETRY_SECONDS)

@@ -35,15 +35,15 @@ class ImageCache:
         """`Model.start`, which looks only at images that are not known."""
         if not self.size:
             return model.start(requests, options, len(requests))
-        keys = [[key_of(image, one.state.reduction) for image in one.images] for one in requests]
-        known = [self.with_known(one, own) for one, own in zip(requests, keys, strict=True)]
+        keys = [[make_key(image, one.state.reduction) for image in one.images] for one in requests]
+        known = [self.use_known(one, own) for one, own in zip(requests, keys, strict=True)]
         rows = model.start(known, options, len(known))
         for row, own in zip(rows, keys, strict=True):
             for key, image in zip(own, row.state.images, strict=True):
                 self.keep(key, image)
         return rows
 
-    def with_known(self, request: Request, keys: Sequence[Key]) -> Request:
+    def use_known(self, request: Request, keys: Sequence[Key]) -> Request:
         """The request with the encoded image in place of each that is known."""
         if not any(key in self.encoded for key in keys):
             return request
@@ -62,7 +62,7 @@ class ImageCache:
             self.encoded.popitem(last=False)
 
 
-def key_of(picture: Image.Image, reduction: Reduction) -> Key:
+def make_key(picture: Image.Image, reduction: Reduction) -> Key:
     """What the encoded image depends on: the RGB pixels, as they are after padding, and the
     reduction."""
     return picture.size, hashlib.sha256(picture.tobytes()).digest(), reduction

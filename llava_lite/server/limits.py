@@ -88,23 +88,23 @@ class Body:
         return ApiError(413, f"the body exceeds the limit of {self.limit} bytes")
 
 
-async def disconnected(receive: Receive) -> None:
+async def wait_for_disconnect(receive: Receive) -> None:
     """Returns when the client is gone. To be awaited after the body has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def while_connected(work: Awaitable[T], receive: Receive, seconds: float) -> T:
+async def run_while_connected(work: Awaitable[T], receive: Receive, seconds: float) -> T:
     """The result of `work`, which is cancelled when the client goes (ClientGone) or after `seconds`
     (ApiError 504)."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(disconnected(receive))
+    gone = asyncio.ensure_future(wait_for_disconnect(receive))
     both: set[asyncio.Future] = {task, gone}
     try:
         await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientGone if gone.done() else timed_out()
+        raise ClientGone if gone.done() else timeout_error()
     finally:
         for future in both:
             future.cancel()
@@ -113,5 +113,5 @@ async def while_connected(work: Awaitable[T], receive: Receive, seconds: float) 
         del task, both, future
 
 
-def timed_out() -> ApiError:
+def timeout_error() -> ApiError:
     return ApiError(504, "the request took too long")

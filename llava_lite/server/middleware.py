@@ -46,7 +46,7 @@ class RequestLog:
             return
         start, record = time.monotonic(), Record.of(scope)
 
-        async def noting(message: Message) -> None:
+        async def note_status(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
             await send(message)
@@ -56,9 +56,9 @@ class RequestLog:
         try:
             if crowded:
                 refusal = ApiError(503, "too many requests at once", retry_after=1)
-                await refusal.response()(scope, receive, noting)
+                await refusal.response()(scope, receive, note_status)
             else:
-                await self.app(scope, receive, noting)
+                await self.app(scope, receive, note_status)
         except Exception:
             record.status = record.status or 500  # which is sent outside of here
             raise

@@ -141,7 +141,7 @@ SAYS_NOTHING: dict[str, tuple[Any, ...]] = {
 # ---- responses ---------------------------------------------------------------------------------
 
 
-def usage_of(answer: Answer) -> dict[str, Any]:
+def count_usage(answer: Answer) -> dict[str, Any]:
     """Tokens in front of the answer, image tokens included, and those of the answer."""
     image, new = answer.usage["image_tokens"], answer.usage["completion_tokens"]
     prompt = answer.usage["prompt_tokens"] + image
@@ -177,7 +177,7 @@ class Completion:
         return {
             **self.head("chat.completion"),
             "choices": [choice],
-            "usage": usage_of(answer),
+            "usage": count_usage(answer),
             "timings": answer.timings,
         }
 
@@ -190,7 +190,7 @@ class Completion:
     def usage_chunk(self, answer: Answer) -> dict[str, Any]:
         """The last event of a stream whose client asked for it."""
         head = self.head("chat.completion.chunk")
-        return {**head, "choices": [], "usage": usage_of(answer)}
+        return {**head, "choices": [], "usage": count_usage(answer)}
 
     def head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model_name}

@@ -111,18 +111,14 @@ def open_image(
     model: "Model", image: Any, on_error: Callable[[ImageError], None] | None
 ) -> "Tensor | None":
     """Pixel values (1, 3, S, S) for the model's tower; None for an image that cannot be read."""
-    from llava_lite.inputs.images import load_image
-    from llava_lite.inputs.pixels import preprocess
-
     try:
-        loaded = load_image(image, exif=model.exif)
+        pixel_values = model.prepare(image)
     except ImageError as error:
         if on_error is None:
             warnings.warn(f"{one_line(error)} (left out)", stacklevel=2)
         else:
             on_error(error)
         return None
-    pixel_values = preprocess(loaded, model.config.vision.image_size, model.config.pad)
     return pixel_values.to(model.llava.device, model.llava.dtype)
 
 

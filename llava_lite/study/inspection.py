@@ -17,7 +17,7 @@ from llava_lite.generation.answer import Answer
 from llava_lite.generation.model import Model
 from llava_lite.generation.state import as_list
 from llava_lite.inputs.images import load_image
-from llava_lite.inputs.pixels import to_square
+from llava_lite.inputs.pixels import load_square
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
 from llava_lite.saving import check_output, replace_file
@@ -103,8 +103,7 @@ def inspect(model: Model, image: Any, prompt: str, **options: Any) -> Inspection
     options = {"batch_size": None, **options, "trace": True}
     warm_up(model, images, prompt, **options)
     answer = model.generate(images, prompt, **options)
-    vision, pad = model.config.vision, model.config.pad
-    squares = tuple(to_square(loaded, vision.image_size, pad) for loaded in images)
+    squares = tuple(load_square(loaded, model.config) for loaded in images)
     reduction = Reduction.of(options.get("reduction"))
     return Inspection(squares, prompt, answer, reduction, model.config.name)
 

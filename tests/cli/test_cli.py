@@ -21,8 +21,8 @@ from PIL import Image
 from helpers.models import ROOT, random_llava
 from llava_lite.checkpoints.checkpoint import save_model
 from llava_lite.cli import program as cli
+from llava_lite.cli.chat import CHAT_HELP, Repl
 from llava_lite.cli.program import main
-from llava_lite.cli.repl import CHAT_HELP, Repl
 from llava_lite.generation.model import Model
 from llava_lite.inputs.tokenizer import Tokenizer
 from llava_lite.version import __version__
@@ -165,8 +165,8 @@ def test_a_prompt_is_needed(
 def test_underscores_mean_hyphens(model_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate("-m", model_folder, "--max_new_tokens=3", "--prompt=a_b --c_d", "--json") == 0
     assert json.loads(capsys.readouterr().out)["usage"]["completion_tokens"] == 3
-    assert cli.hyphenated("--top_p=a_b") == "--top-p=a_b"
-    assert cli.hyphenated("my_photo.png") == "my_photo.png"
+    assert cli.hyphenate("--top_p=a_b") == "--top-p=a_b"
+    assert cli.hyphenate("my_photo.png") == "my_photo.png"
 
 
 # ---- generate ----------------------------------------------------------------------------------

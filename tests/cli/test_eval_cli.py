@@ -289,7 +289,7 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(
     assert process.wait() == console.INTERRUPTED
     said = err.splitlines()
     assert said[-2:] == [
-        f"{folder} keeps what was answered; --reuse goes on from there",
+        f"{folder} keeps all answers so far; resume with --reuse",
         "interrupted",
     ]
     assert out == "" and "|" not in err  # no bar where there is no terminal
@@ -328,7 +328,7 @@ def test_progress_shows_on_a_terminal_only(
         (("jsonl", "a", "--report-file", "noend"), "a folder for predictions is needed: -o DIR"),
         (("jsonl", "-o", "d"), "the following arguments are required: PATH"),
         (("jsonl", "a", "-o", "d", "--retry-errors"), "--retry-errors needs --reuse"),
-        (("jsonl", "a", "-o", "d", "--reuse", "--force"), "--reuse goes on with the predictions"),
+        (("jsonl", "a", "-o", "d", "--reuse", "--force"), "--reuse resumes with the predictions"),
         (("jsonl", "a", "-o", "d", "--limit", "0"), "not a number of at least 1"),
         (("jsonl", "a", "-o", "d", "--workers", "-1"), "not a number of at least 0"),
         (("jsonl", "a", "-o", "d", "--shard", "3/2"), "is not I/N"),

@@ -227,7 +227,7 @@ def test_a_reduction_that_the_model_cannot_do(
 ) -> None:
     monkeypatch.setattr(serve_cli, "load_model", lambda args: tiny_model)
     with pytest.raises(ValueError) as expected:
-        tiny_model.checked_reduction(Reduction.of("fastv-50"))
+        tiny_model.check_reduction(Reduction.of("fastv-50"))
     assert cli.main(["serve", "--port", "0", "--reduction", "fastv-50"]) == 1
     assert str(expected.value) in capsys.readouterr().err
 

@@ -218,7 +218,7 @@ def said_by_program(arguments: list[str], rank: int) -> tuple[int, str, str]:
 def one_gpu(ranks: Ranks) -> torch.device:
     """What "auto" is where the first rank alone sees a GPU."""
     with patch.object(torch.cuda, "is_available", lambda: ranks.index == 0):
-        return ranks.own_device("auto", torch.device)
+        return ranks.pick_device("auto", torch.device)
 
 
 def timeouts(ranks: Ranks) -> list[timedelta]:
@@ -666,11 +666,11 @@ def test_what_does_not_go_together(option: dict[str, Any]) -> None:
         llava_lite.load(tensor_parallel=True, **option)
 
 
-def test_quantised_folders_are_refused(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_quantized_folders_are_refused(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     save_model(random_llava(), TINY_CONFIG, tmp_path / "plain", tiny_tokenizer)
     convert(tmp_path / "plain", tmp_path / "int8", quantize="int8")
     ranks = cast(Ranks, SimpleNamespace(count=2, index=0))
-    with pytest.raises(CheckpointError, match="is int8, but tensor parallel needs unquantised"):
+    with pytest.raises(CheckpointError, match="is int8, but tensor parallel needs unquantized"):
         load_share(open_source(tmp_path / "int8"), ranks, torch.device("cpu"), torch.float32)
 
 

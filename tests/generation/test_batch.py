@@ -551,7 +551,7 @@ def test_command_interrupted(
     assert len(read_jsonl(output)) == 2
     printed = capsys.readouterr().err.splitlines()
     assert printed == [
-        f"{output} keeps what was answered; --resume goes on from there",
+        f"{output} keeps all answers so far; resume with --resume",
         "interrupted",
     ]
 
@@ -606,9 +606,7 @@ def test_together_or_each_alone() -> None:
 
     def tried(items: str) -> tuple[list[str], list[str]]:
         calls.clear()
-        return failures.together_or_alone(
-            items, work, lambda item, error: f"{item}: {error}"
-        ), calls
+        return failures.try_together(items, work, lambda item, error: f"{item}: {error}"), calls
 
     assert tried("abc") == (["A", "B", "C"], ["abc"])
     assert tried("axc") == (["A", "x: x is bad", "C"], ["axc", "a", "x", "c"])
@@ -627,7 +625,7 @@ def test_what_is_no_rows_error_is_not_tried_again(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)) as raised:
-        failures.together_or_alone("abc", work, lambda item, error: item)
+        failures.try_together("abc", work, lambda item, error: item)
     assert raised.value is error and calls == [3]
 
 
@@ -652,8 +650,8 @@ def resume_of(tmp_path: Path) -> tuple[list[batch_file.Row], Path, batch_file.Pl
         batch_file.Row(number, f"question {number}", None, tmp_path, number) for number in (1, 2)
     ]
     output = tmp_path / "answers.jsonl"
-    answered = {**rows[0].asked(), "answer": "yes"}
-    failed = {**rows[1].asked(), "error": "broken"}
+    answered = {**rows[0].start_record(), "answer": "yes"}
+    failed = {**rows[1].start_record(), "error": "broken"}
     output.write_bytes(saving.lines_of(answered, failed))
     return rows, output, batch_file.plan(rows, output, resume=True, retry_errors=True)
 
@@ -661,7 +659,7 @@ def resume_of(tmp_path: Path) -> tuple[list[batch_file.Row], Path, batch_file.Pl
 def test_one_run_writes_at_a_time(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     rows, output, work = resume_of(tmp_path)
-    again = {**rows[1].asked(), "answer": "no"}
+    again = {**rows[1].start_record(), "answer": "no"}
 
     def meanwhile() -> Iterator[list[dict[str, Any]]]:
         before = output.read_bytes()
@@ -679,7 +677,7 @@ def test_one_run_writes_at_a_time(tmp_path: Path) -> None:
 def test_nothing_is_cut_off_that_another_run_wrote_since_the_plan(tmp_path: Path) -> None:
     rows, output, work = resume_of(tmp_path)
     with output.open("ab") as file:
-        file.write(saving.lines_of({**rows[1].asked(), "answer": "no"}))
+        file.write(saving.lines_of({**rows[1].start_record(), "answer": "no"}))
     before = output.read_bytes()
     with pytest.raises(batch_file.BatchError, match="another run has written to it meanwhile"):
         batch_file.append_records(output, work, [], None)

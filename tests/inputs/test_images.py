@@ -14,6 +14,7 @@ import time
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
@@ -28,10 +29,17 @@ from PIL import Image, ImageFile, ImageOps
 import llava_lite.inputs.fetch as fetch_module
 import llava_lite.inputs.images as image_module
 from helpers.examples import examples
+from helpers.models import TINY_CONFIG
 from helpers.peers import peer
 from llava_lite.errors import ImageError
 from llava_lite.inputs.images import FORMATS, load_image, to_rgb
-from llava_lite.inputs.pixels import pad_to_square, preprocess
+from llava_lite.inputs.pixels import (
+    load_pixels,
+    load_square,
+    pad_to_square,
+    preprocess,
+    to_square,
+)
 
 
 def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -717,3 +725,19 @@ def test_parity_with_transformers(
     image = Image.fromarray(noise(*size, seed=seed))
     assert torch.equal(preprocess(image, pad=False), clip_processor(image))
     assert torch.equal(preprocess(image, pad=True), clip_processor(pad_to_square(image)))
+
+
+@pytest.mark.parametrize("pad", [True, False])
+def test_a_square_of_the_right_size_is_not_worked_on_again(pad: bool) -> None:
+    """The evaluation and the server open images in threads, and pass on squares."""
+    config = replace(TINY_CONFIG, pad=pad)
+    size = config.vision.image_size
+    for width, height in ((90, 60), (60, 91), (size, size), (500, 3)):
+        image = Image.fromarray(noise(width, height))
+        square = load_square(image, config)
+        assert square.size == (size, size) and to_square(square, size, pad) is square
+        again = square.resize((size, size), Image.Resampling.BICUBIC)
+        assert again.tobytes() == square.tobytes()
+        pixels = load_pixels(image, config)
+        assert torch.equal(pixels, preprocess(image, size, pad))
+        assert torch.equal(pixels, load_pixels(square, config))

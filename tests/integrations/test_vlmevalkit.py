@@ -223,7 +223,7 @@ NAN = float("nan")
     ],
 )
 def test_official_prompts(kind: str, line: Any, dataset: str, expected: str) -> None:
-    assert vlmevalkit.kind_of(dataset) == kind
+    assert vlmevalkit.find_kind(dataset) == kind
     assert official_prompt(kind, line, dataset) == expected
 
 
@@ -267,7 +267,7 @@ def test_without_the_kit_dump_image_must_be_set() -> None:
 def test_the_kit_says_what_a_data_set_is(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {"NewBench": "MCQ", "NewYN": "Y/N", "NewCaption": "Caption", "NewVQA": "VQA"}
     module = with_recorded_kit(monkeypatch, kinds)
-    found = {name: module.kind_of(name) for name in (*kinds, "TextVQA_VAL", "Unknown")}
+    found = {name: module.find_kind(name) for name in (*kinds, "TextVQA_VAL", "Unknown")}
     assert found == {
         "NewBench": "choice",
         "NewYN": "yes or no",

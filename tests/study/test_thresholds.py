@@ -576,9 +576,9 @@ def run(model: Model, images: Path, output: Path, *more: object) -> dict[str, An
 
 def test_defaults() -> None:
     args = parse("photos", "-o", "t.json")
-    assert command.merge_of(args) == ToMe(keep=72)
+    assert command.merge_option(args) == ToMe(keep=72)
     assert args.batch_size == 8
-    assert command.merge_of(parse("photos", "-o", "t.json", "--r", "21")) == ToMe(r=21)
+    assert command.merge_option(parse("photos", "-o", "t.json", "--r", "21")) == ToMe(r=21)
     with pytest.raises(SystemExit):
         parse("photos", "-o", "t.json", "--r", "21", "--keep", "72")
 
@@ -749,7 +749,7 @@ def test_resume(
     assert progress.exists() == (batch > 1)
     if batch > 1:
         assert json.loads(progress.read_text())["images"] == 2 * (batch - 1)
-        with pytest.raises(BatchError, match="a run was cut off"):
+        with pytest.raises(BatchError, match="a run was interrupted"):
             run(tiny_model, pictures, output)
     calls: list[int] = []
 

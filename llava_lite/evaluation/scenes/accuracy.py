@@ -182,7 +182,7 @@ def encode(
     batch_size: int | None = None,
 ) -> list[EncodedImage]:
     """`Model.encode` of several images, `batch_size` at a time through the tower."""
-    checked = model.reduction_for([], Reduction.of(reduction))
+    checked = model.reduction_for([], reduction)
     wanted = [(image, checked) for image in images]
     encoded, _ = model.encode_images(wanted, batch_size or DEFAULT_BATCH_SIZE)
     return encoded
