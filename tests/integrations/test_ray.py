@@ -221,6 +221,7 @@ def test_where_actors_keep_dying_what_was_lost_so_far_is_booked(
 def test_samples_that_kill_their_actor_cost_no_other(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Model, source: ModelSource
 ) -> None:
+    peer("ray")
     local = LocalRay(tiny_model, deadly=lambda sample: sample.id == "deadly")
     monkeypatch.setattr(ray_batch, "map_blocks", local)
     monkeypatch.setattr(ray_eval, "connected", nullcontext)
@@ -332,6 +333,7 @@ def test_what_cannot_start_touches_no_file(
     retry: bool,
 ) -> None:
     """Neither an empty output nor one without the error lines that were to be asked again."""
+    peer("ray")
     if retry:
         monkeypatch.setattr(ray_batch, "map_blocks", LocalRay(tiny_model))
         assert run_batch(rows, output, ModelSource(), TWO, **OPTIONS).failed == 4
