@@ -91,7 +91,7 @@ class AnswerText:
         return visible
 
     def start_of_stop(self, text: str) -> int:
-        """Index of the first possible start of a stop string at the end of `text`, or its length."""
+        """Where a stop string may begin at the end of `text`, else the length of `text`."""
         starts = range(max(0, len(text) - max(map(len, self.stop_strings), default=0)), len(text))
         unsure = (at for at in starts if any(s.startswith(text[at:]) for s in self.stop_strings))
         return next(unsure, len(text))
