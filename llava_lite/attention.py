@@ -1,26 +1,22 @@
-"""The decoder's attention over packed rows, with virtual token unmerging and a tuple KV cache.
+"""The decoder's attention, with virtual token unmerging and a tuple KV cache.
 
-A batch is its items' rows, one item after the other, with no padding between them: projections run
-on all rows at once, attention on each item by itself. So items of any length share a batch, and
-nobody has to mask anybody.
+A batch is packed: the rows of all items are concatenated, without padding. Linear layers run on all
+rows at once, attention runs per item. Items may differ in length, and no padding mask is needed.
 
-Where image tokens have merged (layout.py), a row may stand at several positions. Attention then
-runs over positions, all the rest over rows (virtual token unmerging, DyMU, arXiv 2504.17040):
+With merged image tokens, one row may stand at several positions (layout.py). Attention then runs
+over positions and everything else over rows (virtual token unmerging, DyMU, arXiv 2504.17040):
 
     q, k, v = projections          R rows
-    unmerge                        S positions: every patch shows the row it is part of
-    rotate, attend, cache          each position by its own angle, in the one fused kernel
-    remerge                        R rows: the mean over the positions of each
+    unmerge                        S positions: every patch shows the row of its token
+    rotate, attend, cache          each position with its own angle
+    remerge                        R rows: the mean over the positions of each row
     o_proj                         R rows
 
-With no row at two positions, both steps are the identity and are not done at all.
+If every row stands at one position, unmerge and remerge are the identity and cost nothing.
 
-The cache of one layer is a plain pair (k, v), each (1, H, length, D); k is stored rotated, so later
-tokens need not know any earlier position. Nothing is kept on the module: caches go in and come out,
-and after pruning (fastv.py) their lengths differ from layer to layer. Values could be kept once per
-row instead of once per position: a `vtu` prompt of the 7B model, 640 positions of 136 rows, would
-then take 194 MiB in 16 bit instead of 320, at 0.9 to 1.4 times the time of this attention. It would
-leave the fused kernel in every decode step; who wants a small cache prunes, or takes `logical`.
+The module keeps no state: caches go in and come out. Keys are cached rotated, so later tokens need
+no earlier position. After pruning (fastv.py), caches differ in length from layer to layer. For a
+smaller cache, prune or use `logical` positions.
 
 Shapes: R packed rows, S packed positions, n positions of one item, H heads, D head dim, C width.
 """
@@ -38,12 +34,13 @@ from llava_lite.rope import apply_rope
 
 
 class HybridAttention(nn.Module):
-    """Multi-head attention with RoPE. One forward serves prefill, chat continuation and decode,
-    with image tokens merged, pruned, or neither."""
+    """Multi-head attention with RoPE. One forward serves prefill, the next turn of a chat, and
+    decode; image tokens may be merged, pruned, both or neither."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim  # how many heads, the projections know (tensor_parallel.py)
+        # No number of heads: it follows from the width of the projections, which may be a share.
+        self.head_dim = config.head_dim
         width = config.hidden_size
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, width, bias=False)
@@ -61,10 +58,10 @@ class HybridAttention(nn.Module):
     ) -> tuple[Tensor, list[LayerCache], list[Tensor]]:
         """Attend within each item.
 
-        x (R, C) packed rows, cos and sin (S, D) of the layout's positions; per item this layer's
-        cache so far, and a mask (n, keys), bool (True = may attend) or additive (None = causal).
-        Returns (R, C), and of each item its new cache and the query (1, H, 1, D) of its last
-        position, by which FastV asks what that one looked at."""
+        x (R, C) packed rows; cos and sin (S, D) of the layout's positions; per item the cache of
+        this layer, and a mask (n, keys), bool (True = may attend) or additive (None = causal).
+        Returns (R, C), and per item the longer cache and the query (1, H, 1, D) of the last
+        position, which FastV needs."""
         q, k, v = (
             layout.unmerge(rearrange(proj(x), "r (h d) -> r h d", d=self.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -84,7 +81,7 @@ class HybridAttention(nn.Module):
 
 
 def split_items(packed: Sequence[Tensor], lengths: Sequence[int]) -> list[tuple[Tensor, ...]]:
-    """Packed (S, H, D) tensors -> for each item its (1, H, n, D) slice of every tensor."""
+    """Split packed (S, H, D) tensors: for each item, one (1, H, n, D) slice of every tensor."""
     pieces = [tensor.split(list(lengths)) for tensor in packed]
     return [
         tuple(rearrange(piece, "n h d -> 1 h n d") for piece in item)

@@ -1,19 +1,19 @@
-"""Facts of a checkpoint: frozen, parsed from its config.json, never changed by a call.
+"""The facts of a checkpoint: sizes of tower, projector and decoder, read from its config.json.
 
-`LlavaConfig.from_dict` reads our own config.json; `parse_official` and `parse_llava_hf` read the
-two published families (they share `model_type: "llava"`, so `parse` tells them apart by content).
+A call never changes them. `LlavaConfig.from_dict` reads our own format, checkpoints/configs.py the
+published formats.
 """
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 IMAGE_TOKEN_ID = -200  # stands for an image among the ids of a prompt
-MAX_PROJECTOR_DEPTH = 8  # published are 1 and 2; a name may say any number
+MAX_PROJECTOR_DEPTH = 8  # published models have 1 or 2; bounds the memory of a model
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """CLIP vision tower, by default ViT-L/14 at 336 px. Sizes in pixels and channels."""
+    """The CLIP vision tower, by default ViT-L/14 at 336 px. Sizes in pixels and channels."""
 
     image_size: int = 336
     patch_size: int = 14
@@ -26,26 +26,28 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side (24 for 336 px)."""
+        """Patches along one side: 24 for 336 px."""
         return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """P, the image tokens before any merging (576 for 336 px)."""
+        """P, the image tokens before merging: 576 for 336 px."""
         return self.grid**2
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that run: entry `feature_layer` of the hidden states, where entry k is the output
-        of k blocks. -2 of 24 layers means 23 blocks."""
+        """Blocks that run. `feature_layer` is an index into the hidden states, whose entry k is the
+        output of k blocks: -2 of 24 layers means 23 blocks."""
         layer = self.feature_layer
         return layer if layer >= 0 else self.num_layers + 1 + layer
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Llama decoder. Defaults: Llama-2 7B. `sampled_vocab_size`: ids from there on (image marker,
-    padding, filler rows of llava-hf) are never generated."""
+    """The Llama decoder, by default Llama-2 7B.
+
+    Ids from `sampled_vocab_size` on are never generated: the image marker, padding, and the unused
+    rows of llava-hf."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -67,8 +69,10 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """The whole stack: tower, projector depth (2 = `mlp2x_gelu`), decoder, and how prompts and
-    images are prepared for it (`pad` to a square, chat `template`, tokenizer `legacy` mode)."""
+    """The whole model, and the preparation of its input.
+
+    projector_depth: linear layers of the projector (2 = `mlp2x_gelu`). pad: pad images to a square
+    (True) or crop them. template: the chat template. legacy_tokenizer: the tokenizer's old mode."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -82,12 +86,12 @@ class LlavaConfig:
         check(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of our config.json."""
+        """Our config.json."""
         return {"format": "llava_lite", **asdict(self)}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "LlavaConfig":
-        """Read our config.json. Raises ValueError naming an unknown or missing field."""
+        """Read our config.json. Raises ValueError that names an unknown or missing field."""
         raw = {key: value for key, value in raw.items() if key != "format"}
         try:
             vision, text = VisionConfig(**raw.pop("vision")), TextConfig(**raw.pop("text"))
@@ -97,7 +101,7 @@ class LlavaConfig:
 
 
 def check(config: LlavaConfig) -> None:
-    """Raise ValueError where sizes do not fit together."""
+    """Raise ValueError if sizes do not fit together."""
     vision, text = config.vision, config.text
     for name, part in (("vision", vision), ("text", text)):
         if part.hidden_size % part.num_heads:
@@ -121,14 +125,10 @@ def check(config: LlavaConfig) -> None:
 
 
 LLAVA_1_5_7B = LlavaConfig(name="llava-1.5-7b")
-
-
 LLAVA_1_5_13B = LlavaConfig(
     text=TextConfig(hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40),
     name="llava-1.5-13b",
 )
-
-
 TINY = LlavaConfig(
     vision=VisionConfig(hidden_size=192, intermediate_size=768, num_layers=7, num_heads=6),
     text=TextConfig(
@@ -142,6 +142,4 @@ TINY = LlavaConfig(
     ),
     name="llava-tiny-scenes",
 )
-
-
 PRESETS = {config.name: config for config in (LLAVA_1_5_7B, LLAVA_1_5_13B, TINY)}

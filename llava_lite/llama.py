@@ -1,8 +1,9 @@
 """The Llama-2 decoder (arXiv 2307.09288): RMSNorm, SwiGLU, RoPE, causal attention, no biases.
 
-In front of one layer it may drop image rows (fastv.py).
+In front of one layer the decoder may drop image rows (fastv.py).
 
-Shapes: R packed rows of all items (attention.py), C width, V vocabulary.
+Shapes: R packed rows of all items (attention.py), S packed positions, C width, V vocabulary; of one
+item: U rows, N new positions, n cached and new positions, H heads, D head dim.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from llava_lite.rope import rope_cos_sin
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32 at least, cast back BEFORE the weight, as Llama does."""
+    """x / rms(x) * weight (Zhang and Sennrich, arXiv 1910.07467)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -30,9 +31,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        # The square of a 16-bit number overflows or loses digits.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        return wide.to(x.dtype) * self.weight  # cast back before the weight, as Llama does
 
 
 class SwiGLU(nn.Module):
@@ -49,7 +51,7 @@ class SwiGLU(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and a residual."""
+    """Attention and MLP, both pre-norm and with a residual."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class DecoderLayer(nn.Module):
         past_key_values: Sequence[tuple[Tensor, Tensor] | None],
         masks: Sequence[Tensor | None],
     ) -> tuple[Tensor, list[LayerCache], list[Tensor]]:
-        """As HybridAttention.forward, with norms, residuals and MLP."""
+        """As `HybridAttention.forward`, with norms, residuals and MLP."""
         mixed, caches, queries = self.attn(
             self.input_norm(x), cos, sin, layout, past_key_values, masks
         )
@@ -77,8 +79,8 @@ class DecoderLayer(nn.Module):
 
 @dataclass(frozen=True)
 class DecoderOutput:
-    """hidden_states (R', C), normed, of the rows that are left, and where these stand; per item its
-    grown cache, and what was pruned."""
+    """hidden_states (R', C), normed, of the rows that are left, and their layout; per item the
+    longer cache, and what was pruned (None: nothing)."""
 
     hidden_states: Tensor
     layout: PackedLayout
@@ -87,8 +89,8 @@ class DecoderOutput:
 
 
 class LlamaDecoder(nn.Module):
-    """Embeddings in, normed hidden states and the grown caches out; `lm_head` is applied by the
-    caller, to the rows it wants."""
+    """Embeddings in, normed hidden states and longer caches out. The caller applies `lm_head`, so
+    the logits of most rows are never computed."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -108,15 +110,15 @@ class LlamaDecoder(nn.Module):
     ) -> DecoderOutput:
         """Run all layers over the packed rows of a batch.
 
-        input_embeds (R, C); per item where its rows stand, its cache (None at prefill), what to
-        prune (None: nothing) and, rarely, its own attention mask over all its positions (None =
-        causal; masks and pruning exclude each other)."""
+        input_embeds (R, C); per item its layout, its cache (None at prefill), its FastV (None: no
+        pruning) and an attention mask (n, keys) (None: causal). Masks and pruning exclude each
+        other."""
         x, layouts = input_embeds, list(layouts)
         queries: list[Tensor] = []
         nothing = [None] * len(layouts)
         masks = masks or nothing
         fastv = [
-            wish if layout.image_spans else None
+            wish if layout.image_spans else None  # a decode step has no image rows to prune
             for wish, layout in zip(fastv or nothing, layouts, strict=True)
         ]
         prunings: list[Pruning | None] = [None] * len(layouts)
@@ -127,6 +129,7 @@ class LlamaDecoder(nn.Module):
             if any(wish is not None and wish.layer == layer_idx for wish in fastv):
                 wishes = [wish if wish and wish.layer == layer_idx else None for wish in fastv]
                 x, layouts, found = self.prune(x, layouts, queries, grown[-1], wishes)
+                # Items may prune in front of different layers.
                 prunings = [old or new for old, new in zip(prunings, found, strict=True)]
                 packed = pack(layouts)
                 cos, sin = rope_cos_sin(packed.position_ids, self.head_dim, self.rope_theta)

@@ -1,21 +1,23 @@
-"""LLaVA-1.5 (arXiv 2310.03744) in one page: look, project, splice, decode.
+"""LLaVA-1.5 (arXiv 2310.03744) on one page: encode the image, splice it into the prompt, decode.
 
-    pixel_values   one image, 336 px                                            (1, 3, 336, 336)
-    vision         24 x 24 = 576 patches + class token, 23 blocks, token dropped  (1, 576, 1024)
-    projector      image features become image embeds                             (1, 576, 4096)
-    splice         the image slot (-200) among T prompt ids gives way to 576 rows     (N, 4096)
-    decoder        32 layers; the last row's logits choose the first token        (1, 1, 32000)
+    pixel_values   one image, 336 px                                              (1, 3, 336, 336)
+    vision         23 blocks over 24 x 24 = 576 patches                             (1, 576, 1024)
+    projector      image features become image embeds                               (1, 576, 4096)
+    splice         576 image rows take the place of the id -200 among T prompt ids       (R, 4096)
+    decoder        32 layers; the logits of the last row choose the first token      (1, 1, 32000)
 
-Then one token at a time over the tuple cache ((k, v), ...), each (1, H, length, D) per layer.
+Then the decoder runs one token at a time. Its cache is a tuple ((k, v), ...), one pair per layer,
+each (1, H, length, D).
 
-A `Reduction` makes it fewer: in `vision` similar patches merge, 576 -> U (tome.py); `splice` says
-where merged tokens stand (layout.py); in front of one layer the decoder drops those that nobody
-looks at (fastv.py). Without one, every step is plain LLaVA.
+A `Reduction` makes the image smaller. In `vision`, similar patches merge: 576 -> U (tome.py).
+`splice` places the merged tokens (layout.py). In front of one decoder layer, image tokens with
+little attention are pruned (fastv.py). Without a reduction, every step is plain LLaVA.
 
-A batch is a list of items. `forward` runs any number of them, of any lengths, with or without a
-cache; `prefill` and `decode` are its two uses for a single item.
+A batch is a list of items. `forward` runs items of any lengths, with or without a cache. `prefill`
+and `decode` use it for a single item.
 
-Shapes: P patches and U <= P tokens of an image, N positions and R rows of a prompt, C width.
+Shapes: B images or items, P patches and U <= P tokens of an image, S pixels of a side, T prompt
+ids, R rows of a prompt, C width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -37,10 +39,10 @@ from llava_lite.vision import VisionTower
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image the model has already looked at, reusable wherever it accepts an image.
+    """An encoded image. A model takes it wherever it takes an image, and skips the tower.
 
-    image_embeds (U, C); mapping (P,) the row that each patch is part of, None where none merged;
-    the reduction it was encoded with; and how many tokens there were after each vision block."""
+    image_embeds (U, C); mapping (P,), the token of each patch (None: nothing merged); the reduction
+    that was used; tokens_per_block, the number of tokens after each block of the tower."""
 
     image_embeds: Tensor
     mapping: Tensor | None = None
@@ -49,7 +51,7 @@ class EncodedImage:
 
     @property
     def num_patches(self) -> int:
-        """P, before any merging."""
+        """P, the number of tokens before merging."""
         return len(self.image_embeds if self.mapping is None else self.mapping)
 
     def num_positions(self, positions: str) -> int:
@@ -58,7 +60,7 @@ class EncodedImage:
 
 
 class Llava(nn.Module):
-    """The whole model: `vision`, `projector`, `decoder`. Holds weights, never state of a call."""
+    """The whole model: `vision`, `projector`, `decoder`. Holds weights, and no state of a call."""
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
@@ -78,18 +80,18 @@ class Llava(nn.Module):
     def encode_image(
         self, pixel_values: Tensor, reduction: Reduction = NO_REDUCTION
     ) -> list[EncodedImage]:
-        """pixel_values (B, 3, S, S) -> for each image its embeds (U, C), to stand among words.
-
-        Thresholds leave every image its own U, so then they pass the tower one by one."""
+        """Encode pixel_values (B, 3, S, S): for each image its embeds (U, C)."""
         pixel_values = pixel_values.to(self.device, self.dtype)
         merge = reduction.merge
         steps = None if merge is None else merge.steps(self.config.vision)
         encoded = []
+        # With thresholds each image keeps a different number of tokens: one image at a time.
         for images in pixel_values.split(1) if isinstance(merge, DToMe) else [pixel_values]:
-            seen = self.vision(images, steps)
-            mappings = [None] * len(images) if seen.mapping is None else seen.mapping
-            for embeds, mapping in zip(self.projector(seen.image_features), mappings, strict=True):
-                encoded.append(EncodedImage(embeds, mapping, reduction, seen.tokens_per_block))
+            output = self.vision(images, steps)
+            mappings = [None] * len(images) if output.mapping is None else output.mapping
+            image_embeds = self.projector(output.image_features)
+            for embeds, mapping in zip(image_embeds, mappings, strict=True):
+                encoded.append(EncodedImage(embeds, mapping, reduction, output.tokens_per_block))
         return encoded
 
     def splice(
@@ -99,14 +101,16 @@ class Llava(nn.Module):
         position: int = 0,
         positions: str = "vtu",
     ) -> tuple[Tensor, Layout]:
-        """Embed T ids and put the images in their slots (id -200), in order -> rows (R, C), and
-        where they stand from `position` on; `positions` as in layout.py.
+        """Embed T ids and put the images, in order, in their slots (id -200).
 
-        Raises PromptError when slots and images differ in number."""
+        The first row stands at `position`. `positions` is a name of `layout.PLACEMENTS`. Returns
+        the rows (R, C) and their layout. Raises PromptError if there are more or fewer slots than
+        images."""
         slots = [row for row, token in enumerate(input_ids) if token == IMAGE_TOKEN_ID]
         if len(slots) != len(images):
             raise PromptError.of_counts(len(slots), len(images))
         pieces, layouts, start = [], [], 0
+        # The last round has no image: it embeds the text behind the last slot.
         for slot, image in zip([*slots, len(input_ids)], [*images, None], strict=True):
             if start < slot:
                 pieces.append(self.decoder.embed_tokens(self.upload(input_ids[start:slot])))
@@ -123,7 +127,8 @@ class Llava(nn.Module):
         return torch.cat(pieces), join(layouts)
 
     def upload(self, input_ids: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        """Ids as a tensor on the device, without waiting for what runs there."""
+        """Copy ids to the device, without waiting for the device."""
+        # Only a copy from pinned memory is asynchronous.
         ids = torch.tensor(input_ids, pin_memory=self.device.type == "cuda")
         return ids.to(self.device, non_blocking=True)
 
@@ -135,9 +140,11 @@ class Llava(nn.Module):
         fastv: Sequence[FastV | None] | None = None,
         all_logits: bool = False,
     ) -> tuple[Tensor, list[KVCache], list[Pruning | None]]:
-        """Run a batch: per item its rows (R, C), where they stand, its cache (None at prefill), and
-        what to prune. Returns the logits of each item's last position (B, V), or of all rows that
-        are left, packed; the grown caches; and what was pruned."""
+        """Run a batch: per item its rows (R, C), their layout, its cache (None at prefill), and its
+        FastV (None: no pruning).
+
+        Returns the logits of each item's last position (B, V), or of all rows that are left,
+        packed; the longer caches; and what was pruned."""
         run = self.decoder(torch.cat(list(input_embeds)), layouts, past_key_values, fastv)
         x = run.hidden_states  # (R', C)
         if not all_logits:
@@ -151,9 +158,11 @@ class Llava(nn.Module):
         reduction: Reduction = NO_REDUCTION,
         all_logits: bool = False,
     ) -> tuple[Tensor, KVCache, int]:
-        """The whole prompt at once: input_ids (1, T) with -200 for each image of pixel_values
-        (images, 3, S, S). Returns logits (1, 1, V), or (1, R, V) of all rows with `all_logits`, the
-        cache, and the position of the next token."""
+        """Run a whole prompt: input_ids (1, T) with -200 for each image of pixel_values
+        (B, 3, S, S).
+
+        Returns the logits of the last row (1, 1, V), or of all rows (1, R, V) with `all_logits`;
+        the cache; and the position of the next token."""
         images = [] if pixel_values is None else self.encode_image(pixel_values, reduction)
         rows, layout = self.splice(
             input_ids.flatten().tolist(), images, positions=reduction.positions
@@ -164,7 +173,7 @@ class Llava(nn.Module):
     def decode(
         self, token: Tensor, position: int, past_key_values: KVCache
     ) -> tuple[Tensor, KVCache]:
-        """One token (one element, any shape) at `position` -> logits (1, 1, V), the grown cache."""
+        """Run one token (one element, any shape) at `position`: logits (1, 1, V), longer cache."""
         input_embeds = self.decoder.embed_tokens(token.to(self.device).reshape(1))  # (1, C)
         layout = Layout.text(1, position, self.device)
         logits, caches, _ = self([input_embeds], [layout], [past_key_values])

@@ -1,6 +1,6 @@
-"""The projector `mlp2x_gelu` (LLaVA-1.5, arXiv 2310.03744, section 3.2): image features -> words.
+"""The projector `mlp2x_gelu` (LLaVA-1.5, arXiv 2310.03744, section 3.2): image features -> embeds.
 
-Shapes: P image tokens, C_v vision width, C decoder width.
+Shapes: U image tokens, C_v vision width, C decoder width.
 """
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from llava_lite.config import LlavaConfig
 
 
 class Projector(nn.Module):
-    """Linear layers with exact (erf) GELU between; no norm, no residual."""
+    """Linear layers with exact (erf) GELU in between; no norm, no residual."""
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Projector(nn.Module):
         )
 
     def forward(self, image_features: Tensor) -> Tensor:
-        """(..., P, C_v) -> (..., P, C)"""
+        """(..., U, C_v) -> (..., U, C)"""
         x = self.layers[0](image_features)
         for layer in self.layers[1:]:
             x = layer(F.gelu(x))

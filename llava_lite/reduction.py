@@ -1,10 +1,9 @@
-"""The wishes of one call about fewer image tokens: what to merge in the vision tower, at which
-positions merged tokens stand, and what to prune in the decoder.
+"""The options of one call for fewer image tokens: merge in the tower, place, prune in the decoder.
 
     Reduction(merge=ToMe(keep=72), positions="vtu", fastv=FastV(keep=36))
 
-Immutable, and checked when made as far as no model is needed for it (ValueError); `Reduction.check`
-does the rest. `REDUCTIONS` are the named presets.
+All classes are immutable and check their values when they are made (ValueError). Values that need a
+model are checked by `Reduction.check`. `REDUCTIONS` are the named presets.
 """
 
 import math
@@ -14,7 +13,7 @@ from numbers import Integral, Real
 
 from llava_lite.config import LlavaConfig, VisionConfig
 from llava_lite.layout import PLACEMENTS
-from llava_lite.tome import SCHEDULES, MergeStep, capped, spread, spread_to_keep
+from llava_lite.tome import SCHEDULES, MergeStep, cap_merges, spread, spread_to_keep
 
 POSITIONS = tuple(PLACEMENTS)
 SCORES = ("sum", "mean")
@@ -25,11 +24,11 @@ PRUNE_LAYER = 3
 class ToMe:
     """Merge the same number of tokens in every image (ToMe, arXiv 2210.09461).
 
-    keep: image tokens that reach the decoder, exactly; or
-    r: tokens merged per block on average over all blocks of CLIP, the one that LLaVA leaves out
-        too: the reference's "72out" is r=21, of which LLaVA-1.5 then sees 576 - 23 * 21 = 93.
-    schedule: how `r` is spread: "constant", or more in early blocks ("linear") or in late ones
-        ("reverse_linear")."""
+    keep: the exact number of image tokens that reach the decoder; or
+    r: merges per block, on average over all blocks of CLIP. LLaVA-1.5 leaves the last block out:
+        with r=21, CLIP keeps 576 - 24 * 21 = 72 tokens, and LLaVA 576 - 23 * 21 = 93.
+    schedule: how to spread `r` over the blocks: "constant", "linear" (more in early blocks) or
+        "reverse_linear" (more in late blocks)."""
 
     keep: int | None = None
     r: int | None = None
@@ -40,7 +39,7 @@ class ToMe:
             raise ValueError("ToMe needs keep or r, one of the two")
         for name in ("keep", "r"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, checked_count(f"ToMe {name}", getattr(self, name)))
+                object.__setattr__(self, name, check_count(f"ToMe {name}", getattr(self, name)))
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"ToMe schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}"
@@ -49,15 +48,15 @@ class ToMe:
             raise ValueError("a ToMe schedule goes with r, not with keep")
 
     def most_tokens(self, vision: VisionConfig) -> int:
-        """Image tokens that are left, known before looking at an image."""
+        """The image tokens that are left, which is the same number for every image."""
         counts = [step.r or 0 for step in self.steps(vision)]
-        return vision.num_patches - sum(capped(counts, vision.num_patches))
+        return vision.num_patches - sum(cap_merges(counts, vision.num_patches))
 
     def steps(self, vision: VisionConfig) -> tuple[MergeStep, ...]:
-        """What each block that runs merges. Raises ValueError for more tokens than patches, and for
-        fewer than are left when every block merges half of what it gets."""
+        """One step for each block that runs. Raises ValueError if `keep` cannot be reached."""
         patches, blocks = vision.num_patches, vision.num_blocks
-        fewest = patches - sum(capped([patches] * blocks, patches))
+        # Every block can merge at most half of its tokens.
+        fewest = patches - sum(cap_merges([patches] * blocks, patches))
         if self.keep is None:
             counts = spread((self.r or 0) * vision.num_layers, vision.num_layers, self.schedule)
         elif not fewest <= self.keep <= patches:
@@ -69,11 +68,11 @@ class ToMe:
 
 @dataclass(frozen=True)
 class DToMe:
-    """Merge what is similar enough, so many tokens of a plain image and few of a busy one (DyMU,
-    arXiv 2504.17040).
+    """Merge all pairs above a threshold: many tokens of a simple image, few of a detailed one
+    (DyMU, arXiv 2504.17040).
 
-    thresholds: one cosine per block of the tower; a pair above it merges. None: the model's own,
-        found with `llava-lite thresholds`."""
+    thresholds: one cosine per block of the tower. None: the model's own thresholds, which
+        `llava-lite thresholds` finds."""
 
     thresholds: tuple[float, ...] | None = None
 
@@ -92,32 +91,33 @@ class DToMe:
         object.__setattr__(self, "thresholds", thresholds)
 
     def most_tokens(self, vision: VisionConfig) -> int:
-        """At most so many image tokens are left; how many, only the image can tell."""
+        """The most image tokens that can be left; the number depends on the image."""
         return vision.num_patches
 
     def steps(self, vision: VisionConfig) -> tuple[MergeStep, ...]:
-        """What each block that runs merges. Raises ValueError without a threshold for each."""
+        """One step for each block that runs. Raises ValueError unless each has a threshold."""
         if self.thresholds is None:
             raise ValueError(
-                "this model has no thresholds of its own: find some with `llava-lite thresholds`"
+                "the model has no thresholds of its own: find some with `llava-lite thresholds`"
             )
         if len(self.thresholds) not in (vision.num_blocks, vision.num_layers):
             raise ValueError(
                 f"{len(self.thresholds)} DToMe thresholds, but the tower runs {vision.num_blocks} "
-                f"of {vision.num_layers} blocks: there must be one for each of these or of those"
+                f"of {vision.num_layers} blocks: name {vision.num_blocks} or {vision.num_layers}"
             )
         return tuple(MergeStep(threshold=t) for t in self.thresholds[: vision.num_blocks])
 
 
 @dataclass(frozen=True)
 class FastV:
-    """Drop the image tokens that the last prompt token looks at least (FastV, arXiv 2403.06764).
+    """Drop the image tokens with the least attention from the last prompt token (FastV, arXiv
+    2403.06764).
 
-    keep: image tokens that stay; or drop: the share of them that goes, 0.7 for 70 %.
-    layer: index of the first pruned layer, counted from 0 and at least 1, K in the paper. The
-        scores are the attention of the layer before it.
-    score: a merged token that fills several positions scores their "sum" or their "mean".
-    per_image: several images get `keep` or `drop` each, instead of sharing it."""
+    keep: the number of image tokens that stay; or drop: the share that goes, 0.7 for 70 %.
+    layer: the first layer without the dropped tokens, counted from 0, at least 1 (K in the paper).
+        The layer before it gives the scores.
+    score: the score of a merged token is the "sum" or the "mean" over its positions.
+    per_image: `keep` or `drop` counts for each image, instead of for all images together."""
 
     keep: int | None = None
     drop: float | None = None
@@ -130,9 +130,9 @@ class FastV:
             raise ValueError("FastV needs keep or drop, one of the two")
         if not isinstance(self.per_image, bool):
             raise ValueError(f"FastV per_image {self.per_image!r} must be True or False")
-        object.__setattr__(self, "layer", checked_count("FastV layer", self.layer))
+        object.__setattr__(self, "layer", check_count("FastV layer", self.layer))
         if self.drop is None:
-            object.__setattr__(self, "keep", checked_count("FastV keep", self.keep))
+            object.__setattr__(self, "keep", check_count("FastV keep", self.keep))
         elif not (isinstance(self.drop, Real) and 0 < float(self.drop) < 1):
             raise ValueError(f"FastV drop {self.drop!r} must be a number above 0 and below 1")
         else:
@@ -141,15 +141,15 @@ class FastV:
             raise ValueError(f"FastV score {self.score!r} is not one of {', '.join(SCORES)}")
 
     def num_kept(self, num_tokens: int) -> int:
-        """How many of so many image tokens stay. Rounds half to even, in double precision, as the
-        reference does."""
+        """How many of `num_tokens` image tokens stay."""
         if self.drop is None:
             return min(self.keep or 0, num_tokens)
+        # Python rounds half to even, in double precision, as the reference does.
         return min(num_tokens, max(1, round(num_tokens * (1 - self.drop))))
 
     def budgets(self, sizes: Sequence[int]) -> list[int] | None:
-        """How many tokens of images of these sizes stay: of each, or one number for all together.
-        None where that would be all of them."""
+        """How many tokens stay, given the size of each image: one number per image, or one for all
+        images together. None if all of them stay."""
         groups = list(sizes) if self.per_image else [sum(sizes)]
         kept = [self.num_kept(size) for size in groups]
         return None if kept == groups else kept
@@ -158,9 +158,11 @@ class FastV:
     def parse(
         text: str | float | None, layer: int = PRUNE_LAYER, name: str = "FASTV_K"
     ) -> "FastV | None":
-        """The amount as `FASTV_K` and `--fastv-k` write it: a whole number from 1 on is how many
-        tokens stay, one between 0 and 1 the share that goes; None, "", "none", "off" and 0 are no
-        pruning. Raises ValueError, by `name`, for anything else."""
+        """Read the value of `FASTV_K` or `--fastv-k`.
+
+        A whole number from 1 on is the number of tokens that stay; a number between 0 and 1 is the
+        share that goes; None, "", "none", "off" and 0 mean no pruning. Raises ValueError, which
+        names `name`, for anything else."""
         if text is None or str(text).strip().lower() in ("", "none", "off"):
             return None
         try:
@@ -181,10 +183,9 @@ class FastV:
 
 @dataclass(frozen=True)
 class Reduction:
-    """All wishes together; None is none.
+    """All options together; None switches a part off.
 
-    positions: where merged tokens stand in the decoder, see layout.py: "vtu", "logical", "plain".
-    """
+    positions: where merged tokens stand in the decoder: "vtu", "logical" or "plain" (layout.py)."""
 
     merge: ToMe | DToMe | None = None
     positions: str = "vtu"
@@ -199,13 +200,13 @@ class Reduction:
             raise ValueError(f"positions {self.positions!r} is not one of {', '.join(POSITIONS)}")
 
     def __str__(self) -> str:
-        """The name of the preset that it equals, or else all of its parts."""
+        """The name of the preset with these parts, or else all parts."""
         names = {reduction: name for name, reduction in REDUCTIONS.items()}
         return names.get(self) or repr(self)
 
     @staticmethod
     def of(wish: "Reduction | str | None") -> "Reduction":
-        """A reduction, a preset's name, or None for nothing. Raises ValueError."""
+        """The reduction of a preset's name, or of None; a Reduction as it is. Raises ValueError."""
         if wish is None or isinstance(wish, str):
             name = "none" if wish is None else wish
             if name not in REDUCTIONS:
@@ -222,22 +223,22 @@ class Reduction:
         return PLACEMENTS[self.positions].num_positions(patches, tokens)
 
     def check(self, config: LlavaConfig, thresholds: Sequence[float] | None = None) -> "Reduction":
-        """The same, checked against a model, whose `thresholds` stand in where none are named.
-        Raises ValueError with the range that is allowed."""
+        """Check the values against a model, and fill in its own `thresholds` for a bare `DToMe()`.
+        Raises ValueError that names the allowed range."""
         checked = self
         if self.merge is not None:
             if self.merge == DToMe() and thresholds is not None:
                 checked = replace(self, merge=DToMe(tuple(thresholds)))
             assert checked.merge is not None
-            checked.merge.steps(config.vision)
+            checked.merge.steps(config.vision)  # raises
         last = config.text.num_layers - 1
         if self.fastv is not None and self.fastv.layer > last:
             raise ValueError(f"FastV layer {self.fastv.layer} must be in 1..{last}")
         return checked
 
 
-def checked_count(name: str, value: object) -> int:
-    """The value as an int. Raises ValueError for anything but a whole number from 1 on."""
+def check_count(name: str, value: object) -> int:
+    """The value as an int. Raises ValueError unless it is a whole number from 1 on."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} {value!r} must be a whole number of at least 1")
     return int(value)

@@ -1,13 +1,13 @@
-"""CLIP ViT-L/14 at 336 px (Radford et al., arXiv 2103.00020), the part LLaVA-1.5 looks through.
+"""The vision tower: CLIP ViT-L/14 at 336 px (Radford et al., arXiv 2103.00020).
 
-LLaVA reads the hidden states after 23 of the 24 blocks and drops the class token, so the last
-block, the final norm and CLIP's own projection are never built.
+LLaVA-1.5 reads the hidden states after 23 of the 24 blocks and drops the class token. So the last
+block, the final norm and CLIP's own projection are not built.
 
-With a step of tome.py given for each block, similar tokens merge on the way, between the halves of
-the block; without one (None) a block is plain CLIP.
+Every block takes a merge step (tome.py), applied between its attention and its MLP. Without a step
+(None) the block is plain CLIP.
 
 Shapes: B images, P patches (24 x 24 = 576, row by row), T tokens with the class token at row 0
-(P + 1 until some merge), U = T - 1 of them at the end, H heads, D head dim, C width.
+(P + 1 before the first merge), U = T - 1 image tokens, H heads, D head dim, C width.
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,13 @@ from llava_lite.tome import Merged, MergeStep, merge_tokens
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x): OpenAI's CLIP was trained with it; exact GELU quietly degrades it."""
+    """x * sigmoid(1.702 x)."""
+    # OpenAI trained CLIP with this form. Exact GELU gives plausible but worse features.
     return x * torch.sigmoid(1.702 * x)
 
 
 class VisionMLP(nn.Module):
-    """Two linear layers with QuickGELU between."""
+    """Two linear layers with QuickGELU in between."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -39,12 +40,12 @@ class VisionMLP(nn.Module):
         return self.fc2(quick_gelu(self.fc1(x)))
 
 
-# Fused kernels are up to twice as fast where the number of keys is a multiple of this.
-KEY_BLOCK = 32
+KEY_BLOCK = 32  # fused kernels are faster if the number of keys is a multiple of this
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, merged: Merged | None) -> Tensor:
-    """Fused attention (B, H, T, D), every token seen as often as the patches that it stands for."""
+    """Fused attention, q, k, v (B, H, T, D) -> (B, H, T, D). Tokens weigh as much as their patches
+    (None: one patch each)."""
     if merged is None:
         return F.scaled_dot_product_attention(q, k, v)
     padding = -k.shape[2] % KEY_BLOCK
@@ -54,8 +55,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, merged: Merged | None) -> Tensor:
 
 
 class VisionAttention(nn.Module):
-    """Full self-attention: every patch sees every patch, no mask, no positions. A token into which
-    several patches have merged is seen with their joint weight."""
+    """Full self-attention without a mask and without positions."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class VisionAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, merged: Merged | None) -> tuple[Tensor, Tensor]:
-        """x (B, T, C) -> the mixed (B, T, C), and the keys (B, H, T, D) that say who is alike."""
+        """x (B, T, C) -> mixed (B, T, C), and the keys (B, H, T, D), by which tokens merge."""
         q, k, v = (
             rearrange(proj(x), "b t (h d) -> b h t d", h=self.num_heads)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -76,7 +76,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm transformer block, token merging between its two halves."""
+    """Pre-norm transformer block, with token merging between attention and MLP."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -88,18 +88,19 @@ class VisionBlock(nn.Module):
     def forward(
         self, x: Tensor, merged: Merged | None, step: MergeStep | None
     ) -> tuple[Tensor, Merged | None]:
-        """x (B, T, C) -> (B, T', C), and what its tokens stand for now."""
+        """x (B, T, C) -> (B, T', C), and the merges so far."""
         mixed, keys = self.attn(self.norm1(x), merged)
         x = x + mixed
         if step is not None:
+            # The keys are already there, so similarity costs no extra projection.
             x, merged = merge_tokens(x, keys.mean(1), merged, step)
         return x + self.mlp(self.norm2(x)), merged
 
 
 @dataclass(frozen=True)
 class VisionOutput:
-    """What the tower saw: image_features (B, U, C), one vector per token; mapping (B, P) the token
-    that each patch is part of (None: each is its own); and U after each block."""
+    """image_features (B, U, C), one vector per token; mapping (B, P), the token of each patch
+    (None: patch i is token i); tokens_per_block, U after each block."""
 
     image_features: Tensor
     mapping: Tensor | None
@@ -107,7 +108,7 @@ class VisionOutput:
 
 
 class VisionTower(nn.Module):
-    """CLIP as LLaVA uses it: an image in, the features out that the projector expects."""
+    """CLIP without its last block: pixels in, image features for the projector out."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -127,11 +128,12 @@ class VisionTower(nn.Module):
     def forward(
         self, pixel_values: Tensor, steps: Sequence[MergeStep | None] | None = None
     ) -> VisionOutput:
-        """pixel_values (B, 3, S, S), and what each block merges (None: nothing)."""
+        """pixel_values (B, 3, S, S), and one merge step per block (None: no merging)."""
         x, merged = self.pre_norm(self.embed(pixel_values)), None  # (B, T, C)
         counts = []
         for block, step in zip(self.blocks, steps or [None] * len(self.blocks), strict=True):
             x, merged = block(x, merged, step)
             counts.append(x.shape[1] - 1)
+        # Drop the class token, which is patch 0 and token 0.
         mapping = None if merged is None else merged.mapping[:, 1:] - 1
         return VisionOutput(x[:, 1:], mapping, tuple(counts))

@@ -65,7 +65,7 @@ from llava_lite.checkpoints.skeleton import meta_model
 from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, LlavaConfig
 from llava_lite.errors import LlavaLiteError
 from llava_lite.fast.allocator import keep_freed_memory
-from llava_lite.fast.compiled import CompiledModel, buckets, checked_way, power_of_two
+from llava_lite.fast.compiled import CompiledModel, buckets, check_way, power_of_two
 from llava_lite.fast.device import machine
 from llava_lite.fast.kernels import choose_kernels
 from llava_lite.fast.quantize import method_of
@@ -245,7 +245,7 @@ def check(settings: Settings) -> None:
     if unknown:
         raise BenchError(f"no reduction {unknown[0]!r}; there are {', '.join(REDUCTIONS)}")
     if settings.compile:
-        checked_way(None, torch.device(settings.device))
+        check_way(None, torch.device(settings.device))
     if settings.against:
         import_transformers()
     if settings.source is not None:

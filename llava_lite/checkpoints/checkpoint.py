@@ -1,8 +1,6 @@
-"""Checkpoints: load a model from any published layout, and save and verify one in our own.
+"""Load a checkpoint of any layout, and save and verify one in our format.
 
-load_model(folder)   any layout (`sources.open_source`) -> Llava; a converted folder is
-                     memory-mapped, not copied, and its values are not checked again
-save_model(...)      Llava -> config.json, model*.safetensors, tokenizer.json, manifest.json
+A converted folder is memory-mapped: loading copies nothing and checks no values again.
 """
 
 import hashlib
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """ "bfloat16", torch.bfloat16 or None. Raises ValueError for other dtypes."""
+    """The torch dtype of "bfloat16", torch.bfloat16 or None. Raises ValueError for others."""
     if dtype is None or dtype in DTYPE_CODES:
         return dtype
     if dtype not in DTYPES:
@@ -57,17 +55,17 @@ def load_model(
     base: str | Path | None = None,
     vision_tower: str | Path | nn.Module | None = None,
 ) -> Llava:
-    """Load a checkpoint of any layout (see `sources.open_source`), ready for inference.
+    """Load a checkpoint of any layout (see `opening.open_source`), ready for inference.
 
-    `dtype` None keeps the decoder's. On the CPU, tensors already in that dtype stay in the mapped
-    file: loading takes no time and no memory, pages are read when used. Raises CheckpointError."""
+    `dtype` None keeps the decoder's. On the CPU, tensors of this dtype stay in the mapped file,
+    whose pages are read when used. Raises CheckpointError."""
     return load_source(open_source(path, base, vision_tower), device, dtype)
 
 
 def load_source(
     source: Source, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
 ) -> Llava:
-    """Build the model on the meta device and give it the tensors, one at a time."""
+    """Build the model on the meta device, and give it one tensor after the other."""
     model = meta_model(source.config)
     wanted = parse_dtype(dtype)
     state = {name: tensor.to(device) for name, tensor in source.tensors(wanted)}
@@ -76,9 +74,9 @@ def load_source(
 
 
 def load_tokenizer(path: str | Path, config: LlavaConfig) -> "Tokenizer":
-    """The tokenizer of a folder, or of a tokenizer.model or tokenizer.json file.
+    """Load the tokenizer of a folder, or a tokenizer.model or tokenizer.json file.
 
-    Raises CheckpointError when there is none or it is damaged."""
+    Raises CheckpointError if it is missing or damaged."""
     from llava_lite.inputs.tokenizer import Tokenizer
 
     path = Path(path)
@@ -92,10 +90,10 @@ def load_tokenizer(path: str | Path, config: LlavaConfig) -> "Tokenizer":
 def vision_state_from_open_clip(
     model: nn.Module, config: VisionConfig | None = None
 ) -> dict[str, Tensor]:
-    """State dict for `Llava.vision` from an open_clip model, or its `visual`, in memory.
+    """The state dict of `Llava.vision`, from an open_clip model in memory, or from its `visual`.
 
-    Without a `config` the sizes are read off the tensors and the last block is left out.
-    Raises CheckpointError for an unknown tensor or an exact-GELU model."""
+    Without a `config`, the tensors' shapes give the sizes, and the last block is left out. Raises
+    CheckpointError for an unknown tensor or an exact-GELU model."""
     inventory = Inventory()
     inventory.add_module(model)
     config = config or parse_vision(tower_from_shapes(inventory.entries))
@@ -121,9 +119,10 @@ def save_model(
     dtype: str | torch.dtype | None = None,
     force: bool = False,
 ) -> None:
-    """Write a model as a folder in our format, weights cast to `dtype` (default: as they are).
+    """Write a model as a folder in our format, with weights cast to `dtype` (None: no cast).
 
-    Raises CheckpointError for NaN or infinite weights, a folder in use, or a full disk."""
+    Raises CheckpointError for NaN or infinite weights, a folder that is not empty, or a full
+    disk."""
     state, wanted = model.state_dict(), parse_dtype(dtype)
 
     def read(name: str) -> Tensor:
@@ -143,16 +142,16 @@ def save_model(
 
 
 def verify_folder(folder: str | Path) -> int:
-    """Read a folder in our format back and compare every tensor with the manifest's sha256.
+    """Compare every tensor of a folder in our format with the sha256 in its manifest.
 
-    Returns the number of tensors. Raises CheckpointError naming file and tensor that differ."""
+    Returns the number of tensors. Raises CheckpointError that names the file and the tensor."""
     folder = Path(folder)
     weight_files(folder)  # checks the manifest
     return verify_tensors(folder, read_json(folder / "manifest.json")["tensors"])
 
 
 def verify_tensors(folder: Path, table: Mapping[str, Mapping[str, Any]]) -> int:
-    """Compare the written tensors with a manifest's table, see `verify_folder`."""
+    """Compare the written tensors with the table of a manifest, as `verify_folder`."""
     for file in sorted({str(row["file"]) for row in table.values()}):
         tensors = read_tensors(folder / file)
         for name in (name for name, row in table.items() if row["file"] == file):

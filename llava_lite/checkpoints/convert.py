@@ -1,8 +1,8 @@
-"""`llava-lite convert`: any checkpoint layout -> a folder in our format, or in llava-hf's.
+"""Convert any checkpoint layout to a folder in our format or in llava-hf's.
 
-One tensor is in memory at a time: read from the mapped source, cast, hashed, appended to the shard
-being written. The result takes its place only when all of it is there. Imports nothing heavy
-before a conversion starts, so that help and errors of usage come at once.
+One tensor at a time is in memory: read from the mapped source, cast, hashed and written to a shard.
+The folder appears at its destination only when all of it is written. This file imports nothing
+heavy before a conversion starts, so help and usage errors come at once.
 """
 
 import shutil
@@ -22,23 +22,16 @@ if TYPE_CHECKING:
     from llava_lite.checkpoints.source import Source
 
 Progress = Callable[[int, int], None]
-
-
 FORMATS = ("llava_lite", "hf")
-
-
-METHODS = ("int8", "int4")  # those of quantize.py
-# Codes are packed while loading, and a file is mapped until all of it is done with: small ones keep
-# the memory that this takes small.
+METHODS = ("int8", "int4")  # as in fast/quantize.py, which imports torch
+# Loading packs the codes of a file while the file is mapped: small files keep this memory small.
 QUANTIZED_SHARD_SIZE = 500_000_000
-
-
-HF_QUANTIZED = "quantised weights are stored in our own format only, not as hf"
+HF_QUANTIZED = "quantized weights are stored in our own format only, not as hf"
 
 
 @dataclass
 class Report:
-    """What a conversion did, or with `dry_run` would do. Sizes in bytes."""
+    """The result of a conversion, or with `dry_run` the plan. Sizes in bytes."""
 
     source: str
     destination: str
@@ -94,48 +87,71 @@ def convert(
     progress: Progress | None = None,
     names: Mapping[str, str] | None = None,
 ) -> Report:
-    """Convert a checkpoint of any layout (see `sources.open_source`) to a self-contained folder.
+    """Convert a checkpoint of any layout (see `opening.open_source`) to a self-contained folder.
 
-    `dtype` None keeps the decoder's; `shard_size` in bytes, by default 2 GB, and 0.5 GB
-    quantised; `to` "llava_lite" or "hf"; `quantize`
-    "int8" or "int4": how the decoder's linear layers are stored, in our format only; `verify` reads
-    everything back and compares hashes; `force` replaces a checkpoint that is already there;
-    `progress(done, total)` is told the bytes; `names`: what the manifest calls "source" and "base",
-    such as hub ids, where that is not their path. On any error or interrupt nothing half-written is
-    left. Raises CheckpointError naming file and tensor, and ValueError."""
-    from llava_lite.checkpoints.checkpoint import parse_dtype, verify_tensors
-    from llava_lite.checkpoints.export import write_side_files
+    dtype: of the weights written; None keeps the decoder's.
+    shard_size: bytes per weight file, by default 2 GB, and 0.5 GB if quantized.
+    dry_run: only report. verify: read everything back and compare hashes.
+    to: "llava_lite" or "hf". quantize: "int8" or "int4", for our own format only.
+    force: replace a checkpoint at the destination. progress: called with (bytes done, all bytes).
+    names: what the manifest records as "source" and "base" instead of their paths.
+
+    An error or interrupt leaves nothing behind. Raises CheckpointError that names file and tensor,
+    and ValueError."""
+    from llava_lite.checkpoints.checkpoint import parse_dtype
     from llava_lite.checkpoints.quantized import open_source
-    from llava_lite.checkpoints.tensors import staged, write_shards
 
     if shard_size is None:
         shard_size = QUANTIZED_SHARD_SIZE if quantize else SHARD_SIZE
-    if to not in FORMATS or shard_size < 1:
-        raise ValueError(f"to {to!r} must be llava_lite or hf, shard_size {shard_size} at least 1")
-    if quantize is not None and to == "hf":
-        raise ValueError(HF_QUANTIZED)
+    check_options(to, quantize, shard_size)
     opened = open_source(source, base, vision_tower)
     wanted = parse_dtype(dtype) or opened.dtype
     output = make_output(opened, wanted, to, quantize)
     report = make_report(opened, destination, output, wanted, to, quantize)
-    if dry_run:
-        return report
-    if destination is None:
-        raise ValueError("a destination is needed, except with dry_run")
-    place = Path(destination).expanduser().resolve()  # a link stays, what it points to is filled
-    check_destination(place, opened, output.size)
-    with staged(place, force) as staging:
-        read = with_progress(output, progress)
-        table = write_shards(staging, output.specs, read, shard_size)
-        write_side_files(staging, opened, output, table, to, names or {})
-        report.verified = verify and verify_tensors(staging, table) == len(output.specs)
-    report.files = sorted({row["file"] for row in table.values()})
-    report.written = True
+    if not dry_run:
+        if destination is None:
+            raise ValueError("a destination is needed, except with dry_run")
+        place = Path(destination).expanduser().resolve()  # a link stays, its target is filled
+        write_output(report, place, opened, output, shard_size, verify, force, progress, names)
     return report
 
 
+def check_options(to: str, quantize: str | None, shard_size: int) -> None:
+    """Raise ValueError for an unknown format, and for options that exclude each other."""
+    if to not in FORMATS or shard_size < 1:
+        raise ValueError(f"to {to!r} must be llava_lite or hf, shard_size {shard_size} at least 1")
+    if quantize is not None and to == "hf":
+        raise ValueError(HF_QUANTIZED)
+
+
+def write_output(
+    report: Report,
+    place: Path,
+    opened: "Source",
+    output: "Output",
+    shard_size: int,
+    verify: bool,
+    force: bool,
+    progress: Progress | None,
+    names: Mapping[str, str] | None,
+) -> None:
+    """Write a folder, and note in the report what was written."""
+    from llava_lite.checkpoints.checkpoint import verify_tensors
+    from llava_lite.checkpoints.export import write_side_files
+    from llava_lite.checkpoints.tensors import staged, write_shards
+
+    check_destination(place, opened, output.size)
+    with staged(place, force) as staging:
+        read = add_progress(output, progress)
+        table = write_shards(staging, output.specs, read, shard_size)
+        write_side_files(staging, opened, output, table, report.to, names or {})
+        report.verified = verify and verify_tensors(staging, table) == len(output.specs)
+    report.files = sorted({row["file"] for row in table.values()})
+    report.written = True
+
+
 def make_output(opened: "Source", dtype: "torch.dtype", to: str, quantize: str | None) -> "Output":
-    """What will be written."""
+    """Plan the tensors and documents to write."""
     from llava_lite.checkpoints.export import hf_output, own_output
     from llava_lite.checkpoints.quantized import QuantizedSource, quantized_output
 
@@ -155,7 +171,7 @@ def make_report(
     to: str,
     quantize: str | None,
 ) -> Report:
-    """The report before anything is written."""
+    """Make the report, before anything is written."""
     report = Report(
         source=str(opened.path),
         destination=str(destination or ""),
@@ -178,7 +194,7 @@ def make_report(
 
 
 def check_destination(place: Path, opened: "Source", size: int) -> None:
-    """Raise CheckpointError when writing there would touch the source, or cannot fit."""
+    """Raise CheckpointError if the source lies at `place`, or the disk has too little space."""
     sources = {opened.path.resolve(), *(e.file.parent.resolve() for e in opened.entries.values())}
     if place.resolve() in sources:
         raise CheckpointError(f"{place}: is where the source lies, choose another destination")
@@ -190,8 +206,8 @@ def check_destination(place: Path, opened: "Source", size: int) -> None:
         )
 
 
-def with_progress(output: "Output", progress: Progress | None) -> "Callable[[str], Tensor]":
-    """`output.read`, telling `progress` the bytes done before each tensor and at the end."""
+def add_progress(output: "Output", progress: Progress | None) -> "Callable[[str], Tensor]":
+    """`output.read`, which also tells `progress` how many bytes have been read."""
     if progress is None:
         return output.read
     done, total = 0, output.size

@@ -1,9 +1,4 @@
-"""What is in a checkpoint and what it will need, without loading it: sizes, tensors, memory.
-
-describe_preset(name)   an architecture alone, no files needed
-describe_source(path)   a folder of any layout that can be loaded
-format_info(info)       the same for people
-"""
+"""Describe a checkpoint or an architecture without loading it: sizes, tensors, memory."""
 
 import math
 import os
@@ -16,18 +11,16 @@ from llava_lite.config import PRESETS, LlavaConfig
 from llava_lite.errors import CheckpointError
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-CODES = {"int8": 1, "uint8": 1}  # bytes of what stays as it is in every dtype: codes of weights
-# Weights that one number of a quantised tensor stands for, by the end of its name.
+CODES = {"int8": 1, "uint8": 1}  # bytes of a quantized weight's codes, in every dtype
+# Weights of the model per number of a quantized tensor, by the end of its name.
 WEIGHTS = {"weight_int4": 2, "scales": 0, "zeros": 0}
-# Words around one image in the prompt of the memory estimate, answer included.
+# Text tokens of the memory estimate, prompt and answer, beside one image.
 TEXT_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor by our name; the dtype is the stored one, None for a preset without files."""
+    """One tensor by our name, with its stored dtype (None: a preset without files)."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,20 +28,21 @@ class TensorInfo:
 
     @property
     def num_weights(self) -> int:
-        """Weights of the model that it holds."""
+        """The number of the model's weights in this tensor."""
         return math.prod(self.shape) * WEIGHTS.get(self.name.rpartition(".")[2], 1)
 
     def num_bytes(self, dtype: str) -> int:
-        """Bytes it takes when the model is in this dtype."""
+        """The bytes of this tensor if the model is in `dtype`."""
         return math.prod(self.shape) * CODES.get(self.dtype or "", BYTES[dtype])
 
 
 @dataclass(frozen=True)
 class Info:
-    """A model on paper. `source` and `layout` are None for a preset; `quantized` is the method of a
-    quantised folder, whose tensors then are codes and scales; `ignored` counts the stored
-    tensors that the model never reads; `thresholds` are the model's own for DToMe, if it has
-    some; `thresholds_error` says why they cannot be used."""
+    """A model without its weights.
+
+    source, layout: None for a preset. ignored: number of stored tensors that are never read.
+    thresholds: the model's own for DToMe, if any. thresholds_error: why they cannot be read.
+    quantized: the method of a quantized folder, whose tensors are codes and scales."""
 
     config: LlavaConfig
     tensors: tuple[TensorInfo, ...]
@@ -62,7 +56,7 @@ class Info:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Number of weights per part, and in all."""
+        """The number of weights per part, and the total."""
         counts = {"vision": 0, "projector": 0, "decoder": 0}
         for tensor in self.tensors:
             counts[tensor.name.split(".")[0]] += tensor.num_weights
@@ -70,14 +64,14 @@ class Info:
 
     @property
     def dtypes(self) -> list[str]:
-        """The dtypes that occur in the files, the commonest first."""
+        """The stored dtypes, the most frequent first."""
         counts = Counter(tensor.dtype for tensor in self.tensors if tensor.dtype)
         return [dtype for dtype, _ in counts.most_common()]
 
     @property
     def memory(self) -> dict[str, dict[str, int]]:
-        """Bytes per dtype: the weights, and the KV cache of one token, of one image with a short
-        talk about it (`TEXT_TOKENS`), and of a full context."""
+        """Bytes per dtype: of the weights, and of the KV cache for one token, for one image with
+        `TEXT_TOKENS` tokens of text, and for a full context."""
         text = self.config.text
         numbers_per_token = 2 * text.num_layers * text.num_heads * text.head_dim
         tokens = {"kv_cache_per_token": 1, "kv_cache_image_prompt": self.prompt_tokens}
@@ -92,7 +86,7 @@ class Info:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the image prompt that the memory estimate is about."""
+        """The tokens of the memory estimate's image prompt."""
         wanted = self.config.vision.num_patches + TEXT_TOKENS
         return min(wanted, self.config.text.max_positions)
 
@@ -118,7 +112,7 @@ class Info:
 
 
 def describe_preset(name: str) -> Info:
-    """An architecture of `config.PRESETS`, its tensors on the meta device. Raises ValueError."""
+    """Describe an architecture of `config.PRESETS`. Raises ValueError for an unknown name."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
     from llava_lite.checkpoints.skeleton import expected_shapes
@@ -132,9 +126,7 @@ def describe_source(
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
 ) -> Info:
-    """A checkpoint of any layout (`sources.open_source`), from its headers alone.
-
-    Raises CheckpointError."""
+    """Describe a checkpoint of any layout, from its files' headers. Raises CheckpointError."""
     from llava_lite.checkpoints.quantized import QuantizedSource, open_source
     from llava_lite.checkpoints.skeleton import expected_shapes
     from llava_lite.checkpoints.thresholds import OwnThresholds
@@ -170,9 +162,9 @@ def describe_source(
 
 
 def verify_checksums(info: Info) -> int:
-    """Compare every tensor of a converted folder with its manifest; returns how many there are.
+    """Compare every tensor of a converted folder with its manifest. Returns their number.
 
-    Raises CheckpointError naming the file and the tensor that differs."""
+    Raises CheckpointError that names the file and the tensor."""
     from llava_lite.checkpoints.checkpoint import verify_folder
 
     if info.source is None or not (Path(info.source) / "manifest.json").is_file():
@@ -182,7 +174,7 @@ def verify_checksums(info: Info) -> int:
 
 
 def format_count(count: int) -> str:
-    """A number of weights in three digits: 7.06 B, 303 M."""
+    """Format a number of weights with three digits: 7.06 B, 303 M."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -190,7 +182,7 @@ def format_count(count: int) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """Bytes in binary units: 13.2 GiB."""
+    """Format bytes in binary units: 13.2 GiB."""
     for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= size:
             return f"{count / size:.1f} {unit}"

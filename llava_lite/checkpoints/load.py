@@ -1,10 +1,10 @@
-"""Load a model: find the checkpoint, read the weights, choose device and dtype."""
+"""Load a model: find the checkpoint, choose device and dtype, read the weights."""
 
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,52 +39,58 @@ def load(
     """Load a model: a converted folder, any official layout, or a hub id (`owner/name`).
 
     source: None means `$LLAVA_LITE_MODEL`, else the embedded model.
-    device: "auto" is the first of cuda, mps, cpu that is there.
-    dtype: "float32", "bfloat16", "float16" or the torch dtype; "auto" is the dtype of the file, but
-        bfloat16 for a float16 file on the CPU, where float16 arithmetic is about ten times slower.
-    download: fetch a hub id that is not on this disk; without it the error says how large it is.
-    revision, offline: of a hub id; offline never asks the network.
-    base: the model below a LoRA adapter or a projector file. vision_tower: the CLIP folder or file
-        for a checkpoint without its own, or an open_clip model object.
-    pad: images padded to a square (True) or cropped to one (False), instead of what the
-        checkpoint's config says. exif: turn images as the camera noted; LLaVA itself does not.
-    quantize: "int8" or "int4" rounds the decoder's linear layers while loading (fast/quantize.py).
-        A folder written by `llava-lite convert --quantize` needs no such wish.
-    compile: decode in steps of fixed shapes (fast/compiled.py): on CUDA replayed as a graph,
-        elsewhere through `torch.compile`, which takes minutes when it first meets a large model.
-    tensor_parallel: spread the decoder over the processes that `torchrun` started, each of which
-        makes the same calls (fast/tensor_parallel.py); "cuda" then means one GPU for each.
+    device: "auto" is the first available of cuda, mps, cpu.
+    dtype: "float32", "bfloat16", "float16" or a torch dtype. "auto" is the dtype of the file, but
+        bfloat16 for a float16 file on the CPU, where float16 is about ten times slower.
+    download: fetch a hub id that is not on this disk. Otherwise the error names its size.
+    revision: of a hub id. offline: never ask the network.
+    base: the model below a LoRA adapter or a projector file.
+    vision_tower: the CLIP folder, file or open_clip model for a checkpoint without a tower.
+    pad: pad images to a square (True) or crop them (False); None follows the checkpoint's config.
+    exif: turn images as the camera noted, which LLaVA does not.
+    quantize: "int8" or "int4" quantizes the decoder while loading (fast/quantize.py). A quantized
+        folder needs no option.
+    compile: decode in steps of fixed shapes (fast/compiled.py): CUDA graphs on a GPU, elsewhere
+        `torch.compile`, which takes minutes for the first tokens of a large model.
+    tensor_parallel: share the decoder between the processes of `torchrun`, which all make the same
+        calls (fast/tensor_parallel.py). "cuda" then means one GPU for each process.
 
-    Raises CheckpointError, LlavaLiteError where nothing can be compiled or torchrun is missing, and
-    ValueError for a device, dtype or quantisation that does not exist here, and for what does not
-    go together."""
-    from llava_lite.checkpoints.download import resolve
+    Raises CheckpointError; LlavaLiteError if compiling or torchrun is not available; ValueError for
+    an unknown device, dtype or quantization, and for options that exclude each other."""
     from llava_lite.fast.quantize import method_named
 
     if quantize is not None:
-        method_named(quantize)  # a wrong name is said before anything is fetched
+        method_named(quantize)  # check the name before anything is downloaded
     if tensor_parallel and (quantize is not None or compile):
         raise ValueError("tensor_parallel goes neither with quantize nor with compile")
-
-    def find() -> Path:
-        return resolve(
-            source_or_default(source),
-            download_missing=download,
-            revision=revision,
-            offline=offline,
-            vision_tower=vision_tower,
-        )
-
-    def read(path: Path, device: "torch.device") -> Checkpoint:
-        return open_checkpoint(path, device, dtype, base, vision_tower, pad)
-
+    find = partial(find_checkpoint, source, download, revision, offline, vision_tower)
+    read = partial(open_checkpoint, dtype=dtype, base=base, vision_tower=vision_tower, pad=pad)
     if tensor_parallel:
         return load_in_ranks(find, read, device, exif)
     return load_whole(find, read, device, exif, quantize, compile)
 
 
+def find_checkpoint(
+    source: "str | os.PathLike[str] | None",
+    download: bool,
+    revision: str | None,
+    offline: bool,
+    vision_tower: "str | Path | nn.Module | None",
+) -> Path:
+    """The folder or file of a source, downloaded if necessary. Raises CheckpointError."""
+    from llava_lite.checkpoints.download import resolve
+
+    return resolve(
+        source_or_default(source),
+        download_missing=download,
+        revision=revision,
+        offline=offline,
+        vision_tower=vision_tower,
+    )
+
+
 class Checkpoint(NamedTuple):
-    """A checkpoint whose weights have yet to be read: all that a model takes beside them."""
+    """An opened checkpoint: everything but the weights, which are read later."""
 
     source: "Source"
     dtype: "torch.dtype"
@@ -96,11 +102,13 @@ class Checkpoint(NamedTuple):
 def open_checkpoint(
     path: Path,
     device: "torch.device",
+    *,
     dtype: "str | torch.dtype",
     base: str | Path | None,
     vision_tower: "str | Path | nn.Module | None",
     pad: bool | None,
 ) -> Checkpoint:
+    """Open a checkpoint and check it, without reading its weights. Raises CheckpointError."""
     from llava_lite.checkpoints.checkpoint import load_tokenizer, parse_dtype
     from llava_lite.checkpoints.quantized import open_source
     from llava_lite.checkpoints.thresholds import OwnThresholds
@@ -117,62 +125,62 @@ def open_checkpoint(
     )
 
 
+Find = Callable[[], Path]
+Read = Callable[[Path, "torch.device"], Checkpoint]
+
+
 def load_whole(
-    find: Callable[[], Path],
-    read: "Callable[[Path, torch.device], Checkpoint]",
+    find: Find,
+    read: Read,
     device: "str | torch.device",
     exif: bool,
     quantize: str | None,
     compile: bool,
 ) -> "Model":
-    """What the only process does."""
+    """Load a model in one process."""
     from llava_lite.checkpoints.quantized import load_source
-    from llava_lite.fast.compiled import CompiledModel, checked_way
+    from llava_lite.fast.compiled import CompiledModel, check_way
     from llava_lite.fast.device import pick_device
     from llava_lite.fast.kernels import choose_kernels
     from llava_lite.generation.model import Model
 
-    path, own = find(), pick_device(device)
+    path, picked = find(), pick_device(device)
     if compile:
-        checked_way(None, own)  # before anything slow
-    source, dtype, tokenizer, config, thresholds = read(path, own)
-    llava = load_source(source, own, dtype, quantize)
+        check_way(None, picked)  # fail before the slow part
+    source, dtype, tokenizer, config, thresholds = read(path, picked)
+    llava = load_source(source, picked, dtype, quantize)
     choose_kernels(llava.decoder)
     model = Model(llava, tokenizer, config, exif, thresholds.read)
     return CompiledModel(model) if compile else model
 
 
-def load_in_ranks(
-    find: Callable[[], Path],
-    read: "Callable[[Path, torch.device], Checkpoint]",
-    device: "str | torch.device",
-    exif: bool,
-) -> "Model":
-    """What each of several processes does."""
+def load_in_ranks(find: Find, read: Read, device: "str | torch.device", exif: bool) -> "Model":
+    """Load this process's share of a model that several processes run together."""
     from llava_lite.fast.device import pick_device
     from llava_lite.fast.ranks import join
 
     ranks = join()
-    path = ranks.from_first(find)
-    own = ranks.own_device(device, pick_device)
+    path = ranks.from_first(find)  # only one process downloads
+    picked = ranks.pick_device(device, pick_device)
     with ranks.together():
-        source, dtype, tokenizer, config, thresholds = read(path, own)
+        source, dtype, tokenizer, config, thresholds = read(path, picked)
     ranks.require_same("the dtypes", dtype)
     from llava_lite.checkpoints.share import load_share
     from llava_lite.fast.tensor_parallel import ParallelModel
 
-    share = load_share(source, ranks, own, dtype)
+    share = load_share(source, ranks, picked, dtype)
     return ParallelModel(share, tokenizer, config, exif, thresholds.read)
 
 
 def embedded_model() -> Path:
-    """Folder of the small model that comes with the package. Raises CheckpointError without one."""
+    """The folder of the small model that comes with the package. Raises CheckpointError if the
+    package was installed without it."""
     package = Path(__file__).resolve().parents[1]
-    # Inside the package where a wheel was installed, beside it in a source checkout.
+    # A wheel has the weights inside the package, a source checkout has them beside it.
     for folder in (package / "weights" / "tiny", package.parent / "weights" / "tiny"):
         if (folder / "config.json").is_file():
             return folder
-    raise CheckpointError("this installation carries no embedded model: name a model to load")
+    raise CheckpointError("this installation has no embedded model: name a model to load")
 
 
 EMBEDDED_NOTICE = (
@@ -183,6 +191,7 @@ EMBEDDED_NOTICE = (
 
 
 def source_or_default(source: "str | os.PathLike[str] | None") -> str:
+    """The source, or without one `$LLAVA_LITE_MODEL`, else the embedded model with a notice."""
     if source is not None:
         return os.fspath(source)
     if os.environ.get("LLAVA_LITE_MODEL"):
@@ -194,4 +203,5 @@ def source_or_default(source: "str | os.PathLike[str] | None") -> str:
 
 @lru_cache
 def say_once(text: str) -> None:
+    """Print a notice to stderr, once per process."""
     print(text, file=sys.stderr)

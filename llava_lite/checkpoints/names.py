@@ -1,12 +1,9 @@
-"""Tensor names of every published checkpoint layout -> our names. Conversion renames, nothing else.
+"""Tensor names of every published checkpoint layout -> our names. Conversion only renames.
 
-A stored name is first normalised (`PREFIXES`: what wrappers, library versions and containers put
-in front), then looked up in one table per family. `{}` stands for a layer number, `.*` for
-`.weight` and `.bias`. What a checkpoint may hold and we never read is listed in `IGNORED`. Any
-other name is an error.
-
-Our vision names here cover the whole CLIP tower; a model builds only the blocks it runs, see
-`is_unused`.
+A stored name is normalized (`PREFIXES`), then looked up in one table per family. `{}` stands for a
+layer number, `.*` for `.weight` and `.bias`. `IGNORED` lists the tensors that are never read. Any
+other name is an error. Our vision names cover the whole CLIP tower; `is_unused` tells which blocks
+a model does not build.
 """
 
 import re
@@ -14,9 +11,9 @@ import re
 from llava_lite.config import VisionConfig
 from llava_lite.errors import CheckpointError
 
-SHARD_SIZE = 2_000_000_000  # bytes of tensors in one of our weight files, unless asked otherwise
+SHARD_SIZE = 2_000_000_000  # default bytes of tensors in one weight file
 
-# Applied in this order, each once, to the start of the name.
+# Prefixes of wrappers, library versions and containers. Each is applied once, in this order.
 PREFIXES = (
     (r"(module\.|base_model\.model\.)+", ""),  # DataParallel, peft
     (r"(.*\.)?mm_projector\.", "mm_projector."),  # official, projector files
@@ -42,7 +39,7 @@ LLAMA = {
     "lm_head.weight": "decoder.lm_head.weight",
 }
 
-# The odd numbers of an official projector are its activations; "linear" has no number at all.
+# The odd numbers of an official projector are activations; a "linear" projector has no number.
 PROJECTOR_OFFICIAL = {
     "mm_projector.*": "projector.layers.0.*",
     "mm_projector.0.*": "projector.layers.0.*",
@@ -85,7 +82,7 @@ CLIP_OPENAI = {
     "visual.ln_post.*": "vision.post_norm.*",
 }
 
-# q, k and v as three equal row blocks of one tensor, in this order.
+# One tensor holds q, k and v as three equal row blocks, in this order.
 PACKED_OPENAI = {
     "visual.transformer.resblocks.{}.attn.in_proj_weight": (
         "vision.blocks.{}.attn.q_proj.weight",
@@ -114,7 +111,7 @@ LORA_NAME = re.compile(r"(.+)\.lora_([AB])(\.[^.]+)?\.weight")
 
 
 def expand(table: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    """Write out each `.*` as `.weight` and `.bias`; every value becomes a tuple."""
+    """Expand each `.*` to `.weight` and `.bias`. Every value becomes a tuple."""
     full: dict[str, tuple[str, ...]] = {}
     for stored, ours in table.items():
         if stored.endswith(".*"):
@@ -142,18 +139,18 @@ HF_CONTAINERS = {
 }
 
 
-def normalise(name: str) -> str:
-    """Strip what wrappers and library versions put in front: one spelling per tensor and family."""
+def normalize(name: str) -> str:
+    """Replace the prefixes, so that each family has one spelling per tensor."""
     for prefix, replacement in PREFIXES:
         name = re.sub(f"^{prefix}", replacement, name)
     return name
 
 
 def our_names(stored: str) -> tuple[str, ...]:
-    """Our names of a stored tensor: one, three for a packed q/k/v, none when it is ignored.
+    """Our names of a stored tensor: one, three for a packed q, k, v, or none if it is ignored.
 
-    Raises CheckpointError for a name of no known layout."""
-    name = normalise(stored)
+    Raises CheckpointError for an unknown name."""
+    name = normalize(stored)
     if name in LOOKUP:
         return LOOKUP[name]
     number = re.search(r"\.(\d+)\.", name)
@@ -166,9 +163,9 @@ def our_names(stored: str) -> tuple[str, ...]:
 
 
 def lora_target(stored: str) -> tuple[str, str] | None:
-    """("A" | "B", our name of the weight it changes) of a LoRA tensor, None for LoRA on the tower.
+    """Parse a LoRA name: ("A" or "B", our name of the changed weight), or None for the tower's.
 
-    Raises CheckpointError for anything else."""
+    Raises CheckpointError for any other name."""
     found = LORA_NAME.fullmatch(stored)
     if found is None:
         raise CheckpointError(f"tensor {stored!r} is no lora_A or lora_B weight")
@@ -181,9 +178,9 @@ def lora_target(stored: str) -> tuple[str, str] | None:
 
 
 def hf_name(ours: str) -> str:
-    """Our name -> the llava-hf name (old style, which every transformers version reads).
+    """Our name -> the llava-hf name, in the old style that every transformers version reads.
 
-    Raises KeyError for a name llava-hf does not have, such as a third projector layer."""
+    Raises KeyError for a tensor that llava-hf does not have, such as a third projector layer."""
     exact = TO_HF.get(ours)
     if exact is None:
         number = re.search(r"\.(\d+)\.", ours)
@@ -193,7 +190,7 @@ def hf_name(ours: str) -> str:
 
 
 def is_unused(ours: str, vision: VisionConfig) -> bool:
-    """True for parts of a CLIP tower that LLaVA never runs: later blocks and the final norm."""
+    """Whether LLaVA never runs this part of the tower: a later block, or the final norm."""
     if ours.startswith("vision.post_norm."):
         return True
     block = re.match(r"vision\.blocks\.(\d+)\.", ours)
@@ -201,7 +198,7 @@ def is_unused(ours: str, vision: VisionConfig) -> bool:
 
 
 def describe(names: list[str]) -> str:
-    """The layout in words, told from stored names. For reports: decisions look at the config."""
+    """Name the layout of stored names, for reports. Code decides by the config instead."""
     joined = "\n" + "\n".join(names)
     marks = (
         ("\nlanguage_model.model.", "llava-hf, old names"),

@@ -1,7 +1,7 @@
-"""Quantised checkpoints: folders in our own format whose decoder weights are codes and scales.
+"""Quantized checkpoints: folders in our own format whose decoder weights are codes and scales.
 
     open_source(path)         `sources.open_source`, for these folders, too
-    load_source(source, ...)  `checkpoint.load_source`, which quantises on the way where asked to
+    load_source(source, ...)  `checkpoint.load_source`, which quantizes on the way where asked to
     quantized_output(...)     what `llava-lite convert --quantize` writes
 
 The folder's config.json says {"quantization": {"method": "int4", "group_size": 128}}. In place of
@@ -54,13 +54,13 @@ class QuantizedSource(Source):
     parts: dict[str, dict[str, Entry]] = field(default_factory=dict)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """As `Source.read`; a quantised weight comes as what its codes stand for."""
+        """As `Source.read`; a quantized weight comes as what its codes stand for."""
         if name not in self.parts:
             return super().read(name, dtype)
         return METHODS[self.method].restore(self.read_parts(name)).to(dtype or self.dtype)
 
     def read_parts(self, name: str) -> dict[str, Tensor]:
-        """Codes and scales of a quantised weight, views of the mapped file."""
+        """Codes and scales of a quantized weight, views of the mapped file."""
         parts = {part: self._stored(entry) for part, entry in self.parts[name].items()}
         if not self.trusted:
             for part, entry in self.parts[name].items():
@@ -73,13 +73,13 @@ def open_source(
     base: str | Path | None = None,
     vision_tower: str | Path | nn.Module | None = None,
 ) -> Source:
-    """Open a checkpoint of any layout, quantised or not; see `sources.open_source`."""
+    """Open a checkpoint of any layout, quantized or not; see `sources.open_source`."""
     folder = Path(path).expanduser()
     method = stored_method(folder)
     if method is None:
         return opening.open_source(path, base, vision_tower)
     if base is not None:
-        raise CheckpointError(f"{folder}: a whole model needs no base, a quantised one neither")
+        raise CheckpointError(f"{folder}: a whole model needs no base, a quantized one neither")
     inventory = Inventory()
     raw = add_folder(inventory, folder)
     config = complete(inventory, without_key(raw), folder, vision_tower)
@@ -95,13 +95,13 @@ def without_key(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def document(method: str) -> dict[str, Any]:
-    """What config.json says of a quantised folder."""
+    """What config.json says of a quantized folder."""
     group_size = METHODS[method].group_size
     return {KEY: {"method": method, **({"group_size": group_size} if group_size > 1 else {})}}
 
 
 def stored_method(folder: Path) -> str | None:
-    """The method by which a folder is quantised, None for all other sources. Raises CheckpointError
+    """The method by which a folder is quantized, None for all other sources. Raises CheckpointError
     for a method that is not known here."""
     if not (folder / "config.json").is_file():
         return None
@@ -120,7 +120,7 @@ def stored_method(folder: Path) -> str | None:
 def fold(
     inventory: Inventory, config: LlavaConfig, kind: type[QuantizedLinear], folder: Path
 ) -> dict[str, dict[str, Entry]]:
-    """Take the parts of every quantised weight out of the inventory, which gets one entry for the
+    """Take the parts of every quantized weight out of the inventory, which gets one entry for the
     whole of it instead. Raises CheckpointError for one that is missing or misshapen."""
     folded, entries = {}, inventory.entries
     for module, shape in decoder_linears(meta_model(config)).items():
@@ -138,7 +138,7 @@ def fold(
                 )
             parts[part] = entry
         if f"{module}.weight" in entries:
-            raise CheckpointError(f"{folder}: {module!r} is stored twice, quantised and not")
+            raise CheckpointError(f"{folder}: {module!r} is stored twice, quantized and not")
         first, dtype = next(iter(parts.values())), parts["scales"].dtype
         folded[f"{module}.weight"] = parts
         entries[f"{module}.weight"] = Entry(first.file, first.stored, shape, dtype)
@@ -154,8 +154,8 @@ def load_source(
     dtype: str | torch.dtype | None = None,
     method: str | None = None,
 ) -> Llava:
-    """Build the model of a source; with a `method`, or where it is quantised already, the decoder's
-    linear layers as codes and scales. One weight is quantised, or packed, at a time.
+    """Build the model of a source; with a `method`, or where it is quantized already, the decoder's
+    linear layers as codes and scales. One weight is quantized, or packed, at a time.
 
     Raises ValueError as `quantize`, and CheckpointError for another method than the source's."""
     stored = source.method if isinstance(source, QuantizedSource) else None
@@ -224,13 +224,13 @@ def check_cast(name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> No
 
 
 def quantized_output(opened: Source, dtype: torch.dtype, method: str) -> Output:
-    """Our format with quantised decoder weights; `dtype` of everything else, scales included.
+    """Our format with quantized decoder weights; `dtype` of everything else, scales included.
 
     Raises ValueError for a decoder that does not divide into groups, and CheckpointError for a
-    source that is quantised already."""
+    source that is quantized already."""
     if isinstance(opened, QuantizedSource):
         raise CheckpointError(
-            f"{opened.path}: is {opened.method} already: quantise what it was made from"
+            f"{opened.path}: is {opened.method} already: quantize what it was made from"
         )
     kind, plain = method_named(method), own_output(opened, dtype)
     shapes = decoder_linears(meta_model(opened.config))

@@ -1,4 +1,4 @@
-"""Load one rank's share of the decoder for tensor parallelism."""
+"""Load one rank's share of a model for tensor parallelism (fast/tensor_parallel.py)."""
 
 from functools import partial
 from typing import cast
@@ -19,7 +19,7 @@ from llava_lite.fast.tensor_parallel import ParallelLlava, SharedLinear, decoder
 
 
 def check_divides(text: TextConfig, count: int) -> None:
-    """Raise ValueError for a decoder that so many ranks cannot share evenly."""
+    """Raise ValueError if `count` ranks cannot share the decoder evenly."""
     for name, size in (("heads", text.num_heads), ("intermediate_size", text.intermediate_size)):
         if size % count:
             raise ValueError(
@@ -28,23 +28,19 @@ def check_divides(text: TextConfig, count: int) -> None:
             )
 
 
-# ---- load ----------------------------------------------------------------------------------------
-
-
 def load_share(
     source: Source, ranks: Ranks, device: torch.device, dtype: torch.dtype
 ) -> "ParallelLlava":
-    """Build this rank's share of a model. Of the weights that are spread only the share is cast or
-    copied; on a CPU, whole rows in the same dtype stay in the mapped file, as ever.
+    """Build this rank's share of a model. Only the rank's part of a weight is cast or copied.
 
-    Raises ValueError for a decoder that the ranks cannot share evenly, and CheckpointError, on all
-    ranks whichever found it."""
+    Raises ValueError if the ranks cannot share the decoder evenly, and CheckpointError. An error
+    of one rank raises on all ranks."""
     check_divides(source.config.text, ranks.count)
     if isinstance(source, QuantizedSource):
         raise CheckpointError(
-            f"{source.path}: is {source.method}, but tensor parallel needs unquantised weights"
+            f"{source.path}: is {source.method}, but tensor parallel needs unquantized weights"
         )
-    # Spread while it has no memory behind it: no rank ever holds more than its share.
+    # Cut the model on the meta device: no rank ever holds more than its share.
     llava = cast(ParallelLlava, meta_model(source.config, partial(ParallelLlava, ranks)))
     mesh = init_device_mesh(device.type, (ranks.count,))
     cuts = cut_dims(parallelize_module(llava.decoder, mesh, decoder_plan()))
@@ -68,8 +64,7 @@ def load_share(
 
 
 def cut_dims(decoder: nn.Module) -> dict[str, int]:
-    """Along which dimension the weight (out, in) of each linear layer is cut that the plan has made
-    a DTensor, by the layer's name."""
+    """For each linear layer that is cut: its name, and the dimension of weight (out, in) to cut."""
     return {
         name.removesuffix(".weight"): placement.dim
         for name, weight in decoder.named_parameters()

@@ -1,4 +1,4 @@
-"""The model on the meta device: every name and shape, no memory behind them."""
+"""A model on the meta device: all names and shapes, and no memory for the weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +11,12 @@ from llava_lite.llava import Llava
 
 
 def expected_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
-    """Our names and shapes of all tensors of a model, without building its weights."""
+    """Our name and shape of every tensor of a model."""
     return {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
 
 
 def meta_model(config: LlavaConfig, build: Callable[[LlavaConfig], Llava] = Llava) -> Llava:
-    """The model without memory behind its weights, ready for `load_state_dict(assign=True)`."""
+    """Build a model without memory, ready for `load_state_dict(assign=True)`."""
     with torch.device("meta"), WithoutInit():
         return build(config).eval().requires_grad_(False)
 
@@ -28,8 +28,8 @@ IN_PLACE_RANDOM = {
 
 
 class WithoutInit(TorchFunctionMode):
-    """Skips random initialization. On the meta device it only imports a second's worth of torch's
-    compiler; elsewhere it writes every page of memory, for values that are replaced."""
+    """Skips random initialization. On the meta device it would only import torch's compiler.
+    Elsewhere it would write all of the memory with values that are replaced later."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None

@@ -1,10 +1,7 @@
 """What a checkpoint holds: its layout, its config, and where each of our tensors is stored.
 
-    open_source(folder)  what is it, which tensors has it, do all names and shapes fit  -> Source
-
-Nothing is read from a weight file until its tensor is asked for, and every problem (missing,
-unexpected, misshapen, unsafe) is found before the first one is. The layouts are told apart by what
-is in a folder, never by what it is called.
+`opening.open_source` makes a `Source` from the headers of the files, and finds every missing,
+unexpected or misshapen tensor. A tensor's values are read only when the tensor is asked for.
 """
 
 import math
@@ -32,7 +29,7 @@ from llava_lite.errors import CheckpointError, one_line
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one of our tensors is stored. `block`: which third of a packed q, k, v."""
+    """Where one of our tensors is stored. `block`: the third of a packed q, k, v (None: all)."""
 
     file: Path
     stored: str
@@ -43,7 +40,7 @@ class Entry:
 
 @dataclass
 class Inventory:
-    """Tensors by our name. What is added later wins: base, then what was trained, then adapter."""
+    """Tensors by our name. Files added later win: the base first, then the trained parts."""
 
     entries: dict[str, Entry] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
@@ -55,7 +52,7 @@ class Inventory:
     vision_tower: str | None = None  # where a tower from elsewhere came from
 
     def add_files(self, files: Files, only: str = "", own_names: bool = False) -> None:
-        """Add every tensor of the files; with `only`, those whose name in our words starts so."""
+        """Add the tensors of the files; with `only`, those whose name of ours starts with it."""
         added: dict[str, Entry] = {}
         for file, promised in files.items():
             tensors = read_tensors(file)
@@ -76,7 +73,7 @@ class Inventory:
     def locate(
         self, file: Path, tensors: Mapping[str, Tensor], own_names: bool = False
     ) -> dict[str, Entry]:
-        """Entries of one file by our name. Raises CheckpointError naming an unknown tensor."""
+        """The entries of one file by our name. Raises CheckpointError for an unknown tensor."""
         # The state dict of open_clip's `model.visual` alone lacks the family's prefix.
         family = "visual." if "conv1.weight" in tensors else ""
         found: dict[str, Entry] = {}
@@ -105,14 +102,14 @@ class Inventory:
         return found
 
     def add_module(self, visual: nn.Module) -> None:
-        """Add the tower of an open_clip model object, straight from memory."""
+        """Add the tower of an open_clip model in memory."""
         visual, file = open_clip_visual(visual), Path("open_clip model")
         self.in_memory[file] = visual.state_dict()
         self.vision_tower = str(file)
         self.entries |= self.locate(file, self.in_memory[file])
 
     def add_lora(self, file: Path) -> None:
-        """Add the A and B matrices of an adapter. LoRA on the tower is ignored with a warning."""
+        """Add the A and B matrices of an adapter. LoRA on the tower is ignored, with a warning."""
         tensors = read_tensors(file)
         skipped = 0
         for stored, tensor in tensors.items():
@@ -131,20 +128,20 @@ class Inventory:
             warnings.warn(
                 f"{file}: ignored {skipped} LoRA tensors of the vision tower", stacklevel=2
             )
-        self.in_memory[file] = tensors  # small, and needed beside every shard of the base
+        self.in_memory[file] = tensors  # small, and needed with every shard of the base
 
 
 @dataclass
 class Source:
     """An opened checkpoint: its config, and its tensors by our name, read one at a time.
 
-    `unused` are tower parts that LLaVA never runs, `ignored` the names of everything else that is
-    skipped on purpose. `family`: of its config.json, "llava_lite", "llava-hf" or "official" (also
-    every adapter and projector). `base`, `vision_tower`: what was used with it.
+    unused: tower parts that LLaVA never runs. ignored: stored names of other skipped tensors.
+    family: of the config.json, "llava_lite", "llava-hf" or "official" (also adapters and
+    projectors). base, vision_tower: the names of the model and tower that were added.
 
-    `trusted`: a folder in our format with a manifest. The manifest is written after every value was
-    checked, so reading such a folder does not look for NaN and infinity again; whether the values
-    are still those that were written, `llava-lite info --checksums` tells."""
+    trusted: the folder is in our format, with a manifest. A conversion checks all values before it
+    writes the manifest, so they are not checked for NaN and infinity again. `llava-lite info
+    --checksums` compares them with the manifest."""
 
     path: Path
     layout: str
@@ -164,7 +161,7 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the decoder's weights; the tower runs in it, too."""
+        """The dtype of the decoder's weights, in which the tower runs too."""
         return self.entries["decoder.embed_tokens.weight"].dtype
 
     @property
@@ -181,21 +178,22 @@ class Source:
         return (self.entries.get(name) or self.unused[name]).shape
 
     def names(self) -> list[str]:
-        """Our names, file by file, so that reading in this order opens each file once."""
+        """Our names, file by file: reading in this order opens each file once."""
         order = {entry.file: None for entry in self.entries.values()}
         rank = {file: number for number, file in enumerate(order)}
         return sorted(self.entries, key=lambda name: rank[self.entries[name].file])
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor by our name, LoRA merged, in `dtype` (default: the decoder's).
+        """Read one tensor by our name, with LoRA merged, in `dtype` (default: the decoder's).
 
-        Without a cast it is a view of the mapped file. Raises CheckpointError for NaN, infinity."""
+        Without a cast, the tensor is a view of the mapped file. Raises CheckpointError for NaN and
+        infinity."""
         return self.read_part(name, (), dtype)
 
     def read_part(
         self, name: str, part: tuple[slice, ...], dtype: torch.dtype | None = None
     ) -> Tensor:
-        """`read`, of one part of a tensor: only that is cast, or copied if not contiguous."""
+        """As `read`, for one part of a tensor: nothing else is cast or copied."""
         entry = self.entries.get(name) or self.unused[name]
         dtype = dtype or self.dtype
         tensor = self._stored(entry)
@@ -215,14 +213,14 @@ class Source:
             yield name, self.read(name, dtype)
 
     def unmap(self) -> None:
-        """Let go of the mapped file: the next tensor maps it anew."""
+        """Unmap the last file. The next tensor maps its file again."""
         self._last = None
 
     def _stored(self, entry: Entry) -> Tensor:
         tensors = self.in_memory.get(entry.file)
         if tensors is None:
             if self._last is None or self._last[0] != entry.file:
-                self._last = None  # unmap the last file before the next one is mapped
+                self._last = None  # unmap the last file before mapping the next
                 self._last = (entry.file, read_tensors(entry.file))
             tensors = self._last[1]
         tensor = tensors[entry.stored]
@@ -230,8 +228,8 @@ class Source:
 
 
 def check_finite(tensor: Tensor, where: str) -> None:
-    """Raise CheckpointError for NaN or infinity; `where` names file and tensor."""
-    for part in tensor.flatten().split(1 << 24):  # bounds the temporary memory of isfinite
+    """Raise CheckpointError for NaN or infinity. `where` names file and tensor."""
+    for part in tensor.flatten().split(1 << 24):  # bounds the memory of isfinite
         if not torch.isfinite(part).all():
             raise CheckpointError(f"{where} has NaN or infinite values (as {tensor.dtype})")
 
@@ -241,19 +239,42 @@ def check_entries(
 ) -> dict[str, Entry]:
     """Compare names, shapes and dtypes with the model. Returns the unused tower parts.
 
-    Raises CheckpointError naming the first offender and how many there are."""
+    Raises CheckpointError that names the first problem and the number of such problems."""
     try:
         expected = expected_shapes(config)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        message = f"{where}: no model has the config's sizes: {one_line(error)}"
-        raise CheckpointError(message) from error
+        reason = one_line(error)
+        raise CheckpointError(f"{where}: no model has the config's sizes: {reason}") from error
     unused = {name: e for name, e in entries.items() if is_unused(name, config.vision)}
+    check_names(entries, expected, unused, where)
+    wrong = [name for name in expected if entries[name].shape != expected[name]]
+    if wrong:
+        first, shape = entries[wrong[0]], expected[wrong[0]]
+        raise CheckpointError(
+            f"{first.file}: tensor {first.stored!r} has shape {first.shape}, but the config says "
+            f"{shape} ({len(wrong)} such tensors)"
+        )
+    for entry in entries.values():
+        if entry.dtype not in DTYPE_CODES:
+            raise CheckpointError(
+                f"{entry.file}: tensor {entry.stored!r} is {entry.dtype}; "
+                f"supported are {', '.join(DTYPES)}"
+            )
+    return unused
+
+
+def check_names(
+    entries: Mapping[str, Entry],
+    expected: Mapping[str, tuple[int, ...]],
+    unused: Mapping[str, Entry],
+    where: Path,
+) -> None:
+    """Raise CheckpointError for a tensor that the model does not have, and for a missing one."""
     unexpected = [name for name in entries if name not in expected and name not in unused]
     if unexpected:
         first = entries[unexpected[0]]
         raise CheckpointError(
-            f"{first.file}: tensor {first.stored!r} has no place in this model "
-            f"({len(unexpected)} such tensors)"
+            f"{first.file}: unexpected tensor {first.stored!r} ({len(unexpected)} in total)"
         )
     missing = [name for name in expected if name not in entries]
     if missing:
@@ -263,20 +284,6 @@ def check_entries(
         raise CheckpointError(
             f"{where}: {len(missing)} tensors are missing, first {missing[0]!r}{hint}"
         )
-    wrong = [name for name in expected if entries[name].shape != expected[name]]
-    if wrong:
-        first, shape = entries[wrong[0]], expected[wrong[0]]
-        raise CheckpointError(
-            f"{first.file}: tensor {first.stored!r} has shape {first.shape}, "
-            f"the config says {shape} ({len(wrong)} such tensors)"
-        )
-    for entry in entries.values():
-        if entry.dtype not in DTYPE_CODES:
-            raise CheckpointError(
-                f"{entry.file}: tensor {entry.stored!r} is {entry.dtype}; "
-                f"supported are {', '.join(DTYPES)}"
-            )
-    return unused
 
 
 def check_lora(inventory: Inventory, where: Path) -> None:

@@ -1,8 +1,7 @@
-"""Reading and writing the files of a checkpoint: JSON, safetensors, pickle, shards, whole folders.
+"""Read and write the files of a checkpoint: JSON, safetensors, pickle, shards, whole folders.
 
-Pure input and output: which tensors a model has, and what layouts call them, is not known here.
-Weight files are mapped, so that nothing is read before its tensor is used. A folder is written
-beside its destination and takes its place only when all of it is there.
+Weight files are mapped: a tensor is read from disk when it is used. A folder is written to a
+temporary place, and moves to its destination when it is complete.
 """
 
 import hashlib
@@ -25,15 +24,11 @@ from torch import Tensor
 from llava_lite.errors import CheckpointError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
 DTYPE_CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+BYTE_CODES = {torch.int8: "I8", torch.uint8: "U8"}  # codes of quantized weights
 
-
-BYTE_CODES = {torch.int8: "I8", torch.uint8: "U8"}  # of tensors that stand for weights, not weights
-
-# The first that a folder has is used: safetensors before pickle, an index before loose files.
-# open_clip's repositories hold a second copy, as model.safetensors, whose names are timm's.
+# The first pattern with a file is used: safetensors before pickle, an index before loose files.
+# open_clip repositories also hold model.safetensors, a second copy with timm's names.
 WEIGHT_FILES = (
     "open_clip_*.safetensors",
     "open_clip_*.bin",
@@ -43,9 +38,9 @@ WEIGHT_FILES = (
     "pytorch_model*.bin",
 )
 
-# Everything in a folder that says what checkpoint it is: none of it may outlive a replacement.
+# The files that make a folder a checkpoint. Replacing a checkpoint removes all of them.
 CHECKPOINT_FILES = (
-    "manifest.json",  # first: what is left without it never passes for a checked folder
+    "manifest.json",  # first: without it, a half-removed folder is not trusted
     "config.json",
     *WEIGHT_FILES,
     "*.safetensors",
@@ -64,7 +59,7 @@ CHECKPOINT_FILES = (
     "thresholds.json",
 )
 
-# Weight file -> names that an index promises to be in it (empty without an index).
+# Weight file -> the tensor names that the index lists for it (empty without an index).
 Files = dict[Path, list[str]]
 
 # Shape and dtype of a tensor to write.
@@ -75,7 +70,7 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 
 
 def read_json_value(path: Path) -> Any:
-    """Read any JSON. Raises CheckpointError when it is missing or damaged."""
+    """Read a JSON value. Raises CheckpointError if the file is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -83,7 +78,7 @@ def read_json_value(path: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises CheckpointError when it is missing or damaged."""
+    """Read a JSON object. Raises CheckpointError if the file is missing or damaged."""
     content = read_json_value(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds no JSON object")
@@ -91,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a .safetensors or pickle file by stored name, mapped: no data is read yet.
+    """Map all tensors of a .safetensors or pickle file, by stored name.
 
     Raises CheckpointError for a missing, truncated, damaged or unsafe file."""
     if not path.is_file():
@@ -105,15 +100,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The only place that reads pickle: tensors and plain containers, nothing that runs code."""
+    """Read a pickle file that holds only tensors and plain containers. Code in it never runs."""
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:
-            # Files from before torch 1.6 are no zip archives and cannot be mapped.
+            # Files of torch before 1.6 are not zip archives, so they cannot be mapped.
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        # The rest of torch's words is about how to run such code nevertheless.
+        # The rest of torch's message explains how to run the code anyway.
         found = re.search(r"(?:WeightsUnpickler error|PytorchStreamReader.*?): (.+)", str(error))
         reason = f": {found[1]}" if found else ""
         raise CheckpointError(
@@ -135,14 +130,14 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def file_in(folder: Path, name: object, index: Path) -> Path:
-    """A file an index names. Raises CheckpointError unless it lies in the index's own folder."""
+    """The path of a file in an index. Raises CheckpointError if it lies outside the folder."""
     if not isinstance(name, str) or not re.fullmatch(r"[^/\\:\0]+", name) or name in (".", ".."):
         raise CheckpointError(f"{index}: file name {name!r} leads outside the folder")
     return folder / name
 
 
 def indexed_files(index: Path, weight_map: object) -> Files:
-    """Group `weight_map` (stored name -> file name) by file."""
+    """Group a weight_map (stored name -> file name) by file. Raises CheckpointError."""
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: holds no weight_map")
     files: Files = {}
@@ -157,7 +152,7 @@ def indexed_files(index: Path, weight_map: object) -> Files:
 
 
 def weight_files(folder: Path) -> Files:
-    """The weight files of a folder: by manifest (ours), by index, or by name; {} without any."""
+    """Find the weight files of a folder: by our manifest, by an index, or by name ({}: none)."""
     manifest = folder / "manifest.json"
     if manifest.is_file():
         rows = read_json(manifest).get("tensors")
@@ -177,17 +172,16 @@ def weight_files(folder: Path) -> Files:
 
 
 def num_bytes(spec: Spec) -> int:
-    """Bytes of a tensor of this shape and dtype."""
+    """The bytes of a tensor with this shape and dtype."""
     return math.prod(spec[0]) * spec[1].itemsize
 
 
 def write_safetensors(
     path: Path, specs: Mapping[str, Spec], read: Callable[[str], Tensor]
 ) -> dict[str, str]:
-    """Write one safetensors file, one tensor in memory at a time. Returns each tensor's sha256.
+    """Write one safetensors file, with one tensor in memory at a time. Returns each sha256.
 
-    The library's writer wants the whole file in memory at once, which at 2 GB a shard is most of
-    what a conversion may use."""
+    The library's own writer needs the whole file, 2 GB, in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (shape, dtype) in specs.items():
@@ -211,18 +205,18 @@ def write_safetensors(
             hashes[name] = hashlib.sha256(data).hexdigest()
             file.write(data)
         file.flush()
-        os.fsync(file.fileno())  # a full disk may show only here
+        os.fsync(file.fileno())  # a full disk may be reported only here
     return hashes
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's raw bytes, without a copy where it is contiguous on the CPU."""
+    """The raw bytes of a tensor, without a copy if it is contiguous on the CPU."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def plan_shards(specs: Mapping[str, Spec], shard_size: int) -> dict[str, list[str]]:
-    """File name -> tensor names, in order, each file at most `shard_size` bytes of tensors (a
-    larger tensor gets a file of its own)."""
+    """Spread tensors over files: file name -> tensor names, in order. A file holds at most
+    `shard_size` bytes, or one larger tensor."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, spec in specs.items():
@@ -243,9 +237,8 @@ def write_shards(
     read: Callable[[str], Tensor],
     shard_size: int,
 ) -> dict[str, dict[str, Any]]:
-    """Write all tensors, in files as `plan_shards` says.
-
-    Returns the manifest's table: name -> file, shape, dtype, sha256."""
+    """Write all tensors to the files of `plan_shards`. Returns the manifest's table: name ->
+    file, shape, dtype, sha256."""
     table = {}
     for file, names in plan_shards(specs, shard_size).items():
         hashes = write_safetensors(folder / file, {name: specs[name] for name in names}, read)
@@ -262,13 +255,12 @@ def write_shards(
 
 @contextmanager
 def staged(destination: Path, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder, to become `destination` only if the block succeeds.
+    """Yield a temporary folder, which becomes `destination` if the block succeeds. An error or
+    interrupt leaves nothing behind.
 
-    On any error or interrupt nothing is left behind. A destination that exists, or is a link to a
-    folder, stays that folder (it may be a disk of its own): the temporary one lies in it, else
-    beside it. With `force`, a checkpoint that is already there is replaced, and files that are none
-    of a checkpoint's stay. Raises CheckpointError when the destination is not empty, or the disk is
-    full."""
+    An existing destination folder stays, because it may be a mounted disk: its content is moved in.
+    `force` replaces a checkpoint at the destination, and keeps all other files there. Raises
+    CheckpointError if the destination is not empty, or the disk is full."""
     place = destination.resolve()
     if place.exists() and not place.is_dir():
         raise CheckpointError(f"{destination}: is a file, not a folder")
@@ -277,10 +269,10 @@ def staged(destination: Path, force: bool = False) -> Iterator[Path]:
     try:
         parent = place if place.is_dir() else place.parent
         parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own: two runs with one destination must not write into one folder.
+        # A unique name: two runs with one destination must not share a folder.
         scratch = tempfile.mkdtemp(prefix=scratch_prefix(place), dir=parent)
         staging = Path(scratch) / "staging"
-        staging.mkdir()  # mkdtemp's own folder is closed to other users, this one follows the umask
+        staging.mkdir()  # follows the umask; mkdtemp's folder is closed to other users
         yield staging
         publish(staging, place, force)
     except OSError as error:
@@ -295,21 +287,21 @@ def scratch_prefix(destination: Path) -> str:
 
 
 def check_free(destination: Path, force: bool) -> None:
-    """Raise CheckpointError when something is in the folder, unless `force`."""
+    """Raise CheckpointError if the folder is not empty, unless `force`."""
     if force or not destination.is_dir():
         return
-    # A new disk is empty but for the folder of its file system.
+    # A new disk holds only the folder of its file system.
     names = (file.name for file in destination.iterdir())
     if any(n != "lost+found" and not n.startswith(scratch_prefix(destination)) for n in names):
-        raise CheckpointError(f"{destination}: is not empty (force, --force, replaces it)")
+        raise CheckpointError(f"{destination}: is not empty (use force, --force, to overwrite)")
 
 
 def publish(staging: Path, destination: Path, force: bool) -> None:
-    """Move the finished folder into place.
+    """Move the finished folder to its destination.
 
-    In a folder that exists, the old checkpoint goes before the new one comes, whose config and
-    manifest come last: stopped in between, it is no checkpoint rather than a mixture of two."""
-    check_free(destination, force)  # again: another run may have been faster
+    In an existing folder, the old checkpoint is removed first, and the new config and manifest are
+    moved last. An interrupted move leaves no checkpoint, instead of a mixture of two."""
+    check_free(destination, force)  # again: another run may have finished first
     if not destination.exists():
         staging.replace(destination)
         return

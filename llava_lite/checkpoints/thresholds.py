@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 FILE_NAME = "thresholds.json"
 
 
-NEVER = 1.0  # also what DyMU's blocks start with; only rounding puts a cosine above it
+NEVER = 1.0  # no pair merges, because no cosine is larger; also the first value in DyMU's training
 
-# The list that DyMU's authors show for this tower, for 72 tokens after its last block.
+# Published by DyMU's authors for this tower: 72 tokens after its last block.
 OPENAI_CLIP_L_336 = (
     *(0.99609375, 0.97265625, 0.94140625, 0.91015625, 0.87890625, 0.87890625),
     *(0.87890625, 0.84765625, 0.84765625, 0.87890625, 0.84765625, 0.84765625),
@@ -31,12 +31,11 @@ OPENAI_CLIP_L_336 = (
 
 
 def read_thresholds(path: str | os.PathLike[str]) -> tuple[float, ...]:
-    """One threshold per block, from a file.
+    """Read one threshold per block from a file.
 
-    A `.json` holds a list of numbers, or an object with such a list as "thresholds". Any other file
-    is a checkpoint that DyMU's training wrote, with or without the "module." of parallel training
-    in front of its names; blocks without a threshold get 1.0, as there. Raises CheckpointError
-    naming the file."""
+    A `.json` file holds a list of numbers, or an object with such a list as "thresholds". Any other
+    file is a checkpoint of DyMU's training, whose names may start with "module."; there, a block
+    without a threshold gets 1.0. Raises CheckpointError that names the file."""
     path = Path(path)
     values = read_list(path) if path.suffix.lower() == ".json" else read_dymu(path)
     for block, value in enumerate(values):
@@ -46,7 +45,7 @@ def read_thresholds(path: str | os.PathLike[str]) -> tuple[float, ...]:
 
 
 def read_list(path: Path) -> list[float]:
-    """The numbers of a JSON file."""
+    """Read the numbers of a JSON file."""
     from llava_lite.checkpoints.tensors import read_json_value
 
     content = read_json_value(path)
@@ -64,7 +63,7 @@ def read_list(path: Path) -> list[float]:
 
 
 def read_dymu(path: Path) -> list[float]:
-    """The thresholds in a state dict of open_clip's names."""
+    """Read the thresholds of a state dict with open_clip's names."""
     from llava_lite.checkpoints.tensors import read_tensors
 
     found: dict[int, float] = {}
@@ -132,5 +131,5 @@ def check_length(path: Path, thresholds: tuple[float, ...], vision: VisionConfig
     if len(thresholds) not in (vision.num_blocks, vision.num_layers):
         raise CheckpointError(
             f"{path}: holds {len(thresholds)} thresholds, but the tower runs {vision.num_blocks} "
-            f"of {vision.num_layers} blocks: there must be one for each of these or of those"
+            f"of {vision.num_layers} blocks: name {vision.num_blocks} or {vision.num_layers}"
         )

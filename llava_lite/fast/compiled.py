@@ -412,7 +412,7 @@ class CompiledModel(Model):
         super().__init__(
             model.llava, model.tokenizer, model.config, model.exif, model.own_thresholds
         )
-        self.static = StaticDecoder(self.llava, checked_way(way, self.llava.device))
+        self.static = StaticDecoder(self.llava, check_way(way, self.llava.device))
 
     def advance(
         self, states: Sequence[State], all_logits: bool = False
@@ -440,7 +440,7 @@ def has_one_token(state: State) -> bool:
     return len(state.pending_ids) == 1 and not state.images and state.past_key_values is not None
 
 
-def checked_way(way: str | None, device: torch.device) -> str:
+def check_way(way: str | None, device: torch.device) -> str:
     """The way for a device, as `CompiledModel` says. Raises CompileError where it needs what is not
     here, ValueError for one that does not exist."""
     way = way or ("graph" if device.type == "cuda" else "compile")

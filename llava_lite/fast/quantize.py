@@ -4,7 +4,7 @@ decoded token waits for. Tower, projector, embeddings and norms stay as they are
     int8    w = code * scale               code -127..127, a scale for each row of a weight
     int4    w = (code - 8) * scale + zero  code 0..15, scale and zero for each 128 weights of a row
 
-Scales are in the dtype that a model is quantised in; loading its folder in another 16-bit dtype
+Scales are in the dtype that a model is quantized in; loading its folder in another 16-bit dtype
 rounds them once more.
 
     quantize(model, "int4")                replaces the decoder's linear layers, one after the other
@@ -58,7 +58,7 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 
 
 class QuantizedLinear(nn.Module):
-    """x @ w.T with quantised w, no bias. A subclass per method; its weights take no gradient.
+    """x @ w.T with quantized w, no bias. A subclass per method; its weights take no gradient.
 
     `codes_rows`: up to so many rows the packed operator is used, with more the weights are written
     out. It is about where both take equally long (4096 x 4096, bfloat16, one core of a Xeon with
@@ -435,10 +435,10 @@ class QuantizedLlava(Llava):
 
 
 def quantize(model: "Model | Llava", method: str) -> None:
-    """Quantise the decoder's linear layers (q, k, v, o, gate, up, down, lm_head) in place, one by
+    """Quantize the decoder's linear layers (q, k, v, o, gate, up, down, lm_head) in place, one by
     one: beside the model there is never more than the weight of one of them.
 
-    method: "int8" or "int4". Raises ValueError for any other, for a model that is quantised
+    method: "int8" or "int4". Raises ValueError for any other, for a model that is quantized
     already, that has a layer whose in_features are no multiple of 128 (int4) or weights that are
     not finite, and where device, dtype or torch have no such operator."""
     llava = model if isinstance(model, Llava) else model.llava
@@ -447,7 +447,7 @@ def quantize(model: "Model | Llava", method: str) -> None:
     there = method_of(llava)
     # Where an error ended it halfway, the same call goes on.
     if there is not None and not (shapes and there == method):
-        raise ValueError(f"the model is {there} already, it cannot be quantised again")
+        raise ValueError(f"the model is {there} already, it cannot be quantized again")
     check_shapes(shapes, kind)
     check_operator(method, llava.device, llava.dtype)
     for name in shapes:  # all of them, before the first is replaced
@@ -460,7 +460,7 @@ def quantize(model: "Model | Llava", method: str) -> None:
 
 
 def method_of(llava: Llava) -> str | None:
-    """How the decoder's weights are quantised, None where they are plain."""
+    """How the decoder's weights are quantized, None where they are plain."""
     found = (part.method for part in llava.decoder.modules() if isinstance(part, QuantizedLinear))
     return next(found, None)
 
@@ -473,7 +473,7 @@ def method_named(method: str) -> type[QuantizedLinear]:
 
 
 def decoder_linears(llava: Llava) -> dict[str, tuple[int, ...]]:
-    """Name and shape (N, K) of every linear layer that is quantised."""
+    """Name and shape (N, K) of every linear layer that is quantized."""
     return {
         f"decoder.{name}": tuple(module.weight.shape)
         for name, module in llava.decoder.named_modules()

@@ -168,7 +168,7 @@ class Ranks:
 
         check_same(self.gather(outcome))
 
-    def own_device(
+    def pick_device(
         self, device: str | torch.device, pick: Callable[[str], torch.device]
     ) -> torch.device:
         """This rank's device: the CPU, or of several GPUs the one with its number on this machine.

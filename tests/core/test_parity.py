@@ -40,7 +40,7 @@ def open_clip() -> ModuleType:
 
 
 class WithoutInit(TorchFunctionMode):
-    """Skips random initialisation, which at full size takes longer than the test."""
+    """Skips random initialization, which at full size takes longer than the test."""
 
     def __torch_function__(
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None

@@ -33,7 +33,7 @@ from llava_lite.tome import (
     SCHEDULES,
     Merged,
     MergeStep,
-    capped,
+    cap_merges,
     match_tokens,
     merge_tokens,
     spread,
@@ -388,7 +388,7 @@ def test_merging_is_a_partition_and_a_mean(
             x, draw(seed + number, *x.shape, dtype=dtype), merged, MergeStep(r)
         )
     merged = merged or Merged.nothing(x)
-    left = 1 + num_tokens - 1 - sum(capped(counts, num_tokens - 1))
+    left = 1 + num_tokens - 1 - sum(cap_merges(counts, num_tokens - 1))
     assert x.shape == (num_images, left, 3) and merged.size.shape == (num_images, left)
     assert merged.mapping.shape == (num_images, num_tokens) and merged.mapping.dtype == torch.long
     members = F.one_hot(merged.mapping, left).to(dtype)  # (B, N, T)
@@ -445,9 +445,9 @@ def test_any_number_can_be_kept(num_patches: int, num_blocks: int) -> None:
         assert left == keep
         assert counts == sorted(counts, reverse=True)
         if keep < num_patches:  # with one less for the largest, it could not be done
-            assert sum(capped([max(counts) - 1] * num_blocks, num_patches)) < num_patches - keep
+            assert sum(cap_merges([max(counts) - 1] * num_blocks, num_patches)) < num_patches - keep
         even = spread(num_patches - keep, num_blocks)
-        if capped(even, num_patches) == even:
+        if cap_merges(even, num_patches) == even:
             assert counts == even
     for keep in (reachable.start - 1, num_patches + 1):
         with pytest.raises(ValueError, match=f"{num_blocks} blocks cannot merge {num_patches}"):
@@ -468,7 +468,7 @@ def test_what_blocks_can_merge_is_what_they_merge(
     counts: list[int], num_patches: int, seed: int
 ) -> None:
     x, merged = draw(seed, 1, num_patches + 1, 2), None
-    for wanted, possible in zip(counts, capped(counts, num_patches), strict=True):
+    for wanted, possible in zip(counts, cap_merges(counts, num_patches), strict=True):
         before = x.shape[1]
         x, merged = merge_tokens(x, x, merged, MergeStep(r=wanted))
         assert before - x.shape[1] == possible

@@ -1,4 +1,4 @@
-"""Quantised weights: how far they are off, that both ways to multiply by them agree, and that a
+"""Quantized weights: how far they are off, that both ways to multiply by them agree, and that a
 model rounded while loading is the one that a converted folder holds.
 
 Run: pytest tests/fast/test_quantize.py
@@ -437,7 +437,7 @@ def with_restored_weights(llava: Llava, kind: type[QuantizedLinear]) -> Llava:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantised_model_is_the_model_of_its_rounded_weights(
+def test_a_quantized_model_is_the_model_of_its_rounded_weights(
     kind: type[QuantizedLinear],
 ) -> None:
     llava, long = random_llava(CONFIG), torch.arange(1, 101)[None]
@@ -512,7 +512,7 @@ def test_nothing_is_kept_after_many_rows(kind: type[QuantizedLinear]) -> None:
     assert own == sum(torch.empty(shape, dtype=dtype).nbytes for shape, dtype in specs)
 
 
-def test_a_loaded_model_can_be_quantised(tiny_tokenizer: Tokenizer) -> None:
+def test_a_loaded_model_can_be_quantized(tiny_tokenizer: Tokenizer) -> None:
     model = Model(random_llava(CONFIG, dtype=torch.bfloat16), tiny_tokenizer)
     before = model.generate(None, "star?", max_new_tokens=4)  # fills the cache of the prefix
     quantize(model, "int4")
@@ -552,7 +552,7 @@ def test_int4_does_not_move_to_another_kind_of_device() -> None:
     assert torch.equal(answers_of(llava), expected)  # nothing of it has moved
 
 
-def test_models_that_cannot_be_quantised() -> None:
+def test_models_that_cannot_be_quantized() -> None:
     llava = random_llava(CONFIG)
     with pytest.raises(ValueError, match="'int3' is not one of int8, int4"):
         quantize(llava, "int3")
@@ -624,7 +624,7 @@ def test_what_an_error_ended_halfway_can_be_finished(
 def test_a_kernel_chosen_for_one_row_goes_with_the_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Quantising a model whose layers had their kernel chosen is quantising the plain one."""
+    """Quantizing a model whose layers had their kernel chosen is quantizing the plain one."""
     llava, chosen = (random_llava(CONFIG, dtype=torch.bfloat16) for _ in range(2))
     monkeypatch.setattr(kernels, "MIN_BYTES", 0)
     monkeypatch.setattr(kernels, "fastest", lambda linears, candidates, rows: candidates[0])
@@ -822,7 +822,7 @@ def test_shards_and_manifest(
     assert torch.equal(answers_of(load_source(open_source(tmp_path / "out"))), answers_of(expected))
 
 
-def test_a_quantised_folder_is_a_source_of_what_it_stands_for(
+def test_a_quantized_folder_is_a_source_of_what_it_stands_for(
     folder: Path, plain: Path, method: str, tmp_path: Path
 ) -> None:
     report = convert(folder, tmp_path / "wide", dtype="float32")
@@ -842,7 +842,7 @@ def test_wishes_that_do_not_go_together(
         llava_lite.load(tmp_path / "nowhere", quantize="int5")
     for wish in METHODS:
         with pytest.raises(
-            CheckpointError, match=f"is {method} already: quantise what it was made"
+            CheckpointError, match=f"is {method} already: quantize what it was made"
         ):
             convert(folder, tmp_path / "out", quantize=wish)
     with pytest.raises(ValueError, match="in our own format only, not as hf"):
@@ -917,7 +917,7 @@ HEAD = "decoder.lm_head"
         ),
         (
             lambda tensors: tensors.update({f"{HEAD}.weight_int8": torch.zeros(320, 128)}),
-            "'decoder.lm_head.weight_int8' has no place",
+            "unexpected tensor 'decoder.lm_head.weight_int8'",
         ),
     ],
 )
@@ -940,7 +940,7 @@ def test_scales_without_a_manifest_are_checked(plain: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "said", ["int4", {"method": "int3"}, {"method": "int4", "group_size": 64}, None]
 )
-def test_an_unknown_quantisation(said: object, plain: Path, tmp_path: Path) -> None:
+def test_an_unknown_quantization(said: object, plain: Path, tmp_path: Path) -> None:
     convert(plain, tmp_path / "out", quantize="int4")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "quantization": said}))
