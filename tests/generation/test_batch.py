@@ -297,7 +297,7 @@ def test_only_half_of_our_own_line_is_dropped(images: Path, content: bytes) -> N
 def test_input_as_output_is_refused(images: Path) -> None:
     path = questions(images, 2)
     before = path.read_bytes()
-    with pytest.raises(BatchError, match="no line of a batch output"):
+    with pytest.raises(BatchError, match="not a line of a batch output"):
         run_batch(Echo(), read_rows(path), path, resume=True)
     assert path.read_bytes() == before
 
