@@ -20,7 +20,12 @@ from llava_lite.cli.wanted import load_model
 from llava_lite.errors import ImageError, one_line
 from llava_lite.generation.batch_file import BatchError, image_names
 from llava_lite.saving import check_output, replace_json
-from llava_lite.study.find_thresholds import DEFAULT_BATCH_SIZE, DEFAULT_KEEP, Finding, finding
+from llava_lite.study.find_thresholds import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_KEEP,
+    Finding,
+    find_by_batches,
+)
 
 if TYPE_CHECKING:
     from llava_lite.generation.model import Model
@@ -122,7 +127,9 @@ def find_and_save(
                 progress.write(f"warning: {one_line(error)} (left out)")
 
         try:
-            batches = finding(model, images, merge_option(args), args.batch_size, found, warn)
+            batches = find_by_batches(
+                model, images, merge_option(args), args.batch_size, found, warn
+            )
             for number, found in enumerate(batches, start=1):
                 progress.show(found.images + found.skipped, len(images))
                 if number % SAVE_EVERY == 0:

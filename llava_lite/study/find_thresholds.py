@@ -1,17 +1,13 @@
-"""Thresholds for DToMe (DyMU, arXiv 2504.17040): how alike two tokens must be to merge, one cosine
-per block of the vision tower. With them an image keeps as many tokens as it needs.
+"""Find thresholds for DToMe from images, as in DyMU (arXiv 2504.17040, section 3.1).
 
-    read_thresholds(path)      from a file: ours, a JSON list, or a checkpoint of DyMU
-    own_thresholds(source)     those that belong to a checkpoint
-    find_thresholds(model, images, merge)
-                               from images, as the paper does (section 3.1): let a batch compete
+A threshold is a cosine, one per block of the vision tower: more similar tokens merge. So a plain
+image keeps fewer tokens than a busy one. Files of thresholds are in checkpoints/thresholds.py.
 
-Finding: let every block merge the pairs that are most alike over a whole batch, as many as `merge`
-wants of so many images. A plain image loses more of its tokens than a busy one. The cosine of the
-best pair that did not merge is the batch's threshold; the mean over all batches, each counted by
-its images, is the result.
+In every block, tokens of a whole batch compete for the merges: the most similar pairs merge, as
+many as `merge` wants on average. The cosine of the best pair that did not merge is the threshold of
+the batch. The result is the mean over all batches, weighted by their numbers of images.
 
-`llava-lite thresholds` does this over a folder or a list. Imports nothing heavy before it starts.
+`llava-lite thresholds` does this for a folder or a list. torch is imported on first use.
 """
 
 import warnings
@@ -32,18 +28,14 @@ if TYPE_CHECKING:
     from llava_lite.vision import VisionBlock, VisionTower
 
 DEFAULT_KEEP = 72
-
-
 DEFAULT_BATCH_SIZE = 8
-
-
-# ---- find ----------------------------------------------------------------------------------------
+Tokens = list[tuple["Tensor", "Merged | None"]]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the images so far have given: for each block the sum of the batches' thresholds, each
-    times its images; how many images went in, and how many could not be read."""
+    """The result of the images so far. sums: for each block, the batches' thresholds times their
+    images. images: how many were used; skipped: how many could not be read."""
 
     sums: tuple[float, ...]
     images: int = 0
@@ -51,11 +43,11 @@ class Finding:
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """Their mean, in double precision."""
+        """The mean of each block, in double precision."""
         return tuple(total / self.images for total in self.sums)
 
-    def plus(self, thresholds: Sequence[float], images: int, skipped: int) -> "Finding":
-        """With one more batch."""
+    def add(self, thresholds: Sequence[float], images: int, skipped: int) -> "Finding":
+        """The result with one more batch."""
         sums = self.sums
         if images:
             sums = tuple(s + images * t for s, t in zip(sums, thresholds, strict=True))
@@ -68,19 +60,19 @@ def find_thresholds(
     merge: "ToMe | None" = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> tuple[float, ...]:
-    """Thresholds with which an image like these keeps, on average, as many tokens as with `merge`
-    (default: 72), one per block that runs.
+    """Thresholds, one per block, with which images like these keep on average as many tokens as
+    with `merge` (default: 72).
 
-    `images`: whatever `Model.generate` takes; one that cannot be read costs a warning. The order
-    matters a little: each `batch_size` of them compete, so they should be a mixture. Raises
-    ValueError for a `merge` that the tower cannot do, and ImageError when no image can be read."""
-    steps = deque(finding(model, images, merge, batch_size), maxlen=1)
+    images: as in `Model.generate`; an unreadable image gives a warning. Mix them: the images of a
+    batch compete. Raises ValueError if the tower cannot do `merge`, and ImageError if no image can
+    be read."""
+    steps = deque(find_by_batches(model, images, merge, batch_size), maxlen=1)
     if not steps or not steps[0].images:
         raise ImageError(f"none of {len(images)} images can be read: thresholds need some")
     return steps[0].thresholds
 
 
-def finding(
+def find_by_batches(
     model: "Model",
     images: Sequence[Any],
     merge: "ToMe | None" = None,
@@ -88,8 +80,8 @@ def finding(
     found: Finding | None = None,
     on_error: Callable[[ImageError], None] | None = None,
 ) -> Iterator[Finding]:
-    """`find_thresholds` step by step: what is found after each batch. It goes on from `found`, an
-    earlier step over the same images; `on_error` hears of images that cannot be read."""
+    """`find_thresholds` step by step: yield the result after each batch. found: an earlier step
+    over the same images, to resume. on_error: called for each unreadable image."""
     from llava_lite.reduction import ToMe
 
     if batch_size < 1:
@@ -103,14 +95,14 @@ def finding(
             p for image in batch if (p := open_image(model, image, on_error)) is not None
         ]
         thresholds = batch_thresholds(model.llava.vision, pixel_values, counts)
-        found = found.plus(thresholds, len(pixel_values), len(batch) - len(pixel_values))
+        found = found.add(thresholds, len(pixel_values), len(batch) - len(pixel_values))
         yield found
 
 
 def open_image(
     model: "Model", image: Any, on_error: Callable[[ImageError], None] | None
 ) -> "Tensor | None":
-    """Pixel values (1, 3, S, S) for the model's tower; None for an image that cannot be read."""
+    """Pixel values (1, 3, S, S) for the model's tower; None for an unreadable image."""
     try:
         pixel_values = model.prepare(image)
     except ImageError as error:
@@ -125,11 +117,11 @@ def open_image(
 def batch_thresholds(
     tower: "VisionTower", pixel_values: Sequence["Tensor"], counts: Sequence[int]
 ) -> list[float]:
-    """One batch's threshold for every block, of images (1, 3, S, S) each. counts: tokens that a
-    block merges per image, on average over the batch.
+    """The thresholds of one batch of images (1, 3, S, S), one per block. counts: how many tokens
+    each block merges per image, on average over the batch.
 
-    The images keep different numbers of tokens, so each passes a block alone: then the scores are
-    also exactly those that the same image has when the thresholds are used."""
+    Images keep different numbers of tokens, so each passes a block alone. This also makes the
+    scores exactly equal to those at inference with thresholds."""
     import torch
 
     if not pixel_values:
@@ -143,12 +135,8 @@ def batch_thresholds(
     return thresholds
 
 
-Tokens = list[tuple["Tensor", "Merged | None"]]
-
-
 def merge_batch(block: "VisionBlock", tokens: Tokens, count: int) -> tuple[float, Tokens]:
-    """One block over the images of a batch, tokens (1, T, C) each: its threshold, and the tokens
-    behind it."""
+    """Run one block on the tokens (1, T, C) of each image. Returns its threshold and the tokens."""
     from llava_lite.tome import MergeStep, match_tokens, merge_tokens
 
     attended = []
@@ -168,10 +156,10 @@ def merge_batch(block: "VisionBlock", tokens: Tokens, count: int) -> tuple[float
 
 
 def competing_threshold(scores: Sequence["Tensor"], count: int) -> float:
-    """The best score that stays when so many times `count` merge as there are images, the best of
-    all: what is above it is what merges. scores: the cosines (A,) of each image's sources.
+    """The best score that does not merge, if the best `count` scores per image merge over the whole
+    batch. scores: the cosines (A,) of each image's sources.
 
-    It is never below 0, and 0 where no source is left to stay: opposites never merge."""
+    At least 0, and 0 if every source merges: opposite tokens never merge."""
     import torch
 
     ranked = torch.cat(list(scores)).sort(descending=True).values

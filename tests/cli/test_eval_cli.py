@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from PIL import Image
 
 import llava_lite
+from helpers.pictures import picture
 from helpers.processes import Fork, start_program
 from llava_lite.cli import console
 from llava_lite.cli import program as cli
@@ -25,12 +24,6 @@ from llava_lite.evaluation.suite import Sample
 from llava_lite.generation.model import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def picture(seed: int) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (40, 60, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
 
 
 @pytest.fixture

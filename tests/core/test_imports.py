@@ -128,14 +128,6 @@ def test_the_house_is_small_at_its_door() -> None:
 # ---- cost --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def saved_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
-    """The tiny random model as a folder."""
-    folder = tmp_path_factory.mktemp("models") / "random"
-    save_model(random_llava(), TINY_CONFIG, folder, tiny_tokenizer)
-    return folder
-
-
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = "import sys; import llava_lite; print(*sorted(sys.modules))"
     modules = {name.split(".")[0] for name in run_python(code).stdout.split()}
@@ -144,7 +136,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert not modules & (heavy | {"transformers", "open_clip"})
 
 
-def test_generating_imports_neither_transformers_nor_open_clip(saved_model: Path) -> None:
+def test_generating_imports_neither_transformers_nor_open_clip(model_folder: Path) -> None:
     code = (
         "import sys, llava_lite\n"
         "from PIL import Image\n"
@@ -152,7 +144,7 @@ def test_generating_imports_neither_transformers_nor_open_clip(saved_model: Path
         "answer = llava_lite.generate(image, 'star?', sys.argv[1], max_new_tokens=3)\n"
         "print(answer.usage['image_tokens'], *sorted(sys.modules))"
     )
-    tokens, *modules = run_python(code, saved_model).stdout.split()
+    tokens, *modules = run_python(code, model_folder).stdout.split()
     assert tokens == "16"
     tops = {name.split(".")[0] for name in modules}
     assert {"torch", "tokenizers", "safetensors"} <= tops
@@ -186,8 +178,8 @@ def test_public_names_are_there() -> None:
         assert issubclass(getattr(llava_lite, error), llava_lite.LlavaLiteError)
 
 
-def test_load_gives_the_saved_model(saved_model: Path, tiny_model: Model) -> None:
-    model = llava_lite.load(saved_model, device="cpu")
+def test_load_gives_the_saved_model(model_folder: Path, tiny_model: Model) -> None:
+    model = llava_lite.load(model_folder, device="cpu")
     assert model.config == TINY_CONFIG
     answer = model.generate(picture(), "star?", max_new_tokens=8)
     assert answer == tiny_model.generate(picture(), "star?", max_new_tokens=8)
@@ -217,30 +209,30 @@ def test_dtype_auto_is_the_files_but_for_float16_on_the_cpu(
 
 @pytest.mark.parametrize("device", ["warp", "cuda", "mps", "meta", "xpu", "cpu:1"])
 def test_load_refuses_a_device_that_is_not_there(
-    saved_model: Path, monkeypatch: pytest.MonkeyPatch, device: str
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ValueError, match=f"device '{device}' is not"):
-        llava_lite.load(saved_model, device=device)
-    assert llava_lite.load(saved_model).llava.device.type == "cpu"
+        llava_lite.load(model_folder, device=device)
+    assert llava_lite.load(model_folder).llava.device.type == "cpu"
 
 
-def test_load_counts_the_devices(saved_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_counts_the_devices(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name in ("cuda:2", "cuda:9"):
         with pytest.raises(ValueError, match=f"device '{name}' is not available .* 2 of cuda"):
-            llava_lite.load(saved_model, device=name)
+            llava_lite.load(model_folder, device=name)
     assert pick_device("cuda:1") == torch.device("cuda:1")
 
 
-def test_load_overrides_padding_and_rotation(saved_model: Path, tiny_model: Model) -> None:
+def test_load_overrides_padding_and_rotation(model_folder: Path, tiny_model: Model) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
     picture().save(buffer, "PNG", exif=exif)
-    model = llava_lite.load(saved_model, device="cpu", pad=False, exif=False)
+    model = llava_lite.load(model_folder, device="cpu", pad=False, exif=False)
     assert (model.config.pad, model.exif) == (False, False)
     assert model.config == replace(TINY_CONFIG, pad=False)
     cropped = Model(tiny_model.llava, tiny_model.tokenizer, replace(TINY_CONFIG, pad=False))
@@ -250,9 +242,9 @@ def test_load_overrides_padding_and_rotation(saved_model: Path, tiny_model: Mode
     assert not torch.equal(embeds, tiny_model.encode(picture()).image_embeds)
 
 
-def test_load_refuses_an_unknown_dtype(saved_model: Path) -> None:
+def test_load_refuses_an_unknown_dtype(model_folder: Path) -> None:
     with pytest.raises(ValueError, match="int3"):
-        llava_lite.load(saved_model, dtype="int3")
+        llava_lite.load(model_folder, dtype="int3")
 
 
 def test_load_names_what_is_missing(tmp_path: Path) -> None:
@@ -261,20 +253,20 @@ def test_load_names_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_generate_takes_the_model_of_the_environment(
-    saved_model: Path, fresh_door: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, fresh_door: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fresh_door.setenv("LLAVA_LITE_MODEL", str(saved_model))
+    fresh_door.setenv("LLAVA_LITE_MODEL", str(model_folder))
     answer = llava_lite.generate(picture(), "star?", max_new_tokens=4)
-    assert answer == llava_lite.generate(picture(), "star?", saved_model, max_new_tokens=4)
-    assert answer == llava_lite.load(saved_model).generate(picture(), "star?", max_new_tokens=4)
+    assert answer == llava_lite.generate(picture(), "star?", model_folder, max_new_tokens=4)
+    assert answer == llava_lite.load(model_folder).generate(picture(), "star?", max_new_tokens=4)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
 
 
 def test_generate_says_once_that_it_uses_the_embedded_model(
-    saved_model: Path, fresh_door: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, fresh_door: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fresh_door.setattr("llava_lite.checkpoints.load.embedded_model", lambda: saved_model)
+    fresh_door.setattr("llava_lite.checkpoints.load.embedded_model", lambda: model_folder)
     for _ in range(2):
         llava_lite.generate(None, ["star?"], max_new_tokens=2)
     llava_lite.load()
@@ -286,7 +278,7 @@ def test_generate_says_once_that_it_uses_the_embedded_model(
 
 
 def test_generate_keeps_the_model_loaded(
-    saved_model: Path, fresh_door: pytest.MonkeyPatch, tiny_model: Model
+    model_folder: Path, fresh_door: pytest.MonkeyPatch, tiny_model: Model
 ) -> None:
     sources = []
 
@@ -295,10 +287,10 @@ def test_generate_keeps_the_model_loaded(
         return tiny_model
 
     fresh_door.setattr("llava_lite.api.load", counting)
-    for source in (saved_model, str(saved_model), saved_model):
+    for source in (model_folder, str(model_folder), model_folder):
         llava_lite.generate(None, "star?", source, max_new_tokens=1)
     llava_lite.generate(None, "star?", tiny_model, max_new_tokens=1)
-    assert sources == [str(saved_model)]
+    assert sources == [str(model_folder)]
 
 
 def test_embedded_model_is_found_in_a_wheel_and_in_a_checkout(

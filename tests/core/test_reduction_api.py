@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 
 from helpers.models import TINY_CONFIG, TINY_TEXT, TINY_VISION, random_llava
+from helpers.pictures import picture
 from llava_lite.config import IMAGE_TOKEN_ID
 from llava_lite.errors import ContextError
 from llava_lite.generation.model import Model
@@ -32,11 +32,6 @@ WISHES = {
     "hybrid thresholds": Reduction(DToMe((0.5, 0.2)), "vtu", FastV(drop=0.5, layer=2)),
 }
 each_wish = pytest.mark.parametrize("wish", WISHES.values(), ids=WISHES)
-
-
-def picture(seed: int) -> Image.Image:
-    noise = torch.randint(0, 256, (40, 56, 3), generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(noise.to(torch.uint8).numpy())
 
 
 def prompt_ids(model: Model, text: str, num_images: int = 1) -> list[int]:

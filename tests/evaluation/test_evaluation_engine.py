@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.pictures import picture
 from llava_lite.errors import ContextError, ImageError
 from llava_lite.evaluation import engine as engine_module
 from llava_lite.evaluation.engine import (
@@ -37,12 +38,6 @@ WISHES = [
     Reduction(ToMe(keep=8), "vtu", FastV(keep=4, layer=2)),
 ]
 WORDS = ["star", "red", "blue circle", "square", "What color is the ring?", "white", "a b c d e"]
-
-
-def picture(seed: int) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (40, 60, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
 
 
 def many_samples() -> list[Sample]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from helpers.eval_command import write_json
 from helpers.peers import peer
 from llava_lite.errors import EvaluationError
 from llava_lite.evaluation.suite import Metric
@@ -20,11 +21,6 @@ from llava_lite.evaluation.suites.own_data import OwnDataSuite
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 WORDS = "a the man dog cat street red blue riding bike on in with two people's sign, tree".split()
-
-
-def write(path: Path, content: Any) -> Path:
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return path
 
 
 def picture(path: Path) -> None:
@@ -62,7 +58,7 @@ def content(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_samples_ask_for_a_caption_of_each_image(tmp_path: Path, content: dict[str, Any]) -> None:
-    suite = open_coco([write(tmp_path / "captions.json", content)], tmp_path / "val2014")
+    suite = open_coco([write_json(tmp_path / "captions.json", content)], tmp_path / "val2014")
     samples = suite.samples()
     assert [sample.id for sample in samples] == [str(one["id"]) for one in content["images"]]
     assert {sample.prompt for sample in samples} == {PROMPT}
@@ -80,7 +76,7 @@ def test_scores_are_those_of_the_coco_scorers(tmp_path: Path, content: dict[str,
     bleu = peer("pycocoevalcap.bleu.bleu").Bleu(4)
     cider = peer("pycocoevalcap.cider.cider").Cider()
     rouge = peer("pycocoevalcap.rouge.rouge").Rouge()
-    suite = open_coco([write(tmp_path / "captions.json", content)], tmp_path)
+    suite = open_coco([write_json(tmp_path / "captions.json", content)], tmp_path)
     rng = random.Random(2)
     ids = [str(image["id"]) for image in content["images"]]
     answers = {one: sentence(rng) for one in ids[:-1]}  # the last one failed
@@ -110,7 +106,7 @@ def test_scores_by_hand(tmp_path: Path) -> None:
         {"image_id": 2, "caption": "Two dogs."},
     ]
     images = [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}]
-    path = write(tmp_path / "a.json", {"images": images, "annotations": annotations})
+    path = write_json(tmp_path / "a.json", {"images": images, "annotations": annotations})
     scores = open_coco([path], tmp_path).score({"1": "a cat sits here", "2": "Two dogs"}).metrics
     # Every n-gram is of one image: all four orders of the first, two of the second are 1.
     assert scores["cider_d"].value == pytest.approx(mean([10.0, 5.0]))
@@ -122,7 +118,7 @@ def test_scores_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_settings_warn_of_the_subset(tmp_path: Path, content: dict[str, Any]) -> None:
-    suite = open_coco([write(tmp_path / "captions.json", content)], tmp_path)
+    suite = open_coco([write_json(tmp_path / "captions.json", content)], tmp_path)
     assert "these 50 images" in suite.settings["idf"]
     assert "ptb-like" in suite.settings["tokenizer"]
     assert suite.settings["prompt"] == PROMPT
@@ -131,7 +127,7 @@ def test_the_settings_warn_of_the_subset(tmp_path: Path, content: dict[str, Any]
 def test_images_and_captions_without_each_other_are_left_out(tmp_path: Path) -> None:
     content = coco_content(5)
     content["images"][0]["id"] = 3
-    suite = open_coco([write(tmp_path / "captions.json", content)], tmp_path)
+    suite = open_coco([write_json(tmp_path / "captions.json", content)], tmp_path)
     assert [sample.id for sample in suite.samples()] == ["993", "986", "979", "972"]
     assert suite.settings["images_without_captions"] == 1
     assert suite.settings["captions_without_image"] == 5
@@ -140,13 +136,13 @@ def test_images_and_captions_without_each_other_are_left_out(tmp_path: Path) -> 
 
 def test_a_file_without_captions_gives_predictions_only(tmp_path: Path) -> None:
     content = {"images": coco_content(3)["images"]}
-    suite = open_coco([write(tmp_path / "image_info.json", content)], tmp_path)
+    suite = open_coco([write_json(tmp_path / "image_info.json", content)], tmp_path)
     assert len(suite.samples()) == 3
     assert suite.score({"1000": "a cat"}).metrics == {}
 
 
 def test_export_is_the_coco_result_format(tmp_path: Path) -> None:
-    suite = open_coco([write(tmp_path / "captions.json", coco_content(2))], tmp_path)
+    suite = open_coco([write_json(tmp_path / "captions.json", coco_content(2))], tmp_path)
     suite.export({"993": " a café\n"}, tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == [
         {"image_id": 1000, "caption": ""},
@@ -176,7 +172,7 @@ def karpathy_content() -> dict[str, Any]:
     [(None, ["1", "3"]), ("test", ["1", "3"]), ("val", ["2"]), ("train", ["4", "5"])],
 )
 def test_karpathy_splits(tmp_path: Path, split: str | None, ids: list[str]) -> None:
-    path = write(tmp_path / "dataset_coco.json", karpathy_content())
+    path = write_json(tmp_path / "dataset_coco.json", karpathy_content())
     picture(tmp_path / "val2014" / "COCO_val2014_000000000001.jpg")
     picture(tmp_path / "COCO_val2014_000000000003.jpg")  # right in the folder
     suite = open_coco([path], tmp_path, split)
@@ -194,7 +190,7 @@ def test_karpathy_takes_imgid_without_cocoid(tmp_path: Path) -> None:
     for number, image in enumerate(content["images"]):
         del image["cocoid"], image["filepath"]
         image["imgid"] = number
-    suite = open_coco([write(tmp_path / "dataset_flickr30k.json", content)], tmp_path)
+    suite = open_coco([write_json(tmp_path / "dataset_flickr30k.json", content)], tmp_path)
     assert [sample.id for sample in suite.samples()] == ["0", "2"]
 
 
@@ -222,16 +218,16 @@ IMAGE = {"id": 1, "file_name": "a.jpg"}
     ],
 )  # fmt: skip
 def test_a_bad_file_is_refused(tmp_path: Path, content: Any, message: str) -> None:
-    path = write(tmp_path / "captions.json", content)
+    path = write_json(tmp_path / "captions.json", content)
     with pytest.raises(EvaluationError, match=message):
         open_coco([path], tmp_path)
 
 
 def test_unknown_splits_are_refused(tmp_path: Path, content: dict[str, Any]) -> None:
-    path = write(tmp_path / "dataset_coco.json", karpathy_content())
+    path = write_json(tmp_path / "dataset_coco.json", karpathy_content())
     with pytest.raises(EvaluationError, match="no split 'dev', only restval, test, train, val"):
         open_coco([path], tmp_path, "dev")
-    path = write(tmp_path / "captions.json", content)
+    path = write_json(tmp_path / "captions.json", content)
     with pytest.raises(EvaluationError, match="has no splits to choose 'val' from"):
         open_coco([path], tmp_path, "val")
 
@@ -265,7 +261,7 @@ def test_a_list_of_captions(
 ) -> None:
     picture(tmp_path / "a.png")
     entries = [{**fields, "image_id": 42}, {**fields, "id": 7, "prompt": "Say it."}]
-    path = write(tmp_path / "coco_val_500.json", {key: entries} if key else entries)
+    path = write_json(tmp_path / "coco_val_500.json", {key: entries} if key else entries)
     suite = open_data_file([path])
     assert isinstance(suite, CaptionSuite) and suite.name == "data-file"
     samples = suite.samples()
@@ -278,7 +274,7 @@ def test_a_list_of_captions(
 
 def test_entries_without_an_id_are_numbered(tmp_path: Path) -> None:
     entries = [{"image": "a.png", "caption": "x"}, {"image": "b.png", "caption": "y"}]
-    path = write(tmp_path / "a.json", entries)
+    path = write_json(tmp_path / "a.json", entries)
     folder = tmp_path / "images"
     picture(folder / "b.png")
     suite = open_data_file([path], folder)
@@ -294,7 +290,7 @@ def test_a_list_of_questions(tmp_path: Path) -> None:
         {"img": "a.png", "question": "How many?", "answer": "two", "id": "q"},
         {"path": "a.png", "instruction": "Which?", "options": ["cat", "dog"], "label": "dog"},
     ]
-    suite = open_data_file([write(tmp_path / "a.json", entries)])
+    suite = open_data_file([write_json(tmp_path / "a.json", entries)])
     assert isinstance(suite, OwnDataSuite) and suite.name == "data-file"
     assert [sample.id for sample in suite.samples()] == ["q", "2"]
     assert suite.score({"q": "2", "2": "A"}).metrics["accuracy"] == Metric.share(1, 2)
@@ -302,12 +298,12 @@ def test_a_list_of_questions(tmp_path: Path) -> None:
 
 
 def test_a_coco_file_is_a_data_file(tmp_path: Path, content: dict[str, Any]) -> None:
-    path = write(tmp_path / "val2014" / "coco_val_500.json", content)
+    path = write_json(tmp_path / "val2014" / "coco_val_500.json", content)
     suite = open_data_file([path])
     assert isinstance(suite, CaptionSuite)
     assert (suite.name, len(suite.samples())) == ("data-file", 50)
     assert sum(sample.error is None for sample in suite.samples()) == 49
-    path = write(tmp_path / "dataset_coco.json", karpathy_content())
+    path = write_json(tmp_path / "dataset_coco.json", karpathy_content())
     assert [sample.id for sample in open_data_file([path]).samples()] == ["1", "3"]
 
 
@@ -332,11 +328,11 @@ def test_a_coco_file_is_a_data_file(tmp_path: Path, content: dict[str, Any]) -> 
 )  # fmt: skip
 def test_a_bad_data_file_is_refused(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
-        open_data_file([write(tmp_path / "a.json", content)])
+        open_data_file([write_json(tmp_path / "a.json", content)])
 
 
 def test_a_part_says_how_many_images_its_idf_is_from(tmp_path: Path) -> None:
-    suite = open_coco([write(tmp_path / "captions.json", coco_content(4))], tmp_path)
+    suite = open_coco([write_json(tmp_path / "captions.json", coco_content(4))], tmp_path)
     part = suite.select({sample.id for sample in suite.samples()[:3]})
     assert "these 4 images" in suite.settings["idf"] and "these 3 images" in part.settings["idf"]
 
@@ -346,5 +342,5 @@ def test_questions_about_one_image_have_ids_of_their_own(tmp_path: Path) -> None
         {"question_id": n, "image_id": 7, "image": "7.jpg", "question": "?", "answer": "x"}
         for n in (1, 2)
     ]
-    suite = open_data_file([write(tmp_path / "list.json", rows)])
+    suite = open_data_file([write_json(tmp_path / "list.json", rows)])
     assert [sample.id for sample in suite.samples()] == ["1", "2"]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from helpers.eval_command import write_lines
 from llava_lite.errors import EvaluationError, LlavaLiteError
 from llava_lite.evaluation.engine import select_shard
 from llava_lite.evaluation.suite import Metric, Suite
@@ -15,11 +16,6 @@ from llava_lite.evaluation.suites.registry import SUITES, Exporting, open_suite
 
 LETTER = "Answer with the option's letter from the given choices directly."
 PIXEL = "data:image/png;base64,AAAA"
-
-
-def write(path: Path, *lines: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -32,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def file(folder: Path) -> Path:
     choices = ["cat", "dog", "cow"]
-    return write(
+    return write_lines(
         folder / "own.jsonl",
         {"image": "a.png", "question": "How many?", "answer": "two", "category": "count"},
         {"id": "pick", "images": ["a.png", "b.png"], "text": "Which?", "choices": choices,
@@ -80,7 +76,7 @@ def test_scores_by_hand(file: Path) -> None:
 @pytest.mark.parametrize("answer", ["B", "dog", 1, ["B"], ["dog", "C"]])
 def test_the_right_choice_is_a_letter_a_text_or_an_index(folder: Path, answer: Any) -> None:
     line = {"question": "Which?", "choices": ["cat", "dog", "cow"], "answer": answer}
-    suite = open_jsonl([write(folder / "a.jsonl", line)])
+    suite = open_jsonl([write_lines(folder / "a.jsonl", line)])
     assert suite.score({"1": "B"}).metrics["accuracy"].value == 1
     assert suite.score({"1": "A"}).metrics["accuracy"].value == 0
     assert suite.score({"1": "unclear"}).metrics["accuracy"].value == 0
@@ -94,13 +90,13 @@ def test_a_short_answer_can_be_asked_for(file: Path) -> None:
 
 
 def test_without_answers_there_are_predictions_only(folder: Path) -> None:
-    suite = open_jsonl([write(folder / "a.jsonl", {"question": "?", "image": "a.png"})])
+    suite = open_jsonl([write_lines(folder / "a.jsonl", {"question": "?", "image": "a.png"})])
     assert suite.score({"1": "x"}).metrics == {}
 
 
 def test_images_may_lie_elsewhere(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = tmp_path_factory.mktemp("rows")
-    path = write(elsewhere / "a.jsonl", {"question": "?", "image": "a.png"})
+    path = write_lines(elsewhere / "a.jsonl", {"question": "?", "image": "a.png"})
     assert open_jsonl([path]).samples()[0].error
     assert open_jsonl([path], folder).samples()[0].images == (folder / "a.png",)
 
@@ -129,11 +125,11 @@ CHOICE = {"question": "?", "choices": ["cat", "dog"]}
 )
 def test_a_bad_row_of_the_file_is_refused(folder: Path, line: dict[str, Any], message: str) -> None:
     with pytest.raises(EvaluationError, match=f"a.jsonl, {message}"):
-        open_jsonl([write(folder / "a.jsonl", line)])
+        open_jsonl([write_lines(folder / "a.jsonl", line)])
 
 
 def test_repeated_ids_are_refused(folder: Path) -> None:
-    path = write(folder / "a.jsonl", {"question": "?"}, {"id": "1", "question": "?"})
+    path = write_lines(folder / "a.jsonl", {"question": "?"}, {"id": "1", "question": "?"})
     with pytest.raises(EvaluationError, match="line 2: repeats the id '1' of .*line 1"):
         open_jsonl([path])
 
@@ -164,10 +160,14 @@ def paths(folder: Path) -> dict[str, list[Path]]:
     return {
         "mmbench": [folder / "bench.tsv"],
         "coco": [folder, folder / "coco.json"],
-        "pope": [write(folder / "random.jsonl", pope), write(folder / "b.jsonl", pope), folder],
+        "pope": [
+            write_lines(folder / "random.jsonl", pope),
+            write_lines(folder / "b.jsonl", pope),
+            folder,
+        ],
         "vqa": [folder / "vqa.json", folder],
         "scienceqa": [folder / "science.json", folder / "problems.json"],
-        "jsonl": [write(folder / "own.jsonl", {**image, "question": "?"})],
+        "jsonl": [write_lines(folder / "own.jsonl", {**image, "question": "?"})],
         "data-file": [folder / "data.json"],
     }
 
@@ -246,7 +246,7 @@ def test_shards_do_not_depend_on_which_images_are_there(folder: Path) -> None:
     """A report is made on a machine that need not have the images."""
     names = [["none.png"], ["none.png"], ["b.png"], ["a.png", "none.png"]]
     rows = [{"image": name, "question": f"{n}?"} for n, name in enumerate(names)]
-    suite = open_jsonl([write(folder / "more.jsonl", *rows)])
+    suite = open_jsonl([write_lines(folder / "more.jsonl", *rows)])
     here = [[s.id for s in select_shard(suite.samples(), (part, 2))] for part in (1, 2)]
     assert here == [["1", "2", "4"], ["3"]]
     assert [sample.error is None for sample in suite.samples()].count(True) == 1
@@ -270,5 +270,5 @@ def test_a_number_that_is_a_choice_is_meant(tmp_path: Path) -> None:
     numbers = {"question": "How many?", "choices": [1, 2, 3]}
     rows = [{**numbers, "answer": answer} for answer in (1, 3, 0, "2")]
     rows.append({"question": "Which?", "choices": ["a cat", "a dog"], "answer": 1})
-    suite = open_jsonl([write(tmp_path / "own.jsonl", *rows)])
+    suite = open_jsonl([write_lines(tmp_path / "own.jsonl", *rows)])
     assert [one.references for one in suite.questions] == [("A",), ("C",), ("A",), ("B",), ("B",)]

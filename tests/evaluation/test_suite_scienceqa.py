@@ -1,22 +1,17 @@
 """ScienceQA in LLaVA's format; every number by hand."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from helpers.eval_command import write_json
 from llava_lite.errors import EvaluationError
 from llava_lite.evaluation.suite import Metric
 from llava_lite.evaluation.suites.scienceqa import ScienceQaSuite, open_scienceqa, parse_letter
 
 LETTER = "Answer with the option's letter from the given choices directly."
-
-
-def write(path: Path, content: Any) -> Path:
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return path
 
 
 def question(number: str, image: str | None = None) -> dict[str, Any]:
@@ -55,8 +50,8 @@ def suite(tmp_path: Path) -> ScienceQaSuite:
     for number in ("4", "5"):
         (tmp_path / number).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / number / "image.png")
-    questions = write(tmp_path / "llava_test.json", QUESTIONS)
-    return open_scienceqa([questions, write(tmp_path / "problems.json", PROBLEMS)], tmp_path)
+    questions = write_json(tmp_path / "llava_test.json", QUESTIONS)
+    return open_scienceqa([questions, write_json(tmp_path / "problems.json", PROBLEMS)], tmp_path)
 
 
 def test_samples(suite: ScienceQaSuite, tmp_path: Path) -> None:
@@ -97,7 +92,7 @@ def test_scores_by_hand(suite: ScienceQaSuite) -> None:
 def test_files_in_any_order_and_the_instruction_once(tmp_path: Path) -> None:
     one = question("11")
     one["conversations"][0]["value"] += f"\n{LETTER}"
-    files = [write(tmp_path / "p.json", PROBLEMS), write(tmp_path / "q.json", [one])]
+    files = [write_json(tmp_path / "p.json", PROBLEMS), write_json(tmp_path / "q.json", [one])]
     [sample] = open_scienceqa(files, tmp_path).samples()
     assert sample.prompt.count(LETTER) == 1
 
@@ -135,6 +130,6 @@ def test_letters_are_read_as_officially(answer: str, letter: str | None) -> None
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, questions: Any, problems: Any, message: str) -> None:
-    files = [write(tmp_path / "q.json", questions), write(tmp_path / "p.json", problems)]
+    files = [write_json(tmp_path / "q.json", questions), write_json(tmp_path / "p.json", problems)]
     with pytest.raises(EvaluationError, match=message):
         open_scienceqa(files, tmp_path)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from helpers.eval_command import write_json
 from llava_lite.errors import EvaluationError
 from llava_lite.evaluation.engine import select_shard
 from llava_lite.evaluation.suite import Metric
@@ -17,11 +18,6 @@ from llava_lite.evaluation.suites.short_answers import exact_match, normalize_an
 from llava_lite.evaluation.suites.vqa import VqaSuite, open_vqa
 
 SHORT = "Answer the question using a single word or phrase."
-
-
-def write(path: Path, content: Any) -> Path:
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return path
 
 
 def picture(path: Path) -> Path:
@@ -120,8 +116,8 @@ ANNOTATIONS = {
 def vqa(tmp_path: Path) -> VqaSuite:
     picture(tmp_path / "COCO_val2014_000000000042.jpg")
     picture(tmp_path / "7.jpg")
-    questions = write(tmp_path / "questions.json", QUESTIONS)
-    return open_vqa([questions, write(tmp_path / "annotations.json", ANNOTATIONS)], tmp_path)
+    questions = write_json(tmp_path / "questions.json", QUESTIONS)
+    return open_vqa([questions, write_json(tmp_path / "annotations.json", ANNOTATIONS)], tmp_path)
 
 
 def test_vqa_samples(vqa: VqaSuite, tmp_path: Path) -> None:
@@ -169,7 +165,7 @@ def test_vqa_export(vqa: VqaSuite, tmp_path: Path) -> None:
 
 
 def test_questions_alone_give_predictions_only(tmp_path: Path) -> None:
-    suite = open_vqa([write(tmp_path / "q.json", QUESTIONS)], tmp_path)
+    suite = open_vqa([write_json(tmp_path / "q.json", QUESTIONS)], tmp_path)
     assert suite.score({"42000": "2"}).metrics == {}
     assert (suite.settings["scoring"], suite.settings["without_reference"]) == ("none", 4)
 
@@ -187,7 +183,7 @@ def test_questions_alone_give_predictions_only(tmp_path: Path) -> None:
 def test_names_of_images(tmp_path: Path, subtype: str, name: str) -> None:
     path = picture(tmp_path / name)
     content = {"data_subtype": subtype, "questions": QUESTIONS["questions"][:1]}
-    [sample] = open_vqa([write(tmp_path / "q.json", content)], tmp_path).samples()
+    [sample] = open_vqa([write_json(tmp_path / "q.json", content)], tmp_path).samples()
     assert sample.images == (path,)
 
 
@@ -204,7 +200,7 @@ def text_vqa(**fields: Any) -> dict[str, Any]:
 
 def test_text_vqa_with_and_without_its_tokens(tmp_path: Path) -> None:
     picture(tmp_path / "003a8ae2ef43b901.jpg")
-    path = write(tmp_path / "TextVQA_val.json", text_vqa(ocr_tokens=["DAKOTA", "DIGITAL"]))
+    path = write_json(tmp_path / "TextVQA_val.json", text_vqa(ocr_tokens=["DAKOTA", "DIGITAL"]))
     suite = open_vqa([path], tmp_path)
     [sample] = suite.samples()
     assert sample.prompt == f"What brand?\n{SHORT}" and sample.error is None
@@ -215,9 +211,9 @@ def test_text_vqa_with_and_without_its_tokens(tmp_path: Path) -> None:
 
 
 def test_text_vqa_tokens_of_a_second_file(tmp_path: Path) -> None:
-    path = write(tmp_path / "TextVQA_val.json", text_vqa())
+    path = write_json(tmp_path / "TextVQA_val.json", text_vqa())
     tokens = {"data": [{"image_id": "003a8ae2ef43b901", "ocr_tokens": ["DAKOTA"]}]}
-    both = [path, write(tmp_path / "ocr.json", tokens)]
+    both = [path, write_json(tmp_path / "ocr.json", tokens)]
     [sample] = open_vqa(both, tmp_path, ocr=True).samples()
     assert sample.prompt == f"What brand?\nReference OCR token: DAKOTA\n{SHORT}"
     with pytest.raises(EvaluationError, match="TextVQA_val.json: no question has OCR tokens"):
@@ -228,7 +224,7 @@ def test_vizwiz_goes_by_its_images(tmp_path: Path) -> None:
     picture(tmp_path / "VizWiz_val_0.jpg")
     answers = [{"answer": "unanswerable"}] * 8 + [{"answer": "basil"}] * 2
     entry = {"image": "VizWiz_val_0.jpg", "question": "What is it?", "answers": answers}
-    path = write(tmp_path / "val.json", [{**entry, "answer_type": "unanswerable"}])
+    path = write_json(tmp_path / "val.json", [{**entry, "answer_type": "unanswerable"}])
     suite = open_vqa([path], tmp_path)
     [sample] = suite.samples()
     assert (sample.id, sample.error) == ("VizWiz_val_0.jpg", None)
@@ -248,7 +244,7 @@ def test_gqa_is_scored_by_equality(tmp_path: Path) -> None:
         return {"imageId": "n1", "question": "What is it?", "answer": answer, "types": types}
 
     content = {"201": entry("dog", "obj"), "202": entry("red", "attr"), "203": entry("no", "attr")}
-    suite = open_vqa([write(tmp_path / "testdev_balanced_questions.json", content)], tmp_path)
+    suite = open_vqa([write_json(tmp_path / "testdev_balanced_questions.json", content)], tmp_path)
     assert [sample.images for sample in suite.samples()] == [(tmp_path / "n1.jpg",)] * 3
     scores = suite.score({"201": "A dog.", "202": "dark red"})
     assert scores.metrics["accuracy"] == Metric.share(1, 3)
@@ -266,7 +262,7 @@ def test_lines_of_llava_with_annotations(tmp_path: Path) -> None:
     line = {"question_id": 42000, "image": "a.jpg", "text": text, "category": "default"}
     path = tmp_path / "llava_vqav2.jsonl"
     path.write_text(json.dumps(line) + "\n", encoding="utf-8")
-    files = [path, write(tmp_path / "annotations.json", ANNOTATIONS)]
+    files = [path, write_json(tmp_path / "annotations.json", ANNOTATIONS)]
     suite = open_vqa(files, tmp_path)
     [sample] = suite.samples()
     assert (sample.prompt, sample.images) == (text, (tmp_path / "a.jpg",))
@@ -298,14 +294,14 @@ QUESTION = {"question_id": 1, "image_id": 1, "question": "What?"}
     ],
 )  # fmt: skip
 def test_a_bad_file_is_refused(tmp_path: Path, contents: list[Any], message: str) -> None:
-    files = [write(tmp_path / f"{n}.json", content) for n, content in enumerate(contents)]
+    files = [write_json(tmp_path / f"{n}.json", content) for n, content in enumerate(contents)]
     with pytest.raises(EvaluationError, match=message):
         open_vqa(files, tmp_path)
 
 
 def test_questions_about_a_missing_image_stay_together(tmp_path: Path) -> None:
     rows = [{"question_id": n, "image_id": n // 2, "question": "?"} for n in range(4)]
-    file = write(tmp_path / "q.json", {"questions": rows})
+    file = write_json(tmp_path / "q.json", {"questions": rows})
     first, other = (open_vqa([file], tmp_path).samples() for _ in range(2))
     assert [sample.error is None for sample in first] == [False] * 4
     assert [[s.id for s in select_shard(first, (part, 2))] for part in (1, 2)] == [
@@ -317,7 +313,7 @@ def test_questions_about_a_missing_image_stay_together(tmp_path: Path) -> None:
 def test_a_part_has_settings_of_its_own(tmp_path: Path) -> None:
     rows = [{"question_id": 1, "image_id": 1, "question": "?", "answers": ["x"]}]
     rows.append({"question_id": 2, "image_id": 1, "question": "?", "answers": []})
-    suite = open_vqa([write(tmp_path / "q.json", {"data": rows})], tmp_path)
+    suite = open_vqa([write_json(tmp_path / "q.json", {"data": rows})], tmp_path)
     assert suite.settings["without_reference"] == 1 and suite.settings["ocr"] is False
     assert "without_reference" not in suite.select({"1"}).settings
     assert suite.select({"2"}).settings["scoring"] == "none"
@@ -336,4 +332,4 @@ def test_lines_that_share_an_id_are_told_apart(tmp_path: Path) -> None:
     assert results[2]["answer"] == "2"
     annotations = {"annotations": [{"question_id": "a", "answers": [{"answer": "x"}]}]}
     with pytest.raises(EvaluationError, match="line 3: repeats the id 'a'"):
-        open_vqa([file, write(tmp_path / "a.json", annotations)], tmp_path)
+        open_vqa([file, write_json(tmp_path / "a.json", annotations)], tmp_path)

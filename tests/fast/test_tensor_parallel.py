@@ -31,6 +31,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import llava_lite
 from helpers.models import ROOT, TINY_CONFIG, random_llava
+from helpers.pictures import noise
 from llava_lite.checkpoints.checkpoint import save_model
 from llava_lite.checkpoints.convert import convert
 from llava_lite.checkpoints.quantized import open_source
@@ -80,11 +81,6 @@ PROGRAM = ["generate", "-i", SCENE, "--reduction", "hybrid-72-36", "--quiet"]
 QUESTION = "What shape is the red object?"
 
 
-def picture(seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (3, 40, 60), generator=generator, dtype=torch.uint8)
-
-
 # ---- what one process and two do -----------------------------------------------------------------
 
 
@@ -92,7 +88,7 @@ def cases(model: Model) -> dict[str, Any]:
     """Everything the model can do, in few words."""
     found: dict[str, Any] = {}
     prompts = ["What color is the star?", "ring", "Which <image> or <image>? red, blue", "square?"]
-    images = [picture(1), picture(2), [picture(3), picture(4)], None]
+    images = [noise(1), noise(2), [noise(3), noise(4)], None]
     ids = torch.tensor([model.tokenizer.encode_prompt("USER: <image>\nstar? ASSISTANT:")])
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(5))
     for name, reduction in REDUCTIONS.items():
@@ -106,19 +102,19 @@ def cases(model: Model) -> dict[str, Any]:
         traces = [answer.trace for answer in batch if answer.trace is not None]
         found[f"{name} kept"] = [image.kept for trace in traces for image in trace.images]
         found[f"{name} kv_bytes"] = [trace.kv_bytes for trace in traces]
-        pieces = model.stream(picture(6), "star?", max_new_tokens=3, reduction=reduction)
+        pieces = model.stream(noise(6), "star?", max_new_tokens=3, reduction=reduction)
         found[f"{name} stream"] = list(pieces)
-        chat = model.chat(picture(7), max_new_tokens=2, reduction=reduction)
-        turns = [chat.send("What is it?"), chat.send("And this?", picture(8))]
+        chat = model.chat(noise(7), max_new_tokens=2, reduction=reduction)
+        turns = [chat.send("What is it?"), chat.send("And this?", noise(8))]
         found[f"{name} chat"] = [turn.token_ids for turn in turns], chat.input_ids
         scores = model.score(images, prompts, ["red", "a blue ring", "no", "green"])
         found[f"{name} score"] = torch.tensor([score.log_likelihood for score in scores])
     sampled = model.generate(images, prompts, max_new_tokens=6, temperature=1.5, top_p=0.9, seed=3)
     found["sampled"] = [answer.token_ids for answer in sampled]
-    whole = model.generate(picture(1), prompts[0], max_new_tokens=9)
+    whole = model.generate(noise(1), prompts[0], max_new_tokens=9)
     stopped = model.generate(images, prompts, max_new_tokens=9, stop=str(whole)[2:4])
     found["stopped"] = [(str(answer), answer.finish_reason) for answer in stopped]
-    encoded = model.encode(picture(1), "none")
+    encoded = model.encode(noise(1), "none")
     found["kept"] = kept_tokens(model)
     found["encoded"] = model.generate(encoded, prompts[0], max_new_tokens=6).token_ids
     return found
@@ -127,7 +123,7 @@ def cases(model: Model) -> dict[str, Any]:
 def kept_tokens(model: Model) -> list[tuple[int, ...]]:
     """The image tokens that FastV keeps of a few pictures."""
     options: dict[str, Any] = {"reduction": REDUCTIONS["fastv"], "max_new_tokens": 1, "trace": True}
-    answers = [model.generate(picture(n), "star?", **options) for n in range(4)]
+    answers = [model.generate(noise(n), "star?", **options) for n in range(4)]
     return [answer.trace.images[0].kept for answer in answers if answer.trace is not None]
 
 
@@ -145,15 +141,15 @@ def work(rank: int, port: int, folder: Path) -> None:
     rows = torch.randn(11, 64, generator=torch.Generator().manual_seed(6))
     found["rows"] = logits_of_rows(model, rows), logits_by_torch(model, rows)
     found["unseeded"] = model.generate(
-        [picture(1)] * 2, ["star?", "ring"], max_new_tokens=9, temperature=2.0
+        [noise(1)] * 2, ["star?", "ring"], max_new_tokens=9, temperature=2.0
     )
     found["only first has it"] = model.generate(
-        picture(1) if rank == 0 else object(), "star?", max_new_tokens=6
+        noise(1) if rank == 0 else object(), "star?", max_new_tokens=6
     ).token_ids
     found["joined once"] = join() is model.ranks
     found["timeouts"] = timeouts(model.ranks)
     found["errors"] = errors(model, rank, folder)
-    found["after errors"] = model.generate(picture(1), "star?", max_new_tokens=6).token_ids
+    found["after errors"] = model.generate(noise(1), "star?", max_new_tokens=6).token_ids
     found["program"] = said_by_program([*PROGRAM, "--tensor-parallel", "--device", "cpu"], rank)
     found["own heads"] = kept_by_own_heads(model)
     found["memory"] = memory_of_loading(folder)
@@ -182,16 +178,16 @@ def left_alone(model: ParallelModel) -> list[str]:
 
 def errors(model: ParallelModel, rank: int, folder: Path) -> dict[str, str]:
     """What this rank raises, by what is wrong."""
-    encoded = model.encode(picture(1))
+    encoded = model.encode(noise(1))
     calls: dict[str, Callable[[], Any]] = {
         "first rank's image": lambda: model.generate(
-            str(folder / "none.png") if rank == 0 else picture(1), "star?"
+            str(folder / "none.png") if rank == 0 else noise(1), "star?"
         ),
         "prompts": lambda: model.generate(None, "star? red blue" if rank else "star?"),
         "stop strings": lambda: model.generate(None, "star?", stop="a" if rank else None),
         "counts": lambda: model.generate([None] * (1 + rank), ["star?"] * (1 + rank)),
         "continuations": lambda: model.score(None, "star?", "red ring" if rank else "red"),
-        "encoded": lambda: model.encode(encoded if rank else picture(1)),
+        "encoded": lambda: model.encode(encoded if rank else noise(1)),
         "context": lambda: model.generate(None, "star? " * 600),
         **errors_of_one(model, rank, folder / "tiny"),
         "bad weights on one": lambda: load_parallel(folder / "nan"),
@@ -242,7 +238,7 @@ def errors_of_one(model: ParallelModel, rank: int, tiny: Path) -> dict[str, Call
         "stream, too long": lambda: model.stream(None, long),
         "chat, options": lambda: model.chat(None, **bad),
         "chat, too long": lambda: model.chat(None).send(long),
-        "encode, reduction": lambda: model.encode(picture(1), "all" if rank else "none"),
+        "encode, reduction": lambda: model.encode(noise(1), "all" if rank else "none"),
         "score, empty": lambda: model.score(None, "star?", "" if rank else "red"),
         "score, chunks": lambda: model.score(
             None, ["star?"] * (1 + rank), ["red"] * (1 + rank), batch_size=1
@@ -465,7 +461,7 @@ def test_two_threads_with_half_the_weights_answer_as_one_process(
             "temperature": 2.0,
             "seed": 1,
         }
-        return model.generate(picture(1), "star?", **options).token_ids
+        return model.generate(noise(1), "star?", **options).token_ids
 
     alone = logits(whole)
     for found in threads.run(lambda rank: logits(models[rank])):
@@ -638,7 +634,7 @@ def test_after_an_error_the_ranks_go_on(found: Found) -> None:
 @pytest.mark.slow
 def test_an_image_is_what_the_first_rank_has(folder: Path, found: Found) -> None:
     model = llava_lite.load(folder / "tiny", "cpu", "float32")
-    alone = model.generate(picture(1), "star?", max_new_tokens=6).token_ids
+    alone = model.generate(noise(1), "star?", max_new_tokens=6).token_ids
     assert [rank["only first has it"] for rank in found.ranks] == [alone, alone]
 
 
@@ -707,12 +703,12 @@ def test_only_the_first_rank_speaks(
         return run
 
     for code in (0, console.INTERRUPTED):
-        assert console.behind_first_rank(1, program(code)) == code
+        assert console.run_silently(1, program(code)) == code
         assert not waited and capsys.readouterr() == ("", "")
-    assert console.behind_first_rank(3, program(2)) == 2
+    assert console.run_silently(3, program(2)) == 2
     assert waited == [console.GRACE]
     assert capsys.readouterr() == ("", "rank 3: error: no such file\n")
-    assert console.behind_first_rank(1, lambda: [][0]) == 1
+    assert console.run_silently(1, lambda: [][0]) == 1
     said = capsys.readouterr().err
     assert said.startswith("rank 1: Traceback") and said.endswith("list index out of range\n")
 

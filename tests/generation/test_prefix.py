@@ -8,6 +8,7 @@ import torch
 
 import llava_lite
 from helpers.models import TINY_CONFIG, TINY_TEXT, random_llava
+from helpers.pictures import noise
 from llava_lite.fast.quantize import quantize
 from llava_lite.generation import prefix as module
 from llava_lite.generation.model import Model
@@ -23,11 +24,6 @@ def model(tiny_tokenizer: Tokenizer) -> Model:
     """In double precision, where equal means equal to ten digits."""
     config = replace(TINY_CONFIG, text=replace(TINY_TEXT, max_positions=1024))
     return Model(random_llava(config).double(), tiny_tokenizer)
-
-
-def picture(seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (3, 40, 60), generator=generator, dtype=torch.uint8)
 
 
 def without(model: Model, monkeypatch: pytest.MonkeyPatch, call: Any) -> Any:
@@ -56,7 +52,7 @@ def test_scores_are_those_of_the_whole_prompt(
     wish = wish and replace(wish, fastv=wish.fastv and replace(wish.fastv, layer=1))
 
     def call() -> Any:
-        images = [picture(1), None, [picture(2), picture(3)]]
+        images = [noise(1), None, [noise(2), noise(3)]]
         prompts = ["star?", "ring", "Which <image> or <image>?"]
         return model.score(images, prompts, ["red ring", "no", "x"], reduction=wish)
 
@@ -68,12 +64,12 @@ def test_answers_chats_and_counts_are_those_of_the_whole_prompt(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def call() -> Any:
-        chat = model.chat(picture(1), max_new_tokens=5, reduction=HYBRID, system="Be brief.")
-        answers = [chat.send("star?"), chat.send("And?", image=picture(2))]
+        chat = model.chat(noise(1), max_new_tokens=5, reduction=HYBRID, system="Be brief.")
+        answers = [chat.send("star?"), chat.send("And?", image=noise(2))]
         chat.clear()
         answers += [chat.send("star?")]
         answers += model.generate(
-            [picture(3)] * 2, ["ring", "a"], max_new_tokens=5, temperature=1, seed=2
+            [noise(3)] * 2, ["ring", "a"], max_new_tokens=5, temperature=1, seed=2
         )
         return [(answer.token_ids, answer.usage) for answer in answers]
 
@@ -99,8 +95,8 @@ def test_it_runs_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_answers_over_one_prefix_do_not_meet(model: Model) -> None:
     """Streams side by side write behind the same shared cache."""
     texts = ["star?", "What color is the ring?", "star?"]
-    alone = [str(model.generate(picture(1), text, max_new_tokens=8)) for text in texts]
-    streams = [model.stream(picture(1), text, max_new_tokens=8) for text in texts]
+    alone = [str(model.generate(noise(1), text, max_new_tokens=8)) for text in texts]
+    streams = [model.stream(noise(1), text, max_new_tokens=8) for text in texts]
     pieces = ["", "", ""]
     waiting = set(range(3))
     while waiting:
@@ -112,7 +108,7 @@ def test_two_answers_over_one_prefix_do_not_meet(model: Model) -> None:
 
 
 def score(model: Model) -> tuple[float, ...]:
-    return tuple(model.score(picture(1), "star?", "ring").token_logprobs)
+    return tuple(model.score(noise(1), "star?", "ring").token_logprobs)
 
 
 @pytest.mark.parametrize("change", ["written", "replaced", "given other memory"])
@@ -213,7 +209,7 @@ def test_the_embedded_model_says_the_same_to_the_bit(
 
     def call() -> Any:
         questions = ["How many objects are there?", "Describe the image."]
-        images = [picture(1), picture(2)]
+        images = [noise(1), noise(2)]
         answers = model.generate(images, questions, max_new_tokens=12, reduction=wish)
         scores = model.score(images, questions, ["three red stars", "a blue ring"], reduction=wish)
         return [(str(one), one.token_ids) for one in answers], [
@@ -225,6 +221,6 @@ def test_the_embedded_model_says_the_same_to_the_bit(
 
 
 def test_a_trace_shows_the_whole_prompt(model: Model) -> None:
-    answer = model.generate(picture(1), "star?", max_new_tokens=1, trace=True)
+    answer = model.generate(noise(1), "star?", max_new_tokens=1, trace=True)
     rows = answer.usage["prompt_tokens"] + answer.usage["image_tokens"]
     assert answer.trace is not None and set(answer.trace.rows_per_layer) == {rows}

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import llava_lite.attention
@@ -17,6 +16,7 @@ import llava_lite.generation.model
 import llava_lite.llama
 import llava_lite.vision
 from helpers.models import TINY_CONFIG, TINY_TEXT, TINY_VISION, random_llava
+from helpers.pictures import picture
 from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TextConfig, VisionConfig
 from llava_lite.fastv import Pruning
 from llava_lite.generation.answer import Answer
@@ -51,11 +51,6 @@ KINDS = {
     "hybrid mean": Reduction(DToMe((0.5, 0.2)), "vtu", FastV(drop=0.5, layer=2, score="mean")),
 }
 MERGING = [name for name, reduction in KINDS.items() if reduction.merge is not None]
-
-
-def picture(seed: int) -> Image.Image:
-    noise = torch.randint(0, 256, (40, 56, 3), generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(noise.to(torch.uint8).numpy())
 
 
 def trace_of(answer: Answer) -> Trace:

@@ -18,9 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.models import ROOT, TINY_CONFIG, random_llava
+from helpers.models import ROOT
 from helpers.peers import peer
-from llava_lite.checkpoints.checkpoint import save_model
 from llava_lite.cli import console
 from llava_lite.cli import program as cli
 from llava_lite.evaluation.fingerprint import model_hash
@@ -30,7 +29,6 @@ from llava_lite.generation import batch_file
 from llava_lite.generation.batch_file import BatchError
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
-from llava_lite.inputs.tokenizer import Tokenizer
 from llava_lite.integrations import ray_batch, ray_eval
 from llava_lite.integrations.ray_batch import (
     Cluster,
@@ -78,11 +76,8 @@ def output(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> ModelSource:
-    """The tiny random model as a folder."""
-    where = tmp_path_factory.mktemp("models") / "random"
-    save_model(random_llava(), TINY_CONFIG, where, tiny_tokenizer)
-    return ModelSource(str(where), {"device": "cpu"})
+def source(model_folder: Path) -> ModelSource:
+    return ModelSource(str(model_folder), {"device": "cpu"})
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +193,7 @@ def test_a_row_that_kills_its_actor_costs_no_other_row(
     summary = run_batch(rows, output, ModelSource(), TWO, batch_size=2, **OPTIONS)
     # The rows of the lost block, 2 and 3, come last.
     expected = [*plain[:2], *plain[4:], *plain[2:4]]
-    expected[10] = rows[2].failed(BatchError(DIED))
+    expected[10] = rows[2].record_error(BatchError(DIED))
     assert [comparable(one) for one in read(output)] == expected
     assert (summary.answered, summary.failed) == (7, 5)
     local.deadly = lambda _: False
@@ -226,6 +221,7 @@ def test_where_actors_keep_dying_what_was_lost_so_far_is_booked(
 def test_samples_that_kill_their_actor_cost_no_other(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Model, source: ModelSource
 ) -> None:
+    peer("ray")
     local = LocalRay(tiny_model, deadly=lambda sample: sample.id == "deadly")
     monkeypatch.setattr(ray_batch, "map_blocks", local)
     monkeypatch.setattr(ray_eval, "connected", nullcontext)
@@ -337,6 +333,7 @@ def test_what_cannot_start_touches_no_file(
     retry: bool,
 ) -> None:
     """Neither an empty output nor one without the error lines that were to be asked again."""
+    peer("ray")
     if retry:
         monkeypatch.setattr(ray_batch, "map_blocks", LocalRay(tiny_model))
         assert run_batch(rows, output, ModelSource(), TWO, **OPTIONS).failed == 4

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from helpers.models import TINY_TEXT, load_tool
+from helpers.pictures import picture
 
 pytest.importorskip("fastapi")
 
@@ -20,12 +21,7 @@ from llava_lite.generation.state import Row
 from llava_lite.reduction import DToMe, Reduction, ToMe
 from llava_lite.server.image_cache import ImageCache
 
-SIDE, PATCHES = 56, 16
-
-
-def picture(seed: int) -> Image.Image:
-    noise = torch.randint(0, 255, (SIDE, SIDE, 3), generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(noise.to(torch.uint8).numpy())
+PATCHES = 16
 
 
 @pytest.fixture

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-from PIL import Image
 
 from helpers.models import random_llava
+from helpers.pictures import picture
 
 pytest.importorskip("fastapi")
 
@@ -45,11 +44,6 @@ def worker(model: Gated) -> Iterator[Worker]:
     yield worker
     model.steps.release(1000)
     worker.stop()
-
-
-def picture(seed: int = 0) -> Image.Image:
-    noise = torch.randint(0, 255, (40, 60, 3), generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(noise.to(torch.uint8).numpy())
 
 
 def job_of(model: Model, prompt: str, pieces: bool = False, **options: Any) -> tuple[Job, Heard]:

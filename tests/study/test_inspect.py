@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 import llava_lite
-from helpers.models import TINY_CONFIG, random_llava
-from llava_lite.checkpoints.checkpoint import save_model
+from helpers.models import TINY_CONFIG
 from llava_lite.checkpoints.info import format_bytes, format_count
 from llava_lite.cli.program import main
 from llava_lite.generation import trace as figure_trace
@@ -23,7 +22,6 @@ from llava_lite.generation.answer import Answer
 from llava_lite.generation.model import Model
 from llava_lite.inputs.images import load_image
 from llava_lite.inputs.pixels import MEAN, STD, preprocess
-from llava_lite.inputs.tokenizer import Tokenizer
 from llava_lite.reduction import REDUCTIONS, DToMe, FastV, Reduction, ToMe
 from llava_lite.study import drawing, figure
 from llava_lite.study.drawing import Drawing, Group, Lines, Picture, Rect, Shape, Text
@@ -613,13 +611,6 @@ def test_the_front_door(tiny_model: Model) -> None:
 # ---- command line ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> str:
-    folder = tmp_path_factory.mktemp("inspect") / "model"
-    save_model(random_llava(), TINY_CONFIG, folder, tiny_tokenizer)
-    return str(folder)
-
-
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
     path = tmp_path / "photo.png"
@@ -627,13 +618,13 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
-def run(model: str, *arguments: Any) -> int:
-    shared = ["-m", model, "-p", QUESTION, "-n", "3", "--threads", "1"]
+def run(model: Path, *arguments: Any) -> int:
+    shared = ["-m", str(model), "-p", QUESTION, "-n", "3", "--threads", "1"]
     return main(["inspect", *map(str, arguments), *shared])
 
 
 def test_command_writes_the_picture_and_prints_the_answer(
-    model_folder: str, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["-i", picture, "--merge", "tome:6", "--fastv-k", "3", "--fastv-layer", "1"]
     for name in ("run.html", "run.png"):
@@ -650,7 +641,7 @@ def test_command_writes_the_picture_and_prints_the_answer(
 
 
 def test_command_prepares_images_as_the_flags_say(
-    model_folder: str, picture: Path, tmp_path: Path
+    model_folder: Path, picture: Path, tmp_path: Path
 ) -> None:
     squares = []
     for name, flags in (("padded.html", []), ("cropped.html", ["--no-pad"])):
@@ -663,7 +654,7 @@ def test_command_prepares_images_as_the_flags_say(
 
 
 def test_command_quiet_and_stats(
-    model_folder: str, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(model_folder, "-i", picture, "-o", tmp_path / "a.png", "--quiet") == 0
     assert capsys.readouterr().err == ""
@@ -709,14 +700,14 @@ def test_command_checks_the_output_before_any_work(
     assert (tmp_path / "there.png").read_bytes() == b"mine"
 
 
-def test_command_force_replaces(model_folder: str, picture: Path, tmp_path: Path) -> None:
+def test_command_force_replaces(model_folder: Path, picture: Path, tmp_path: Path) -> None:
     (tmp_path / "run.png").write_bytes(b"mine")
     assert run(model_folder, "-i", picture, "-o", tmp_path / "run.png", "--force") == 0
     assert Image.open(tmp_path / "run.png").format == "PNG"
 
 
 def test_command_leaves_nothing_of_a_run_that_fails(
-    model_folder: str,
+    model_folder: Path,
     picture: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -426,7 +426,7 @@ def test_the_mean_over_batches(golden: Golden) -> None:
     for batch, running in zip(
         outputs["find.per_batch_thresholds"], outputs["find.running_thresholds"], strict=True
     ):
-        found = found.plus(batch.tolist(), 4, 0)
+        found = found.add(batch.tolist(), 4, 0)
         assert found.thresholds == pytest.approx(running.tolist(), rel=0, abs=1e-12)
 
 
