@@ -167,7 +167,7 @@ def left_alone(model: ParallelModel) -> list[str]:
         lambda: model.prefill(torch.tensor([[1, 5, 6]]), None),
         lambda: ranks.from_first(lambda: 1),
         lambda: ranks.mean(torch.ones(3)),
-        lambda: ranks.concatenated(torch.ones(1, 3), 6),
+        lambda: ranks.concatenate(torch.ones(1, 3), 6),
     ):
         try:
             call()
@@ -703,12 +703,12 @@ def test_only_the_first_rank_speaks(
         return run
 
     for code in (0, console.INTERRUPTED):
-        assert console.behind_first_rank(1, program(code)) == code
+        assert console.run_silently(1, program(code)) == code
         assert not waited and capsys.readouterr() == ("", "")
-    assert console.behind_first_rank(3, program(2)) == 2
+    assert console.run_silently(3, program(2)) == 2
     assert waited == [console.GRACE]
     assert capsys.readouterr() == ("", "rank 3: error: no such file\n")
-    assert console.behind_first_rank(1, lambda: [][0]) == 1
+    assert console.run_silently(1, lambda: [][0]) == 1
     said = capsys.readouterr().err
     assert said.startswith("rank 1: Traceback") and said.endswith("list index out of range\n")
 

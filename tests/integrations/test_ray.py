@@ -193,7 +193,7 @@ def test_a_row_that_kills_its_actor_costs_no_other_row(
     summary = run_batch(rows, output, ModelSource(), TWO, batch_size=2, **OPTIONS)
     # The rows of the lost block, 2 and 3, come last.
     expected = [*plain[:2], *plain[4:], *plain[2:4]]
-    expected[10] = rows[2].failed(BatchError(DIED))
+    expected[10] = rows[2].record_error(BatchError(DIED))
     assert [comparable(one) for one in read(output)] == expected
     assert (summary.answered, summary.failed) == (7, 5)
     local.deadly = lambda _: False
