@@ -1,5 +1,4 @@
-"""What a model gives back: the answer with how it came about, its text as soon as that is certain,
-and the score of a continuation.
+"""The results of a model: an answer, its text while it grows, and the score of a continuation.
 
 Shapes: T tokens of a continuation, V vocabulary.
 """
@@ -16,15 +15,15 @@ from llava_lite.inputs.tokenizer import StreamDecoder
 
 
 class Answer(str):
-    """The answer's text, and how it came about.
+    """The text of an answer, with details.
 
-    `finish_reason`: "stop" (end token or stop string) or "length" (max_new_tokens reached).
-    `usage`: prompt_tokens (text ids), image_patches, image_tokens (what these became for the
-    decoder), kept_image_tokens (those that were not pruned), completion_tokens (`token_ids`, end
-    token not counted). `timings`: seconds of preprocess, vision, prefill, decode, and decode
-    tokens_per_second; items that ran together share the clock, and work still queued on a GPU
-    counts where it is awaited. `trace`: with trace=True, what became of the image
-    tokens (trace.py).
+    finish_reason: "stop" (end token or stop string) or "length" (max_new_tokens reached).
+    usage: prompt_tokens (text), image_patches, image_tokens (after merging), kept_image_tokens
+        (after pruning), completion_tokens (without the end token).
+    timings: seconds of preprocess, vision, prefill and decode, and decode tokens_per_second. Items
+        of a batch share the clock. Queued GPU work counts in the phase that waits for it.
+    token_ids: the ids of the answer, without the end token.
+    trace: with trace=True, the path of the image tokens (trace.py).
     """
 
     finish_reason: str
@@ -63,25 +62,25 @@ class Answer(str):
 
 
 class AnswerText:
-    """Turns ids into visible text: both ends stripped, as LLaVA does, and cut before a stop string.
+    """Turns ids into visible text: stripped at both ends, as in LLaVA, and cut at a stop string.
 
-    Text goes out as soon as it is certain; held back are only an incomplete UTF-8 tail, whitespace
-    that may turn out to be the end, and what may turn out to be the start of a stop string."""
+    Text goes out as soon as it is certain. Three things are held back: an incomplete UTF-8 tail,
+    trailing whitespace, and a possible start of a stop string."""
 
     def __init__(self, decoder: StreamDecoder, stop_strings: Sequence[str] = ()) -> None:
         self.decoder, self.stop_strings = decoder, stop_strings
         self.text, self.held, self.stopped = "", "", False
 
     def push(self, token: int) -> str:
-        """One more id -> the text that became certain."""
+        """Add one id. Returns the text that became certain."""
         return self.release(self.held + self.decoder.push(token), final=False)
 
     def finish(self) -> str:
-        """The rest of the text. Nothing after a stop string."""
+        """The rest of the text; nothing after a stop string."""
         return "" if self.stopped else self.release(self.held + self.decoder.flush(), final=True)
 
     def release(self, text: str, final: bool) -> str:
-        """Split `text` into what goes out now (returned) and what is held back."""
+        """Split `text` into a part to show now (returned) and a part to hold back."""
         if not self.text:
             text = text.lstrip()
         found = [at for at in (text.find(stop) for stop in self.stop_strings) if at >= 0]
@@ -92,7 +91,7 @@ class AnswerText:
         return visible
 
     def start_of_stop(self, text: str) -> int:
-        """Where the earliest stop string begins that `text` may end inside of, else its length."""
+        """Where a stop string may begin at the end of `text`, else the length of `text`."""
         starts = range(max(0, len(text) - max(map(len, self.stop_strings), default=0)), len(text))
         unsure = (at for at in starts if any(s.startswith(text[at:]) for s in self.stop_strings))
         return next(unsure, len(text))
@@ -100,8 +99,10 @@ class AnswerText:
 
 @dataclass(frozen=True)
 class Score:
-    """How likely the model finds a continuation: natural log-likelihood, per-token logprobs that
-    add up to it, and whether greedy decoding would have written exactly these `token_ids`."""
+    """How likely a continuation is.
+
+    log_likelihood: natural logarithm, the sum of token_logprobs. is_greedy: whether greedy decoding
+    writes exactly these token_ids."""
 
     log_likelihood: float
     token_logprobs: tuple[float, ...]
@@ -110,7 +111,7 @@ class Score:
 
 
 def score_tokens(logits: Tensor, token_ids: tuple[int, ...]) -> Score:
-    """Score one continuation of T tokens from the logits (T, V) in front of each."""
+    """Score a continuation of T tokens from the logits (T, V) before each token."""
     targets = torch.tensor(token_ids, device=logits.device)
     logprobs = logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]  # (T,)
     is_greedy = bool((logits.argmax(-1) == targets).all())

@@ -1,11 +1,11 @@
-"""Many questions in, one JSON line per answer out; a run that was cut off goes on where it stopped.
+"""Answer a file of questions, one JSON line per answer. A run that was killed can be resumed.
 
     read_rows(path)    a JSONL file, a CSV file or a folder of images -> rows
-    plan(rows, ...)    what is left to do; every problem of input and output shows here, before work
+    plan(rows, ...)    the rows still to answer; checks input and output before any work
     run_batch(...)     answers the rows batch by batch and appends each batch to the output
 
-The output only ever grows by whole batches of lines {id, prompt, image, answer | error, ...}; a
-killed process leaves at most one half-written line at its end, which the next run drops.
+The output grows by whole batches of lines {id, prompt, image, answer | error, ...}. A killed run
+leaves at most one incomplete line at the end, which the next run removes.
 """
 
 import csv
@@ -27,10 +27,7 @@ if TYPE_CHECKING:
     from llava_lite.generation.model import Model
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-
-
 DEFAULT_BATCH_SIZE = 8
-
 
 RowId = str | int
 
@@ -41,29 +38,29 @@ class BatchError(LlavaLiteError):
 
 @dataclass(frozen=True)
 class Row:
-    """One question. `image` stands as in the input (None: text only), relative to `folder`."""
+    """One question. `image`: as in the input, relative to `folder`; None for text only."""
 
     id: RowId
     prompt: str
     image: str | list[str] | None
     folder: Path
     line: int
-    reduction: str | None = None  # how the model was asked to use fewer image tokens
+    reduction: str | None = None  # preset or parts of the reduction
 
     @property
     def sources(self) -> list[str]:
-        """Its images as paths or URLs that can be opened from anywhere."""
+        """The images as URLs, or as paths that include the folder."""
         names = [self.image] if isinstance(self.image, str) else self.image or []
         is_url = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
         return [name if is_url.match(name) else str(self.folder / name) for name in names]
 
     def start_record(self) -> JsonObject:
-        """The part of its output line that repeats the question."""
+        """The part of the output line that repeats the question."""
         asked = {"id": self.id, "prompt": self.prompt, "image": self.image}
         return asked if self.reduction is None else {**asked, "reduction": self.reduction}
 
     def record_answer(self, answer: "Answer") -> JsonObject:
-        """Its output line."""
+        """The output line of an answer."""
         return {
             **self.start_record(),
             "answer": str(answer),
@@ -72,7 +69,7 @@ class Row:
         }
 
     def record_error(self, error: BaseException) -> JsonObject:
-        """Its output line when there is no answer."""
+        """The output line of an error."""
         return {
             **self.start_record(),
             "error": one_line(error),
@@ -87,10 +84,10 @@ class Row:
 def read_rows(path: str | os.PathLike[str], prompt: str | None = None) -> list[Row]:
     """Read all rows of a `.csv` file with a header, of a JSONL file, or of a folder of images.
 
-    Fields: `id` (or `question_id`; without one the line number), `image` or `images`, and `prompt`,
-    `question` or `text`; rows without a prompt get the argument's. A folder is searched with its
-    subfolders, each image's id is its path in the folder. Raises BatchError naming file and line of
-    anything malformed and of repeated ids."""
+    Fields: `id` or `question_id` (default: the line number), `image` or `images`, and `prompt`,
+    `question` or `text` (default: the argument `prompt`). A folder is searched with its subfolders;
+    the id of an image is its path in the folder. Raises BatchError for malformed rows and repeated
+    ids, with file and line."""
     path = Path(path)
     if path.is_dir():
         rows = list(folder_rows(path, prompt))
@@ -101,13 +98,13 @@ def read_rows(path: str | os.PathLike[str], prompt: str | None = None) -> list[R
         rows = [parse_row(fields, path, line, prompt) for line, fields in read(path)]
     if not rows:
         what = "images" if path.is_dir() else "rows"
-        raise BatchError(f"{path}: holds no {what}")
+        raise BatchError(f"{path}: contains no {what}")
     refuse_repeated_ids(rows, path)
     return rows
 
 
 def folder_rows(folder: Path, prompt: str | None) -> Iterator[Row]:
-    """One row per image file, hidden files left out, ordered by path."""
+    """One row per image file, ordered by path, without hidden files."""
     if not prompt:
         raise BatchError(f"{folder}: a folder of images needs a prompt (-p, --prompt)")
     for number, name in enumerate(image_names(folder), start=1):
@@ -115,8 +112,7 @@ def folder_rows(folder: Path, prompt: str | None) -> Iterator[Row]:
 
 
 def image_names(folder: Path) -> list[str]:
-    """The image files in a folder and its subfolders by their paths in it, ordered, hidden files
-    left out."""
+    """The paths of image files in a folder and its subfolders, ordered, without hidden files."""
     names = sorted(
         file.relative_to(folder).as_posix()
         for file in folder.rglob("*")
@@ -137,7 +133,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, JsonObject]]:
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, JsonObject]]:
-    """(line number, fields) of every row; an empty cell is a field that is not there."""
+    """(line number, fields) of every row. An empty cell is a missing field."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
@@ -157,13 +153,13 @@ def read_csv(path: Path) -> Iterator[tuple[int, JsonObject]]:
 def parse_row(fields: JsonObject, path: Path, line: int, prompt: str | None) -> Row:
     """Check one row's fields. Raises BatchError naming the line and the field."""
     where = f"{path}, line {line}"
-    row_id = one_of(fields, ("id", "question_id"), where, line)
+    row_id = pick_field(fields, ("id", "question_id"), where, line)
     if not isinstance(row_id, str | int) or isinstance(row_id, bool):
         raise BatchError(f"{where}: the id {row_id!r} is neither a string nor an integer")
-    question = one_of(fields, ("prompt", "question", "text"), where, prompt)
+    question = pick_field(fields, ("prompt", "question", "text"), where, prompt)
     if not isinstance(question, str) or not question:
         raise BatchError(f"{where}: needs a prompt (fields prompt, question or text, or --prompt)")
-    image = one_of(fields, ("image", "images"), where, None)
+    image = pick_field(fields, ("image", "images"), where, None)
     several = isinstance(image, list) and all(isinstance(name, str) and name for name in image)
     if not (several or image is None or (isinstance(image, str) and image)):
         raise BatchError(
@@ -172,8 +168,8 @@ def parse_row(fields: JsonObject, path: Path, line: int, prompt: str | None) -> 
     return Row(row_id, question, image, path.parent, line)
 
 
-def one_of(fields: JsonObject, names: tuple[str, ...], where: str, default: Any) -> Any:
-    """The one field of these names that is there. Raises BatchError for two of them."""
+def pick_field(fields: JsonObject, names: tuple[str, ...], where: str, default: Any) -> Any:
+    """The value of the one field with one of these names. Raises BatchError for two fields."""
     present = [name for name in names if fields.get(name) is not None]
     if len(present) > 1:
         raise BatchError(f"{where}: has both {present[0]!r} and {present[1]!r}, give one")
@@ -181,7 +177,7 @@ def one_of(fields: JsonObject, names: tuple[str, ...], where: str, default: Any)
 
 
 def refuse_repeated_ids(rows: Iterable[Row], path: Path) -> None:
-    """Raise BatchError naming the lines of an id that stands twice."""
+    """Raise BatchError for an id that occurs twice, with both lines."""
     first: dict[RowId, int] = {}
     for row in rows:
         line = first.setdefault(row.id, row.line)
@@ -190,9 +186,9 @@ def refuse_repeated_ids(rows: Iterable[Row], path: Path) -> None:
 
 
 def select_shard(rows: Sequence[Row], shard: tuple[int, int]) -> list[Row]:
-    """Every n-th row, beginning with the i-th, for shard = (i, n) with 1 <= i <= n.
+    """Every n-th row from the i-th on, for shard = (i, n) with 1 <= i <= n.
 
-    Over all i the shards hold every row once. Raises ValueError out of range."""
+    All n shards together contain every row once. Raises ValueError out of range."""
     part, total = shard
     if not 1 <= part <= total:
         raise ValueError(f"shard {part}/{total}: must be i/n with 1 <= i <= n")
@@ -204,9 +200,11 @@ def select_shard(rows: Sequence[Row], shard: tuple[int, int]) -> list[Row]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do: `todo` rows, beside `answered` and `failed` ones that the output holds
-    and that stay. `drop`: ids whose error lines go. `size`: bytes of the output's whole lines, of
-    `found` bytes in all."""
+    """The plan of a run.
+
+    todo: rows to answer. answered, failed: numbers of rows that stay in the output. drop: ids whose
+    error lines are removed. size: bytes of the complete lines in the output. found: bytes of the
+    whole output."""
 
     todo: list[Row]
     answered: int = 0
@@ -224,17 +222,17 @@ def plan(
     retry_errors: bool = False,
     reduction: object = None,
 ) -> Plan:
-    """Compare the rows, asked with `reduction`, with what the output holds. Changes nothing.
+    """Compare the rows and the reduction with the output. Changes nothing.
 
-    Raises BatchError when the output is in use and `resume` is not set, when it is no output of a
-    batch, and when it answers another question under the same id."""
+    Raises BatchError if the output is not empty and `resume` is False, if it is not the output of a
+    batch, and if it answers another question with the same id."""
     output = Path(output)
     rows = [replace(row, reduction=reduction_name(reduction)) for row in rows]
     check_output(output, BatchError)
     if not output.exists() or not output.stat().st_size:
         return Plan(list(rows))
     if not resume:
-        raise BatchError(f"{output}: is not empty; go on with it (--resume) or name another file")
+        raise BatchError(f"{output}: is not empty; resume it (--resume) or name another file")
     done: dict[RowId, bool] = {}
     size, found, by_id = 0, output.stat().st_size, {row.id: row for row in rows}
     for number, line in complete_lines(output):
@@ -252,7 +250,7 @@ def plan(
 
 
 def reduction_name(reduction: object) -> str | None:
-    """How a reduction stands in an output line: the preset's name or its parts; None for none."""
+    """A reduction as it is written in an output line; None for no reduction."""
     if reduction is None:
         return None
     from llava_lite.reduction import NO_REDUCTION, Reduction
@@ -262,30 +260,31 @@ def reduction_name(reduction: object) -> str | None:
 
 
 def complete_lines(output: Path) -> Iterator[tuple[int, bytes]]:
-    """(number, line) of an output file without the half-written end a killed run may have left.
+    """(number, line) of the complete lines of an output file.
 
-    Raises BatchError when the end looks like something else: it would be lost."""
+    An incomplete last line of a killed run is skipped. Raises BatchError if that line is something
+    else, because it would be lost."""
     with open(output, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
                 yield number, line
             elif not b'{"id": '.startswith(line[:7]) or b"\0" in line:
-                raise BatchError(f"{output}, line {number}: is no line of a batch output")
+                raise BatchError(f"{output}, line {number}: is not a line of a batch output")
 
 
 def parse_record(line: bytes, output: Path, number: int) -> JsonObject:
-    """One line of an output file. Raises BatchError naming it if it is none."""
+    """Parse one line of an output file. Raises BatchError with the line number."""
     where = f"{output}, line {number}"
     record = parse_object(line, where, BatchError)
     is_row = isinstance(record.get("id"), str | int) and ("answer" in record) != ("error" in record)
     if not is_row:
-        raise BatchError(f"{where}: is no line of a batch output")
+        raise BatchError(f"{where}: is not a line of a batch output")
     return record
 
 
 def refuse_other_question(row: Row, record: JsonObject, where: str) -> None:
-    """Raise BatchError where the output's line is about another prompt or image than the row,
-    or was answered with another reduction."""
+    """Raise BatchError if the line of the output has another prompt, image or reduction than the
+    row."""
     for name in ("prompt", "image", "reduction"):
         if record.get(name) != getattr(row, name):
             there, here = record.get(name), getattr(row, name)
@@ -297,13 +296,13 @@ def refuse_other_question(row: Row, record: JsonObject, where: str) -> None:
 
 
 def repair(output: Path, plan: Plan) -> None:
-    """Cut off a half-written last line, and take out the error lines of rows that run again."""
+    """Cut off an incomplete last line. Remove the error lines of rows that run again."""
     if not output.exists():
         return
     if plan.size < output.stat().st_size:
         os.truncate(output, plan.size)
     if plan.drop:
-        output = output.resolve()  # replace what a link points to, not the link
+        output = output.resolve()  # replace the target of a link, not the link
         staging = output.with_name(f".{output.name}.partial")
         with open(staging, "wb") as file:
             for number, line in complete_lines(output):
@@ -315,16 +314,16 @@ def repair(output: Path, plan: Plan) -> None:
 
 
 @contextmanager
-def opened(output: Path, plan: Plan) -> Iterator[BinaryIO]:
-    """The repaired output, to append to, for this process alone. Raises BatchError where another
-    one writes to it, or has since the plan was made."""
+def open_output(output: Path, plan: Plan) -> Iterator[BinaryIO]:
+    """Repair the output, lock it and open it to append. Raises BatchError if another process writes
+    to it, or has written to it since the plan."""
     with ExitStack() as files:
         file = files.enter_context(open(output, "ab"))
         lock(file, output, BatchError)
         if os.fstat(file.fileno()).st_size != plan.found:
-            raise BatchError(f"{output}: another run has written to it meanwhile; start again")
+            raise BatchError(f"{output}: another run has changed it; start again")
         repair(output, plan)
-        if plan.drop:  # now another file has the name
+        if plan.drop:  # the name belongs to a new file now
             file = files.enter_context(open(output, "ab"))
             lock(file, output, BatchError)
         yield file
@@ -335,8 +334,10 @@ def opened(output: Path, plan: Plan) -> Iterator[BinaryIO]:
 
 @dataclass
 class Summary:
-    """Rows by outcome. `present` were answered by an earlier run; `failed` counts its errors, too.
-    `first_error` is the line of the first row that failed now."""
+    """Numbers of rows by outcome.
+
+    present: answered by an earlier run. failed: includes the errors of an earlier run. first_error:
+    the line of the first row that failed in this run."""
 
     answered: int = 0
     failed: int = 0
@@ -359,12 +360,13 @@ def run_batch(
 ) -> Summary:
     """Answer rows in order and append their lines to `output`, one batch at a time.
 
-    `resume` goes on with an output, skipping rows it holds; `retry_errors` runs those again that
-    failed, at its end. `open_image` opens a path or URL (None: the model does). `on_record` hears
-    of each line written. `options` are those of `Model.generate`. A row that fails is recorded with
-    its error and costs no other row; an accelerator that fails ends the run. An interrupt leaves
-    complete lines. Raises as `plan` and `select_shard`, ValueError for bad options, OSError when
-    the output cannot be written."""
+    resume: continue an output and skip its rows. retry_errors: run failed rows again. open_image:
+    opens a path or URL (None: the model does). on_record: called with each written line. options:
+    as in `Model.generate`.
+
+    A failed row is recorded with its error and does not affect other rows. A failed accelerator
+    ends the run. An interrupt leaves complete lines. Raises as `plan` and `select_shard`,
+    ValueError for bad options, and OSError if the output cannot be written."""
     from llava_lite.generation.loop import check_batch_size
 
     size = check_batch_size(batch_size)
@@ -387,9 +389,9 @@ def append_records(
     batches: Iterable[Sequence[JsonObject]],
     on_record: Callable[[JsonObject], None] | None = None,
 ) -> Summary:
-    """Write the records of a plan's rows, each batch as soon as it comes."""
+    """Write the records of a plan, each batch as soon as it is done."""
     summary = Summary(failed=work.failed, present=work.answered)
-    with opened(output, work) as file:
+    with open_output(output, work) as file:
         for records in batches:
             file.write(lines_of(*records))
             file.flush()
@@ -401,7 +403,7 @@ def append_records(
 
 
 def count(record: JsonObject, summary: Summary) -> None:
-    """Book one new line."""
+    """Count one new line."""
     if "error" in record:
         summary.failed += 1
         summary.first_error = summary.first_error or record
@@ -415,9 +417,9 @@ def answer_rows(
     open_image: Callable[[str], Any] | None,
     options: dict[str, Any],
 ) -> list[JsonObject]:
-    """The records of some rows, asked as one batch, or one by one if that fails."""
+    """The records of some rows, answered as one batch, or one by one if that fails."""
 
-    def answered(rows: Sequence[Row]) -> list[JsonObject]:
+    def answer(rows: Sequence[Row]) -> list[JsonObject]:
         images = [
             [open_image(s) for s in row.sources] if open_image else row.sources for row in rows
         ]
@@ -425,4 +427,4 @@ def answer_rows(
         answers = model.generate(images, prompts, batch_size=len(rows), **options)
         return [row.record_answer(answer) for row, answer in zip(rows, answers, strict=True)]
 
-    return try_together(rows, answered, Row.record_error)
+    return try_together(rows, answer, Row.record_error)

@@ -1,8 +1,4 @@
-"""A conversation, turn by turn, over one KV cache that only grows.
-
-A chat asks its model to run what is new (`Model.continuation`, `Model.run`) and keeps the state
-that is left behind.
-"""
+"""A conversation over one KV cache that only grows: each message runs its new tokens only."""
 
 import weakref
 from collections.abc import Generator
@@ -25,10 +21,9 @@ if TYPE_CHECKING:
 
 
 class Chat:
-    """A conversation that keeps its KV cache: a turn runs only what is new since the last one.
+    """A conversation that keeps its KV cache.
 
-    The image it was opened with belongs to the first message; `send` and `stream` may bring
-    others."""
+    The image of `Model.chat` belongs to the first message. `send` and `stream` can add others."""
 
     def __init__(self, model: "Loop", image: Any, options: GenerationOptions) -> None:
         self.model, self.options = model, options
@@ -39,23 +34,23 @@ class Chat:
 
     @property
     def history(self) -> list[tuple[str, str]]:
-        """The turns so far: (what the user wrote, the answer)."""
+        """The turns so far, as (message, answer)."""
         return list(self.log.turns)
 
     @property
     def input_ids(self) -> tuple[int, ...]:
-        """All ids of the conversation so far, the answers' own included, -200 for each image."""
+        """All ids of the conversation so far, answers included, -200 for each image."""
         return self.log.input_ids
 
     def clear(self) -> None:
-        """Start over, with the image the chat was opened with."""
+        """Start over with the image of `Model.chat`."""
         self.close_stream()
         self.log = ChatLog()
 
     def send(self, text: str, image: Any = None) -> Answer:
-        """Say `text`, with an image or several if given; returns the whole answer.
+        """Send a message, with an image or several if given, and return the whole answer.
 
-        Raises as `Model.generate`; the chat then stands where it stood before."""
+        Raises as `Model.generate`. An error leaves the chat as it was."""
         pieces = self.stream(text, image)
         while True:
             try:
@@ -64,8 +59,8 @@ class Chat:
                 return end.value
 
     def stream(self, text: str, image: Any = None) -> Generator[str, None, Answer]:
-        """`send`, piece by piece. What was written until the stream is closed or interrupted stays
-        in the history as the answer. A new message closes a stream that is still open."""
+        """`send` in pieces. If the stream is closed or interrupted, the text so far stays in the
+        history as the answer. A new message closes an open stream."""
         self.close_stream()
         pieces = self.answer(text, self.request(text, image))
         self.open_stream = weakref.ref(pieces)
@@ -79,13 +74,13 @@ class Chat:
         )
 
     def close_stream(self) -> None:
-        """Close a stream that somebody left open."""
+        """Close a stream that was left open."""
         pieces = self.open_stream() if self.open_stream else None
         if pieces is not None:
             pieces.close()
 
     def answer(self, text: str, request: Request) -> Generator[str, None, Answer]:
-        """Run one turn and, however it ends, keep what was answered."""
+        """Run one turn. Keep its answer, also if the turn is interrupted."""
         new_ids = request.state.pending_ids[len(self.log.state.pending_ids) :]
         row = None
         try:
@@ -107,7 +102,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class ChatLog:
-    """A chat between two turns. Replaced as a whole, so that no interrupt leaves half a turn."""
+    """A chat between two turns. It is replaced as a whole: no interrupt leaves half a turn."""
 
     turns: tuple[tuple[str, str], ...] = ()
     state: State = NEW_STATE

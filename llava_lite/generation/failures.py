@@ -1,23 +1,22 @@
-"""Which errors cost a batch one row only, and how a failing batch falls back to single items."""
+"""Errors that fail a single row of a batch, and the fallback from a batch to single items."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from llava_lite.errors import LlavaLiteError
 
-# A row may fail for these reasons without ending the run. Out of memory is a RuntimeError.
+# Errors that fail one row without ending the run. Out of memory is a RuntimeError.
 ROW_ERRORS = (LlavaLiteError, OSError, RuntimeError, MemoryError)
 
 
 Item = TypeVar("Item")
-
-
 Result = TypeVar("Result")
 
 
 def is_accelerator_failure(error: BaseException) -> bool:
-    """Whether an error leaves the accelerator unusable, so that all that follows would fail, too.
-    Out of memory does not. Older versions of torch have no class of its own for it."""
+    """Whether an error leaves the accelerator unusable: all later calls fail too.
+
+    Out of memory does not. Older versions of torch raise a plain RuntimeError."""
     if not isinstance(error, RuntimeError) or "out of memory" in str(error).lower():
         return False
     named = any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__)
@@ -29,8 +28,10 @@ def try_together(
     work: Callable[[Sequence[Item]], list[Result]],
     failed: Callable[[Item, Exception], Result],
 ) -> list[Result]:
-    """What `work` makes of all items at once or, if that fails, of each alone; what fails even then
-    gets `failed(item, error)`. Raises what is no row's error, and an accelerator's failure."""
+    """Run `work` on all items at once or, if that fails, on each alone. An item that fails alone
+    gets `failed(item, error)`.
+
+    Raises errors that are not in `ROW_ERRORS`, and failures of an accelerator."""
     if not items:
         return []
     try:
@@ -40,5 +41,5 @@ def try_together(
             raise
         if len(items) == 1:
             return [failed(items[0], error)]
-    # Out of the handler, which would keep the tensors of the batch.
+    # Outside of the handler: the error keeps the tensors of the batch.
     return [result for item in items for result in try_together([item], work, failed)]

@@ -1,8 +1,9 @@
-"""The loop behind every answer: single calls, streams, batches, chats and scores.
+"""The loop behind every answer: single calls, streams, batches and chats.
 
-Everything that generates runs through `Loop.run`. A step takes the pending rows of every active
-item: a whole prompt (prefill), a chat's next turn, or the token sampled last (decode). The decoder
-returns the logits of each item's last row; the loop samples a token and drops finished items.
+`Loop.request` checks one prompt, `Loop.run` answers requests. A step runs the pending rows of every
+active item: a whole prompt (prefill), the next message of a chat, or the last token (decode). The
+decoder returns the logits of each item's last row. The loop samples a token per item and drops
+finished items.
 
 Shapes: B items, V vocabulary, T prompt ids, S image side.
 """
@@ -135,9 +136,10 @@ class Loop:
     def reduction_for(
         self, images: Sequence[Any], wish: Reduction | str | None, before: Reduction = NO_REDUCTION
     ) -> Reduction:
-        """What a call asks for, checked against the model; where it says nothing, what its encoded
-        images were encoded with, and without such images what held `before` in a chat. Raises
-        ValueError where images are merged in other ways."""
+        """The reduction of a call, checked against the model.
+
+        None takes the reduction of the encoded images, or else the one from `before` in a chat.
+        Raises ValueError if an encoded image was merged in another way."""
         encoded = [image.reduction for image in images if isinstance(image, EncodedImage)]
         if wish is None:
             wish = encoded[0] if encoded else before
@@ -158,7 +160,7 @@ class Loop:
         return wish.check(self.config, self.thresholds if wish.merge == DToMe() else None)
 
     def num_positions(self, image: Any, reduction: Reduction) -> int:
-        """Decoder positions the image will take at most, known before looking at it."""
+        """The most decoder positions the image can take, known before it is encoded."""
         if isinstance(image, EncodedImage):
             return image.num_positions(reduction.positions)
         return reduction.most_positions(self.config.vision)
@@ -171,8 +173,8 @@ class Loop:
     ) -> Iterator[tuple[int, Row]]:
         """The loop: yields (index of the request, its row) for every token of every request.
 
-        At most `batch_size` run at once; each that finishes makes room for the next, which is taken
-        from `requests` only then."""
+        At most `batch_size` requests run at once. The next one is taken from `requests` as soon as
+        one is finished."""
         size = check_batch_size(batch_size)
         waiting = enumerate(requests)
         active: list[tuple[int, Row]] = []
@@ -186,7 +188,7 @@ class Loop:
     def start(
         self, requests: Sequence[Request], options: Sequence[GenerationOptions], batch_size: int
     ) -> list[Row]:
-        """Look at the images of some requests, and make rows of them, each with its options."""
+        """Encode the images of some requests and make a row of each, with its options."""
         states, seconds = self.encode_requests(requests, batch_size)
         return [
             Row(
@@ -202,7 +204,7 @@ class Loop:
 
     @torch.inference_mode()  # here and not around `run`: it would leak out of a suspended generator
     def step(self, rows: Sequence[Row]) -> None:
-        """One forward and one sampled token for every row. Rows may come and go between steps."""
+        """Run one forward and sample one token per row. Rows may join and leave between steps."""
         start = perf_counter()
         pending = [row.state.num_pending_rows for row in rows]
         logits, states = self.advance([row.state for row in rows])
@@ -217,7 +219,7 @@ class Loop:
             row.shares[phase] += seconds * own / sum(pending)
 
     def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
-        """The next token of every row from its logits (B, V), each as its options say."""
+        """Sample the next token of every row from its logits (B, V), by the row's options."""
         alike: dict[tuple[float, int, float], list[int]] = {}
         for index, row in enumerate(rows):
             wish = row.options
@@ -232,13 +234,12 @@ class Loop:
                 [rows[index].generator for index in indices],
                 self.config.text.sampled_vocab_size,
             )
-            # Where all are sampled alike, this is the step's only wait for the device.
+            # If all rows have the same options, the step waits for the device only here.
             tokens.update(zip(indices, chosen.tolist(), strict=True))
         return [tokens[index] for index in range(len(rows))]
 
     def trace(self, before: State, after: State, counts: TokenCounts) -> Trace:
-        """What became of the image tokens between two states; `counts` are those in front of
-        them."""
+        """Trace the image tokens of the forward between two states. `counts`: tokens before it."""
         assert after.past_key_values is not None
         missing = counts.patches - counts.positions  # merged tokens may take fewer positions
         return trace_prompt(
@@ -255,7 +256,8 @@ class Loop:
     def advance(
         self, states: Sequence[State], all_logits: bool = False
     ) -> tuple[Tensor, list[State]]:
-        """Run what is pending in every state: logits (B, V) of the last rows, or of all, packed."""
+        """Run the pending rows of every state: logits (B, V) of the last rows, or of all rows,
+        packed."""
         spliced = [
             self.llava.splice(s.pending_ids, s.images, s.next_position, s.reduction.positions)
             for s in states
@@ -278,7 +280,7 @@ class Loop:
     def encode_requests(
         self, requests: Sequence[Request], batch_size: int
     ) -> tuple[list[State], dict[str, float]]:
-        """The requests' states with their images encoded, and the seconds that took."""
+        """The states of the requests with their images encoded, and the seconds per phase."""
         wanted = [(image, r.state.reduction) for r in requests for image in r.images]
         encoded, seconds = self.encode_images(wanted, batch_size)
         rest = iter(encoded)
@@ -289,7 +291,7 @@ class Loop:
         return states, seconds
 
     def apply_prefix(self, request: Request) -> State:
-        """The request's state, begun with the shared cache of its prefix where it has one."""
+        """The state of the request, after the shared cache of its prefix if it has one."""
         state, prefix = request.state, request.prefix
         if not prefix or state.next_position:
             return state
@@ -304,7 +306,7 @@ class Loop:
     def encode_images(
         self, wanted: Sequence[tuple[Any, Reduction]], batch_size: int
     ) -> tuple[list[EncodedImage], dict[str, float]]:
-        """Look at each image with its reduction, `batch_size` at a time through the tower, and the
+        """Encode each image with its reduction, `batch_size` images at a time. Also returns the
         seconds of "preprocess" and "vision"."""
         start = perf_counter()
         encoded: dict[int, EncodedImage] = {}
@@ -326,11 +328,11 @@ class Loop:
         return [encoded[slot] for slot in range(len(wanted))], seconds
 
     def prepare(self, image: Any) -> Tensor:
-        """An image as pixel values (1, 3, S, S). Raises ImageError."""
+        """The pixel values (1, 3, S, S) of an image. Raises ImageError."""
         return load_pixels(image, self.config, self.exif)
 
     def check_image(self, image: EncodedImage) -> EncodedImage:
-        """The image, if its embeds are of this model's width."""
+        """The image, if its width is that of this model. Raises ImageError."""
         width, needed = image.image_embeds.shape[-1], self.config.text.hidden_size
         if width != needed:
             raise ImageError(f"the encoded image is {width} wide, but the model needs {needed}")

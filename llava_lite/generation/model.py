@@ -232,7 +232,7 @@ class Model(Loop):
     def score_requests(
         self, requests: Sequence[Request], targets: Sequence[tuple[int, ...]], batch_size: int
     ) -> list[Score]:
-        """The scores of checked requests, `batch_size` at a time."""
+        """Score checked requests, `batch_size` at a time."""
         scores = []
         for start in range(0, len(requests), batch_size):
             chunk = slice(start, start + batch_size)
@@ -263,12 +263,12 @@ class Model(Loop):
 
 
 def pair(image: Any, prompt: str | Sequence[str]) -> list[tuple[list[Any], str]]:
-    """Sort out the arguments of a call: the images and the prompt of each item."""
+    """The images and the prompt of each item. Raises PromptError."""
     if isinstance(prompt, str):
         return [(as_list(image), prompt)]
     prompts = list(prompt) if isinstance(prompt, Iterable) else [prompt]
     if not all(isinstance(text, str) for text in prompts):
-        raise PromptError("a prompt must be a str, or a list of them")
+        raise PromptError("a prompt must be a str or a list of str")
     images = [None] * len(prompts) if image is None else image
     if not isinstance(images, list | tuple):
         raise PromptError(f"{len(prompts)} prompts need a list of as many images, not one image")
@@ -289,7 +289,7 @@ def pair_continuations(
         raise PromptError(f"a list of prompts needs a list of continuations, not a {kind}")
     texts = [continuation] if isinstance(continuation, str) else list(continuation)
     if not all(isinstance(text, str) for text in texts):
-        raise PromptError("a continuation must be a str, or a list of them")
+        raise PromptError("a continuation must be a str or a list of str")
     if len(texts) != count:
         raise PromptError(f"{count} prompts need as many continuations, not {len(texts)}")
     return texts

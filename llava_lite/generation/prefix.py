@@ -1,5 +1,5 @@
-"""The beginning that all prompts of a template share, system text included: its keys and values are
-computed once and reused. Where few image tokens are left it is a third of the prompt."""
+"""Prefix caching: all prompts of a template begin with the same tokens, system text included. Their
+keys and values are computed once and reused."""
 
 from itertools import chain
 from os.path import commonprefix
@@ -12,15 +12,15 @@ from llava_lite.inputs.tokenizer import Tokenizer
 from llava_lite.llava import Llava
 
 MOST = 8  # templates and system texts whose ids are kept
-MOST_POSITIONS = 4096  # in the caches together: 2 GiB of the 7B model's in 16 bit
+MOST_POSITIONS = 4096  # in all caches together: 2 GiB for the 7B model in 16 bit
 
 
 class Prefix:
     """KV caches of prompt beginnings, as `Model.prefix`.
 
-    They are computed anew when parameters or buffers of the decoder are replaced, moved, or written
-    to in the ways that torch counts. It does not count writes through `.data`, through numpy views,
-    or to tensors made in inference mode: after these, call `model.prefix.clear()`."""
+    The caches are computed again after parameters or buffers of the decoder are replaced, moved, or
+    written to. Torch does not count writes through `.data`, through numpy views, or to tensors made
+    in inference mode: after such a write, call `model.prefix.clear()`."""
 
     def __init__(self, llava: Llava, tokenizer: Tokenizer) -> None:
         self.llava, self.tokenizer = llava, tokenizer
@@ -29,8 +29,8 @@ class Prefix:
         self.weights = 0
 
     def ids(self, template: str | Template, system: str | None) -> tuple[int, ...]:
-        """The ids with which every first prompt of this template and system text begins, whether
-        text or an image follows."""
+        """The ids that begin every prompt with this template and system text, whether text or an
+        image follows."""
         key = template, system
         if key not in self.known_ids:
             prompts = [build_prompt(template, [(text, None)], system) for text in "Ab1"]
@@ -41,13 +41,13 @@ class Prefix:
         return self.known_ids[key]
 
     def clear(self) -> None:
-        """Forget all caches: what was written to weights unseen then counts from the next call."""
+        """Forget all caches. The next call computes them with the current weights."""
         self.caches.clear()
 
     @torch.inference_mode()
     def cache(self, ids: tuple[int, ...]) -> KVCache:
-        """The KV cache of these ids, which stand at positions 0, 1, ... It is kept for the next
-        call unless it is longer than all that may be kept."""
+        """The KV cache of these ids at positions 0, 1, ... It is kept for the next call, unless it
+        is longer than `MOST_POSITIONS`."""
         weights = self.fingerprint()
         if weights != self.weights:
             self.clear()
@@ -65,7 +65,7 @@ class Prefix:
         return cache
 
     def fingerprint(self) -> int:
-        """Another number when weights are replaced, moved, or written to."""
+        """A number that changes when weights are replaced, moved, or written to."""
         decoder = self.llava.decoder
         weights = chain(decoder.parameters(), decoder.buffers())  # quantised weights are buffers
         versions = ((id(w), w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
@@ -73,6 +73,6 @@ class Prefix:
 
 
 def make_space(known: dict) -> None:
-    """Forget what came first when there is much."""
+    """Forget the oldest entry of a full table."""
     if len(known) >= MOST:
         del known[next(iter(known))]

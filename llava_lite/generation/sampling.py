@@ -1,4 +1,4 @@
-"""How the next token is chosen: the options of a call, and sampling from logits.
+"""The options of a call, and how the next token is sampled from logits.
 
 Shapes: B items, V vocabulary.
 """
@@ -82,8 +82,8 @@ class GenerationOptions:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def make_generator(self) -> torch.Generator | None:
-        """The random numbers of one item (None when greedy). Always on the CPU, so that a seed
-        means the same on every device."""
+        """The random numbers of one item, None if greedy. They come from the CPU: a seed gives the
+        same numbers on every device."""
         if self.temperature == 0:
             return None
         generator = torch.Generator()
@@ -95,7 +95,7 @@ class GenerationOptions:
 
 
 def check_integer(name: str, value: Any) -> int:
-    """The value as an int. Raises ValueError for one that is no whole number, such as a float."""
+    """The value as an int. Raises ValueError for anything but a whole number."""
     try:
         return operator.index(value)
     except TypeError:
@@ -112,13 +112,13 @@ def sample(
 ) -> Tensor:
     """Choose one token per item: logits (B, V) -> ids (B,) below `num_text_ids` (None = V).
 
-    Temperature 0 is argmax. Otherwise, in this order: temperature, the `top_k` best (0 = all), the
-    smallest set of best tokens with probability >= `top_p` (Holtzman et al., arXiv 1904.09751),
-    then one draw from each item's own generator."""
+    Temperature 0 takes the argmax. Otherwise, in this order: divide by the temperature, keep the
+    `top_k` best (0 = all), keep the smallest set of best tokens with probability >= `top_p`
+    (Holtzman et al., arXiv 1904.09751), draw once with the item's generator."""
     logits = logits[:, :num_text_ids].float()
     if temperature == 0:
         return logits.argmax(-1)
-    # Devices differ in the last bit of a softmax; from here on everything runs on the CPU.
+    # The last bit of a softmax depends on the device, so the rest runs on the CPU.
     logits = logits.cpu()
     smallest = torch.finfo(torch.float32).tiny
     scores = (logits - logits.amax(-1, keepdim=True)) / max(temperature, smallest)
@@ -135,8 +135,8 @@ def sample(
 
 
 def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Index drawn in proportion to `weights` (V,), by inverting their cumulative sum: one random
-    number per token, whatever the size of the vocabulary."""
+    """Draw an index in proportion to `weights` (V,): invert their cumulative sum at one random
+    number."""
     cumulative = weights.double().cumsum(-1)
     # A float32 uniform is at most 1 - 2^-24, so its product in float64 stays below the total.
     target = torch.rand((), generator=generator).double() * cumulative[-1]

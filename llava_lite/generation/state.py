@@ -1,6 +1,4 @@
-"""One item on its way through the loop: the request that was checked, the state between two steps,
-and the row that gathers its answer.
-"""
+"""One item in the loop: its checked request, its state between two steps, its growing answer."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,9 +16,9 @@ from llava_lite.reduction import NO_REDUCTION, Reduction
 
 @dataclass(frozen=True)
 class State:
-    """One sequence between two steps: the cache of what has run, and the ids that have yet to run.
+    """One sequence between two steps: its cache and the ids that still have to run.
 
-    Never changed, only replaced as a whole: an interrupt finds the old state or the new one."""
+    A state is never changed, only replaced: an interrupt leaves the old state or the new one."""
 
     past_key_values: KVCache | None = None
     next_position: int = 0
@@ -28,11 +26,11 @@ class State:
     images: tuple[EncodedImage, ...] = ()  # one per image slot in pending_ids
     reduction: Reduction = NO_REDUCTION
     answer_ids: tuple[int, ...] = ()
-    pruning: Pruning | None = None  # what the last forward dropped
+    pruning: Pruning | None = None  # of the last forward
 
     @property
     def num_pending_rows(self) -> int:
-        """Decoder rows that have yet to run."""
+        """Decoder rows that still have to run."""
         image_rows = sum(len(image.image_embeds) for image in self.images)
         return len(self.pending_ids) - len(self.images) + image_rows
 
@@ -42,8 +40,10 @@ NEW_STATE = State()
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens in front of an answer: of text, patches of images, image tokens that these became for
-    the decoder, those of them that all its layers see, and the positions that images take."""
+    """Tokens before an answer.
+
+    prompt: text tokens. patches: of all images. image: image tokens in the decoder. kept: image
+    tokens after pruning. positions: decoder positions of the images."""
 
     prompt: int = 0
     patches: int = 0
@@ -54,7 +54,7 @@ class TokenCounts:
     def add_images(
         self, images: tuple[EncodedImage, ...], pruning: Pruning | None, positions: str
     ) -> "TokenCounts":
-        """And those of the images of one forward."""
+        """Add the images of one forward."""
         tokens = sum(len(image.image_embeds) for image in images)
         return replace(
             self,
@@ -70,9 +70,10 @@ NO_TOKENS = TokenCounts()
 
 @dataclass(frozen=True)
 class Request:
-    """One item, checked against the context, nothing computed yet. `counts` cover the whole
-    sequence in front of the answer, but for the images of this request. `prefix` are those of its
-    first ids whose cache can be shared (prefix.py)."""
+    """One checked item, before any computation.
+
+    counts: tokens before the answer, without this request's images (they are not encoded yet).
+    prefix: first ids of the prompt whose cache can be shared (prefix.py)."""
 
     state: State
     images: tuple[Any, ...]
@@ -83,9 +84,11 @@ class Request:
 
 @dataclass
 class Row:
-    """One item while it is being answered. `piece` is the text its last token made certain;
-    `counts` and `trace` come with the first. `seconds` are what passed while it was there, `shares`
-    its own part of them by decoder rows: these add up to the whole over the items of a batch."""
+    """One item while it is answered.
+
+    piece: text that became certain with the last token. counts, trace: set by the first step.
+    seconds: time per phase. shares: this item's part of the time, by decoder rows; the shares of a
+    batch add up to its time."""
 
     request: Request
     state: State
@@ -101,7 +104,7 @@ class Row:
     shares: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0})
 
     def accept(self, token: int, state: State, eos_id: int) -> None:
-        """Take the sampled token and the state it leads to."""
+        """Take the sampled token and the state after the step."""
         if self.steps == 0:
             positions = state.reduction.positions
             self.counts = self.request.counts.add_images(

@@ -1,38 +1,38 @@
-"""What became of a prompt's image tokens, and what that cost: for pictures and for teaching.
+"""The path of the image tokens of a prompt, and the cost: for pictures and for teaching.
 
     trace = model.generate(image, prompt, reduction="hybrid-72-36", trace=True).trace
     trace.images[0].groups                 # the token that each of the 576 patches is part of
     trace.rows_per_layer                   # words + 72 tokens, from the pruned layer on + 36
-    trace.decoder_flops["gated"].ratio     # what is left of the work
+    trace.decoder_flops["gated"].ratio     # remaining share of the work
 
-All of it is read off what the forward returns anyway. Without `trace=True` none of it is computed.
+The forward returns all of this anyway. Without `trace=True` nothing is computed here.
 
-What the numbers mean:
+The numbers:
 
-    groups, sizes         An image starts as P patches. In the vision tower similar ones merge
-                          (tome.py), and one token goes on for all of them: its group.
-    scores, kept          In front of one decoder layer FastV (fastv.py) drops the image tokens that
-                          the prompt's last token hardly looks at. A score is that attention, 0..1;
-                          over all tokens, words included, it adds up to 1 ("sum" scores).
-    rows                  What norms, projections and MLPs compute on: words and image tokens.
-    positions             What attention compares with each other, and what the KV cache stores:
-                          more than rows where merged tokens show once per patch ("vtu", layout.py).
-    KV bytes              The keys and values that stay in memory for as long as the answer grows:
-                          2 * width * bytes of a number, for every position of every layer.
-    FLOPs                 Multiply-adds, counted as FastV's paper (arXiv 2403.06764) does: one each.
+    groups, sizes         An image starts as P patches. Similar patches merge in the vision tower
+                          (tome.py); one token stands for the whole group.
+    scores, kept          Before one decoder layer FastV (fastv.py) drops the image tokens with the
+                          least attention from the last token of the prompt. A score is this
+                          attention, 0..1. "sum" scores of all tokens, words included, add up to 1.
+    rows                  Words and image tokens: the input of norms, projections and MLPs.
+    positions             The keys of attention and of the KV cache. More than rows with "vtu",
+                          where a merged token counts once per patch (layout.py).
+    KV bytes              Keys and values in memory: 2 * width * bytes of a number, for every
+                          position of every layer.
+    FLOPs                 Multiply-adds, each counted as one, as in FastV's paper
+                          (arXiv 2403.06764).
                           n tokens of width d, an MLP of width f, one layer:
                               4 n d^2     four projections
-                              2 n^2 d     every token with every token, then the mix of the values;
-                                          what the causal mask hides is not taken off
+                              2 n^2 d     scores of all pairs, then the mix of the values; the
+                                          causal mask is not subtracted
                               2 n d f     "paper": an MLP of two matrices
                               3 n d f     "gated": Llama's has three
                           Softmax, norms, embeddings, the projector and lm_head are left out.
 
-With U rows on N positions the first and the last term have U, the second N; the row of scores that
-FastV needs adds d for every key it looks at. A later turn of a chat runs its new rows only, but
-each of its positions looks at every key, cached or new: 2 n (cached + n) d. Rows, positions and
-FLOPs are then those of the turn; KV bytes are those of the whole cache. "Unreduced" is the same
-prompt, or turn of a chat, had nothing ever been merged or pruned.
+With U rows on N positions the first and the last term use U, the second N. The scores of FastV add
+d per key. A later turn of a chat runs its new rows only, but its positions attend to all keys:
+2 n (cached + n) d. Rows, positions and FLOPs are those of the turn, KV bytes those of the whole
+cache. "Unreduced" is the same prompt or turn without any merging and pruning.
 
 `decoder_flops`, `fastv_ratio`, `tower_flops` and `kv_bytes` need no model, only its config.
 """
@@ -53,13 +53,12 @@ MLP_MATRICES = {"paper": 2, "gated": 3}
 
 @dataclass(frozen=True)
 class ImageTrace:
-    """One image. Tokens are numbered from 0 in the order the decoder has them.
+    """One image. Tokens are numbered from 0 in the order of the decoder.
 
-    grid: patches along one side, row by row they are numbered 0 .. grid^2 - 1. groups (P,): the
-    token of each patch, itself where nothing merged. sizes: the patches of each token.
-    tokens_per_block: tokens left after every block of the tower (empty for an encoded image that
-    does not say). scores: FastV's of each token, None where it had nothing to drop. kept: the
-    tokens that all layers see, ascending."""
+    grid: patches along one side; patches are numbered row by row, 0 .. grid^2 - 1. groups (P,): the
+    token of each patch, the patch itself if nothing merged. sizes: patches per token.
+    tokens_per_block: tokens after every block of the tower, empty if unknown. scores: FastV's score
+    of each token, None without pruning. kept: tokens in all layers, ascending."""
 
     grid: int
     groups: tuple[int, ...]
@@ -74,13 +73,13 @@ class ImageTrace:
         return len(self.groups)
 
     def patch_scores(self) -> tuple[float, ...] | None:
-        """The score of every patch's token (P,): by it the patch stayed or went."""
+        """The score of the token of every patch (P,)."""
         if self.scores is None:
             return None
         return tuple(self.scores[token] for token in self.groups)
 
     def patch_kept(self) -> tuple[bool, ...]:
-        """Whether the token of every patch stayed (P,)."""
+        """Whether FastV kept the token of every patch (P,)."""
         kept = set(self.kept)
         return tuple(token in kept for token in self.groups)
 
@@ -91,21 +90,21 @@ class ImageTrace:
             for name, value in asdict(self).items()
         }
         if self.scores is not None:
-            # Significant digits: of many tokens most score far below one thousandth.
+            # Significant digits: most scores are far below one thousandth.
             content["scores"] = [float(f"{score:.4g}") for score in self.scores]
         return content
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Multiply-adds of a part, and what they would be without a reduction."""
+    """Multiply-adds of a part, with and without the reduction."""
 
     total: int
     unreduced: int
 
     @property
     def ratio(self) -> float:
-        """What is left, 1.0 without a reduction."""
+        """The remaining share, 1.0 without a reduction."""
         return self.total / self.unreduced if self.unreduced else 1.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,12 +114,12 @@ class Flops:
 
 @dataclass(frozen=True)
 class Trace:
-    """One prompt's way through the model; the numbers are explained above.
+    """The path of one prompt through the model. The head of this file explains the numbers.
 
-    images: what became of each. prune_layer: the first pruned layer, None where nothing was.
-    rows_per_layer, positions_per_layer: those of this prompt, in every decoder layer. kv_bytes: of
-    the cache after the prompt; kv_bytes_unreduced: what it would be. decoder_flops: by convention,
-    "paper" and "gated". tower_flops: of all images, encoded for this call or before."""
+    images: one trace each. prune_layer: the first pruned layer, None without pruning.
+    rows_per_layer, positions_per_layer: of this prompt. kv_bytes: of the cache after the prompt;
+    kv_bytes_unreduced: without a reduction. decoder_flops: by convention, "paper" and "gated".
+    tower_flops: of all images, also of those encoded before this call."""
 
     images: tuple[ImageTrace, ...]
     prune_layer: int | None
@@ -155,9 +154,10 @@ def trace_prompt(
     after: KVCache,
     pruning: Pruning | None,
 ) -> Trace:
-    """From one prompt's forward: its `images` and `num_text` words, behind others that would take
-    `unreduced_past` positions without a reduction; the caches before and after, and what was
-    pruned."""
+    """Trace the forward of one prompt with these images and `num_text` text tokens.
+
+    unreduced_past: positions of the earlier turns without a reduction. before, after: the caches.
+    pruning: what FastV dropped."""
     text, num_layers = config.text, config.text.num_layers
     cached = [0] * num_layers if before is None else [k.shape[2] for k, _ in before]
     positions = [k.shape[2] - past for (k, _), past in zip(after, cached, strict=True)]
@@ -189,7 +189,7 @@ def trace_prompt(
 def trace_images(
     grid: int, images: Sequence[EncodedImage], positions: str, pruning: Pruning | None
 ) -> tuple[ImageTrace, ...]:
-    """Each image's share of what was pruned, where the tokens of all images are one sequence."""
+    """Split the pruning of all image tokens, one sequence, into images."""
     all_scores = None if pruning is None else tuple(pruning.scores.tolist())
     all_kept = None if pruning is None else pruning.kept.tolist()
     traced, start = [], 0
@@ -226,7 +226,7 @@ def decoder_groups(image: EncodedImage, positions: str) -> tuple[int, ...]:
 
 
 def trace_tower(vision: VisionConfig, images: Sequence[EncodedImage]) -> Flops:
-    """The tower's work on all images. One that does not say how it was merged counts in full."""
+    """The work of the tower on all images. An image without `tokens_per_block` counts in full."""
     unmerged = [vision.num_patches] * vision.num_blocks
     return Flops(
         sum(tower_flops(vision, image.tokens_per_block or unmerged) for image in images),
@@ -245,9 +245,10 @@ def decoder_flops(
     prune_layer: int | None = None,
     convention: str = "gated",
 ) -> int:
-    """Multiply-adds of decoder layers, given for each its rows, its positions, and those that stood
-    in its cache before (None: none). With `prune_layer`, and FastV's row of scores in the layer in
-    front of it. `convention`: "paper" or "gated", see above."""
+    """Multiply-adds of decoder layers, from the rows, new positions and cached positions per layer.
+
+    `prune_layer` adds the scores of FastV in the layer before it. `convention`: "paper" or "gated",
+    see the head of this file."""
     d, f = text.hidden_size, text.intermediate_size
     cached = [0] * len(rows) if cached is None else cached
     keys = [past + new for past, new in zip(cached, positions, strict=True)]
@@ -265,8 +266,8 @@ def fastv_ratio(
     layer: int,
     convention: str = "paper",
 ) -> float:
-    """What FastV leaves of the decoder's work on a prompt of `num_tokens`, of which `num_left`,
-    words included, go on from `layer` on. As published, so without the row of scores."""
+    """The share of the decoder's work that FastV leaves on a prompt of `num_tokens`, of which
+    `num_left` (words included) remain from `layer` on. As published: without the scores."""
     rows = [num_tokens] * layer + [num_left] * (text.num_layers - layer)
     whole = [num_tokens] * text.num_layers
     reduced = decoder_flops(text, rows, rows, convention=convention)
@@ -287,5 +288,5 @@ def tower_flops(vision: VisionConfig, tokens_per_block: Sequence[int]) -> int:
 
 
 def kv_bytes(text: TextConfig, positions: Sequence[int], bytes_per_number: int = 2) -> int:
-    """Bytes of a cache that holds so many positions in each layer; 2 per number in 16 bit."""
+    """Bytes of a cache with these positions in each layer; a number has 2 bytes in 16 bit."""
     return sum(positions) * 2 * text.hidden_size * bytes_per_number

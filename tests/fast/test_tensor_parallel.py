@@ -167,7 +167,7 @@ def left_alone(model: ParallelModel) -> list[str]:
         lambda: model.prefill(torch.tensor([[1, 5, 6]]), None),
         lambda: ranks.from_first(lambda: 1),
         lambda: ranks.mean(torch.ones(3)),
-        lambda: ranks.concatenated(torch.ones(1, 3), 6),
+        lambda: ranks.concatenate(torch.ones(1, 3), 6),
     ):
         try:
             call()

@@ -139,7 +139,7 @@ def test_folder_in_order_with_subfolders(images: Path) -> None:
         ('{"prompt": "a", "images": ["b", ""]}\n', "line 1: the image"),
         ('{"prompt": "a", "text": "b"}\n', "line 1: has both 'prompt' and 'text'"),
         ('{"prompt": "a", "id": "x"}\n\n{"prompt": "b", "id": "x"}\n', "lines 1 and 3"),
-        ("\n", "holds no rows"),
+        ("\n", "contains no rows"),
     ],
 )
 def test_malformed_jsonl_names_file_and_line(tmp_path: Path, content: str, problem: str) -> None:
@@ -157,7 +157,7 @@ def test_malformed_jsonl_names_file_and_line(tmp_path: Path, content: str, probl
         ("id,prompt\na,b\nc\n", "line 3: needs 2 columns"),
         ("id,image\na,b\n", "line 2: needs a prompt"),
         ('id,prompt\na,"b\n', "not valid CSV"),
-        ("id,prompt\n", "holds no rows"),
+        ("id,prompt\n", "contains no rows"),
     ],
 )
 def test_malformed_csv_names_file_and_line(tmp_path: Path, content: str, problem: str) -> None:
@@ -171,7 +171,7 @@ def test_malformed_csv_names_file_and_line(tmp_path: Path, content: str, problem
 def test_other_unusable_input(tmp_path: Path) -> None:
     with pytest.raises(BatchError, match="no such file or folder"):
         read_rows(tmp_path / "absent.jsonl")
-    with pytest.raises(BatchError, match="holds no images"):
+    with pytest.raises(BatchError, match="contains no images"):
         read_rows(tmp_path, "Describe.")
     with pytest.raises(BatchError, match="needs a prompt"):
         read_rows(tmp_path)
@@ -297,7 +297,7 @@ def test_only_half_of_our_own_line_is_dropped(images: Path, content: bytes) -> N
 def test_input_as_output_is_refused(images: Path) -> None:
     path = questions(images, 2)
     before = path.read_bytes()
-    with pytest.raises(BatchError, match="no line of a batch output"):
+    with pytest.raises(BatchError, match="not a line of a batch output"):
         run_batch(Echo(), read_rows(path), path, resume=True)
     assert path.read_bytes() == before
 
@@ -679,6 +679,6 @@ def test_nothing_is_cut_off_that_another_run_wrote_since_the_plan(tmp_path: Path
     with output.open("ab") as file:
         file.write(saving.lines_of({**rows[1].start_record(), "answer": "no"}))
     before = output.read_bytes()
-    with pytest.raises(batch_file.BatchError, match="another run has written to it meanwhile"):
+    with pytest.raises(batch_file.BatchError, match="another run has changed it"):
         batch_file.append_records(output, work, [], None)
     assert output.read_bytes() == before

@@ -467,7 +467,7 @@ def test_prompt_and_images_must_fit(
 
 @pytest.mark.parametrize("prompt", [123, None, b"star?"])
 def test_a_prompt_must_be_text(tiny_model: Model, prompt: Any) -> None:
-    with pytest.raises(PromptError, match="a prompt must be a str, or a list of them"):
+    with pytest.raises(PromptError, match="a prompt must be a str or a list of str"):
         tiny_model.generate(None, prompt)
 
 
