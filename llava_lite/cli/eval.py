@@ -264,12 +264,12 @@ def choose_ask(
         source = ray_batch.ModelSource(name, wanted)
         return asking_actors(source, cluster, options, args.batch_size, args.workers)
     from llava_lite.evaluation.engine import Engine
-    from llava_lite.evaluation.runner import asking_here
+    from llava_lite.evaluation.runner import ask_here
     from llava_lite.evaluation.settings import Origin, model_settings
 
     model = load_model(args)
     engine = Engine(model, options, args.batch_size, args.workers)
-    return asking_here(engine, model_settings(model, Origin.of(name, wanted), options))
+    return ask_here(engine, model_settings(model, Origin.of(name, wanted), options))
 
 
 def answer(

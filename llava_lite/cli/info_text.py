@@ -1,4 +1,4 @@
-"""What `llava-lite info` prints: a model, its tensors and the presets, as text for people."""
+"""The text of `llava-lite info`: a model, its tensors, and the presets."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -14,8 +14,9 @@ from llava_lite.checkpoints.info import (
     format_count,
 )
 from llava_lite.config import PRESETS
+from llava_lite.tables import table_row
 
-# What each preset of token reduction is for.
+# The purpose of each preset of token reduction.
 PURPOSES = {
     "none": "plain LLaVA: every image token",
     "tome-72": "merge; attention still sees every position",
@@ -27,12 +28,10 @@ PURPOSES = {
 }
 
 
-# ---- for people --------------------------------------------------------------------------------
-
-
 def format_info(info: Info, all_tensors: bool = False) -> str:
-    """Several lines of text: architecture, parameters, memory, and the table of tensors, those of
-    equal blocks in one line unless `all_tensors`."""
+    """Architecture, parameters, memory, and the table of tensors.
+
+    Tensors of equal blocks share a line unless `all_tensors`."""
     sections = (
         architecture_lines(info),
         parameter_lines(info),
@@ -70,13 +69,18 @@ def format_thresholds(info: Info) -> str:
         return f"unusable: {info.thresholds_error}"
     if info.thresholds is None:
         return "none: dymu-72 and --merge dtome need some (llava-lite thresholds)"
-    return f"{len(info.thresholds)}, what dymu-72 and --merge dtome go by"
+    return f"{len(info.thresholds)}, used by dymu-72 and --merge dtome"
 
 
 def parameter_lines(info: Info) -> list[str]:
     """Weights per part."""
-    rows = ((name, f"{count:,}", format_count(count)) for name, count in info.parameters.items())
-    return ["parameters", *(f"  {name:<11}{count:>16}  {short:>7}" for name, count, short in rows)]
+    return [
+        "parameters",
+        *(
+            table_row("<13 >16 >9", f"  {name}", f"{count:,}", format_count(count))
+            for name, count in info.parameters.items()
+        ),
+    ]
 
 
 def memory_lines(info: Info) -> list[str]:
@@ -89,9 +93,11 @@ def memory_lines(info: Info) -> list[str]:
         "kv_cache_full_context": f"KV cache, full context ({tokens} tokens)",
     }
     wide, narrow = info.memory["float32"], info.memory["bfloat16"]
-    lines = [f"{'memory':<44}{'float32':>12}{'16 bit':>12}"]
+    columns = "<44 >12 >12"
+    lines = [table_row(columns, "memory", "float32", "16 bit")]
     for name, label in labels.items():
-        lines.append(f"  {label:<42}{format_bytes(wide[name]):>12}{format_bytes(narrow[name]):>12}")
+        sizes = format_bytes(wide[name]), format_bytes(narrow[name])
+        lines.append(table_row(columns, f"  {label}", *sizes))
     return lines
 
 
@@ -102,16 +108,15 @@ def tensor_lines(tensors: Sequence[TensorInfo], all_tensors: bool = False) -> li
         (group_name(group), " x ".join(map(str, group[0].shape)), group[0].dtype or "")
         for group in groups
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    first, second = (max(len(row[column]) for row in rows) + 2 for column in range(2))
     note = "" if all_tensors else "; blocks of equal shapes in one line, --tensors lists each"
     lines = [f"tensors ({len(tensors)}{note})"]
-    for name, shape, dtype in rows:
-        lines.append(f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {dtype}".rstrip())
-    return lines
+    columns = f"<{first + 2} <{second} <0"
+    return lines + [table_row(columns, f"  {name}", *rest) for name, *rest in rows]
 
 
 def group_blocks(tensors: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
-    """Tensors that differ in nothing but the block number, together, in order of appearance."""
+    """Groups of tensors that differ only in the block number, in order of appearance."""
     groups: dict[tuple[str, tuple[int, ...], str | None], list[TensorInfo]] = {}
     for tensor in tensors:
         key = re.sub(r"(blocks|layers)\.\d+", r"\1.*", tensor.name), tensor.shape, tensor.dtype
@@ -138,19 +143,19 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def format_presets() -> str:
     """One line per preset: name, size, memory, context."""
-    lines = [f"{'model':<20}{'parameters':>12}{'16 bit':>12}{'float32':>12}{'context':>10}"]
+    columns = "<20 >12 >12 >12 >10"
+    lines = [table_row(columns, "model", "parameters", "16 bit", "float32", "context")]
     for name in PRESETS:
         info = describe_preset(name)
         wide, narrow = (format_bytes(info.memory[d]["weights"]) for d in ("float32", "bfloat16"))
         total = format_count(info.parameters["total"])
-        lines.append(
-            f"{name:<20}{total:>12}{narrow:>12}{wide:>12}{info.config.text.max_positions:>10}"
-        )
+        context = str(info.config.text.max_positions)
+        lines.append(table_row(columns, name, total, narrow, wide, context))
     return "\n".join(lines)
 
 
 def describe_reductions() -> dict[str, dict[str, Any]]:
-    """The presets of token reduction by name: what each is for, and its parts. Plain types."""
+    """The presets of token reduction by name: purpose and parts, as plain types."""
     from llava_lite.reduction import REDUCTIONS
 
     return {
@@ -160,10 +165,11 @@ def describe_reductions() -> dict[str, dict[str, Any]]:
 
 
 def format_reductions() -> str:
-    """One line per preset of token reduction: name, its parts, and what it is for."""
+    """One line per preset of token reduction: name, parts, purpose."""
     from llava_lite.reduction import REDUCTIONS, ToMe
 
-    lines = [f"{'reduction':<18}{'merge':<16}{'positions':<11}{'fastv':<20}for"]
+    columns = "<18 <16 <11 <20 <0"
+    lines = [table_row(columns, "reduction", "merge", "positions", "fastv", "for")]
     for name, reduction in REDUCTIONS.items():
         merge, fastv = reduction.merge, reduction.fastv
         positions = reduction.positions if merge else "-"
@@ -174,5 +180,5 @@ def format_reductions() -> str:
         if fastv is not None:
             amount = f"keep {fastv.keep}" if fastv.keep else f"drop {100 * (fastv.drop or 0):.0f} %"
             pruning = f"{amount}, layer {fastv.layer}"
-        lines.append(f"{name:<18}{merging:<16}{positions:<11}{pruning:<20}{PURPOSES[name]}")
+        lines.append(table_row(columns, name, merging, positions, pruning, PURPOSES[name]))
     return "\n".join(lines)

@@ -1,15 +1,15 @@
-"""From samples to answers, fast: in batches, every image looked at once.
+"""From samples to answers, fast: in batches, and every image is encoded once.
 
-    workers   open, pad and resize the images ahead of time, a bounded number of them
-    Feed      encodes them several at a time, runs what prompts about one image share, and hands
-              out requests when the model has room
+    workers   open, pad and resize a bounded number of images ahead of time
+    Feed      encodes several images at a time, prefills the shared beginning of prompts about one
+              image, and hands out requests when the model has room
     Engine    runs the requests, and yields an outcome for every sample as it is done
 
-Answers are those of `Model.generate` for every sample by itself. Samples with the same images come
-one after the other, so none is encoded twice and none is kept longer than needed. Long prompts come
-first: if memory is short that shows at once, and the last batch is no straggler. A sample that
-cannot be asked or answered costs no other one; where a batch fails, its halves are tried. An
-accelerator that fails ends the run: every sample after it would fail, too.
+Answers equal those of `Model.generate` for each sample alone. Samples with the same images follow
+each other, so an image is encoded once and kept no longer than needed. Long prompts come first:
+a lack of memory shows at once, and the last batch is short. A sample that fails does not affect
+other samples; if a batch fails, its halves are tried. A failed accelerator ends the run, because
+every later sample would fail, too.
 """
 
 from collections import deque
@@ -36,8 +36,8 @@ from llava_lite.llava import EncodedImage
 
 DEFAULT_WORKERS = 2
 LOOK_AHEAD = 2  # batches of images that are opened before they are needed
-# A cached beginning costs its prompt the fast kernel of causal attention, which knows no cache. So
-# one that is less than this share of the prompt is run again with it: a sixth less prefill.
+# The fast kernel of causal attention cannot use a cache. So a cached prefix that is a smaller share
+# of the prompt than this is computed again instead.
 LEAST_PREFIX = 0.125
 PHASES = ("preprocess", "vision", "prefill", "decode")
 
@@ -47,8 +47,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a sample: an answer, or the error why there is none. `seconds` is its own part
-    of each phase; over all samples they add up to what the phase took."""
+    """The answer to a sample, or the error that prevented it.
+
+    `seconds`: the sample's share of each phase. The shares of all samples add up to the phase."""
 
     sample: Sample
     answer: Answer | None = None
@@ -64,12 +65,12 @@ class Group:
 
     @property
     def images(self) -> tuple[AnyImage, ...]:
-        """Those of each of its samples."""
+        """The images of each sample of the group."""
         return self.samples[0].images
 
     @property
     def size(self) -> tuple[int, int]:
-        """By this, groups of prompts of about the same length stand together."""
+        """Sort key: puts prompts of similar length next to each other."""
         return len(self.images), max(
             len(sample.prompt.encode(errors="replace")) for sample in self.samples
         )
@@ -77,7 +78,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A group whose images are opened: squares, ready for the model; or the error of one."""
+    """A group with its images opened as squares, or the error of one image."""
 
     group: Group
     images: tuple[AnyImage, ...] = ()
@@ -87,7 +88,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Job:
-    """A sample with its request, checked, and the seconds that went into it so far."""
+    """A sample with its checked request, and the seconds spent on it so far."""
 
     sample: Sample
     request: Request
@@ -98,7 +99,7 @@ class Job:
 
 
 def image_groups(samples: Iterable[Sample]) -> list[Group]:
-    """Samples with the same images together, in the order in which these first appear."""
+    """Groups of samples with the same images, in order of first appearance."""
     groups: dict[Any, list[Sample]] = {}
     for position, sample in enumerate(samples):
         alone = sample.image_key is None or not sample.images
@@ -107,15 +108,15 @@ def image_groups(samples: Iterable[Sample]) -> list[Group]:
 
 
 def longest_first(samples: Iterable[Sample]) -> list[Group]:
-    """Groups of samples about the same images, those with long prompts first."""
+    """Groups of samples about the same images, long prompts first."""
     return sorted(image_groups(samples), key=lambda group: group.size, reverse=True)
 
 
 def select_shard(samples: Sequence[Sample], shard: tuple[int, int]) -> list[Sample]:
-    """Every n-th group of samples about the same images from the i-th on, for shard = (i, n), in
-    the order of the samples.
+    """For shard = (i, n): every n-th group of samples about the same images, from the i-th on.
 
-    Over all i the shards hold every sample once. Raises ValueError out of range."""
+    The samples stay in order. All n shards together hold every sample once. Raises ValueError for
+    a shard out of range."""
     part, total = shard
     if not 1 <= part <= total:
         raise ValueError(f"shard {part}/{total}: must be i/n with 1 <= i <= n")
@@ -128,30 +129,29 @@ def select_shard(samples: Sequence[Sample], shard: tuple[int, int]) -> list[Samp
 
 
 def prepare(model: Model, group: Group) -> Prepared:
-    """Open the images of a group and make squares of them, without torch: in a thread of its own it
-    would take a second set of CPU threads."""
+    """Open the images of a group as squares. Uses no torch: torch in another thread would start a
+    second set of CPU threads."""
     start = perf_counter()
     try:
         images = tuple(square(model, image) for image in group.images)
     except ROW_ERRORS as error:
-        return Prepared(group, error=bare(error), seconds=perf_counter() - start)
+        return Prepared(group, error=strip_traceback(error), seconds=perf_counter() - start)
     return Prepared(group, images, seconds=perf_counter() - start)
 
 
 def square(model: Model, image: AnyImage) -> AnyImage:
-    """The picture that the model's own preprocessing would make pixel values of. A function is
-    called for its image."""
+    """The square image that the model's preprocessing starts from. A function is called first."""
     image = image() if callable(image) else image
     if isinstance(image, EncodedImage):
         return image
     return load_square(image, model.config, model.exif)
 
 
-def prepared_ahead(
+def prepare_ahead(
     groups: Iterable[Group], work: Callable[[Group], Prepared], workers: int, ahead: int
 ) -> Iterator[Prepared]:
-    """Every group's work done, in order, by threads that are at most `ahead` images further than
-    what was asked for. Without workers it is done when asked for."""
+    """Yield every group's result in order. Threads run at most `ahead` images in advance; without
+    workers each result is computed when it is needed."""
     if not workers:
         yield from map(work, groups)
         return
@@ -174,9 +174,9 @@ def prepared_ahead(
 class Engine:
     """Answers samples with one model and one set of options.
 
-    `batch_size` questions, and images in the tower, at once (None: 8); `workers` threads open
-    images (0: none). `reuse_prefix`: what questions about one image share runs once. Raises
-    ValueError for options that the model does not allow."""
+    `batch_size`: questions, and images in the tower, at once (None: 8). `workers`: threads that
+    open images (0: none). `reuse_prefix`: prefill the shared beginning of questions about one image
+    once. Raises ValueError for options that the model does not allow."""
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class Engine:
         self.reduction = model.reduction_for([], options.reduction)
 
     def answer(self, samples: Iterable[Sample]) -> Iterator[Outcome]:
-        """An outcome for every sample, in the order in which they are done."""
+        """Yield an outcome for every sample, as each one is done."""
         askable: list[Sample] = []
         for sample in samples:
             if sample.error is None:
@@ -200,7 +200,7 @@ class Engine:
             else:
                 yield Outcome(sample, error=sample.error)
         ahead = LOOK_AHEAD * self.batch_size
-        opened = prepared_ahead(longest_first(askable), self.prepare, self.workers, ahead)
+        opened = prepare_ahead(longest_first(askable), self.prepare, self.workers, ahead)
         try:
             yield from self.run(Feed(self, opened))
         finally:
@@ -210,13 +210,13 @@ class Engine:
         return prepare(self.model, group)
 
     def run(self, feed: "Feed") -> Iterator[Outcome]:
-        """Outcomes of all that the feed has. Out of memory, batches become half as large."""
+        """Yield the outcomes of the feed's jobs. Out of memory, batches are halved."""
         size = self.batch_size
         while not feed.ended:
             in_flight: dict[int, Job] = {}
-            requests = noted(feed, in_flight)
+            requests = record_jobs(feed, in_flight)
             error = yield from self.attempt(requests, in_flight, size, feed.failed)
-            yield from passed_on(feed.failed)
+            yield from drain(feed.failed)
             if error is None:
                 continue
             if is_out_of_memory(error):
@@ -230,22 +230,23 @@ class Engine:
         size: int,
         failed: deque[Outcome],
     ) -> Generator[Outcome, None, Exception | None]:
-        """Run requests, whose jobs are `in_flight` until they are done, and pass on what `failed`
-        meanwhile. Returns the error that ended it early."""
+        """Run requests and yield the outcomes, with those that arrive in `failed` meanwhile.
+
+        `in_flight` holds the jobs that are not done. Returns the error that ended the run early."""
         try:
             for index, row in self.model.run(requests, self.options, size):
                 if row.finish_reason is not None:
-                    yield finished(in_flight.pop(index), row)
-                yield from passed_on(failed)
+                    yield outcome_of(in_flight.pop(index), row)
+                yield from drain(failed)
         except ROW_ERRORS as error:
             if not in_flight or is_accelerator_failure(error):
                 raise
-            return bare(error)
+            return strip_traceback(error)
         return None
 
     def in_halves(self, jobs: Sequence[Job], error: Exception) -> Iterator[Outcome]:
-        """Outcomes of a batch that failed with `error`: of each half by itself, and so on down to
-        the job whose error it is."""
+        """Yield the outcomes of a batch that failed with `error`: try each half alone, and so on
+        down to the failing job."""
         if len(jobs) == 1:
             yield Outcome(jobs[0].sample, error=error, seconds=jobs[0].seconds)
             return
@@ -258,10 +259,10 @@ class Engine:
 
 
 class Feed:
-    """Jobs, made when they are asked for; what cannot become one is in `failed`.
+    """An iterator that makes jobs on demand. Samples that cannot become jobs are in `failed`.
 
-    It makes a pause as if at its end while there are failures to pass on, so that none waits for
-    images that are slow to open. `ended`: there is nothing left."""
+    The iterator stops while `failed` holds outcomes, so that none of them waits for images that
+    open slowly. `ended`: nothing is left."""
 
     def __init__(self, engine: Engine, opened: Iterator[Prepared]) -> None:
         self.engine, self.model, self.opened = engine, engine.model, opened
@@ -280,8 +281,8 @@ class Feed:
             if not taken:
                 self.ended = True
                 raise StopIteration
-            checked = [self.checked(prepared) for prepared in taken]
-            self.encode([jobs for jobs in checked if jobs])
+            groups = [self.make_jobs(prepared) for prepared in taken]
+            self.encode([jobs for jobs in groups if jobs])
         return self.ready.popleft()
 
     def take(self) -> list[Prepared]:
@@ -296,9 +297,8 @@ class Feed:
             images += max(1, len(prepared.images))
         return taken
 
-    def checked(self, prepared: Prepared) -> list[Job]:
-        """Jobs of the samples of one group that fit into the context, before anything is computed;
-        their images are opened, not encoded."""
+    def make_jobs(self, prepared: Prepared) -> list[Job]:
+        """Jobs of a group's samples that fit into the context. Their images are not encoded yet."""
         jobs = []
         samples = prepared.group.samples
         seconds = {"preprocess": prepared.seconds / len(samples)}
@@ -310,20 +310,20 @@ class Feed:
                 request = self.model.request(prepared.images, sample.prompt, self.engine.options)
                 jobs.append(Job(sample, request, seconds))
             except (*ROW_ERRORS, UnicodeError) as error:  # half a character cannot be a token
-                self.failed.append(Outcome(sample, error=bare(error), seconds=seconds))
+                self.failed.append(Outcome(sample, error=strip_traceback(error), seconds=seconds))
         return jobs
 
     def encode(self, groups: Sequence[Sequence[Job]]) -> None:
-        """Look at the images of some groups, all together or, if that fails, in halves."""
+        """Encode the images of some groups, all together or, if that fails, in halves."""
         wanted = [(image, self.engine.reduction) for jobs in groups for image in images_of(jobs)]
         try:
             encoded, seconds = self.model.encode_images(wanted, self.engine.batch_size)
-            # A GPU goes on after the call: what is left of the tower's work is not the decoder's.
+            # A GPU still computes after the call; that time belongs to the tower.
             seconds["vision"] += self.seconds_until_idle()
         except ROW_ERRORS as error:
             if is_accelerator_failure(error):
                 raise
-            failure = bare(error)
+            failure = strip_traceback(error)
         else:
             rest = iter(encoded)
             shares = {phase: time / max(1, len(wanted)) for phase, time in seconds.items()}
@@ -337,14 +337,14 @@ class Feed:
         self.failed.extend(Outcome(job.sample, error=failure, seconds=job.seconds) for job in jobs)
 
     def seconds_until_idle(self) -> float:
-        """Wait for what a GPU still has queued, where a phase ends whose seconds are taken. Steps
-        of the decoder end with their tokens on this side."""
+        """Wait for the GPU's queue at the end of a timed phase. Decoder steps need no such wait:
+        their tokens are copied to the CPU."""
         start = perf_counter()
         synchronize(str(self.model.llava.device))
         return perf_counter() - start
 
     def begin(self, groups: Sequence[Sequence[Job]]) -> None:
-        """Run what the prompts of each group share; all jobs are ready then."""
+        """Prefill the shared beginning of each group's prompts. Afterwards all jobs are ready."""
         start = perf_counter()
         requests = [[without_short_prefix(job.request) for job in jobs] for jobs in groups]
         if self.engine.reuse_prefix:
@@ -354,7 +354,7 @@ class Feed:
             except ROW_ERRORS as error:
                 if is_accelerator_failure(error):
                     raise
-                # Without it every prompt runs as a whole, which takes less memory.
+                # Without a shared beginning every prompt is prefilled alone: less memory at once.
         sharing = sum(len(jobs) for jobs in groups if len(jobs) > 1)
         share = (perf_counter() - start) / sharing if sharing else 0.0
         for jobs, begun in zip(groups, requests, strict=True):
@@ -365,14 +365,14 @@ class Feed:
 
 
 def images_of(jobs: Sequence[Job]) -> tuple[AnyImage, ...]:
-    """The images of a group's jobs: each has the same."""
+    """The images of a group's jobs. All jobs of a group have the same images."""
     return jobs[0].request.images
 
 
 def with_images(
     jobs: Sequence[Job], encoded: Iterator[EncodedImage], seconds: dict[str, float]
 ) -> list[Job]:
-    """The jobs of one group with its images from `encoded`, each of which took `seconds`."""
+    """The jobs of one group with its images from `encoded`. Each image took `seconds`."""
     images = tuple(islice(encoded, len(images_of(jobs))))
     own = {phase: time * len(images) / len(jobs) for phase, time in seconds.items()}
     own["preprocess"] += jobs[0].seconds["preprocess"]
@@ -380,45 +380,45 @@ def with_images(
 
 
 def without_short_prefix(request: Request) -> Request:
-    """The request, its images encoded, with a cached beginning only where that is worth it."""
+    """The request (images encoded) without its cached prefix, if the prefix is too short."""
     image_rows = sum(len(image.image_embeds) for image in request.images)
     rows = len(request.state.pending_ids) - len(request.images) + image_rows
     return request if len(request.prefix) >= LEAST_PREFIX * rows else replace(request, prefix=())
 
 
-def noted(jobs: Iterable[Job], in_flight: dict[int, Job]) -> Iterator[Request]:
-    """The jobs' requests; each job is entered under the number that its request gets."""
+def record_jobs(jobs: Iterable[Job], in_flight: dict[int, Job]) -> Iterator[Request]:
+    """Yield the jobs' requests, and enter each job in `in_flight` under its request's number."""
     for index, job in enumerate(jobs):
         in_flight[index] = job
         yield job.request
 
 
-def finished(job: Job, row: Row) -> Outcome:
-    """The outcome of a job whose row is done."""
+def outcome_of(job: Job, row: Row) -> Outcome:
+    """The outcome of a job with a finished row."""
     seconds = {phase: job.seconds.get(phase, 0.0) + row.shares.get(phase, 0.0) for phase in PHASES}
     return Outcome(job.sample, row.answer(), seconds=seconds)
 
 
-def passed_on(failed: deque[Outcome]) -> Iterator[Outcome]:
-    """What failed so far, taken out."""
+def drain(failed: deque[Outcome]) -> Iterator[Outcome]:
+    """Take all outcomes out of the queue."""
     while failed:
         yield failed.popleft()
 
 
-def bare(error: Exception) -> Exception:
-    """The error without the frames that raised it, which keep images, and tensors of a batch."""
+def strip_traceback(error: Exception) -> Exception:
+    """The error without its frames, which would keep images and tensors alive."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether less at once may help. On a CPU torch has no class of its own for it."""
+    """Whether a smaller batch may help. On a CPU torch raises a plain RuntimeError."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def halves(items: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
-    """The first half and the second, of at least two."""
+    """The first and the second half of at least two items."""
     middle = len(items) // 2
     return items[:middle], items[middle:]

@@ -1,15 +1,15 @@
-"""What a model answered, one JSON line per sample, in a file that only grows.
+"""The predictions file: one JSON line per sample, in a file that only grows.
 
-    {"predictions": 1, "settings": {...}}      everything that changes an answer
+    {"predictions": 1, "settings": {...}}      all settings that change an answer
     {"run": {...}}                             one per process: when, where, which samples
     {"id": ..., "answer" | "error": ..., "finish_reason", "usage", "seconds", "elapsed", ...}
 
-Of several lines with one id the last counts. Every line is written whole as soon as its sample is
-done, so a process that is killed loses nothing it has written; it leaves at most one line without
-an end, which the next run cuts off. Lines are forced to the disk (fsync) every five seconds and at
-the end: if the power goes, the samples of the last seconds are asked again.
+Of several lines with one id the last counts. Every line is written as soon as its sample is done.
+A killed process leaves at most one incomplete line, which the next run cuts off. Lines are synced
+to the disk (fsync) every five seconds and at the end: after a power failure the samples of the last
+seconds are asked again.
 
-A run holds a lock on the file, which the system releases however the process ends.
+A run holds a lock on the file. The system releases the lock when the process ends.
 """
 
 import json
@@ -35,8 +35,9 @@ class PredictionsError(LlavaLiteError):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a file holds: its settings, its runs, and the last line of each sample. `size`: bytes of
-    its whole lines."""
+    """The content of a file: settings, runs, and the last line of each sample.
+
+    `size`: bytes of all complete lines."""
 
     settings: JsonObject
     runs: list[JsonObject] = field(default_factory=list)
@@ -45,7 +46,7 @@ class Predictions:
 
     @property
     def answers(self) -> dict[str, str]:
-        """Answers by sample id, without the samples that failed."""
+        """Answers by sample id, without failed samples."""
         return {
             name: record["answer"] for name, record in self.records.items() if "answer" in record
         }
@@ -59,7 +60,7 @@ class Predictions:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """All whole lines of a file. Raises PredictionsError naming the line of anything else."""
+    """Read all complete lines of a file. Raises PredictionsError naming a bad line."""
     try:
         with open(path, "rb") as file:
             found = parse(file, path)
@@ -71,7 +72,7 @@ def read_predictions(path: Path) -> Predictions:
 
 
 def parse(file: BinaryIO, path: Path) -> Predictions | None:
-    """The file's content; None where not even its first line is whole. Raises PredictionsError."""
+    """The file's content; None if its first line is incomplete. Raises PredictionsError."""
     found: Predictions | None = None
     size = 0
     for number, line in enumerate(file, start=1):
@@ -81,7 +82,7 @@ def parse(file: BinaryIO, path: Path) -> Predictions | None:
         record = parse_object(line, f"{path}, line {number}", PredictionsError)
         size += len(line)
         if found is None:
-            found = Predictions(checked_header(record, path))
+            found = Predictions(read_header(record, path))
         elif isinstance(record.get("run"), dict):
             found.runs.append({**record["run"], "samples": 0})
         else:
@@ -91,8 +92,8 @@ def parse(file: BinaryIO, path: Path) -> Predictions | None:
     return Predictions(found.settings, found.runs, found.records, size)
 
 
-def checked_header(record: JsonObject, path: Path) -> JsonObject:
-    """The settings of a header. Raises PredictionsError for what is none, or of a later version."""
+def read_header(record: JsonObject, path: Path) -> JsonObject:
+    """The settings of a header. Raises PredictionsError for no header or another format."""
     settings = record.get("settings")
     if "predictions" not in record or not isinstance(settings, dict):
         raise PredictionsError(f"{path}, line 1: is not the header of a predictions file")
@@ -104,7 +105,7 @@ def checked_header(record: JsonObject, path: Path) -> JsonObject:
 
 
 def add_sample(found: Predictions, record: JsonObject, number: int, path: Path) -> None:
-    """Enter a sample's line, and the time it came at into its run. Raises PredictionsError."""
+    """Add a sample's line, and its time to the run. Raises PredictionsError."""
     is_sample = isinstance(record.get("id"), str) and ("answer" in record) != ("error" in record)
     if not is_sample:
         raise PredictionsError(f"{path}, line {number}: is no line of a predictions file")
@@ -118,8 +119,8 @@ def add_sample(found: Predictions, record: JsonObject, number: int, path: Path) 
 
 
 def refuse_foreign_end(line: bytes, number: int, path: Path) -> None:
-    """Raise PredictionsError where the line without an end is not one that a killed run leaves: it
-    would be lost."""
+    """Raise PredictionsError if the incomplete last line is not from a killed run. Cutting it off
+    would lose foreign data."""
     starts = (HEADER_START,) if number == 1 else (b'{"id": ', b'{"run": ')
     if not any(line[: len(start)] == start[: len(line)] for start in starts):
         if line.strip(b"\0"):  # a disk without power may leave zeros where a line should be
@@ -127,17 +128,17 @@ def refuse_foreign_end(line: bytes, number: int, path: Path) -> None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings that differ, in words."""
+    """One text for each setting that differs."""
     names = dict.fromkeys((*before, *now))
     return [
-        f"{name} {shown(before.get(name))}, now {shown(now.get(name))}"
+        f"{name} {show_setting(before.get(name))}, now {show_setting(now.get(name))}"
         for name in names
         if before.get(name) != now.get(name)
     ]
 
 
-def shown(value: Any) -> str:
-    """A setting in an error message."""
+def show_setting(value: Any) -> str:
+    """The text of a setting for an error message, shortened."""
     if value is None:
         return "none"
     text = value if isinstance(value, str) else json.dumps(value)
@@ -148,26 +149,26 @@ def shown(value: Any) -> str:
 
 
 class PredictionsWriter:
-    """A predictions file that one run appends to: `begin`, then `append` each sample's line.
+    """Appends to a predictions file: call `begin`, then `append` for each sample.
 
-    `reuse` goes on with a file, `force` replaces one; without either, a file that holds anything is
-    refused. `before` is what it held and goes on to hold; nothing changes until `begin`. Raises
-    PredictionsError, also where another process writes to it, and OSError."""
+    `reuse` resumes a file, `force` overwrites one; without either a file with content is refused.
+    `before`: the content that stays in the file. The file changes only in `begin`. Raises
+    PredictionsError, also if another process writes to the file, and OSError."""
 
     def __init__(self, path: Path, reuse: bool = False, force: bool = False) -> None:
         self.path, self.synced = path, monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b")
         try:
-            self.before = taken(self.file, path, reuse, force)
+            self.before = lock_and_read(self.file, path, reuse, force)
         except BaseException:
             self.file.close()
             raise
 
     def begin(self, settings: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-        """Cut off what is not whole, or all that is to be replaced, and write the lines before the
-        samples. Raises PredictionsError where what stays was answered with other settings."""
-        plain = json.loads(json.dumps(settings))  # as a file gives it back
+        """Cut off an incomplete line (with `force` everything), and write the lines before the
+        samples. Raises PredictionsError if the file has other settings."""
+        plain = json.loads(json.dumps(settings))  # as it will be read from the file
         starts = {"run": dict(run)}
         if not self.before.size:
             self.file.truncate(0)
@@ -184,12 +185,12 @@ class PredictionsWriter:
             self.sync()
 
     def write(self, *records: JsonObject) -> None:
-        """Whole lines in one piece, in the system's hands when this returns."""
+        """Write complete lines in one piece and flush them to the system."""
         self.file.write(lines_of(*records))
         self.file.flush()
 
     def sync(self) -> None:
-        """Force to the disk what was written."""
+        """Force all written lines to the disk."""
         os.fsync(self.file.fileno())
         self.synced = monotonic()
 
@@ -204,13 +205,14 @@ class PredictionsWriter:
 
 
 def check(path: Path, reuse: bool, force: bool, settings: Mapping[str, Any]) -> None:
-    """Raise PredictionsError for what `PredictionsWriter` would refuse later, as far as these
-    settings tell. Changes nothing: it is for the time before a model is loaded."""
+    """Raise PredictionsError for a file that `PredictionsWriter` would refuse.
+
+    Checks these settings only and changes nothing. Call it before a model is loaded."""
     if not path.exists():
         return
     try:
         with open(path, "r+b") as file:  # over NFS only a file to write to can be locked
-            before = taken(file, path, reuse, force)
+            before = lock_and_read(file, path, reuse, force)
     except OSError as error:
         raise PredictionsError(f"{path}: cannot be read: {error.strerror or error}") from error
     if before.size:
@@ -218,23 +220,23 @@ def check(path: Path, reuse: bool, force: bool, settings: Mapping[str, Any]) -> 
         refuse_other_settings(known, json.loads(json.dumps(settings)), path)
 
 
-def taken(file: BinaryIO, path: Path, reuse: bool, force: bool) -> Predictions:
-    """Lock the file and read what is to stay in it. Raises PredictionsError."""
+def lock_and_read(file: BinaryIO, path: Path, reuse: bool, force: bool) -> Predictions:
+    """Lock the file and read the content that stays. Raises PredictionsError."""
     lock(file, path, PredictionsError)
     if force:
         return Predictions({})
     file.seek(0)
     if not reuse and file.read(1):
         raise PredictionsError(
-            f"{path}: is there already; go on with it (--reuse), replace it (--force), or name "
-            "another folder"
+            f"{path} already exists (use --reuse to resume, --force to overwrite, or another "
+            "folder)"
         )
     file.seek(0)
     return parse(file, path) or Predictions({})
 
 
 def refuse_other_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    """Raise PredictionsError naming those that differ."""
+    """Raise PredictionsError naming the settings that differ."""
     different = differences(before, now)
     if different:
         raise PredictionsError(f"{path}: was answered with other settings: {'; '.join(different)}")

@@ -18,6 +18,7 @@ from llava_lite.evaluation.predictions import Predictions, differences
 from llava_lite.evaluation.runner import Selection
 from llava_lite.evaluation.suite import Metric, Sample, Scores, Suite
 from llava_lite.saving import JsonObject
+from llava_lite.tables import table_row
 
 JSON_NAME, PAGE_NAME = "report.json", "report.html"
 USAGE = {
@@ -29,6 +30,7 @@ USAGE = {
 }
 EXAMPLES = 5  # ids named for each reason of a failure
 REASONS = 10  # reasons that are told apart; all others are one
+COLUMNS = "<32 >9 >20 >8"
 NOT_ASKED = "not asked yet"
 OTHER_REASONS = "other reasons"
 
@@ -222,14 +224,14 @@ def table(content: Mapping[str, Any]) -> Iterator[str]:
     if samples["asked"] < samples["total"]:
         yield f"warning: {part_text(samples)}"
     yield ""
-    yield f"{'score':<32}{'value':>9}{'95 % interval':>20}{'of':>8}"
+    yield table_row(COLUMNS, "score", "value", "95 % interval", "of")
     for name, metric in content["scores"].items():
-        yield metric_line(name, metric)
+        yield metric_row(name, metric)
     for kind, groups in content["groups"].items():
         yield ""
         yield kind
         for group, metric in groups.items():
-            yield metric_line(f"  {group}", metric)
+            yield metric_row(f"  {group}", metric)
     yield ""
     yield f"{samples['answered']} answered, {samples['failed']} failed"
     for failure in content["failures"][:3]:
@@ -251,10 +253,10 @@ def headline(content: Mapping[str, Any]) -> str:
     return ", ".join([f"{content['suite']}: {words[0]}", *words[1:]])
 
 
-def metric_line(name: str, metric: Mapping[str, Any]) -> str:
-    """One metric in columns."""
+def metric_row(name: str, metric: Mapping[str, Any]) -> str:
+    """One metric as a row of the table."""
     low_high = "" if metric["interval"] is None else "{:.1%} to {:.1%}".format(*metric["interval"])
-    return f"{name:<32}{value_text(metric):>9}{low_high:>20}{metric['count']:>8}"
+    return table_row(COLUMNS, name, value_text(metric), low_high, str(metric["count"]))
 
 
 def value_text(metric: Mapping[str, Any]) -> str:

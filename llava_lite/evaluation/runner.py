@@ -1,4 +1,4 @@
-"""One evaluation: ask the samples that are missing, and write every answer down as it comes."""
+"""One evaluation: ask the missing samples, and write every answer as it arrives."""
 
 import os
 import platform
@@ -23,8 +23,10 @@ from llava_lite.saving import JsonObject
 
 @dataclass(frozen=True)
 class Selection:
-    """Which samples of a suite a run asks: the first `limit` (None: all), and of these every n-th
-    group about the same images from the i-th on, for `shard` = (i, n)."""
+    """The samples of a suite that a run asks.
+
+    The first `limit` samples (None: all). Of these, for `shard` = (i, n), every n-th group about
+    the same images, from the i-th on."""
 
     limit: int | None = None
     shard: tuple[int, int] = (1, 1)
@@ -35,14 +37,14 @@ class Selection:
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> "Selection":
-        """What `asdict` made of one, as JSON gives it back."""
+        """The inverse of `asdict`, after a way through JSON."""
         part, total = fields.get("shard") or (1, 1)
         return cls(fields.get("limit"), (part, total))
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where predictions go, and what happens to those that are there."""
+    """The folder of the predictions, and how to treat existing ones."""
 
     folder: Path
     reuse: bool = False
@@ -56,8 +58,10 @@ class Files:
 
 @dataclass(frozen=True)
 class Asked:
-    """Samples that are being answered. `settings` of the model that does it, for the header;
-    `about` it and its machine, for the line of the run; `records` as they come, in any order."""
+    """Samples that are being answered.
+
+    `settings`: the model's, for the header. `about`: model and machine, for the line of the run.
+    `records`: the lines as they arrive, in any order."""
 
     settings: JsonObject
     about: JsonObject
@@ -77,12 +81,12 @@ def run(
     on_start: Callable[[int, int], None] | None = None,
     on_record: Callable[[JsonObject], None] | None = None,
 ) -> None:
-    """Have answered what `selection` takes of all samples and the predictions do not hold.
+    """Answer the samples of `selection` that the predictions do not hold yet.
 
-    `ask` does it, here or elsewhere. `settings` and those of its model make the header; `reopen`
-    says how the suite is opened again for a report. `on_start` hears how many samples there are,
-    and how many of them are done; `on_record` of each line. Every line is kept whatever ends the
-    run. Raises as `PredictionsWriter` and `ask`."""
+    `ask` answers, in this process or elsewhere. `settings` and the model's settings make the
+    header. `reopen`: how to open the suite again for a report. `on_start` gets the number of
+    samples and how many are done, `on_record` each line. Written lines survive any end of the run.
+    Raises as `PredictionsWriter` and `ask`."""
     chosen = selection.of(samples)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with PredictionsWriter(files.predictions, files.reuse, files.force) as writer:
@@ -108,8 +112,8 @@ def missing(samples: Sequence[Sample], done: Collection[str]) -> list[Sample]:
 # ---- answering -----------------------------------------------------------------------------------
 
 
-def asking_here(engine: Engine, settings: JsonObject) -> Ask:
-    """The engine answers, in this process; `settings` are those of its model."""
+def ask_here(engine: Engine, settings: JsonObject) -> Ask:
+    """An `Ask` for this process: the engine answers. `settings`: the model's."""
 
     @contextmanager
     def ask(samples: Sequence[Sample]) -> Iterator[Asked]:
@@ -120,7 +124,7 @@ def asking_here(engine: Engine, settings: JsonObject) -> Ask:
 
 
 def about(engine: Engine) -> JsonObject:
-    """What does not change an answer, but is worth knowing of a run."""
+    """Facts about a run that do not change an answer."""
     return {
         "batch_size": engine.batch_size,
         "workers": engine.workers,
@@ -131,13 +135,13 @@ def about(engine: Engine) -> JsonObject:
 
 
 def records_of(engine: Engine, samples: Sequence[Sample]) -> Generator[JsonObject, None, None]:
-    """The line of each sample, as it is done; `run` adds when that was."""
+    """Yield the line of each sample as it is done. `run` adds the time."""
     for outcome in engine.answer(samples):
         yield record_of(outcome, peak_bytes(engine.model.llava.device))
 
 
 def record_of(outcome: Outcome, peak: int | None) -> JsonObject:
-    """The line of one sample. `peak`: bytes of memory so far, where it was answered."""
+    """The line of one sample. `peak`: peak memory in bytes where it was answered."""
     about = {
         "seconds": {phase: round(time, 6) for phase, time in outcome.seconds.items()},
         "peak_bytes": peak,
@@ -151,7 +155,7 @@ def record_of(outcome: Outcome, peak: int | None) -> JsonObject:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most memory so far: of a GPU what torch took there, else of the process."""
+    """Peak memory in bytes: torch's on a GPU, else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if os.name != "posix":

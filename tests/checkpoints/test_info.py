@@ -125,7 +125,7 @@ def test_thresholds_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str
     file = folder / "thresholds.json"
     for content, value, line in (
         (None, None, "none: dymu-72 and --merge dtome need some (llava-lite thresholds)"),
-        ([0.9, 0.5], [0.9, 0.5], "2, what dymu-72 and --merge dtome go by"),
+        ([0.9, 0.5], [0.9, 0.5], "2, used by dymu-72 and --merge dtome"),
     ):
         if content:
             file.write_text(json.dumps(content))

@@ -183,7 +183,7 @@ def test_reuse_asks_only_what_is_missing(
     capsys.readouterr()
     before = (parts / "predictions.jsonl").read_bytes()
     assert run_eval("jsonl", questions, "-o", parts, model=model_folder) == console.FAILED
-    assert "is there already; go on with it (--reuse)" in capsys.readouterr().err
+    assert "already exists (use --reuse to resume" in capsys.readouterr().err
     words = ("--reuse", "--merge", "tome:6")
     assert run_eval("jsonl", questions, "-o", parts, *words, model=model_folder) == console.FAILED
     err = capsys.readouterr().err
@@ -440,7 +440,7 @@ def test_what_cannot_be_written_shows_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "predictions.jsonl: is there already; go on with it (--reuse)"),
+        ((), "predictions.jsonl already exists (use --reuse"),
         (("--reuse", "--merge", "tome:6"), "was answered with other settings: reduction none, now"),
         (("--reuse", "-n", 5), "was answered with other settings: max_new_tokens 4, now 5"),
     ],

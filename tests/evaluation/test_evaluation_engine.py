@@ -21,7 +21,7 @@ from llava_lite.evaluation.engine import (
     Outcome,
     Prepared,
     image_groups,
-    prepared_ahead,
+    prepare_ahead,
     select_shard,
 )
 from llava_lite.evaluation.suite import Sample
@@ -222,7 +222,7 @@ def test_as_many_images_are_opened_ahead_as_allowed_and_no_more(workers: int) ->
         return Prepared(group, group.images)
 
     groups = [Group((Sample(str(n), "a", (n, n)),)) for n in range(20)]
-    opened = prepared_ahead(groups, work, workers, ahead=6)
+    opened = prepare_ahead(groups, work, workers, ahead=6)
     for taken in range(20):
         assert next(opened).images == (taken, taken)
         ahead = min(20, taken + 1 + 3)  # six images are three groups

@@ -30,7 +30,7 @@ from llava_lite.evaluation.predictions import (
     read_predictions,
 )
 from llava_lite.evaluation.report import Evaluation, report, table
-from llava_lite.evaluation.runner import Ask, Files, Selection, asking_here, record_of, run
+from llava_lite.evaluation.runner import Ask, Files, Selection, ask_here, record_of, run
 from llava_lite.evaluation.settings import Origin, answer_settings, model_settings
 from llava_lite.evaluation.suite import Metric, Sample, Scores
 from llava_lite.evaluation.suites.images import ImageFolder
@@ -127,7 +127,7 @@ def test_the_last_line_of_a_sample_counts(path: Path) -> None:
 def test_a_file_that_is_there_is_not_touched_unasked(path: Path) -> None:
     write(path, line("a"))
     before = path.read_bytes()
-    with pytest.raises(PredictionsError, match="is there already; go on with it .--reuse."):
+    with pytest.raises(PredictionsError, match="already exists .use --reuse to resume"):
         write(path)
     assert path.read_bytes() == before
     write(path, line("b"), force=True)
@@ -587,7 +587,7 @@ def test_the_page_of_nothing_is_a_page(suite: FakeSuite, tmp_path: Path) -> None
 
 def ask(model: Model) -> Ask:
     engine = Engine(model, GenerationOptions(max_new_tokens=3), batch_size=2, workers=1)
-    return asking_here(engine, {"model": "random"})
+    return ask_here(engine, {"model": "random"})
 
 
 def test_a_run_asks_what_is_missing(tiny_model: Model, tmp_path: Path) -> None:
@@ -633,7 +633,7 @@ from pathlib import Path
 from PIL import Image
 from helpers.models import CORPUS, TINY_TEXT, random_llava
 from llava_lite.evaluation.engine import Engine
-from llava_lite.evaluation.runner import Files, Selection, asking_here, run
+from llava_lite.evaluation.runner import Files, Selection, ask_here, run
 from llava_lite.evaluation.suite import Sample
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
@@ -651,7 +651,7 @@ for line in sys.stdin:
     if not pid:
         engine = Engine(model, GenerationOptions(max_new_tokens=3), batch_size=4, workers=1)
         files = Files(Path(folder), reuse == "reuse")
-        run(samples, asking_here(engine, {{}}), files, {{"suite": "kill"}}, Selection())
+        run(samples, ask_here(engine, {{}}), files, {{"suite": "kill"}}, Selection())
         os._exit(0)
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

@@ -570,7 +570,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tiny_model: Model) 
         lambda: llava_lite.load(llava_lite.embedded_model(), device="cpu", compile=True),
         lambda: bench.check(bench.Settings(size="tiny", compile=True)),
     ):
-        with pytest.raises(CompileError, match=r"needs a C\+\+ compiler, and no-such-compiler"):
+        with pytest.raises(CompileError, match=r"needs a C\+\+ compiler, but no-such-compiler"):
             make()
 
 

@@ -27,6 +27,7 @@ from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
+from llava_lite.tables import table_row
 
 AskedScene = tuple[Scene, list[Question]]
 Shown = TypeVar("Shown")
@@ -35,6 +36,7 @@ Draw = Callable[[Scene], Image.Image]
 FRESH_SEED = 20_000
 FAMILIES = tuple(PARAPHRASES)
 RENDERERS: dict[str, Draw] = {"plain": draw_scene, "smooth": draw_smooth_scene}
+COLUMNS = "<12 >9 >19 >11"
 MAX_NEW_TOKENS = 128  # the longest description takes fewer
 
 
@@ -235,19 +237,19 @@ def report(
 
 def table(tallies: Mapping[str, Tally], mistakes: int) -> Iterator[str]:
     """Lines for people: a family each, with `mistakes` at most, then all of them."""
-    yield f"{'family':<12}{'right':>9}{'95 % interval':>19}{'questions':>11}"
+    yield table_row(COLUMNS, "family", "right", "95 % interval", "questions")
     for name, tally in in_order(tallies):
-        yield table_line(name, tally)
+        yield tally_row(name, tally)
         for question, right, given in tally.mistakes[:mistakes]:
             yield f"    {question}  right: {right}  given: {given}"
-    yield table_line("all", overall(tallies))
+    yield tally_row("all", overall(tallies))
     yield f"{'mean':<12}{macro_accuracy(tallies):>9.1%}   of the families"
 
 
-def table_line(name: str, tally: Tally) -> str:
+def tally_row(name: str, tally: Tally) -> str:
     low, high = tally.interval()
     interval = f"{low:.1%} to {high:.1%}"
-    return f"{name:<12}{tally.accuracy:>9.1%}{interval:>19}{tally.asked:>11}"
+    return table_row(COLUMNS, name, f"{tally.accuracy:.1%}", interval, str(tally.asked))
 
 
 def in_order(tallies: Mapping[str, Tally]) -> list[tuple[str, Tally]]:
