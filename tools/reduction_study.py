@@ -1,33 +1,33 @@
 #!/usr/bin/env python3
-"""What token reduction costs in answers, and what it saves: fresh scenes, the same for every kind.
+"""Measure what token reduction costs in accuracy and saves in time, on the same fresh scenes.
 
-    python tools/reduction_study.py --out runs/study --n 1000           # resumes; beside other work
+    python tools/reduction_study.py --out runs/study --n 1000           # resumes
     python tools/reduction_study.py --out runs/study --n 1000 --time    # alone on the machine
     python tools/reduction_study.py --out runs/study --n 200 --configs none 'tome-72-*' 'fastv-k3-*'
 
-Configurations (`--list` shows them), named after the image tokens that are left:
+Configurations (`--list` shows them), named after the number of remaining image tokens:
 
-    none                     plain LLaVA, 576 image tokens
-    tome-72-vtu              merging, the same number for every image; vtu, logical, plain positions
-    dtome-72-vtu             merging by thresholds that leave about as many on average: found on
-                             scenes of another seed, so what they leave here is measured as well
-    fastv-k3-36              pruning in front of decoder layer 3
-    random-k3-36             the control: as many dropped at the same place, chosen by chance
-    hybrid-144-72-logical    144 left by merging, 72 of them by pruning in front of layer 3
+    none                     no reduction, 576 image tokens
+    tome-72-vtu              merging to the same number for every image; vtu, logical, plain
+    dtome-72-vtu             merging by thresholds to about that number on average. Thresholds come
+                             from scenes of another seed; the study counts the tokens
+    fastv-k3-36              pruning before decoder layer 3
+    random-k3-36             the control: as many tokens pruned there, chosen at random
+    hybrid-144-72-logical    merging to 144, then pruning to 72 before layer 3
 
-An answer is right when it is exactly the expected text. Intervals are 95 %: Wilson's for an
-accuracy, and for the difference to `none` that of the paired differences. `--out` gets
+A right answer is exactly the expected text. Intervals are 95 %: Wilson for an accuracy, paired
+differences for the difference to `none`. `--out` gets these files:
 
-    answers.jsonl            right and wrong of every question, one line per configuration and chunk
-                             of scenes; what is there is not done again
-    settings.json            what must stay the same for that, and the thresholds found
-    times.json               of `--time`, the latest of each configuration
+    answers.jsonl            right and wrong answers, one line per configuration and chunk of
+                             scenes; a later run skips existing lines
+    settings.json            settings that must not change between runs, and the thresholds
+    times.json               the latest `--time` of each configuration
     study.csv, study.json    a row for each configuration that has all scenes
     accuracy_tokens.png, accuracy_time.png, families.png
 
-Times are those of one short question about one image, from pixels to answer. All configurations of
-a `--time` take turns within every round; figures are medians over the rounds, ratios those of
-medians, to `none` of the same `--time`.
+A time is that of one short question about one image, from pixels to answer. All configurations of a
+`--time` take turns in every round. Figures are medians over the rounds, and ratios to `none` of the
+same `--time`.
 """
 
 import argparse
@@ -93,13 +93,13 @@ CALIBRATION_SEED = 30_000
 CALIBRATION_SCENES = 128
 TIMED_SCENES = 3
 TIMED_QUESTION = "How many objects are there?"
-TIMED_TOKENS = 2  # a word and the end; or whatever else, but no more
+TIMED_TOKENS = 2  # a word and the end
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One kind of reduction. `target`: image tokens that the last decoder layers see, for
-    thresholds the mean that they should give."""
+    """One kind of reduction. target: image tokens in the last decoder layers; for thresholds, the
+    wanted mean."""
 
     name: str
     kind: str
@@ -108,12 +108,12 @@ class Configuration:
 
     @property
     def layer(self) -> int | None:
-        """First pruned decoder layer."""
+        """The first pruned decoder layer."""
         return self.reduction.fastv.layer if self.reduction.fastv else None
 
     @property
     def series(self) -> tuple[str, str]:
-        """The line of a plot that it is part of, as in SERIES."""
+        """The key in SERIES of its line in a plot."""
         if self.kind in ("fastv", "random"):
             return self.kind, f"K = {self.layer}"
         merge, positions = self.reduction.merge, self.reduction.positions
@@ -123,7 +123,7 @@ class Configuration:
 
 
 def configurations(num_patches: int = 576) -> list[Configuration]:
-    """All of them; thresholds are still to be found."""
+    """All configurations, still without thresholds."""
     found = [Configuration("none", "none", NO_REDUCTION, num_patches)]
     for keep in MERGED:
         for positions in POSITIONS:
@@ -147,7 +147,7 @@ def configurations(num_patches: int = 576) -> list[Configuration]:
 
 
 def possible(configuration: Configuration, model: Model) -> bool:
-    """Whether the model has the layers and patches for it."""
+    """Whether the model has enough layers and patches."""
     wish = configuration.reduction
     if isinstance(wish.merge, DToMe):
         wish = replace(wish, merge=ToMe(keep=configuration.target))
@@ -162,10 +162,10 @@ def possible(configuration: Configuration, model: Model) -> bool:
 # ---- thresholds ----------------------------------------------------------------------------------
 
 
-def calibrated(
+def calibrate(
     chosen: Sequence[Configuration], model: Model, settings: Line, out: Path, count: int
 ) -> list[Configuration]:
-    """The configurations with thresholds, each found once and kept in the settings."""
+    """The configurations with thresholds. New thresholds are found and kept in the settings."""
     found: dict[str, list[float]] = settings.setdefault("thresholds", {})
     needed = {one.target for one in chosen if one.kind == "dtome"}
     missing = sorted(keep for keep in needed if str(keep) not in found)
@@ -186,22 +186,20 @@ def calibrated(
 # ---- answers -------------------------------------------------------------------------------------
 
 
-def chosen_by_chance(seed: Sequence[int]) -> AbstractContextManager[Any]:
-    """Within it FastV prunes as always, but by scores that say nothing.
+def prune_at_random(seed: Sequence[int]) -> AbstractContextManager[Any]:
+    """A context in which FastV prunes by random scores, new ones for every question.
 
-    This is the control of FastV's choice: number of tokens, layer and everything else are the same,
-    only which tokens go is left to chance, anew for every question. (To drop them in front of the
-    decoder would compare two things at once: the choice, and the layers that see all tokens.) What
-    is replaced is the function that the decoder calls; the core has no such mode. Questions prune
-    in their order, whatever the batch size, so the same seed gives the same choices."""
+    This is the control of FastV's choice: the number of tokens, the layer and all else are equal.
+    It replaces the function that the decoder calls; the core has no such mode. Questions prune in
+    their order for every batch size, so a seed always gives the same choices."""
     rng = np.random.default_rng(list(seed))
 
-    def by_chance(
+    def choose_at_random(
         scores: Tensor, image_spans: Sequence[tuple[int, int]], num_kept: Sequence[int]
     ) -> Pruning:
         return choose(torch.from_numpy(rng.random(len(scores))).to(scores), image_spans, num_kept)
 
-    return patch("llava_lite.llama.choose", by_chance)
+    return patch("llava_lite.llama.choose", choose_at_random)
 
 
 def run_chunk(
@@ -211,8 +209,8 @@ def run_chunk(
     chosen: Sequence[Configuration],
     args: argparse.Namespace,
 ) -> Iterator[Line]:
-    """One line for each configuration. Every image is drawn once, and looked at once for all
-    configurations that merge alike."""
+    """One line for each configuration. Images are drawn once, and encoded once for all
+    configurations with the same merging."""
     images = [RENDERERS[args.renderer](scene) for scene, _ in scenes]
     encoded: dict[Any, list[EncodedImage]] = {}
     for one in chosen:
@@ -221,7 +219,7 @@ def run_chunk(
             encoded[merge] = encode(model, images, Reduction(merge), args.batch_size)
         control: AbstractContextManager[Any] = nullcontext()
         if one.kind == "random":
-            control = chosen_by_chance([args.seed, first, *one.name.encode()])
+            control = prune_at_random([args.seed, first, *one.name.encode()])
         with control:
             answers = answer_questions(
                 model,
@@ -255,7 +253,7 @@ def chunks(count: int) -> list[tuple[int, int]]:
 
 
 def run_answers(model: Model, chosen: Sequence[Configuration], args: argparse.Namespace) -> None:
-    """Ask what has not been asked yet."""
+    """Ask the questions without an answer yet."""
     path = args.out / "answers.jsonl"
     done = read_lines(path)
     todo = {
@@ -280,7 +278,7 @@ def run_answers(model: Model, chosen: Sequence[Configuration], args: argparse.Na
 
 
 def read_lines(path: Path) -> dict[Key, Line]:
-    """What has been answered; a line that a crash has cut off does not count."""
+    """The answers so far, without a line that a crash cut off."""
     lines: dict[Key, Line] = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -297,7 +295,7 @@ def read_lines(path: Path) -> dict[Key, Line]:
 def measure_times(
     model: Model, chosen: Sequence[Configuration], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Seconds per question of every configuration but the control, which would be FastV's."""
+    """Seconds per question of every configuration except the control, which equals FastV."""
     scenes = fresh_scenes(TIMED_SCENES, args.seed)
     size = (model.config.vision.image_size,) * 2
     images = [pad_to_square(draw_scene(scene)).resize(size) for scene, _ in scenes]
@@ -325,16 +323,16 @@ def measure_times(
     }
 
 
-def with_earlier(times: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
-    """These times, and of other configurations those measured earlier on the same machine. Every
-    ratio is to `none` of its own run."""
+def merge_times(times: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """The new times, and earlier ones of other configurations if the machine is the same. Each
+    ratio is to `none` of the same run."""
     if any(times[name] != earlier.get(name) for name in ("machine", "dtype")):
         return times
     return times | {"measurements": earlier["measurements"] | times["measurements"]}
 
 
 def ask_once(model: Model, images: Sequence[Image.Image], reduction: Reduction) -> None:
-    """One question about each image, from its pixels on."""
+    """Ask one question about each image."""
     for image in images:
         model.generate(image, TIMED_QUESTION, max_new_tokens=TIMED_TOKENS, reduction=reduction)
 
@@ -343,7 +341,7 @@ def ask_once(model: Model, images: Sequence[Image.Image], reduction: Reduction) 
 
 
 def paired_difference(right: str, reference: str) -> tuple[float, float, float]:
-    """Mean and 95 % interval of how much better than `reference`, on the same questions; both are
+    """The mean difference to `reference` on the same questions, and its 95 % interval. Both are
     strings of 0 and 1."""
     pairs = zip(right, reference, strict=True)
     differences = [int(one) - int(other) for one, other in pairs]
@@ -354,7 +352,7 @@ def paired_difference(right: str, reference: str) -> tuple[float, float, float]:
 
 
 def complete(lines: dict[Key, Line], name: str, count: int) -> list[Line] | None:
-    """All lines of a configuration over `count` scenes; None while some are missing."""
+    """All lines of a configuration over `count` scenes; None if some are missing."""
     found = [lines.get((name, *chunk)) for chunk in chunks(count)]
     return None if None in found else [line for line in found if line is not None]
 
@@ -376,8 +374,8 @@ def summarize(
 def summary(
     one: Configuration, own: list[Line], reference: list[Line] | None, time: dict[str, Any]
 ) -> Line:
-    """One configuration: what it is, tokens, accuracies with intervals, and time if measured."""
-    marks = joined(own)
+    """The row of one configuration: tokens, accuracies with intervals, and time if measured."""
+    marks = join_marks(own)
     tallies = {family: Tally(text.count("1"), len(text)) for family, text in marks.items()}
     scenes = sum(line["scenes"] for line in own)
     row: Line = {
@@ -393,7 +391,9 @@ def summary(
     row |= accuracy_columns("", overall(tallies)) | {"macro": macro_accuracy(tallies)}
     difference: tuple[float | None, ...] = (None,) * 3
     if reference is not None:
-        difference = paired_difference("".join(marks.values()), "".join(joined(reference).values()))
+        difference = paired_difference(
+            "".join(marks.values()), "".join(join_marks(reference).values())
+        )
     names = ("difference", "difference_low", "difference_high")
     row |= dict(zip(names, difference, strict=True))
     row |= {"seconds": time.get("seconds"), "time_ratio": time.get("ratio")}
@@ -402,8 +402,8 @@ def summary(
     return row
 
 
-def joined(lines: Sequence[Line]) -> dict[str, str]:
-    """The marks of all chunks, family by family."""
+def join_marks(lines: Sequence[Line]) -> dict[str, str]:
+    """The marks of all chunks, by family."""
     return {
         family: "".join(line["right"].get(family, "") for line in lines)
         for family in FAMILIES
@@ -418,21 +418,18 @@ def accuracy_columns(prefix: str, tally: Tally) -> Line:
 
 
 def write_csv(path: Path, rows: Sequence[Line]) -> None:
-    """Four digits are more than the scenes can tell apart."""
+    """Write the rows with four digits."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({name: rounded(value) for name, value in row.items()})
-
-
-def rounded(value: Any) -> Any:
-    return round(value, 4) if isinstance(value, float) else value
+            rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow(rounded)
 
 
 # ---- plots ---------------------------------------------------------------------------------------
 
-# Okabe and Ito's colors, which color-blind people tell apart too; markers and dots say the same.
+# The colors of Okabe and Ito, which color-blind people can tell apart.
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 SERIES: dict[tuple[str, str], tuple[str, str, str, str]] = {  # label, color, marker, line
     ("tome", "vtu"): ("ToMe, vtu", BLUE, "o", "-"),
@@ -488,7 +485,7 @@ STYLE: dict[Any, Any] = {
 
 
 def check_matplotlib() -> None:
-    """Raise SystemExit before hours of work whose plots could not be drawn."""
+    """Raise SystemExit, before hours of work, if plots cannot be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit(
             "plots need matplotlib: pip install 'llava-lite[viz]', or --no-plots for CSV and JSON"
@@ -498,7 +495,7 @@ def check_matplotlib() -> None:
 def draw_plots(
     rows: Sequence[Line], every: Sequence[Configuration], facts: Line, out: Path
 ) -> list[Path]:
-    """Every plot that the rows allow; returns what was written."""
+    """Draw every plot that the rows allow, and return the files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -520,12 +517,12 @@ def draw_plots(
             figure = draw(by_series, facts)
             figure.savefig(out / name, dpi=130)
             pyplot.close(figure)
-            paths.append(compressed(out / name))
+            paths.append(compress_png(out / name))
     return paths
 
 
-def compressed(path: Path) -> Path:
-    """The same PNG in a palette of 128 colors: about a third of the bytes."""
+def compress_png(path: Path) -> Path:
+    """Rewrite a PNG with 128 colors: about a third of the bytes."""
     with Image.open(path) as image:
         small = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
@@ -540,8 +537,8 @@ def draw_series(
     prefix: str = "",
     shift: float = 0.0,
 ) -> None:
-    """One line with its intervals; `shift` in hundredths moves it aside, where lines would hide
-    each other."""
+    """Draw one line with its intervals. shift: percent to the right, so lines do not hide each
+    other."""
     label, color, marker, line = SERIES[key]
     rows = [row for row in by_series.get(key, ()) if row[f"{prefix}accuracy"] is not None]
     rows = [row for row in rows if row[x] is not None]
@@ -569,8 +566,8 @@ def draw_series(
 def draw_reference(
     axes: Any, by_series: dict[tuple[str, str], list[Line]], prefix: str = "", named: bool = True
 ) -> None:
-    """The accuracy without reduction as a line across, its interval as a band; in the legend if
-    named."""
+    """Draw the accuracy without reduction as a line, and its interval as a band. named: add it to
+    the legend."""
     for row in by_series.get(("none", ""), ()):
         if row[f"{prefix}accuracy"] is None:
             continue
@@ -591,7 +588,7 @@ def token_axis(axes: Any, ticks: Sequence[int]) -> None:
 def panel_plot(
     by_series: dict[tuple[str, str], list[Line]], keys: Sequence[tuple[str, str]], x: str
 ) -> tuple[Any, Sequence[Any]]:
-    """A panel for each kind of reduction, its lines on the same axes: the figure and its panels."""
+    """A figure with a panel for each kind of reduction, and its panels."""
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(
@@ -610,8 +607,8 @@ def panel_plot(
 
 
 def token_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> Any:
-    """Accuracy against the image tokens that the last decoder layers see; with pruning in front of
-    layer K, the first K see more."""
+    """Accuracy by image tokens in the last decoder layers. With pruning before layer K, the first K
+    layers see more tokens."""
     figure, panels = panel_plot(by_series, list(SERIES), "kept_tokens")
     for axes in panels:
         token_axis(axes, sorted({*MERGED, *PRUNED}))
@@ -621,8 +618,7 @@ def token_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> Any
 
 
 def time_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> Any:
-    """Accuracy against the measured time of a question; the ends of each line say how many tokens
-    they are."""
+    """Accuracy by measured time of a question. The ends of each line show their image tokens."""
     keys = [key for key in SERIES if key[0] != "random"]
     figure, panels = panel_plot(by_series, keys, "time_ratio")
     for axes, kinds in zip(panels, PANELS.values(), strict=True):
@@ -639,14 +635,14 @@ def time_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> Any:
 
 
 def write_tokens(axes: Any, row: Line, color: str) -> None:
-    """How many tokens a point of the time plot has, beside it."""
+    """Write the number of image tokens beside a point of the time plot."""
     place = row["time_ratio"], 100 * row["accuracy"]
     beside = {"xytext": (5, -9), "textcoords": "offset points"}
     axes.annotate(str(row["target"]), place, **beside, fontsize=7, color=color)
 
 
 def family_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> Any:
-    """The same for each family of questions."""
+    """Accuracy by image tokens for each family of questions."""
     from matplotlib import pyplot
 
     figure, grid = pyplot.subplots(
@@ -680,7 +676,7 @@ def dtype_name(model: Model) -> str:
 
 
 def weights_sha256(model: Model) -> str:
-    """Answers of other weights must not be mixed with these, whatever the folder is called."""
+    """A hash of the weights: answers of other weights must not be mixed with these."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.llava.state_dict().items()):
         digest.update(name.encode())
@@ -689,8 +685,8 @@ def weights_sha256(model: Model) -> str:
 
 
 def run_settings(model: Model, args: argparse.Namespace) -> Line:
-    """The settings of this run with what an earlier one in the same folder has found. Raises
-    SystemExit for an earlier one that is of something else."""
+    """The settings of this run, with the thresholds of an earlier run in the same folder. Raises
+    SystemExit if the earlier run had other settings."""
     settings: Line = {
         "model": model.config.name,
         "dtype": dtype_name(model),
@@ -699,7 +695,7 @@ def run_settings(model: Model, args: argparse.Namespace) -> Line:
         "renderer": args.renderer,
         "chunk": CHUNK,
         "calibration_scenes": args.calibration_scenes,
-        # Elsewhere it changes nothing; in 16 bits now and then an answer.
+        # The batch size can change an answer in 16 bits, but not in float32.
         "batch_size": None if model.llava.dtype == torch.float32 else args.batch_size,
     }
     path = args.out / "settings.json"
@@ -717,7 +713,7 @@ def run_settings(model: Model, args: argparse.Namespace) -> Line:
 
 
 def write_results(every: Sequence[Configuration], settings: Line, args: argparse.Namespace) -> None:
-    """CSV, JSON and plots of all that is complete, and on stdout a few columns."""
+    """Write CSV, JSON and plots of the complete configurations, and print a table."""
     path = args.out / "times.json"
     times = read_json(path) if path.exists() else {}
     rows = summarize(read_lines(args.out / "answers.jsonl"), every, args.n, times)
@@ -737,7 +733,7 @@ def write_results(every: Sequence[Configuration], settings: Line, args: argparse
 
 
 def table(rows: Sequence[Line]) -> Iterator[str]:
-    """Lines for people."""
+    """The lines to print."""
     yield f"{'configuration':<24}{'tokens':>8}{'right':>8}{'95 % interval':>17}{'time':>7}"
     for row in rows:
         interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
@@ -761,10 +757,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-plots", action="store_true", help="CSV and JSON only")
     add("--model", help="model folder (default: the embedded model)")
     add("--device", default="cpu")
-    add("--dtype", default="float32", help="default: float32, where a batch changes nothing")
+    add(
+        "--dtype",
+        default="float32",
+        help="default: float32 (batch size changes no answer)",
+    )
     add("--threads", type=int, help="CPU threads")
     add("--batch-size", type=int, default=16, help="questions at once (default: 16)")
-    add("--renderer", choices=[*RENDERERS], default="plain", help="who draws the scenes")
+    add("--renderer", choices=[*RENDERERS], default="plain", help="renderer of the scenes")
     add("--calibration-scenes", type=int, default=CALIBRATION_SCENES, metavar="N")
     return parser
 
@@ -784,7 +784,7 @@ def main(argv: list[str] | None = None) -> int:
     if not chosen:
         parser.error(f"no configuration is called {' or '.join(args.configs)}; see --list")
     if args.time and chosen[0].kind != "none":
-        chosen.insert(0, every[0])  # what the others are compared with
+        chosen.insert(0, every[0])  # the reference
     if not args.no_plots:
         check_matplotlib()
     if args.threads:
@@ -798,17 +798,17 @@ def main(argv: list[str] | None = None) -> int:
 def run(
     every: Sequence[Configuration], chosen: list[Configuration], args: argparse.Namespace
 ) -> int:
-    """Answers or times, then the results."""
+    """Measure answers or times, then write the results."""
     args.out.mkdir(parents=True, exist_ok=True)
     source = args.model or llava_lite.embedded_model()
     model = llava_lite.load(source, device=args.device, dtype=args.dtype)
     settings = run_settings(model, args)
     chosen = [one for one in chosen if possible(one, model)]
-    chosen = calibrated(chosen, model, settings, args.out, args.calibration_scenes)
+    chosen = calibrate(chosen, model, settings, args.out, args.calibration_scenes)
     if args.time:
         path = args.out / "times.json"
         earlier = read_json(path) if path.exists() else {}
-        replace_json(path, with_earlier(measure_times(model, chosen, args), earlier))
+        replace_json(path, merge_times(measure_times(model, chosen, args), earlier))
     else:
         run_answers(model, chosen, args)
     write_results(every, settings, args)

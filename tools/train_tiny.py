@@ -5,18 +5,20 @@
     python tools/train_tiny.py --device cuda
     python tools/train_tiny.py --stage joint --work runs/next --start-from weights/tiny    # go on
 
-The stages are LLaVA's own in small. `crops` and `tower` teach the vision tower what every patch
-belongs to (shape, color, digit, centre of its object) and where it lies, first on crops around
-objects, which are cheap, then on images of the full size, most of them by few of their patches.
-`decoder` trains projector and decoder on the frozen tower's features of scenes that are always new,
-with most background patches left out. `joint` trains everything on other new scenes, of which the
-tower sees few patches until shortly before the end. `export` writes the folder that
-`llava_lite.load` reads. The scenes of crops and tower are drawn once, at the start.
+The stages are a small version of LLaVA's stages:
 
-What they are made of is in `training/`: scenes.py and labels.py (what each patch shows), seeing.py
-(few patches instead of all), readers.py (what the tower learns by), start.py (what it is given to
-start with), questions.py (many of them behind one image), trainer.py (steps, log, resuming),
-work.py (whose training a folder holds).
+    crops    the vision tower learns shape, color, digit and center of each patch's object, and the
+             patch's place. It sees cheap crops around objects
+    tower    the same on images of the full size, mostly on few of their patches
+    decoder  projector and decoder, on the frozen tower's features of new scenes, without most
+             background patches
+    joint    everything, on other new scenes. The tower sees few patches until near the end
+    export   write the folder for `llava_lite.load`
+
+The scenes of crops and tower are drawn once, at the start. The parts are in `training/`: scenes.py,
+labels.py (of patches), seeing.py (few patches instead of all), readers.py (heads that train the
+tower), start.py (initial weights), questions.py (many questions after one image), trainer.py
+(steps, log, resuming), work.py (the work folder).
 """
 
 import argparse
@@ -24,6 +26,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,18 +71,18 @@ from training.seeing import (
     see_patches,
 )
 from training.start import carry_places, fit_heads, fit_places, show_extent, start_local
-from training.trainer import Trainer, attention, autocast, initialise
-from training.work import has_begun, misplaced, remember, state_of
+from training.trainer import Trainer, attention, autocast, initialize
+from training.work import find_conflict, has_begun, load_state, write_origin
 
 HELD_OUT_SCENES = 64
 TOKENIZER_SCENES = 1500
 
 
 def train_crops(args: argparse.Namespace) -> None:
-    """Stage `crops`: the tower on small windows around objects, which are cheap."""
+    """Stage `crops`: train the tower on small windows around objects, which are cheap."""
     torch.manual_seed(0)
     tower, heads = VisionTower(TINY.vision), PatchHeads(TINY.vision.hidden_size)
-    initialise(tower, TINY.vision.num_blocks)
+    initialize(tower, TINY.vision.num_blocks)
     start_local(tower)
 
     train = SceneSet(args.work, TRAIN_SEED, args.scenes)
@@ -92,8 +95,8 @@ def train_crops(args: argparse.Namespace) -> None:
 
 
 def train_tower(args: argparse.Namespace) -> None:
-    """Stage `tower`: on images of the full size, mosaics of crops and whole scenes. Among
-    576 patches attention must be sharper than among the 64 of a crop."""
+    """Stage `tower`: train the tower on images of the full size, mosaics of crops and whole scenes.
+    Attention over 576 patches must be sharper than over the 64 of a crop."""
     begins = not has_begun(args.work, "tower")
     tower, heads = trained_tower(args, "crops" if begins and not args.start_from else "tower")
     train = SceneSet(args.work, TRAIN_SEED, args.scenes)
@@ -132,30 +135,26 @@ def fit_tower(
     rate: float,
     args: argparse.Namespace,
 ) -> None:
-    """Train tower and heads on the features and labels that `batch` gives, told how far the stage
-    is, 0..1."""
+    """Train tower and heads on batches of (features, labels). batch: called with a generator and
+    the progress of the stage, 0..1."""
     held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
     modules: dict[str, nn.Module] = {"tower": tower.to(args.device), "heads": heads.to(args.device)}
     trainer = Trainer(name, args.work, modules, dict.fromkeys(modules, rate), steps)
-    losses = []
     for step in trainer.run():
         with autocast(args.device), attention(args.device):
             rng = np.random.default_rng([args.scene_seed, step, *name.encode()])
             features, labels = batch(rng, step / steps)
             loss = patch_loss(heads(features), labels.to(args.device))
         trainer.update(loss)
-        losses.append(loss.item())
-        if trainer.step % 250 == 0 or trainer.step == steps:
-            seen = measure_tower(tower, heads, held_out, args)
-            trainer.log(loss=round(float(np.mean(losses[-250:])), 4), **seen)
+        if trainer.is_due(250):
+            trainer.log(250, **measure_tower(tower, heads, held_out, args))
 
 
 @torch.no_grad()
 def measure_tower(
     tower: VisionTower, heads: PatchHeads, scenes: SceneSet, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Accuracy of the heads on held-out crops and whole images, over patches that have the
-    label."""
+    """Accuracy of the heads on held-out crops and whole images, over all labeled patches."""
     results = {}
     rng = np.random.default_rng(0)
     for name in ("crop", "whole"):
@@ -189,13 +188,13 @@ def measure_tower(
     return results
 
 
-# How many background patches an image of the decoder stage may keep: few are fast, but a decoder
-# that never saw all of them loses the objects among 576.
+# Background patches kept in an image of the decoder stage. Few are fast, but a decoder that never
+# saw all patches misses objects among 576.
 BACKGROUND_PATCHES = (24, 24, 128, GRID * GRID)
 
 
 def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
-    """The embedded model's own tokenizer, trained once on prompts about undrawn scenes."""
+    """The tokenizer of the embedded model, trained once on prompts about scenes."""
     if args.start_from:
         return Tokenizer.from_file(args.start_from / "tokenizer.json")
     path = args.work / "tokenizer.json"
@@ -211,11 +210,11 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
 
 
 def new_decoder(args: argparse.Namespace) -> tuple[Projector, LlamaDecoder]:
-    """Projector and decoder with fresh weights, or those of `--start-from`."""
+    """Projector and decoder with new weights, or with those of `--start-from`."""
     torch.manual_seed(1)
     projector, decoder = Projector(TINY), LlamaDecoder(TINY.text)
     for module in (projector, decoder):
-        initialise(module, TINY.text.num_layers)
+        initialize(module, TINY.text.num_layers)
     for layer in projector.layers:
         nn.init.xavier_uniform_(layer.weight)
     if args.start_from:
@@ -226,22 +225,21 @@ def new_decoder(args: argparse.Namespace) -> tuple[Projector, LlamaDecoder]:
 
 
 def trained_tower(args: argparse.Namespace, stage: str = "tower") -> tuple[VisionTower, PatchHeads]:
-    """The tower and its readers as the stage left them; where it never ran, the tower of
-    `--start-from` with fresh readers."""
+    """The tower and its heads after the stage. If the stage never ran: the tower of `--start-from`
+    with new heads."""
     torch.manual_seed(0)
     tower, heads = VisionTower(TINY.vision), PatchHeads(TINY.vision.hidden_size)
     if args.start_from and not has_begun(args.work, stage):
         tower.load_state_dict(load_model(args.start_from, dtype="float32").vision.state_dict())
         return tower.to(args.device), heads.to(args.device)
-    state = state_of(args.work, stage)
+    state = load_state(args.work, stage)
     tower.load_state_dict(state["tower"])
     heads.load_state_dict(state["heads"])
     return tower.to(args.device), heads.to(args.device)
 
 
 def train_decoder(args: argparse.Namespace) -> None:
-    """Stage `decoder`: projector and decoder on the frozen tower's features, of scenes that are
-    always new."""
+    """Stage `decoder`: train projector and decoder on the frozen tower's features of new scenes."""
     tower, _ = trained_tower(args)
     held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
     held_out_features = see(tower, held_out.pixels, args.device)
@@ -250,7 +248,6 @@ def train_decoder(args: argparse.Namespace) -> None:
     rates = {"projector": args.decoder_rate, "decoder": args.decoder_rate}
     modules: dict[str, nn.Module] = {"projector": projector, "decoder": decoder}
     trainer = Trainer("decoder", args.work, modules, rates, args.decoder_steps)
-    losses = []
     late = args.start_from is not None
     steps = range(trainer.step, args.decoder_steps)
     batches = fresh_batches(args, steps, args.decoder_batch, late)
@@ -264,10 +261,9 @@ def train_decoder(args: argparse.Namespace) -> None:
             image_embeds = projector(torch.cat(rows).float())
             loss, _, _ = answer_loss(decoder, packed, image_embeds, args.device)
         trainer.update(loss)
-        losses.append(loss.item())
-        if trainer.step % 100 == 0 or trainer.step == args.decoder_steps:
+        if trainer.is_due(100):
             right = measure_answers(projector, decoder, held_out, held_out_features, writer, args)
-            trainer.log(loss=round(float(np.mean(losses[-100:])), 4), **right)
+            trainer.log(100, **right)
 
 
 def pack_scenes(
@@ -279,8 +275,8 @@ def pack_scenes(
     late: bool,
     device: str,
 ) -> Packed:
-    """A description and `count` question blocks about each scene, of which the decoder sees some
-    patches."""
+    """A description and `count` question blocks about each scene. patches: those that the decoder
+    sees."""
     asked = [questions(scene, rng, 0.4) for scene in scenes]
     blocks = [pick_turns(one, rng, count, late) for one in asked]
     return pack(writer, blocks, patches, device)
@@ -295,8 +291,8 @@ def measure_answers(
     writer: Writer,
     args: argparse.Namespace,
 ) -> dict[str, float]:
-    """Per family, the share of held-out answers whose every token has the highest logit, given all
-    576 patches."""
+    """By family: the share of held-out answers in which every token has the highest logit. The
+    decoder sees all 576 patches."""
     right: dict[str, list[float]] = {}
     for start in range(0, len(scenes), 8):
         indices = range(start, min(start + 8, len(scenes)))
@@ -315,24 +311,23 @@ def measure_answers(
     return {family: round(float(np.mean(values)), 3) for family, values in right.items()}
 
 
-# Of how many background patches the decoder is shown those that the tower sees, and how much what
-# the tower's readers say counts beside the answers.
-JOINT_PATCHES, HEADS_SHARE = (64, 64, GRID * GRID), 0.3
+JOINT_PATCHES = (64, 64, GRID * GRID)  # background patches that the decoder sees
+HEADS_SHARE = 0.3  # weight of the heads' loss beside that of the answers
 
 
 def train_joint(args: argparse.Namespace) -> None:
-    """Stage `joint`: tower, projector and decoder together, on scenes that are always new. Of most
-    of them the tower sees few patches, of the last ones all 576; the decoder is shown those of
-    objects with a few others, or all that the tower has seen."""
+    """Stage `joint`: train tower, projector and decoder together on new scenes. The tower sees few
+    patches of most scenes, and all 576 of the last ones. The decoder sees objects and some
+    background, or all patches of the tower."""
     tower, heads = trained_tower(args)
     if has_begun(args.work, "joint"):
-        has_heads = "heads" in state_of(args.work, "joint")
-    else:  # with a tower from a model folder the heads are fresh, and would teach it nothing
+        has_heads = "heads" in load_state(args.work, "joint")
+    else:  # a tower from a model folder has new heads, which would teach it nothing
         has_heads = has_begun(args.work, "tower")
     projector, decoder = new_decoder(args)
     first = args.decoder_steps
     if has_begun(args.work, "decoder") or not args.start_from:
-        state = state_of(args.work, "decoder")
+        state = load_state(args.work, "decoder")
         projector.load_state_dict(state["projector"])
         decoder.load_state_dict(state["decoder"])
         first = state["step"]
@@ -343,10 +338,9 @@ def train_joint(args: argparse.Namespace) -> None:
         modules["heads"] = heads
     rates = dict.fromkeys(modules, args.joint_rate)
     trainer = Trainer("joint", args.work, modules, rates, args.joint_steps)
-    # Its scenes are those that the decoder would have seen next.
+    # The scenes continue those of the decoder stage.
     steps = range(first + trainer.step, first + args.joint_steps)
     batches = fresh_batches(args, steps, args.joint_batch, late=True)
-    losses = []
     for step, (scenes, pixels) in zip(trainer.run(), batches, strict=True):
         rng = np.random.default_rng([step, 9])
         pixel_values, labels = to_pixel_values(pixels).to(args.device), label_scenes(scenes)
@@ -363,29 +357,27 @@ def train_joint(args: argparse.Namespace) -> None:
                 read = heads(features)
                 loss = loss + HEADS_SHARE * patch_loss(read, labels.at(patches).to(args.device))
         trainer.update(loss)
-        losses.append(loss.item())
-        if trainer.step % 100 == 0 or trainer.step == args.joint_steps:
+        if trainer.is_due(100):
             seen = see(tower, held_out.pixels, args.device)
-            right = measure_answers(projector, decoder, held_out, seen, writer, args)
-            trainer.log(loss=round(float(np.mean(losses[-100:])), 4), **right)
+            trainer.log(100, **measure_answers(projector, decoder, held_out, seen, writer, args))
 
 
 def show_patches(
     scenes: Sequence[Scene], patches: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Which of the patches that the tower sees (B, N) the decoder is shown: (B, N) bool."""
+    """Which of the tower's patches (B, N) the decoder sees: (B, N) bool."""
     chosen = [object_patches(one, rng, int(rng.choice(JOINT_PATCHES))) for one in scenes]
     return np.stack([np.isin(seen, some) for seen, some in zip(patches, chosen, strict=True)])
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the newest weights as a model folder in bfloat16, or the mean of them and those of
-    `--average-with`, such as earlier ends of the same training (Izmailov et al. 2018, Averaging
-    weights leads to wider optima and better generalization)."""
+    """Write the newest weights as a model folder in bfloat16, or their mean with the weights of
+    `--average-with`, such as other ends of the same training (Izmailov et al. 2018, Averaging
+    Weights Leads to Wider Optima and Better Generalization)."""
     last = next((name for name in ("joint", "decoder") if has_begun(args.work, name)), None)
     if last is None:
         raise SystemExit(f"nothing to export: no decoder.state.pt or joint.state.pt in {args.work}")
-    state = state_of(args.work, last)
+    state = load_state(args.work, last)
     tower = state.get("tower") or trained_tower(args)[0].state_dict()
     tokenizer = load_tokenizer(args)
     text = replace(TINY.text, sampled_vocab_size=tokenizer.vocab_size)
@@ -429,35 +421,20 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--stage", choices=[*STAGES, "all"], default="all", help="only this one")
     add("--work", type=Path, default=Path("runs/tiny"), help="folder for scenes, states and log")
-    add("--out", type=Path, default=argparse.SUPPRESS, help="model folder (default: WORK/model)")
-    add(
-        *("--start-from",),
-        type=Path,
-        metavar="DIR",
-        default=argparse.SUPPRESS,
-        help="model folder that tower, decoder or joint goes on from, in a work folder of its own",
-    )
-    add(
-        *("--average-with",),
-        type=Path,
-        nargs="+",
-        metavar="DIR",
-        default=argparse.SUPPRESS,
-        help="export the mean of the trained weights and those of these model folders; one that is "
-        "named twice counts twice",
-    )
+    folder: dict[str, Any] = {"type": Path, "default": argparse.SUPPRESS}
+    add("--out", **folder, help="model folder (default: WORK/model)")
+    start_help = "model folder from which tower, decoder or joint starts; needs a new --work"
+    add("--start-from", **folder, metavar="DIR", help=start_help)
+    mean_help = "export the mean of the trained weights and those of these model folders; "
+    mean_help += "a folder that is named twice counts twice"
+    add("--average-with", **folder, nargs="+", metavar="DIR", help=mean_help)
     add("--device", default="cpu", help="cpu or cuda")
     add("--scenes", type=int, default=16000, help="scenes of crops and tower")
-    seed_help = "which scenes decoder and joint see, and in which order the tower; "
-    seed_help += f"{DECODER_SEED} or more, another in every run that goes on"
+    seed_help = "seed of the scenes of decoder and joint, and of their order in tower; "
+    seed_help += f"at least {DECODER_SEED}; use another one with every --start-from"
     add("--scene-seed", type=int, default=DECODER_SEED, metavar="N", help=seed_help)
-    add(
-        *("--drawers",),
-        type=int,
-        default=os.cpu_count(),
-        metavar="N",
-        help="processes that draw scenes for decoder and joint; 0: none, drawn in between",
-    )
+    draw_help = "processes that draw scenes for decoder and joint; 0: draw in this process"
+    add("--drawers", type=int, default=os.cpu_count(), metavar="N", help=draw_help)
     for stage, steps, rate in (
         ("crops", 4000, 1.2e-3),
         ("tower", 15000, 8e-4),
@@ -482,16 +459,16 @@ def main() -> None:
         parser.error("--start-from goes with --stage tower, decoder, joint or export")
     if args.average_with and args.stage != "export":
         parser.error("--average-with goes with --stage export")
-    if args.scene_seed < DECODER_SEED:  # the ones below are the tower's and held out
+    if args.scene_seed < DECODER_SEED:  # lower seeds are the tower's and held out
         parser.error(f"--scene-seed must be {DECODER_SEED} or more")
     for folder in (args.start_from, *(args.average_with or ())):
         if folder and not (folder / "config.json").is_file():
             parser.error(f"{folder} is no model folder: it has no config.json")
     stages = list(STAGES) if args.stage == "all" else [args.stage]
-    if problem := misplaced(args, stages):
+    if problem := find_conflict(args, stages):
         parser.error(f"{problem}, or give another --work")
     if args.stage != "export":
-        remember(args)
+        write_origin(args)
     args.out = args.out or args.work / "model"
     try:
         for name in stages:

@@ -7,9 +7,8 @@ from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
 
 
 def family(raw: dict[str, Any]) -> str:
-    """Which config.json it is: "llava_lite", "llava-hf" (nested), "official" (flat; also a Llama).
-
-    Raises ValueError for any other."""
+    """The family of a config.json: "llava_lite", "llava-hf" (nested) or "official" (flat, also
+    Llama). Raises ValueError for any other."""
     if raw.get("format") == "llava_lite":
         return "llava_lite"
     if "text_config" in raw and "vision_config" in raw:
@@ -20,10 +19,9 @@ def family(raw: dict[str, Any]) -> str:
 
 
 def parse(raw: dict[str, Any], vision: dict[str, Any] | None = None) -> LlavaConfig:
-    """Parse any config.json: ours, llava-hf (nested `text_config`), official (flat `mm_*`).
+    """Parse a config.json of any family. `vision`: the config.json of a separate CLIP folder.
 
-    `vision` is the config.json of a separate CLIP tower folder, where the layout has one.
-    Raises ValueError when the config describes another architecture."""
+    Raises ValueError if the config describes another architecture."""
     kind = family(raw)
     if kind == "llava_lite":
         return LlavaConfig.from_dict(raw)
@@ -31,7 +29,7 @@ def parse(raw: dict[str, Any], vision: dict[str, Any] | None = None) -> LlavaCon
 
 
 def parse_llava_hf(raw: dict[str, Any]) -> LlavaConfig:
-    """llava-hf config: nested and sparse; an omitted field has the 7B / CLIP-L/336 value."""
+    """Parse a llava-hf config. It is nested; a missing field has the value of 7B or CLIP-L/336."""
     text_raw = {"vocab_size": raw.get("vocab_size", 32064), **raw["text_config"]}
     layer = raw.get("vision_feature_layer", -2)
     strategy = raw.get("vision_feature_select_strategy", "default")
@@ -46,16 +44,16 @@ def parse_llava_hf(raw: dict[str, Any]) -> LlavaConfig:
     text = parse_text(text_raw)
     if not isinstance(image_id, int) or image_id <= max(text.bos_id, text.eos_id):
         raise ValueError(f"image_token_index {image_id!r} is an ordinary text id")
-    # Text ids end where the image marker is, also in vocabularies smaller than Llama's.
+    # Text ids end at the image marker, also in vocabularies smaller than Llama's.
     text = replace(text, sampled_vocab_size=min(text.sampled_vocab_size, image_id))
     return LlavaConfig(vision=vision, text=text, name="llava-hf")
 
 
 def parse_official(raw: dict[str, Any], vision: dict[str, Any] | None = None) -> LlavaConfig:
-    """Official config (flat Llama fields + `mm_*`), or a plain Llama base without `mm_*`.
+    """Parse an official config (flat Llama fields and `mm_*`), or a Llama base without `mm_*`.
 
-    A LLaVA config that leaves them out means one linear layer and images that are not padded; a
-    Llama base says nothing about either, and gets LLaVA-1.5's."""
+    A missing field of a LLaVA config means one linear layer, or images without padding. A Llama
+    base gets LLaVA-1.5's projector and padding."""
     if raw.get("mm_use_im_start_end") or raw.get("mm_vision_select_feature", "patch") != "patch":
         raise ValueError(
             "mm_use_im_start_end and mm_vision_select_feature != patch are unsupported"
@@ -73,7 +71,7 @@ def parse_official(raw: dict[str, Any], vision: dict[str, Any] | None = None) ->
 
 
 def projector_depth(kind: str) -> int:
-    """Number of linear layers named by `mm_projector_type`: "linear" 1, "mlpNx_gelu" N."""
+    """The number of linear layers of an `mm_projector_type`: "linear" 1, "mlpNx_gelu" N."""
     if kind == "linear":
         return 1
     if kind.startswith("mlp") and kind.endswith("x_gelu") and kind[3:-6].isdigit():
@@ -82,9 +80,9 @@ def projector_depth(kind: str) -> int:
 
 
 def parse_text(raw: dict[str, Any]) -> TextConfig:
-    """Llama fields of either family."""
+    """Parse the Llama fields of any family."""
     heads = raw.get("num_attention_heads", 32)
-    rope = raw.get("rope_parameters") or {}  # how transformers 5 writes rope_theta
+    rope = raw.get("rope_parameters") or {}  # transformers 5 writes rope_theta here
     refused = {
         "num_key_value_heads": (raw.get("num_key_value_heads", heads), heads),
         "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
@@ -113,7 +111,7 @@ def parse_text(raw: dict[str, Any]) -> TextConfig:
 
 
 def parse_vision(raw: dict[str, Any]) -> VisionConfig:
-    """CLIP vision fields; a full CLIP config (text + vision) holds them under `vision_config`."""
+    """Parse the CLIP vision fields; a full CLIP config has them under `vision_config`."""
     raw = raw.get("vision_config", raw)
     if raw.get("hidden_act", "quick_gelu") != "quick_gelu":
         raise ValueError(f"unsupported vision hidden_act {raw['hidden_act']!r} (need quick_gelu)")

@@ -1,6 +1,6 @@
-"""Official checkpoints from the Hugging Face hub: only when asked, and never twice.
+"""Download checkpoints from the Hugging Face hub, only on request.
 
-huggingface_hub does the work (cache, resume, authentication) and is imported at the first use.
+huggingface_hub does the work (cache, resume, authentication) and is imported at its first use.
 """
 
 import fnmatch
@@ -13,7 +13,7 @@ from llava_lite.checkpoints.opening import find_local
 from llava_lite.checkpoints.tensors import read_json, read_tensors, weight_files
 from llava_lite.errors import CheckpointError, one_line
 
-# Besides the weights: configs, indexes, tokenizer, small LoRA and projector files.
+# Files beside the weights: configs, indexes, tokenizer, small LoRA and projector files.
 SIDE_FILES = (
     "*.json",
     "*.jinja",
@@ -22,14 +22,14 @@ SIDE_FILES = (
     "adapter_model.*",
     "non_lora_trainables.*",
 )
-# The first kind that a repository has is fetched.
+# Only the first kind in a repository is downloaded.
 WEIGHTS = (
     "open_clip_*.safetensors",
     "open_clip_*.bin",
     "model*.safetensors",
     "pytorch_model*.bin",
 )
-# At least one of these makes a repository a checkpoint, or a part of one.
+# A checkpoint, or a part of one, has at least one of these.
 CONTENTS = (*WEIGHTS, "mm_projector.*", "adapter_model.*")
 REPO_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 ABOUT = "about 14 GB for LLaVA-1.5 7B, 26 GB for 13B"
@@ -37,7 +37,7 @@ ABOUT = "about 14 GB for LLaVA-1.5 7B, 26 GB for 13B"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a download would fetch: files and their total size in bytes (None when unknown)."""
+    """The files of a download, and their total size in bytes (None: unknown)."""
 
     repo_id: str
     revision: str | None
@@ -49,8 +49,8 @@ class Plan:
         return f"{len(self.files)} files of {self.repo_id} ({size})"
 
 
-def wanted_files(names: Sequence[str]) -> list[str]:
-    """The files of a repository that a checkpoint needs, without a second copy of the weights."""
+def choose_files(names: Sequence[str]) -> list[str]:
+    """Choose the files that a checkpoint needs, without a second copy of the weights."""
     top = [name for name in names if "/" not in name]
     kinds = (fnmatch.filter(top, pattern) for pattern in WEIGHTS)
     weights = next((found for found in kinds if found), [])
@@ -59,15 +59,15 @@ def wanted_files(names: Sequence[str]) -> list[str]:
 
 
 def plan_download(repo_id: str, revision: str | None = None, timeout: float = 10.0) -> Plan:
-    """Ask the hub what a download would fetch. Raises CheckpointError when it cannot be asked."""
+    """Ask the hub for the files of a repository. Raises CheckpointError if it cannot be reached."""
     from huggingface_hub import HfApi
 
     try:
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
     except Exception as error:  # network, authentication and hub errors share no base class
-        raise CheckpointError(f"{repo_id}: the hub gives no answer: {one_line(error)}") from error
+        raise CheckpointError(f"{repo_id}: cannot reach the hub: {one_line(error)}") from error
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
-    files = wanted_files(list(sizes))
+    files = choose_files(list(sizes))
     known = [size for name in files if (size := sizes[name]) is not None]
     return Plan(repo_id, revision, tuple(files), sum(known) if len(known) == len(files) else None)
 
@@ -79,11 +79,11 @@ def download(
     offline: bool = False,
     destination: str | Path | None = None,
 ) -> Path:
-    """Fetch a checkpoint, and the CLIP tower that an official one needs. Returns its folder.
+    """Download a checkpoint, and the CLIP tower that an official one needs. Returns its folder.
 
-    An interrupted download resumes; files that are there are not fetched again. `destination`: a
-    folder instead of the hub's cache (a tower is put beside it). `offline` only looks into the
-    cache, and with a destination is an error. Raises CheckpointError."""
+    An interrupted download resumes. destination: a folder instead of the hub's cache; a tower is
+    put beside it. offline: only look into the cache, which excludes a destination. Raises
+    CheckpointError."""
     if not REPO_ID.fullmatch(repo_id):
         raise CheckpointError(f"{repo_id!r} is no hub id of the form owner/name")
     if offline and destination is not None:
@@ -102,7 +102,7 @@ def fetch_with_tower(
     destination: str | Path | None,
     vision_tower: object = None,
 ) -> Path:
-    """Download a repository, then the vision tower that it names and that is not on this disk."""
+    """Download a repository, and its vision tower if that is not on this disk."""
     folder = fetch(plan_download(repo_id, revision), destination)
     tower = missing_tower(folder, vision_tower)
     if tower is not None:
@@ -133,9 +133,9 @@ def fetch(plan: Plan, destination: str | Path | None) -> Path:
 
 
 def missing_tower(folder: Path, vision_tower: object = None) -> str | None:
-    """Hub id of the vision tower that a folder names and that is not on this disk.
+    """The hub id of a folder's vision tower, if the tower is not on this disk.
 
-    None also where another one is given as `vision_tower`, or the weights contain theirs."""
+    None if another `vision_tower` is given, or the weights contain a tower."""
     config = folder / "config.json"
     named = read_json(config).get("mm_vision_tower") if config.is_file() else None
     if vision_tower is not None or not isinstance(named, str) or not REPO_ID.fullmatch(named):
@@ -146,7 +146,7 @@ def missing_tower(folder: Path, vision_tower: object = None) -> str | None:
 
 
 def has_tower(folder: Path) -> bool:
-    """True when a tower is among the weights, told from an index or else the files' headers."""
+    """Whether the weights contain a tower, by the index or the files' headers."""
     names: set[str] = set()
     for file, promised in weight_files(folder).items():
         names.update(promised or read_tensors(file))
@@ -154,7 +154,7 @@ def has_tower(folder: Path) -> bool:
 
 
 def cached(repo_id: str, revision: str | None = None) -> Path | None:
-    """The folder of a repository whose weights are completely in the cache. No network."""
+    """The folder of a repository in the cache, if its weights are complete. No network."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -174,12 +174,11 @@ def resolve(
     offline: bool = False,
     vision_tower: object = None,
 ) -> Path:
-    """Where a checkpoint is: a local path as it is, a hub id in the cache, or fetched on request.
+    """Find a checkpoint: a local path, or a hub id in the cache, which is downloaded on request.
 
-    `vision_tower`: the one that will be used with it (see `sources.open_source`), so that the one
-    its config names is not needed.
-    Nothing is fetched without `download_missing`: the error then says what would be fetched, how
-    large it is and how to ask for it. Raises CheckpointError."""
+    vision_tower: the tower that will be used instead of the one in the config. Without
+    `download_missing` nothing is downloaded: CheckpointError says what a download would fetch, its
+    size, and how to ask for it."""
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -191,11 +190,11 @@ def resolve(
         return folder
     if download_missing and not offline:
         return fetch_with_tower(name, revision, None, vision_tower)
-    raise CheckpointError(f"{name}: {not_here(name, folder, revision, offline)}")
+    raise CheckpointError(f"{name}: {explain_missing(name, folder, revision, offline)}")
 
 
-def not_here(name: str, folder: Path | None, revision: str | None, offline: bool) -> str:
-    """What is missing on this disk, how large it is, and how to get it."""
+def explain_missing(name: str, folder: Path | None, revision: str | None, offline: bool) -> str:
+    """Say what is missing on this disk, its size, and how to get it."""
     wanted = name if folder is None else missing_tower(folder) or name
     what = f"{wanted} ({ABOUT})" if folder is None else f"its vision tower {wanted} (1.7 GB)"
     if not offline:

@@ -1,7 +1,7 @@
-"""What a conversion writes: a folder in our format, or in llava-hf's.
+"""The output of a conversion: a folder in our format or in llava-hf's.
 
-An `Output` names the tensors with their shapes, and makes each one when it is its turn; beside the
-weights come configs, tokenizer, and our manifest or the index of llava-hf.
+An `Output` lists the tensors, and makes each one when it is written. Configs, the tokenizer and our
+manifest or llava-hf's index are written beside the weights.
 """
 
 import json
@@ -37,9 +37,9 @@ HF_TOKENIZER_FILES = (
 
 @dataclass
 class Output:
-    """What a conversion writes: tensors with a way to make each, and JSON files beside them.
+    """The plan of a conversion: tensors, a function that makes each, and JSON files.
 
-    `weights`: how many the model has, where that is not the number of numbers in its tensors."""
+    weights: the number of the model's weights, if the tensors are codes (None: count)."""
 
     specs: dict[str, Spec]
     read: Callable[[str], Tensor]
@@ -65,9 +65,9 @@ def write_side_files(
     to: str,
     names: Mapping[str, str],
 ) -> None:
-    """Everything but the weights: configs, tokenizer, and the manifest or the index.
+    """Write everything but the weights: configs, tokenizer, and the manifest or the index.
 
-    `names`: what the manifest calls the source and its base, where that is not their path."""
+    names: entries of the manifest for "source" and "base" instead of their paths."""
     for name, content in output.documents.items():
         write_json(folder / name, content)
     if to == "hf":
@@ -87,8 +87,7 @@ def write_side_files(
 
 
 def threshold_document(opened: Source) -> dict[str, dict[str, Any]]:
-    """The source's own thresholds, if it has some, of the blocks that run: the result may have no
-    others."""
+    """thresholds.json for the blocks that run, if the source has a thresholds.json."""
     own = OwnThresholds.of(opened)
     thresholds = own.read()
     if own.file is None or thresholds is None:
@@ -99,7 +98,7 @@ def threshold_document(opened: Source) -> dict[str, dict[str, Any]]:
 
 
 def own_output(opened: Source, dtype: torch.dtype) -> Output:
-    """Our format: our names, config and manifest; only what the model runs."""
+    """Plan a folder in our format, with only the tensors that the model uses."""
     return Output(
         specs={name: (opened.entries[name].shape, dtype) for name in opened.names()},
         read=lambda name: opened.read(name, dtype),
@@ -109,7 +108,7 @@ def own_output(opened: Source, dtype: torch.dtype) -> Output:
 
 
 def hf_output(opened: Source, dtype: torch.dtype) -> Output:
-    """llava-hf format (old names, which every transformers version reads)."""
+    """Plan a folder in llava-hf's format, with the old names, which all its versions read."""
     config, notes = opened.config, []
     if config.projector_depth != 2:
         raise CheckpointError(f"{opened.path}: llava-hf has 2 projector layers, not the source's")
@@ -150,7 +149,7 @@ def hf_output(opened: Source, dtype: torch.dtype) -> Output:
 
 
 def has_whole_tower(opened: Source) -> bool:
-    """True when the source has every block of its tower and the final norm, in matching shapes."""
+    """Whether the source has all blocks of its tower and the final norm, in matching shapes."""
     vision = opened.config.vision
     block = [name for name in opened.entries if name.startswith("vision.blocks.0.")]
     expected = {
@@ -163,14 +162,15 @@ def has_whole_tower(opened: Source) -> bool:
 
 
 def hf_vocab_size(config: LlavaConfig) -> int:
-    """Rows with room for `<image>` and `<pad>` behind the text vocabulary, a multiple of 64."""
+    """The vocabulary with `<image>` and `<pad>` behind the text ids, a multiple of 64."""
     text = config.text
     needed = text.sampled_vocab_size + 2
     return text.vocab_size if text.vocab_size >= needed else -(-needed // 64) * 64
 
 
 def grow_rows(tensor: Tensor, rows: int, text_rows: int) -> Tensor:
-    """Append rows up to `rows`, each the mean of the text rows: never the likeliest next token."""
+    """Append rows up to `rows`. Each is the mean of the text rows, so it is never the likeliest
+    next token."""
     if len(tensor) == rows:
         return tensor
     mean = tensor[:text_rows].mean(dim=0, dtype=torch.float32).to(tensor.dtype)
@@ -180,7 +180,7 @@ def grow_rows(tensor: Tensor, rows: int, text_rows: int) -> Tensor:
 def hf_documents(
     config: LlavaConfig, whole_tower: bool, rows: int, dtype: torch.dtype
 ) -> dict[str, dict[str, Any]]:
-    """The JSON files of a llava-hf folder but those of the tokenizer."""
+    """The JSON files of a llava-hf folder, except the tokenizer's."""
     vision, text = config.vision, config.text
     image_id, precision = text.sampled_vocab_size, str(dtype).removeprefix("torch.")
     ids = {"bos_token_id": text.bos_id, "eos_token_id": text.eos_id, "pad_token_id": image_id + 1}
@@ -226,7 +226,7 @@ def hf_text_config(text: TextConfig, rows: int) -> dict[str, Any]:
 
 
 def hf_vision_config(vision: VisionConfig, blocks: int) -> dict[str, Any]:
-    """The CLIP tower in transformers' words."""
+    """The config of the CLIP tower, with transformers' names."""
     return {
         "model_type": "clip_vision_model",
         "image_size": vision.image_size,
@@ -241,7 +241,7 @@ def hf_vision_config(vision: VisionConfig, blocks: int) -> dict[str, Any]:
 
 
 def hf_processor_documents(config: LlavaConfig) -> dict[str, dict[str, Any]]:
-    """How transformers has to prepare images; `do_pad` exists from transformers 4.49 on."""
+    """How transformers must prepare images. `do_pad` needs transformers 4.49."""
     size, kind = config.vision.image_size, "Llava" if config.pad else "CLIP"
     image_processor = {
         "image_processor_type": f"{kind}ImageProcessor",
@@ -271,7 +271,7 @@ def hf_processor_documents(config: LlavaConfig) -> dict[str, dict[str, Any]]:
 
 
 def write_hf_index(folder: Path, table: Mapping[str, Mapping[str, Any]], size: int) -> None:
-    """model.safetensors.index.json, which llava-hf folders of more than one shard have."""
+    """Write model.safetensors.index.json if there is more than one shard."""
     weight_map = {name: row["file"] for name, row in table.items()}
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}

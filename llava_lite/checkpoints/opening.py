@@ -1,4 +1,7 @@
-"""Open a checkpoint of any layout as a `Source`: folder, projector file, or LoRA adapter."""
+"""Open a checkpoint of any layout as a `Source`: folder, projector file, or LoRA adapter.
+
+The content of a folder decides its layout, never its name.
+"""
 
 import math
 import re
@@ -22,8 +25,6 @@ from llava_lite.config import LlavaConfig
 from llava_lite.errors import CheckpointError
 
 CLIP_REPO = "openai/clip-vit-large-patch14-336"
-
-
 TOWER_INSIDE = "{}: has its own vision tower, the one given is not used"
 
 
@@ -35,11 +36,11 @@ def open_source(
     base: str | Path | None = None,
     vision_tower: str | Path | nn.Module | None = None,
 ) -> Source:
-    """Open a checkpoint of any layout and check it completely, except for the values.
+    """Open a checkpoint of any layout, and check everything but the values of its tensors.
 
-    `base`: the Llama or LLaVA folder below a LoRA adapter or a projector. `vision_tower`: the CLIP
-    folder, file (HF or OpenAI names) or open_clip model for a checkpoint that has no tower inside.
-    Raises CheckpointError naming file and tensor."""
+    base: the Llama or LLaVA folder below a LoRA adapter or a projector. vision_tower: the CLIP
+    folder, file (HF or OpenAI names) or open_clip model for a checkpoint without a tower. Raises
+    CheckpointError that names the file and the tensor."""
     path = Path(path).expanduser()
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint")
@@ -75,12 +76,11 @@ def add_folder(inventory: Inventory, folder: Path) -> dict[str, Any]:
 
 
 def projector_file(folder: Path) -> Path | None:
-    """The projector of a folder (stage-1 training also leaves a directory mm_projector/ in it).
-
-    Raises CheckpointError when several files could be it."""
+    """The projector file of a folder. Raises CheckpointError if there are several."""
     for name in ("mm_projector.safetensors", "mm_projector.bin"):
         if (folder / name).is_file():
             return folder / name
+    # Stage-1 training also leaves a directory mm_projector/.
     found = [file for file in sorted(folder.glob("mm_projector*")) if file.is_file()]
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
@@ -91,7 +91,7 @@ def projector_file(folder: Path) -> Path | None:
 def open_projector(
     path: Path, base: str | Path | None, vision_tower: str | Path | nn.Module | None
 ) -> Source:
-    """A trained projector (a file, or a folder with mm_projector.bin) over a base Llama."""
+    """Open a trained projector (a file, or a folder with mm_projector.bin) over a base Llama."""
     folder = path if path.is_dir() else path.parent
     file = path if path.is_file() else projector_file(path)
     if file is None or not any("mm_projector." in name for name in read_tensors(file)):
@@ -106,7 +106,7 @@ def open_projector(
     if own.is_file() and "hidden_size" in raw:
         raw = {**raw, **read_json(own)}
     config = complete(inventory, raw, folder, vision_tower, base_folder)
-    # A projector alone comes from the captioning stage: it has never seen a chat prompt.
+    # A projector alone comes from the captioning stage, which has no chat prompts.
     config = replace(config, template="plain")
     source = finish(path, inventory, config, (folder, base_folder), layout="projector over a base")
     return replace(source, base=origin(base, None, base_folder))
@@ -115,7 +115,7 @@ def open_projector(
 def open_lora(
     folder: Path, base: str | Path | None, vision_tower: str | Path | nn.Module | None
 ) -> Source:
-    """A LoRA adapter: base, then non_lora_trainables, then W + (alpha / r) B A."""
+    """Open a LoRA adapter: the base, then non_lora_trainables, then W + (alpha / r) B A."""
     adapter = read_json(folder / "adapter_config.json")
     scale = lora_scale(adapter, folder)
     inventory = Inventory()
@@ -138,7 +138,7 @@ def open_lora(
 
 
 def lora_scale(adapter: Mapping[str, Any], folder: Path) -> float:
-    """alpha / r. Raises CheckpointError for variants that W + (alpha / r) B A does not describe."""
+    """alpha / r. Raises CheckpointError for variants other than W + (alpha / r) B A."""
     variants = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
     refused = [name for name in (*variants, "modules_to_save") if adapter.get(name)]
     if adapter.get("bias", "none") != "none":
@@ -152,7 +152,7 @@ def lora_scale(adapter: Mapping[str, Any], folder: Path) -> float:
 
 
 def find_base(base: str | Path | None, named: object, folder: Path) -> Path:
-    """The folder of the base model: the argument, or what the adapter names, if on this disk."""
+    """The folder of the base model: the argument, or the base that the adapter names."""
     wanted = str(base) if base is not None else named
     if not isinstance(wanted, str) or not wanted:
         raise CheckpointError(f"{folder}: needs its base model: give the folder as base (--base)")
@@ -172,14 +172,14 @@ def complete(
     vision_tower: str | Path | nn.Module | None,
     base_folder: Path | None = None,
 ) -> LlavaConfig:
-    """Parse the config, and for a flat (official) one find and add the tower it lacks."""
+    """Parse the config. For an official config, also find and add the missing tower."""
     vision: dict[str, Any] | None = None
     if "hidden_size" in raw and raw.get("format") != "llava_lite":
         vision = add_tower(inventory, raw, folder, vision_tower, base_folder)
         if "mm_projector_type" not in raw:
             layers = [name for name in inventory.entries if re.match(r"projector.*weight", name)]
             if not any(key.startswith("mm_") for key in raw):
-                # Still a plain Llama's config: the key below must not turn its padding off.
+                # A plain Llama's config pads images; the key below would turn padding off.
                 raw = {"image_aspect_ratio": "pad", **raw}
             raw = {**raw, "mm_projector_type": f"mlp{max(len(layers), 1)}x_gelu"}
     elif vision_tower is not None:
@@ -188,7 +188,7 @@ def complete(
 
 
 def parse_config(raw: dict[str, Any], vision: dict[str, Any] | None, folder: Path) -> LlavaConfig:
-    """`config.parse` with every problem turned into a CheckpointError naming the folder."""
+    """`configs.parse`, with a CheckpointError that names the folder for every problem."""
     try:
         config = parse(raw, vision)
         for part in (config.vision, config.text):
@@ -201,7 +201,7 @@ def parse_config(raw: dict[str, Any], vision: dict[str, Any] | None, folder: Pat
 
 
 def check_number(name: str, value: object) -> None:
-    """Raise ValueError for a field that no model can have, before memory is spent on it."""
+    """Raise ValueError for an impossible field, before a model of this size is built."""
     signed = name.endswith("_id") or name == "feature_layer"
     limits = {"num_layers": 1024, "image_size": 1 << 14, "patch_size": 1 << 14}
     lowest, highest = -1024 if signed else 0, limits.get(name, 1 << 24)
@@ -222,7 +222,7 @@ def add_tower(
     vision_tower: str | Path | nn.Module | None,
     base_folder: Path | None,
 ) -> dict[str, Any]:
-    """Add the CLIP tower, unless the checkpoint contains one, and return the tower's config."""
+    """Add the CLIP tower if the checkpoint has none. Returns the tower's config."""
     named = raw.get("mm_vision_tower")
     places = [place for place in (folder, base_folder) if place is not None]
     local = find_near(named, places)
@@ -235,7 +235,7 @@ def add_tower(
     else:
         if vision_tower is not None:
             tower = find_given(str(vision_tower))
-        else:  # a Llama base names none: LLaVA-1.5's
+        else:  # a Llama base names no tower: use LLaVA-1.5's
             tower = local if named else find_near(CLIP_REPO, places)
         if tower is None:
             raise CheckpointError(tower_missing(folder, vision_tower or named))
@@ -250,7 +250,7 @@ def add_tower(
 
 
 def tower_missing(folder: Path, wanted: object) -> str:
-    """What to do when the tower is not at hand."""
+    """The message for a tower that is not on this disk."""
     return (
         f"{folder}: needs the vision tower {str(wanted or CLIP_REPO)!r} (about 1.7 GB), which is "
         f"not on this disk: run `llava-lite download {CLIP_REPO}`, or give its folder as "
@@ -259,7 +259,7 @@ def tower_missing(folder: Path, wanted: object) -> str:
 
 
 def tower_config(place: Path | None) -> dict[str, Any] | None:
-    """The CLIP config in or beside `place`, None when there is none that describes a tower."""
+    """The config of a CLIP tower in or beside `place`, None without one."""
     if place is None:
         return None
     path = (place if place.is_dir() else place.parent) / "config.json"
@@ -269,13 +269,13 @@ def tower_config(place: Path | None) -> dict[str, Any] | None:
 
 
 def tower_from_shapes(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """A CLIP config read off the tensors; heads are 64 channels wide, as in every OpenAI model."""
+    """A CLIP config from the shapes of the tensors. OpenAI's heads always have 64 channels."""
     try:
         width, _, patch, _ = entries["vision.patch_embed.weight"].shape
         rows = entries["vision.pos_embed"].shape[0]
         mlp = entries["vision.blocks.0.mlp.fc1.weight"].shape[0]
     except (KeyError, ValueError, IndexError):
-        return {}  # the default tower; what is missing or misshapen is reported against it
+        return {}  # the default tower; check_entries then reports the problem
     numbers = (re.match(r"vision\.blocks\.(\d+)", name) for name in entries)
     return {
         "hidden_size": width,
@@ -288,8 +288,8 @@ def tower_from_shapes(entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """tokenizer.model before tokenizer.json: the sentencepiece file is the original. Our own format
-    has only tokenizer.json."""
+    """The tokenizer file of a folder: the original tokenizer.model before tokenizer.json. Our own
+    format has only tokenizer.json."""
     config = folder / "config.json"
     is_own = config.is_file() and read_json(config).get("format") == "llava_lite"
     names = ("tokenizer.json",) if is_own else ("tokenizer.model", "tokenizer.json")
@@ -301,34 +301,34 @@ HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def find_local(name: str, near: Path) -> Path | None:
-    """Find what a config names (a path, or a hub id) without any network: relative to the folder
-    `near`, as an absolute path, beside `near`, or in the huggingface_hub cache."""
+    """Find a path or hub id of a config without the network: relative to the folder `near`, as an
+    absolute path, beside `near`, or in the huggingface_hub cache."""
     last = name.rstrip("/").rsplit("/", 1)[-1]
     if not last:
         return None
-    return existing(near / name, near.resolve().parent / last) or find_cached(name)
+    return find_existing(near / name, near.resolve().parent / last) or find_cached(name)
 
 
 def find_given(name: str) -> Path | None:
-    """Find what a user names: exactly this path, or a hub id in the cache."""
+    """Find a path or hub id of a user: exactly this path, or the cache."""
     if not name:
         return None
     try:
         path = Path(name).expanduser()
     except RuntimeError:  # the home of a user that does not exist
         path = Path(name)
-    return existing(path) or find_cached(name)
+    return find_existing(path) or find_cached(name)
 
 
 def find_near(name: object, places: list[Path]) -> Path | None:
-    """`find_local` near the first place that has it. None for what is no name."""
+    """`find_local` near the first place that has it. None if `name` is no string."""
     if not isinstance(name, str):
         return None
     return next((found for place in places if (found := find_local(name, place))), None)
 
 
-def existing(*paths: Path) -> Path | None:
-    """The first path that exists; one that no file system can hold does not."""
+def find_existing(*paths: Path) -> Path | None:
+    """The first path that exists. An invalid path does not exist."""
     for path in paths:
         try:
             if path.exists():
@@ -351,7 +351,7 @@ def find_cached(name: str) -> Path | None:
 
 
 def origin(given: object, named: object, found: Path) -> str:
-    """What a manifest records: the name given, or a hub id that a config names, else the path."""
+    """The name for the manifest: the given name, else the config's hub id, else the path."""
     if given is not None:
         return str(given)
     return named if isinstance(named, str) and HUB_ID.fullmatch(named) else str(found)
@@ -364,7 +364,7 @@ def finish(
     tokenizer_from: tuple[Path, ...],
     layout: str = "",
 ) -> Source:
-    """Check everything against the model and hand out the Source."""
+    """Check all tensors against the model, and make the Source."""
     unused = check_entries(inventory.entries, config, path)
     layout = layout or describe(inventory.stored)
     tokenizers = (find_tokenizer(folder) for folder in tokenizer_from)

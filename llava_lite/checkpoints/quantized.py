@@ -1,13 +1,8 @@
-"""Quantized checkpoints: folders in our own format whose decoder weights are codes and scales.
+"""Quantized checkpoints: folders in our format whose decoder weights are codes and scales.
 
-    open_source(path)         `sources.open_source`, for these folders, too
-    load_source(source, ...)  `checkpoint.load_source`, which quantizes on the way where asked to
-    quantized_output(...)     what `llava-lite convert --quantize` writes
-
-The folder's config.json says {"quantization": {"method": "int4", "group_size": 128}}. In place of
-`decoder.layers.0.attn.q_proj.weight` it holds `...q_proj.weight_int4`, `...q_proj.scales` and
-`...q_proj.zeros`, as `quantize.py` describes them: the same for every machine. Everything else is
-as in other folders.
+config.json says {"quantization": {"method": "int4", "group_size": 128}}. The folder holds
+`...q_proj.weight_int4`, `...q_proj.scales` and `...q_proj.zeros` in place of `...q_proj.weight`, as
+fast/quantize.py describes them. All other tensors are as in other folders.
 """
 
 from collections.abc import Mapping
@@ -34,8 +29,8 @@ from llava_lite.fast.quantize import (
     check_operator,
     check_shapes,
     decoder_linears,
-    method_named,
-    rounded,
+    get_method,
+    round_weight,
 )
 from llava_lite.llava import Llava
 
@@ -47,20 +42,20 @@ KEY = "quantization"
 
 @dataclass
 class QuantizedSource(Source):
-    """A source whose decoder weights are stored as `parts`: our name of the weight -> name of the
-    part -> where it is. `entries` and `read` know these weights as if they were whole."""
+    """A source with quantized decoder weights. parts: our name of the weight -> name of the part ->
+    its entry. `entries` and `read` show these weights as if they were not quantized."""
 
     method: str = ""
     parts: dict[str, dict[str, Entry]] = field(default_factory=dict)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """As `Source.read`; a quantized weight comes as what its codes stand for."""
+        """As `Source.read`; a quantized weight is restored from its codes."""
         if name not in self.parts:
             return super().read(name, dtype)
         return METHODS[self.method].restore(self.read_parts(name)).to(dtype or self.dtype)
 
     def read_parts(self, name: str) -> dict[str, Tensor]:
-        """Codes and scales of a quantized weight, views of the mapped file."""
+        """The codes and scales of a quantized weight, as views of the mapped file."""
         parts = {part: self._stored(entry) for part, entry in self.parts[name].items()}
         if not self.trusted:
             for part, entry in self.parts[name].items():
@@ -73,36 +68,36 @@ def open_source(
     base: str | Path | None = None,
     vision_tower: str | Path | nn.Module | None = None,
 ) -> Source:
-    """Open a checkpoint of any layout, quantized or not; see `sources.open_source`."""
+    """Open a checkpoint of any layout, quantized or not; see `opening.open_source`."""
     folder = Path(path).expanduser()
-    method = stored_method(folder)
+    method = read_method(folder)
     if method is None:
         return opening.open_source(path, base, vision_tower)
     if base is not None:
-        raise CheckpointError(f"{folder}: a whole model needs no base, a quantized one neither")
+        raise CheckpointError(f"{folder}: a quantized model needs no base")
     inventory = Inventory()
     raw = add_folder(inventory, folder)
-    config = complete(inventory, without_key(raw), folder, vision_tower)
+    config = complete(inventory, remove_key(raw), folder, vision_tower)
     parts = fold(inventory, config, METHODS[method], folder)
     source = finish(folder, inventory, config, (folder,), f"llava_lite with {method} decoder")
     source = replace(source, family="llava_lite", trusted=(folder / "manifest.json").is_file())
     return QuantizedSource(**vars(source), method=method, parts=parts)
 
 
-def without_key(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json as the rest of the package knows it."""
+def remove_key(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without the entry on quantization."""
     return {name: value for name, value in raw.items() if name != KEY}
 
 
 def document(method: str) -> dict[str, Any]:
-    """What config.json says of a quantized folder."""
+    """The entry on quantization in config.json."""
     group_size = METHODS[method].group_size
     return {KEY: {"method": method, **({"group_size": group_size} if group_size > 1 else {})}}
 
 
-def stored_method(folder: Path) -> str | None:
-    """The method by which a folder is quantized, None for all other sources. Raises CheckpointError
-    for a method that is not known here."""
+def read_method(folder: Path) -> str | None:
+    """The method of a quantized folder, None for any other source. Raises CheckpointError for an
+    unknown method."""
     if not (folder / "config.json").is_file():
         return None
     raw = read_json(folder / "config.json")
@@ -120,8 +115,8 @@ def stored_method(folder: Path) -> str | None:
 def fold(
     inventory: Inventory, config: LlavaConfig, kind: type[QuantizedLinear], folder: Path
 ) -> dict[str, dict[str, Entry]]:
-    """Take the parts of every quantized weight out of the inventory, which gets one entry for the
-    whole of it instead. Raises CheckpointError for one that is missing or misshapen."""
+    """Replace the parts of every quantized weight in the inventory by one entry for the weight.
+    Returns the parts. Raises CheckpointError if a part is missing or misshapen."""
     folded, entries = {}, inventory.entries
     for module, shape in decoder_linears(meta_model(config)).items():
         parts = {}
@@ -138,7 +133,9 @@ def fold(
                 )
             parts[part] = entry
         if f"{module}.weight" in entries:
-            raise CheckpointError(f"{folder}: {module!r} is stored twice, quantized and not")
+            raise CheckpointError(
+                f"{folder}: {module!r} is stored twice: quantized and not quantized"
+            )
         first, dtype = next(iter(parts.values())), parts["scales"].dtype
         folded[f"{module}.weight"] = parts
         entries[f"{module}.weight"] = Entry(first.file, first.stored, shape, dtype)
@@ -154,17 +151,17 @@ def load_source(
     dtype: str | torch.dtype | None = None,
     method: str | None = None,
 ) -> Llava:
-    """Build the model of a source; with a `method`, or where it is quantized already, the decoder's
-    linear layers as codes and scales. One weight is quantized, or packed, at a time.
+    """Build the model of a source. With a `method`, or from a quantized source, the decoder's
+    linear layers are quantized. One weight is quantized, or packed, at a time.
 
-    Raises ValueError as `quantize`, and CheckpointError for another method than the source's."""
+    Raises ValueError as `quantize`, and CheckpointError if the source has another method."""
     stored = source.method if isinstance(source, QuantizedSource) else None
     if stored and method not in (None, stored):
         raise CheckpointError(f"{source.path}: is {stored} already, it cannot become {method}")
     method = method or stored
     if method is None:
         return checkpoint.load_source(source, device, dtype)
-    kind, device = method_named(method), torch.device(device)
+    kind, device = get_method(method), torch.device(device)
     wanted = parse_dtype(dtype) or source.dtype
     model = meta_model(source.config, QuantizedLlava)
     shapes = decoder_linears(model)
@@ -173,10 +170,10 @@ def load_source(
     names, state = source.names(), {}
     linears = [name for name in names if name.removesuffix(".weight") in shapes]
     for name in linears:
-        parts = parts_of(source, name, kind, device, wanted)
+        parts = make_parts(source, name, kind, device, wanted)
         model.set_submodule(name.removesuffix(".weight"), kind(parts, own=stored is None))
-    # All that was read of a mapped file counts as this process's memory while anything in it is in
-    # use. What stays there, such as the table of words, is mapped anew.
+    # Pages that were read count as this process's memory while the file is mapped. So unmap it, and
+    # map it again for the tensors that stay in it, such as the embeddings.
     source.unmap()
     for name in names:
         if name not in linears:
@@ -185,31 +182,30 @@ def load_source(
     return model.eval().requires_grad_(False)
 
 
-def parts_of(
+def make_parts(
     source: Source,
     name: str,
     kind: type[QuantizedLinear],
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Codes and scales of one weight, as they are stored, or rounded now."""
+    """The codes and scales of one weight: as stored, or quantized now."""
     if isinstance(source, QuantizedSource):
         parts = source.read_parts(name)
         check_cast(name, parts, dtype)
         wide = {part: tensor.is_floating_point() for part, tensor in parts.items()}
         return {part: t.to(device, dtype if wide[part] else t.dtype) for part, t in parts.items()}
-    # In the dtype it is stored in: a cast beforehand would be a second rounding.
+    # Read the stored dtype: a cast would round twice.
     weight = source.read(name, source.entries[name].dtype).to(device)
     try:
-        return rounded(name.removesuffix(".weight"), weight, kind, dtype)
+        return round_weight(name.removesuffix(".weight"), weight, kind, dtype)
     except ValueError as error:
         raise CheckpointError(f"{source.entries[name].file}: {error}") from None
 
 
 def check_cast(name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Raise CheckpointError where `dtype` moves a stored scale or zero by more than a thirty-second
-    of the scale. Rounding between 16-bit dtypes does not; but float16 reaches neither as far up as
-    bfloat16 nor as far down."""
+    """Raise CheckpointError if `dtype` changes a stored scale or zero by more than 1/32 of the
+    scale, as float16 can do, whose range is smaller than bfloat16's."""
     most = parts["scales"].float() / 32
     for part, stored in parts.items():
         moved = (stored.to(dtype).float() - stored.float()).abs()
@@ -224,15 +220,16 @@ def check_cast(name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> No
 
 
 def quantized_output(opened: Source, dtype: torch.dtype, method: str) -> Output:
-    """Our format with quantized decoder weights; `dtype` of everything else, scales included.
+    """Plan a folder in our format with quantized decoder weights; everything else, scales too, is
+    in `dtype`.
 
-    Raises ValueError for a decoder that does not divide into groups, and CheckpointError for a
-    source that is quantized already."""
+    Raises ValueError if the decoder does not divide into groups, and CheckpointError for a
+    quantized source."""
     if isinstance(opened, QuantizedSource):
         raise CheckpointError(
-            f"{opened.path}: is {opened.method} already: quantize what it was made from"
+            f"{opened.path}: is {opened.method} already: quantize its source instead"
         )
-    kind, plain = method_named(method), own_output(opened, dtype)
+    kind, plain = get_method(method), own_output(opened, dtype)
     shapes = decoder_linears(meta_model(opened.config))
     check_shapes(shapes, kind)
     specs: dict[str, Spec] = {}
@@ -240,7 +237,7 @@ def quantized_output(opened: Source, dtype: torch.dtype, method: str) -> Output:
         module = name.removesuffix(".weight")
         parts = kind.specs(spec[0], dtype) if module in shapes else None
         specs |= {f"{module}.{part}": s for part, s in parts.items()} if parts else {name: spec}
-    last: dict[str, dict[str, Tensor]] = {}  # the weight whose parts are being written
+    last: dict[str, dict[str, Tensor]] = {}  # the parts of the weight that is being written
 
     def read(name: str) -> Tensor:
         module, _, part = name.rpartition(".")
@@ -248,7 +245,7 @@ def quantized_output(opened: Source, dtype: torch.dtype, method: str) -> Output:
             return plain.read(name)
         if module not in last:
             last.clear()
-            last[module] = parts_of(opened, f"{module}.weight", kind, torch.device("cpu"), dtype)
+            last[module] = make_parts(opened, f"{module}.weight", kind, torch.device("cpu"), dtype)
         return last[module][part]
 
     config = plain.documents["config.json"] | document(method)

@@ -1,37 +1,36 @@
 """Decode steps of fixed shapes: a GPU replays one as a CUDA graph, and torch can compile it.
 
-A decode step is hundreds of small operators, and on a fast device starting them takes longer than
-running them. A recorded step starts with one call, but runs on the same memory with the same shapes
-each time. So the caches of up to S items lie in S slots of fixed buffers, and what differs from
-step to step is a small table of numbers, written where the recording reads them:
+A decode step is hundreds of small operators. On a fast device, launching them takes longer than
+running them. A recorded step is one launch, but uses the same memory and shapes each time. So the
+caches of up to S items lie in S slots of fixed buffers, and a small table holds what changes:
 
     token        (n,)      the token of each slot
-    position     (n,)      where it stands, for its rotation
-    places       (L, n)    where layer l stores it; pruned layers hold fewer positions (fastv.py)
+    position     (n,)      the position of the token, for RoPE
+    places       (L, n)    the place in the cache of each layer; pruned layers hold fewer positions
 
-The step runs the decoder's own modules. To them the n slots are one item with n rows whose cache
-(`SlotPair`) knows what each row may see. Slots nobody uses compute, too: what they store lands
-behind the positions that count, where the next real token overwrites it.
+The step runs the decoder's own modules. The decoder sees the n slots as one item with n rows, whose
+cache (`SlotPair`) attends within each slot. Unused slots run as well. Their output lands past the
+valid positions and is overwritten by the next real token.
 
-    CompiledModel    a `Model` whose decode steps run like this; all else is as it was
-    StaticDecoder    slots and steps: items join with a copy, leave without a word
-    SlotCache        the cache of an item in a slot, for whoever looks a tuple of pairs
+    CompiledModel    a `Model` with such decode steps
+    StaticDecoder    the slots and the steps
+    SlotCache        an item's cache while it lies in a slot; reads like a tuple of (k, v) pairs
 
-A prompt, or a chat's next turn, runs as ever. The answers are those of the ordinary decoder up to
-rounding: attention over a longer, masked buffer adds in another order.
+Prompts and the next turn of a chat run as usual. Answers equal those of the ordinary decoder up to
+rounding, because attention over a longer, masked buffer adds in another order.
 
-Shapes: n slots that a step covers, of S; L layers, H heads, D head dim, V vocabulary.
+Shapes: n slots of a step, of S; L layers, H heads, D head dim, V vocabulary.
 """
 
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from threading import RLock
-from typing import Any, cast, overload
+from typing import Any, TypeGuard, cast, overload
 from weakref import WeakSet
 
 import torch
@@ -45,23 +44,24 @@ from llava_lite.generation.state import State
 from llava_lite.layout import Layout
 from llava_lite.llava import Llava
 
-BUCKET = 256  # positions: a step reads whole ones, and is recorded anew for each it needs more
-MOST_STEPS = 32  # recorded steps that are kept
-WARM_UPS = 3  # runs before recording, in which libraries set themselves up
+BUCKET = 256  # positions; a step reads whole buckets, and another number of buckets is another step
+MOST_STEPS = 32  # recorded steps to keep
+WARM_UPS = 3  # runs before recording, in which libraries initialize
 WAYS = ("graph", "compile", "eager")
 
 
 class CompileError(LlavaLiteError):
-    """Decode steps cannot be compiled here."""
+    """Decode steps cannot be compiled on this machine."""
 
 
 # ---- the step ------------------------------------------------------------------------------------
 
 
 class SlotPair(LayerCache):
-    """One layer's buffers (k, v), each (n, H, capacity, D), with what a step needs beside them:
-    slots (n,) 0..n-1, where each stores its position, places (n,), and what attention adds to its
-    scores, bias (n, 1, 1, capacity): 0, and -inf where a slot must not look."""
+    """One layer's buffers (k, v) of all slots, each (n, H, capacity, D).
+
+    slots (n,) is 0..n-1; places (n,), where each slot stores its new position; bias
+    (n, 1, 1, capacity), added to attention scores: 0, and -inf at invalid positions."""
 
     slots: Tensor
     places: Tensor
@@ -69,7 +69,7 @@ class SlotPair(LayerCache):
 
     @staticmethod
     def of(pair: tuple[Tensor, Tensor], slots: Tensor, places: Tensor, bias: Tensor) -> "SlotPair":
-        """Put them together."""
+        """Make a SlotPair from its parts."""
         cache = SlotPair(*pair)
         cache.slots, cache.places, cache.bias = slots, places, bias
         return cache
@@ -89,15 +89,15 @@ class SlotPair(LayerCache):
 def decode_step(
     llava: Llava, table: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
 ) -> Tensor:
-    """One token for every slot: table (2 + L, n) of tokens, positions and places; the buffers of
-    each layer (n, H, capacity, D), which are written to. Returns logits (n, V).
+    """Run one token for every slot: table (2 + L, n) of tokens, positions and places. Writes to the
+    buffers of each layer (n, H, capacity, D). Returns logits (n, V).
 
-    Nothing here depends on a value, only on shapes; run twice, it leaves the same."""
+    All control flow depends on shapes, never on values. A second run changes nothing."""
     tokens, position_ids, places = table[0], table[1], table[2:]
     capacity = torch.arange(keys[0].shape[2], device=table.device)
     hidden = capacity > places[..., None]  # (L, n, capacity)
     bias = torch.zeros(hidden.shape, dtype=keys[0].dtype, device=table.device)
-    bias = bias.masked_fill(hidden, float("-inf"))[:, :, None, None]  # once, for all layers
+    bias = bias.masked_fill(hidden, float("-inf"))[:, :, None, None]  # one kernel for all layers
     slots = torch.arange(table.shape[1], device=table.device)
     cache = tuple(
         SlotPair.of(pair, slots, places[layer], bias[layer])
@@ -111,17 +111,17 @@ def decode_step(
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A step for one shape: write to its table (2 + L, n), run it, get logits (n, V), which the
-    next run of any step may overwrite."""
+    """A step for one shape: write its table (2 + L, n), then run it. The next run of any step may
+    overwrite its logits (n, V)."""
 
     table: Tensor
     run: Callable[[], Tensor]
 
 
 def record(run: Callable[[], Tensor], device: torch.device, pool: Any) -> Callable[[], Tensor]:
-    """Capture what `run` launches as a CUDA graph; calling the result replays it.
+    """Record `run` as a CUDA graph. Returns the function that replays it.
 
-    pool: memory shared by graphs that never run at the same time."""
+    pool: memory that graphs share, because they never run at the same time."""
     with torch.cuda.device(device):
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
@@ -130,7 +130,7 @@ def record(run: Callable[[], Tensor], device: torch.device, pool: Any) -> Callab
                 run()
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": what other threads do with the device meanwhile is no error.
+        # "thread_local": other threads may use the device during the recording.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             logits = run()
 
@@ -145,10 +145,10 @@ def record(run: Callable[[], Tensor], device: torch.device, pool: Any) -> Callab
 
 
 class SlotCache(Sequence[tuple[Tensor, Tensor]]):
-    """The KV cache of one item that lies in a slot: for whoever looks inside, a tuple of pairs.
+    """The KV cache of one item in a slot. Reads like a tuple of (k, v) pairs.
 
-    It is copied out of the slot at the first look, or before another item takes the slot. Who only
-    decodes on never looks, so nothing is copied."""
+    The pairs are copied out of the slot when they are read, or before another item takes the slot.
+    Decoding on reads no pair, so it copies nothing."""
 
     def __init__(self, decoder: "StaticDecoder", slot: int, lengths: tuple[int, ...]) -> None:
         self.decoder, self.slot, self.lengths = decoder, slot, lengths
@@ -156,7 +156,7 @@ class SlotCache(Sequence[tuple[Tensor, Tensor]]):
 
     @property
     def pairs(self) -> KVCache:
-        """The plain cache."""
+        """The cache as a tuple of pairs, copied out of the slot."""
         with self.decoder.lock:
             if self.copied is None:
                 self.copied = tuple(LayerCache(k.clone(), v.clone()) for k, v in self.views())
@@ -164,7 +164,7 @@ class SlotCache(Sequence[tuple[Tensor, Tensor]]):
             return self.copied
 
     def views(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each layer (1, H, length, D) as they lie there, good until the slot is reused."""
+        """Keys and values (1, H, length, D) of each layer, valid until the slot is reused."""
         if self.copied is not None:
             yield from self.copied
             return
@@ -185,39 +185,38 @@ class SlotCache(Sequence[tuple[Tensor, Tensor]]):
     def __getitem__(self, layer: int | slice) -> tuple[Tensor, Tensor] | KVCache:
         return self.pairs[layer]
 
-    def __reduce__(self) -> tuple[type, tuple[KVCache]]:  # a copy of it is a plain tuple
+    def __reduce__(self) -> tuple[type, tuple[KVCache]]:  # a copy is a plain tuple
         return tuple, (self.pairs,)
 
 
 class StaticDecoder:
-    """Decodes the tokens of several items in slots, one step for all of them.
+    """Decodes one token of several items in slots, in one step.
 
-    way: "graph" (CUDA only) replays recorded steps, "compile" runs them through `torch.compile`,
-    "eager" as they are. One call runs at a time, others wait. As many slots as the largest batch
-    needed, in powers of two, of as many positions as the longest item needed, or up to twice that.
-    All layers have as many, also where FastV leaves some short; the memory is kept between calls.
+    way: "graph" (CUDA only) replays recorded steps, "compile" uses `torch.compile`, "eager" runs
+    the steps as they are. One call runs at a time, others wait.
 
-    The model's weights may be written to at any time; that they were replaced, or moved, shows when
-    an item joins."""
+    The number of slots is the largest batch so far, as a power of two. The number of positions is
+    the longest item so far, or up to twice that, in every layer. The memory is kept between calls.
+    Replaced or moved weights are noticed when an item joins."""
 
     def __init__(self, llava: Llava, way: str) -> None:
         self.llava, self.way = llava, way
         self.lock = RLock()
-        self.keys: list[Tensor] = []  # of each layer (S, H, capacity, D)
+        self.keys: list[Tensor] = []  # per layer (S, H, capacity, D)
         self.values: list[Tensor] = []
-        self.handed: list[WeakSet[SlotCache]] = []  # the caches that lie in each slot
-        self.used: list[int] = []  # when each slot ran last
+        self.handed: list[WeakSet[SlotCache]] = []  # the caches in each slot
+        self.used: list[int] = []  # the time of each slot's last step
         self.time = 0
         self.steps: dict[tuple[int, int], Step] = {}
         self.weights = 0
-        self.pool: Any = None  # memory that all recorded steps share
+        self.pool: Any = None  # memory of all recorded steps
         self.step_function: Callable[..., Tensor] = (
             torch.compile(decode_step) if way == "compile" else decode_step
         )
 
     @torch.inference_mode()
     def advance(self, states: Sequence[State]) -> tuple[Tensor, list[State]]:
-        """`Model.advance` for states that each have one pending token and a cache."""
+        """As `Model.advance`, for states with a cache and one pending token."""
         with self.lock:
             caches = self.place(states)
             placed = dict(zip((cache.slot for cache in caches), states, strict=True))
@@ -227,14 +226,17 @@ class StaticDecoder:
                 grown = SlotCache(self, cache.slot, tuple(n + 1 for n in cache.lengths))
                 self.handed[cache.slot].add(grown)
                 self.used[cache.slot] = self.time
-                # To all others it is what it shows.
-                plain = cast(KVCache, grown)
-                advanced.append(State(plain, state.next_position + 1, reduction=state.reduction))
-            # Copied, for the next step overwrites them; by slices, for a list would be waited for.
+                # A SlotCache reads like a KVCache.
+                cache_like = cast(KVCache, grown)
+                advanced.append(
+                    State(cache_like, state.next_position + 1, reduction=state.reduction)
+                )
+            # The next step overwrites the logits, so copy them. An index list would wait for the
+            # device, slices do not.
             return torch.stack([logits[cache.slot] for cache in caches]), advanced
 
     def run(self, placed: dict[int, State], lengths: dict[int, tuple[int, ...]]) -> Tensor:
-        """One step for the states in their slots, whose caches have these lengths: (n, V)."""
+        """Run one step, given the state and the cache lengths in each used slot: logits (n, V)."""
         self.time += 1
         num_slots = power_of_two(max(placed) + 1)
         nothing = (0,) * len(self.keys)
@@ -243,7 +245,7 @@ class StaticDecoder:
             if slot in placed:
                 state = placed[slot]
                 columns.append((state.pending_ids[0], state.next_position, *lengths[slot]))
-            else:  # behind what somebody may still want
+            else:  # unused: write past every cache that still lies in the slot
                 wanted = (cache.lengths for cache in self.handed[slot])
                 columns.append((0, 0, *max(wanted, default=nothing)))
         longest = max(max(column[2:]) for column in columns)
@@ -257,7 +259,7 @@ class StaticDecoder:
         return self.call(step)
 
     def call(self, step: Step) -> Tensor:
-        """Run it. Raises CompileError where it cannot be compiled."""
+        """Run a step. Raises CompileError if torch cannot compile it."""
         if self.way != "compile":
             return step.run()
         try:
@@ -267,7 +269,7 @@ class StaticDecoder:
             raise CompileError(message) from error
 
     def make_step(self, table: Tensor, capacity: int) -> Step:
-        """The step for so many slots and positions, with this as its first table."""
+        """Make the step for the slots of `table` and for `capacity` positions."""
         num_slots = table.shape[1]
         if len(self.steps) >= MOST_STEPS:
             del self.steps[next(iter(self.steps))]
@@ -285,79 +287,83 @@ class StaticDecoder:
     # ---- joining ----
 
     def place(self, states: Sequence[State]) -> list[SlotCache]:
-        """A slot for every state: the one where its cache lies, or one that it is copied to."""
-        caches = [state.past_key_values for state in states]
-        if not all(isinstance(cache, SlotCache) and self.owns(cache) for cache in caches):
+        """Give every state a slot: the slot of its cache, or another one with a copy of it."""
+        caches = [cast(KVCache, state.past_key_values) for state in states]
+        if not all(self.owns(cache) for cache in caches):
             self.check_weights()
         taken: set[int] = set()
-        found: list[SlotCache | None] = []
+        placed: list[SlotCache | None] = []
         for cache in caches:
-            stays = isinstance(cache, SlotCache) and self.owns(cache) and cache.slot not in taken
-            found.append(cast(SlotCache, cache) if stays else None)
-            taken |= {cast(SlotCache, cache).slot} if stays else set()
-        lengths = [lengths_of(cache) for cache in caches]
+            # Two states may continue one cache: only the first stays in the slot.
+            if self.owns(cache) and cache.slot not in taken:
+                taken.add(cache.slot)
+                placed.append(cache)
+            else:
+                placed.append(None)
+        lengths = [count_positions(cache) for cache in caches]
         resting = [cache.lengths for handed in self.handed for cache in handed]
         self.reserve(len(states), max(map(max, lengths + resting)) + 1)
-        placed = []
-        for old, cache, length in zip(found, caches, lengths, strict=True):
-            if old is None:
-                assert cache is not None
-                old = self.join(cache, length, taken)
-                taken.add(old.slot)
-            placed.append(old)
-        return placed
+        return [
+            self.join(cache, length, taken) if stays is None else stays
+            for stays, cache, length in zip(placed, caches, lengths, strict=True)
+        ]
 
-    def owns(self, cache: SlotCache) -> bool:
-        """Whether the cache may grow where it lies: it does lie here, and nobody else has a longer
-        one there, which would be overwritten."""
-        if cache.decoder is not self or cache.copied is not None:
+    def owns(self, cache: KVCache | SlotCache) -> TypeGuard[SlotCache]:
+        """Whether the cache lies in a slot here and may grow: no longer cache shares the slot."""
+        if not isinstance(cache, SlotCache) or cache.decoder is not self:
+            return False
+        if cache.copied is not None:
             return False
         return all(other.lengths <= cache.lengths for other in self.handed[cache.slot])
 
-    def join(self, cache: KVCache, lengths: tuple[int, ...], taken: Set[int]) -> SlotCache:
-        """Copy a cache into a slot: the first that nobody wants, else that which has rested
-        longest, after copying out what lies there."""
+    def join(self, cache: KVCache, lengths: tuple[int, ...], taken: set[int]) -> SlotCache:
+        """Copy a cache into a slot outside of `taken`, and add the slot to `taken`. The slot is the
+        first without a cache, else the one that has rested longest, whose caches are copied out."""
         free = [slot for slot in range(len(self.handed)) if slot not in taken]
         slot = min(free, key=lambda slot: (self.used[slot] if self.handed[slot] else 0, slot))
+        taken.add(slot)
         for other in list(self.handed[slot]):
-            _ = other.pairs
+            _ = other.pairs  # reading copies out of the slot
         pairs = cache.views() if isinstance(cache, SlotCache) else iter(cache)
         for keys, values, (k, v), length in zip(
             self.keys, self.values, pairs, lengths, strict=True
         ):
             for buffer, content in ((keys[slot], k[0]), (values[slot], v[0])):
                 buffer[:, :length] = content
-                # Of no weight in any sum, but 0 * inf would be: nothing of the last item may stay.
+                # Masked positions have weight 0, but 0 * inf is NaN: clear the last item's values.
                 buffer[:, length:] = 0
         return SlotCache(self, slot, lengths)
 
     def reserve(self, num_slots: int, num_positions: int) -> None:
-        """Room for so many slots, and positions in each."""
+        """Make space for `num_slots` slots with `num_positions` positions each."""
         num_slots = max(power_of_two(num_slots), len(self.handed))
         capacity = min((buffer.shape[2] for buffer in chain(self.keys, self.values)), default=0)
         if num_positions > capacity:
             capacity = max(buckets(num_positions), 2 * capacity)
         elif num_slots == len(self.handed):
             return
-        self.forget_steps()  # they read the old buffers
+        self.forget_steps()  # they use the old buffers
         text, llava = self.llava.config.text, self.llava
         if not self.keys:
             nothing = torch.zeros(0, text.num_heads, 0, text.head_dim)
             nothing = nothing.to(llava.device, llava.dtype)
             self.keys, self.values = ([nothing] * text.num_layers for _ in range(2))
-        for buffers in (self.keys, self.values):  # one by one, for memory's sake
+        for buffers in (
+            self.keys,
+            self.values,
+        ):  # one by one: only one old buffer is kept meanwhile
             for layer, buffer in enumerate(buffers):
-                buffers[layer] = resized(buffer, num_slots, capacity)
+                buffers[layer] = resize_buffer(buffer, num_slots, capacity)
         self.used += [0] * (num_slots - len(self.used))
         self.handed += [WeakSet() for _ in range(num_slots - len(self.handed))]
 
     def forget_steps(self) -> None:
-        """All shapes will be recorded anew."""
+        """Forget all recorded steps."""
         self.steps.clear()
-        self.pool = None  # a pool that no graph holds must not be used again
+        self.pool = None  # a pool without a graph must not be used again
 
     def check_weights(self) -> None:
-        """Forget what was recorded with weights, or for a device, that the model no longer has."""
+        """Forget the steps if the model's weights were replaced, and the slots if it has moved."""
         decoder = self.llava.decoder
         tensors = chain(decoder.parameters(), decoder.buffers())
         weights = hash(tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors))
@@ -372,17 +378,18 @@ class StaticDecoder:
             self.keys, self.values, self.handed, self.used = [], [], [], []
 
 
-def lengths_of(cache: KVCache | None) -> tuple[int, ...]:
-    """Positions in each layer."""
+def count_positions(cache: KVCache | None) -> tuple[int, ...]:
+    """The number of positions in each layer."""
     if isinstance(cache, SlotCache):
         return cache.lengths
     return tuple(k.shape[2] for k, _ in cache or ())
 
 
-def resized(buffer: Tensor, num_slots: int, capacity: int) -> Tensor:
-    """What buffer (S, H, length, D) and zeros (num_slots, H, capacity, D) both have room for, in
-    these zeros. Where memory ran out halfway before, a layer may be larger than what is asked for:
-    that much of it was never used."""
+def resize_buffer(buffer: Tensor, num_slots: int, capacity: int) -> Tensor:
+    """Copy buffer (S, H, length, D) to zeros (num_slots, H, capacity, D), as far as both reach.
+
+    A buffer may be the larger one, if memory ran out halfway through an earlier `reserve`. The rest
+    of it was never used."""
     new = buffer.new_zeros(num_slots, buffer.shape[1], capacity, buffer.shape[3])
     slots, length = min(num_slots, buffer.shape[0]), min(capacity, buffer.shape[2])
     new[:slots, :, :length] = buffer[:slots, :, :length]
@@ -390,12 +397,12 @@ def resized(buffer: Tensor, num_slots: int, capacity: int) -> Tensor:
 
 
 def power_of_two(count: int) -> int:
-    """The smallest that is not less."""
+    """The smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()
 
 
 def buckets(num_positions: int) -> int:
-    """Positions in the buckets that so many fill."""
+    """`num_positions`, rounded up to whole buckets."""
     return -(-num_positions // BUCKET) * BUCKET
 
 
@@ -403,10 +410,10 @@ def buckets(num_positions: int) -> int:
 
 
 class CompiledModel(Model):
-    """The same model, its decode steps in fixed shapes.
+    """A model with decode steps of fixed shapes.
 
-    way: as of `StaticDecoder`; None: "graph" on CUDA, "compile" elsewhere. Recording or compiling
-    happens when a shape is first needed. Raises CompileError without what that takes."""
+    way: see `StaticDecoder`; None means "graph" on CUDA, else "compile". A step is recorded or
+    compiled when its shape is first needed. Raises CompileError if this machine cannot do it."""
 
     def __init__(self, model: Model, way: str | None = None) -> None:
         super().__init__(
@@ -417,32 +424,28 @@ class CompiledModel(Model):
     def advance(
         self, states: Sequence[State], all_logits: bool = False
     ) -> tuple[Tensor, list[State]]:
-        """Tokens through the slots, prompts as ever; both may come in one call."""
-        is_token = [not all_logits and has_one_token(state) for state in states]
-        if not any(is_token):
+        """As `Model.advance`: single tokens run in slots, prompts run as usual."""
+        tokens = [] if all_logits else [i for i, s in enumerate(states) if has_one_token(s)]
+        if not tokens:
             return super().advance(states, all_logits)
-        tokens = [state for state, single in zip(states, is_token, strict=True) if single]
-        prompts = [state for state, single in zip(states, is_token, strict=True) if not single]
-        logits, advanced = self.static.advance(tokens)
+        prompts = [i for i in range(len(states)) if i not in tokens]
+        logits, advanced = self.static.advance([states[i] for i in tokens])
         if not prompts:
             return logits, advanced
-        more_logits, more = super().advance(prompts)
-        done = {
-            True: zip(logits, advanced, strict=True),
-            False: zip(more_logits, more, strict=True),
-        }
-        ordered = [next(done[single]) for single in is_token]
-        return torch.stack([row for row, _ in ordered]), [state for _, state in ordered]
+        more_logits, more = super().advance([states[i] for i in prompts])
+        rows = [*zip(logits, advanced, strict=True), *zip(more_logits, more, strict=True)]
+        order = sorted(range(len(states)), key=[*tokens, *prompts].__getitem__)
+        return torch.stack([rows[i][0] for i in order]), [rows[i][1] for i in order]
 
 
 def has_one_token(state: State) -> bool:
-    """Whether one token is all that is pending, after something."""
+    """Whether the state has a cache, and exactly one token is pending."""
     return len(state.pending_ids) == 1 and not state.images and state.past_key_values is not None
 
 
 def check_way(way: str | None, device: torch.device) -> str:
-    """The way for a device, as `CompiledModel` says. Raises CompileError where it needs what is not
-    here, ValueError for one that does not exist."""
+    """The way for a device (None: the default). Raises CompileError if this machine cannot do it,
+    and ValueError for an unknown way."""
     way = way or ("graph" if device.type == "cuda" else "compile")
     if way not in WAYS:
         raise ValueError(f"way {way!r} is not one of {', '.join(WAYS)}")
@@ -453,7 +456,7 @@ def check_way(way: str | None, device: torch.device) -> str:
         compiler = os.environ.get("CXX", usual)
         if shutil.which(compiler) is None:
             raise CompileError(
-                f"compiling on the CPU needs a C++ compiler, and {compiler} is not here: install "
+                f"compiling on the CPU needs a C++ compiler, but {compiler} is missing: install "
                 "one, or name it in $CXX"
             )
     return way

@@ -9,6 +9,8 @@ import torch
 
 
 def pick_device(device: str | torch.device) -> torch.device:
+    """The device of a name; "auto" is the first available of cuda, mps, cpu. Raises ValueError for
+    an unknown name, and for a device that this machine does not have."""
     counts = {
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "mps": int(torch.backends.mps.is_available()),
@@ -31,6 +33,7 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def pick_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to run in: the stored one, but bfloat16 for float16 on a CPU, which is faster."""
     return torch.bfloat16 if stored == torch.float16 and device.type == "cpu" else stored
 
 
@@ -38,7 +41,7 @@ PROC = Path("/proc")
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:
-    """What figures were taken on."""
+    """The facts of this machine that a measurement depends on."""
     name = platform.processor() or platform.machine()
     cpuinfo = PROC / "cpuinfo"
     if cpuinfo.exists():
@@ -52,7 +55,7 @@ def machine(device: str, threads: int) -> dict[str, Any]:
 
 
 def synchronize(device: str) -> None:
-    """Wait for what a GPU still has queued."""
+    """Wait until the GPU has finished its queue."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     elif device.startswith("mps"):

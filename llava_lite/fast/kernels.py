@@ -1,13 +1,12 @@
-"""The kernels that multiply one row, or a few: measured on this machine, not guessed.
+"""Choose the fastest kernel for few rows, by trying each on this machine.
 
-While an answer grows, every token passes every weight once, as a single row, a batch of answers as
-a few: what counts is how fast a kernel reads memory. On a CPU torch has several that give the same
-product in bfloat16, and which of them is at the limit of the memory and which at two thirds of it
-differs from machine to machine. So each tries the weights of each shape when a model is loaded, and
-the fastest stays.
+A decode step multiplies every weight by one row, or by a few rows in a batch. Its time is the time
+to read the weights. On a CPU, torch has several kernels for this product in bfloat16. Some reach
+the limit of the memory and some do not, depending on the machine. So each kernel is timed on the
+weights of each shape when a model is loaded.
 
-For many rows there is nothing to choose: oneDNN's product, which `F.linear` is, wins. Fewer and
-larger products, as of q, k and v in one, read memory only two percent faster."""
+For many rows, oneDNN's product (`F.linear`) is the fastest.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,39 +18,39 @@ from torch.nn import functional as F
 
 Kernel = Callable[[Tensor, Tensor], Tensor]  # weight (out, in), x (rows, in) -> (rows, out)
 
-FEW_ROWS = 32  # so many at most
-TRIED_ROWS = 8  # stand for all few: their products take as long as it takes to read the weights
-READ_BYTES = 2**28  # of every shape, at most: several weights, so that no cache holds them
-# Smaller weights are bound by other things. That their kernel is always the same also makes answers
-# of small models the same everywhere, to the bit.
+FEW_ROWS = 32  # at most
+TRIED_ROWS = 8  # timed for all few rows, because reading the weights takes the time
+READ_BYTES = 2**28  # weights to read for a timing: more than a cache holds
+# Below this size memory bandwidth is not the bottleneck. Always using `F.linear` there also keeps
+# small models bit-identical across machines.
 MIN_BYTES = 2**22
-WORTH_IT = 0.97  # of the time of F.linear
+WORTH_IT = 0.97  # the largest part of F.linear's time for another kernel to be chosen
 
 
 def linear(weight: Tensor, x: Tensor) -> Tensor:
-    """What an nn.Linear does."""
+    """The product of nn.Linear."""
     return F.linear(x, weight)
 
 
 def matrix_vector(weight: Tensor, x: Tensor) -> Tensor:
-    """BLAS's product of a matrix and a vector; of one row."""
+    """BLAS's product of a matrix and a vector, for one row."""
     return torch.mv(weight, x[0])[None]
 
 
 def weight_first(weight: Tensor, x: Tensor) -> Tensor:
-    """The transposed product: oneDNN then reads the weights as the operand that it streams."""
+    """The transposed product, for which oneDNN streams the weights."""
     return (weight @ x.T).T.contiguous()
 
 
-# No kernel here may change settings of the process: torch's switch for oneDNN is one, and threads
-# that answer side by side would leave it off.
+# No kernel may change a setting of the process, such as torch's switch for oneDNN: other threads
+# answer at the same time.
 ONE_ROW: tuple[Kernel, ...] = (matrix_vector,)
 FEW: tuple[Kernel, ...] = (weight_first,)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The fastest kernels for one row and for a few; None where that is `F.linear`."""
+    """The fastest kernels for one row and for a few rows (None: `F.linear`)."""
 
     one: Kernel | None
     few: Kernel | None
@@ -60,22 +59,22 @@ class Choice:
         return self.one is not None or self.few is not None
 
     def kernel(self, rows: int) -> Kernel | None:
-        """That for so many rows."""
+        """The kernel for this number of rows."""
         return self.one if rows == 1 else self.few if 1 < rows <= FEW_ROWS else None
 
 
 class ChosenLinear(nn.Linear):
-    """An nn.Linear, its weights included, with kernels of its own for inputs of few rows."""
+    """An nn.Linear with other kernels for few rows. Shares the weights of `plain`."""
 
     def __init__(self, plain: nn.Linear, choice: Choice) -> None:
-        nn.Module.__init__(self)  # what nn.Linear would allocate is there
+        nn.Module.__init__(self)  # nn.Linear would allocate weights
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.weight, self.bias = plain.weight, plain.bias
         self.choice = choice
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != (self.in_features,) or x.dtype != torch.bfloat16:
-            return super().forward(x)  # which says what is wrong with x
+            return super().forward(x)  # raises the usual error
         kernel = self.choice.kernel(x.numel() // self.in_features)
         if kernel is None:
             return super().forward(x)
@@ -84,9 +83,8 @@ class ChosenLinear(nn.Linear):
 
 
 def choose_kernels(module: nn.Module) -> dict[tuple[int, int], Choice]:
-    """Give the linears in `module` the fastest kernels: what was found for each shape (out, in)
-    where that is not `F.linear`. Nothing changes but on a CPU in bfloat16, and no layer with hooks.
-    """
+    """Give the linear layers in `module` their fastest kernels. Changes only layers on a CPU in
+    bfloat16 without hooks. Returns the choice for each shape (out, in), except `F.linear`."""
     groups: dict[tuple[int, int], list[nn.Linear]] = {}
     for part in module.modules():
         if isinstance(part, nn.Linear) and is_eligible(part):
@@ -105,7 +103,7 @@ def choose_kernels(module: nn.Module) -> dict[tuple[int, int], Choice]:
 
 
 def is_eligible(layer: nn.Linear) -> bool:
-    """Whether there is something to choose, and nothing of the layer would be lost."""
+    """Whether the layer has several kernels, and can be replaced without losing its hooks."""
     hooks = (value for name, value in vars(layer).items() if name.endswith("_hooks"))
     return (
         type(layer) is nn.Linear
@@ -118,13 +116,13 @@ def is_eligible(layer: nn.Linear) -> bool:
 
 @torch.inference_mode()
 def fastest(linears: Sequence[nn.Linear], kernels: Sequence[Kernel], rows: int) -> Kernel | None:
-    """Which of `kernels` multiplies these weights, of one shape, fastest with so many rows; None
-    where that is `F.linear`."""
+    """The fastest of `kernels` for weights of one shape and this number of rows; None if that is
+    `F.linear`."""
     weights = [part.weight for part in linears]
     weights = weights[: max(1, READ_BYTES // weights[0].nbytes)]
     x = torch.ones(rows, weights[0].shape[1], dtype=weights[0].dtype)
     seconds = dict.fromkeys((linear, *kernels), float("inf"))
-    for warm in (False, True, True):  # the first round brings the pages in
+    for warm in (False, True, True):  # the first round loads the pages
         for kernel in seconds:
             start = perf_counter()
             for weight in weights:

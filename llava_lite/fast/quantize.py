@@ -1,26 +1,23 @@
-"""The decoder's weights in 8 or 4 bits: a half or a good quarter of the memory, which is what every
-decoded token waits for. Tower, projector, embeddings and norms stay as they are.
+"""The decoder's linear layers in 8 or 4 bits; all other parts of the model stay as they are.
 
-    int8    w = code * scale               code -127..127, a scale for each row of a weight
-    int4    w = (code - 8) * scale + zero  code 0..15, scale and zero for each 128 weights of a row
+    int8    w = code * scale               code -127..127, one scale per row of a weight
+    int4    w = (code - 8) * scale + zero  code 0..15, scale and zero per 128 weights of a row
 
-Scales are in the dtype that a model is quantized in; loading its folder in another 16-bit dtype
-rounds them once more.
+    quantize(model, "int4")                  replaces the layers, one after the other
+    llava_lite.load(path, quantize="int4")   the same while loading (checkpoints/quantized.py)
 
-    quantize(model, "int4")                replaces the decoder's linear layers, one after the other
-    llava_lite.load(path, quantize="int4") the same while loading (quantized_checkpoint.py)
+For few rows, torch's packed operators multiply by the codes. For many rows, such as a prompt's, a
+block of the weights is written out, multiplied and dropped, then the next block: there is never a
+second copy of the weights.
 
-For few rows, torch's packed operators multiply by the codes as they are. For many rows, a prompt's,
-a block of the weights is written out, multiplied as usual and dropped, then the next: there is no
-second copy of the weights at any time.
-
-How codes are stored in files and handed around, the same on every machine:
+Stored codes are the same on every machine:
 
     weight_int8 (N, K) int8       scales (N,)
-    weight_int4 (N, K/2) uint8    scales, zeros (N, K/128); byte j of a row holds the codes of its
+    weight_int4 (N, K/2) uint8    scales, zeros (N, K/128); byte j of a row holds the codes of
                                   columns 2j (upper half of the byte) and 2j + 1
 
-Shapes: R rows, K in_features, N out_features of a linear layer, M <= N rows of a block of it.
+Scales have the dtype of the model. Shapes: R rows, K in_features, N out_features of a linear layer,
+M <= N rows of a block of the weight.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -39,17 +36,17 @@ if TYPE_CHECKING:
     from llava_lite.generation.model import Model
 
 GROUP_SIZE = 128  # weights of a row that share scale and zero in int4
-ROW_MULTIPLE = 64  # int4 weights are padded to it: torch packs rows in an order of its own
-# Weights that are rounded or packed at once, 4 bytes each meanwhile. It bounds memory twice: pieces
-# larger than most packed weights would, when freed, leave the allocator's heap full of holes.
+ROW_MULTIPLE = 64  # torch packs rows of int4 weights in groups of 64, so they are padded
+# Weights that are rounded or packed at once, with 4 bytes each. Larger pieces would also leave
+# holes in the allocator's heap when they are freed.
 PIECE_WEIGHTS = 1 << 20
-# Weights written out at once for many rows. On the CPU 1,000 columns at a time is where a product
-# is as fast as of all of them; elsewhere every block costs a dozen kernel launches.
+# Weights written out at once for many rows. On a CPU about 1,000 columns are as fast as all of
+# them; on a GPU every block costs a dozen kernel launches.
 BLOCK_WEIGHTS = {"cpu": 1 << 22, "cuda": 1 << 27}
-# The packed operators are private to torch: what they compute is compared with what it should be.
+# The packed operators are private to torch, so their results are checked before use.
 TOLERANCE = 0.03
 
-# Named tensors of one weight, as above.
+# The named tensors of one weight, as above.
 Parts = Mapping[str, Tensor]
 Spec = tuple[tuple[int, ...], torch.dtype]
 
@@ -58,42 +55,42 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 
 
 class QuantizedLinear(nn.Module):
-    """x @ w.T with quantized w, no bias. A subclass per method; its weights take no gradient.
+    """x @ w.T with a quantized w, without a bias and without gradients. One subclass per method.
 
-    `codes_rows`: up to so many rows the packed operator is used, with more the weights are written
-    out. It is about where both take equally long (4096 x 4096, bfloat16, one core of a Xeon with
-    AMX, torch 2.13); any other choice changes results by rounding only."""
+    codes_rows: the most rows for the packed operator, about where both ways take the same time.
+    Another value changes results by rounding only. repacks: codes are held in another order than
+    they are stored in."""
 
     method: ClassVar[str]
     codes_rows: ClassVar[int]
     group_size: ClassVar[int] = 1
     codes_per_byte: ClassVar[int] = 1
-    repacks: ClassVar[bool] = False  # whether stored codes are held in another order
+    repacks: ClassVar[bool] = False
 
     def __init__(self, parts: Parts, own: bool = False) -> None:
-        """own: the memory of the parts belongs to this layer, it may be written to."""
+        """own: the layer may write to the memory of the parts."""
         super().__init__()
         rows, width = parts[f"weight_{self.method}"].shape
         self.out_features, self.in_features = rows, width * self.codes_per_byte
 
     @property
     def block_rows(self) -> int:
-        """M, the rows of the weight that are written out at once."""
-        return rows_of(BLOCK_WEIGHTS[next(self.buffers()).device.type], self.in_features)
+        """M, the rows of the weight to write out at once."""
+        return count_rows(BLOCK_WEIGHTS[next(self.buffers()).device.type], self.in_features)
 
     @staticmethod
     def round(weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """weight (N, K) -> its parts, scales in `dtype`."""
+        """Quantize weight (N, K) to parts with scales in `dtype`."""
         raise NotImplementedError
 
     @staticmethod
     def restore(parts: Parts) -> Tensor:
-        """The weight (N, K) that parts stand for, float32."""
+        """Restore the weight (N, K) from its parts, in float32."""
         raise NotImplementedError
 
     @staticmethod
     def specs(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
-        """Shapes and dtypes of the parts of a weight of this shape, the one of codes first."""
+        """Shape and dtype of each part of a weight of this shape, the codes first."""
         raise NotImplementedError
 
     def matmul_codes(self, rows: Tensor) -> Tensor:
@@ -101,17 +98,17 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def matmul_blocks(self, rows: Tensor) -> Tensor:
-        """(R, K) -> (R, N), by weights that are written out block by block."""
+        """(R, K) -> (R, N), by writing out the weight block by block."""
         return torch.cat([rows @ block for block in self.weight_blocks()], dim=1)
 
     def weight_blocks(self) -> Iterator[Tensor]:
-        """The weight written out in the dtype of its scales, transposed: (K, M) each."""
+        """The blocks of the weight in the dtype of the scales, transposed: (K, M) each."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) in the dtype of the scales -> (..., N)."""
         rows = x.reshape(-1, self.in_features).contiguous()
-        few = 0 < len(rows) <= self.codes_rows  # the packed operators do not take no rows
+        few = 0 < len(rows) <= self.codes_rows  # the packed operators refuse 0 rows
         y = self.matmul_codes(rows) if few else self.matmul_blocks(rows)
         return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
 
@@ -119,7 +116,7 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.method}"
 
     def check_apply(self, fn: Callable) -> None:
-        """Raise ValueError where a `.to()` leads that has no such operator."""
+        """Raise ValueError if `fn`, a `.to()`, leads to a dtype without a packed operator."""
         before = next(part for part in self.buffers() if part.is_floating_point())
         after = fn(before)
         if after.dtype != before.dtype:
@@ -130,7 +127,7 @@ class QuantizedLinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, *_: object) -> None:
-        # What is held here is in this machine's order, and a model of these names does not exist.
+        # The codes are in this machine's order, which no loader could read elsewhere.
         raise ValueError(
             f"an {self.method} model cannot be saved: `llava-lite convert --quantize` (or "
             "convert.convert) writes one"
@@ -140,8 +137,8 @@ class QuantizedLinear(nn.Module):
 class Int8Linear(QuantizedLinear):
     """w = code * scale, symmetric: scale = max |w| / 127 of a row, code = round(w / scale).
 
-    No weight is off by more than half a scale. The codes need no packing: on the CPU those of a
-    converted folder stay in the mapped file."""
+    The error of a weight is at most half a scale. The codes need no packing: on a CPU, the codes of
+    a converted folder stay in the mapped file."""
 
     method = "int8"
     codes_rows = 16
@@ -160,8 +157,8 @@ class Int8Linear(QuantizedLinear):
         scales = torch.empty(len(weight), dtype=dtype, device=weight.device)
         for rows in pieces(*weight.shape):
             block = weight[rows].float()
-            scales[rows] = stored_scales(block.abs().amax(1) / 127, dtype)
-            # By the scale as it is stored: its rounding must not add to that of the codes.
+            scales[rows] = cast_scales(block.abs().amax(1) / 127, dtype)
+            # Divide by the stored scale, so its rounding does not add to the rounding of the codes.
             codes[rows] = (block / scales[rows, None].float()).round().clamp(-127, 127)
         return {"weight_int8": codes, "scales": scales}
 
@@ -182,13 +179,13 @@ class Int8Linear(QuantizedLinear):
 
     def matmul_blocks(self, rows: Tensor) -> Tensor:
         """(R, K) -> (R, N)."""
-        if rows.dtype == torch.float16:  # whose range is too small for sums without the scales
+        if rows.dtype == torch.float16:  # sums without the scales overflow
             return super().matmul_blocks(rows)
         blocks = self.weight_int8.split(self.block_rows)
-        # One buffer for all blocks: fresh memory costs more than the conversion.
+        # One buffer for all blocks: new memory costs more time than the conversion.
         buffer = torch.empty_like(blocks[0], dtype=rows.dtype)
         y = torch.cat([rows @ buffer[: len(codes)].copy_(codes).T for codes in blocks], dim=1)
-        return y.mul_(self.scales)  # of the few results, instead of all weights
+        return y.mul_(self.scales)  # scale the few results instead of all weights
 
     def weight_blocks(self) -> Iterator[Tensor]:
         """(K, M) each."""
@@ -200,11 +197,9 @@ class Int8Linear(QuantizedLinear):
 class Int4Linear(QuantizedLinear):
     """w = (code - 8) * scale + zero, asymmetric, in groups of 128 weights of a row.
 
-    The 16 levels run from the smallest to the largest weight of a group, or to 0 where all have one
-    sign: scale = (max - min) / 15, zero = min + 8 scale, code = round((w - zero) / scale) + 8. No
-    weight is off by more than half a scale.
-
-    The codes are held in the order of the device's packed operator."""
+    The 16 levels run from the smallest to the largest weight of a group, and always include 0:
+    scale = (max - min) / 15, zero = min + 8 scale, code = round((w - zero) / scale) + 8. The error
+    of a weight is at most half a scale. Codes are in the order of the device's packed operator."""
 
     method = "int4"
     codes_rows = 32
@@ -234,8 +229,8 @@ class Int4Linear(QuantizedLinear):
         for rows in pieces(n, k):
             groups = weight[rows].float().unflatten(1, (-1, GROUP_SIZE))  # (M, K/128, 128)
             low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-            scales[rows] = stored_scales((high - low) / 15, dtype)
-            # By the scale and the zero as they are stored, as in int8.
+            scales[rows] = cast_scales((high - low) / 15, dtype)
+            # Use the stored scale and zero, as in int8.
             scale = scales[rows].float()
             zeros[rows] = low + 8 * scale
             levels = (groups - zeros[rows, :, None].float()) / scale[..., None]
@@ -246,7 +241,7 @@ class Int4Linear(QuantizedLinear):
     @staticmethod
     def restore(parts: Parts) -> Tensor:
         """(N, K) float32."""
-        groups = one_code_each(parts["weight_int4"]).unflatten(1, (-1, GROUP_SIZE)).float() - 8
+        groups = unpack_bytes(parts["weight_int4"]).unflatten(1, (-1, GROUP_SIZE)).float() - 8
         scales, zeros = (parts[name].float()[..., None] for name in ("scales", "zeros"))
         return (groups * scales + zeros).flatten(1)
 
@@ -269,7 +264,7 @@ class Int4Linear(QuantizedLinear):
     def weight_blocks(self) -> Iterator[Tensor]:
         """(K, M) each, the last with the padding of N."""
         pairs, k = self.scales_and_zeros, self.in_features
-        step, order = self.block_rows, packed_order(pairs.device)
+        step, order = self.block_rows, find_order(pairs.device)
         packed = self.weight_packed.view(torch.uint8).view(-1, k // 2)  # (N, K/2)
         for codes, block in zip(packed.split(step), pairs.split(step, dim=1), strict=True):
             scales, zeros = (part.contiguous()[:, None] for part in block.unbind(-1))
@@ -279,10 +274,10 @@ class Int4Linear(QuantizedLinear):
             yield torch.addcmul(zeros, groups, scales, out=groups).flatten(0, 1)
 
     def stored_codes(self) -> Tensor:
-        """weight_int4 (N, K/2) as files hold it, with the padding of N."""
+        """weight_int4 (N, K/2) in the stored order, with the padding of N."""
         k = self.in_features
         packed = self.weight_packed.view(torch.uint8).view(-1, k // 2)
-        order, stored = packed_order(packed.device), torch.empty_like(packed)
+        order, stored = find_order(packed.device), torch.empty_like(packed)
         for codes, out in zip(
             packed.split(self.block_rows), stored.split(self.block_rows), strict=True
         ):
@@ -293,7 +288,7 @@ class Int4Linear(QuantizedLinear):
         return stored
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies may be read on another machine, whose packed order is another.
+        # A copy may be read on a machine with another packed order.
         buffers = {**self._buffers, "weight_packed": self.stored_codes()}
         return {**self.__dict__, "_buffers": buffers}
 
@@ -302,7 +297,7 @@ class Int4Linear(QuantizedLinear):
         self.weight_packed = pack(self.weight_packed)
 
     def check_apply(self, fn: Callable) -> None:
-        """Raise ValueError for another kind of device, too."""
+        """As `QuantizedLinear.check_apply`; also raise ValueError for another kind of device."""
         before, after = self.scales_and_zeros, fn(self.scales_and_zeros)
         if before.device.type != after.device.type:
             raise ValueError(
@@ -315,20 +310,20 @@ class Int4Linear(QuantizedLinear):
 METHODS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
-def rows_of(weights: int, in_features: int) -> int:
-    """How many rows of a weight hold about so many weights: a multiple of 64."""
+def count_rows(weights: int, in_features: int) -> int:
+    """The rows of a weight that hold about `weights` weights: a multiple of 64."""
     return max(weights // in_features // ROW_MULTIPLE, 1) * ROW_MULTIPLE
 
 
 def pieces(n: int, k: int) -> Iterator[slice]:
-    """The rows 0..n in pieces that are rounded at once."""
-    step = rows_of(PIECE_WEIGHTS, k)
+    """Split the rows 0..n into pieces of about `PIECE_WEIGHTS` weights."""
+    step = count_rows(PIECE_WEIGHTS, k)
     return (slice(start, start + step) for start in range(0, n, step))
 
 
-def stored_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales in `dtype`, none of them 0: rows or groups of nothing but zeros are divided by 1."""
-    # float16 has few digits for the smallest: there round up, or the codes would not reach far.
+def cast_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast scales to `dtype`. A scale of 0, of a row or group of zeros, becomes 1."""
+    # The smallest float16 numbers have few digits: round up, or the codes would not reach the ends.
     half_step = torch.finfo(dtype).tiny * torch.finfo(dtype).eps / 2
     narrow = (scales + half_step).to(dtype)
     return torch.where(narrow == 0, torch.ones_like(narrow), narrow)
@@ -337,44 +332,44 @@ def stored_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- int4 packing --------------------------------------------------------------------------------
 
 
-def one_code_each(codes: Tensor) -> Tensor:
-    """(N, K/2), two codes in a byte -> (N, K), one."""
+def unpack_bytes(codes: Tensor) -> Tensor:
+    """Unpack bytes of two codes: (N, K/2) -> (N, K)."""
     return torch.stack((codes >> 4, codes & 15), dim=-1).flatten(1)
 
 
 def pack(codes: Tensor, in_place: bool = False) -> Tensor:
-    """weight_int4 (N, K/2), N a multiple of 64 -> the same codes in the order of the device's
-    packed operator: CPU (N, K/2) uint8, CUDA (N/8, K/128, 32, 4) int32.
+    """Pack weight_int4 (N, K/2), N a multiple of 64, in the order of the device's operator: CPU
+    (N, K/2) uint8, CUDA (N/8, K/128, 32, 4) int32.
 
-    in_place: on the CPU the result takes the place of the codes."""
+    in_place: on a CPU, the result overwrites the codes."""
     if codes.is_cuda:
         packed: Tensor = torch.ops.aten._convert_weight_to_int4pack(codes.contiguous(), 8)
         return packed
     packed = codes if in_place else torch.empty_like(codes, memory_format=torch.contiguous_format)
-    step = rows_of(PIECE_WEIGHTS, 2 * codes.shape[1])
+    step = count_rows(PIECE_WEIGHTS, 2 * codes.shape[1])
     for rows, target in zip(codes.split(step), packed.split(step), strict=True):
-        wide = one_code_each(rows).int()
+        wide = unpack_bytes(rows).int()
         target.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(wide, 1))
     return packed
 
 
 @dataclass(frozen=True)
 class PackedOrder:
-    """Where the packed operator of a device keeps which code.
+    """The order of codes in a device's packed operator.
 
-    The codes of `rows` x `columns` weights are neighbours, a tile; tiles follow one another by row,
-    then column. `places` (rows * columns,): where in a tile, low halves of its bytes first, then
-    the high ones, is the code of each weight, counted column by column; None for 0, 1, 2, ..."""
+    The codes of `rows` x `columns` weights form a tile; tiles are ordered by row, then column.
+    places (rows * columns,): the place in a tile of each weight's code, column by column (None:
+    0, 1, 2, ...). Places count the low halves of the tile's bytes first, then the high halves."""
 
     rows: int
     columns: int
     places: Tensor | None
 
     def unpack(self, packed: Tensor, out: Tensor) -> None:
-        """packed (M, K/2) bytes: write code - 8 of every weight to `out` (K, M), transposed."""
+        """Write code - 8 of every weight of packed (M, K/2) bytes to `out` (K, M), transposed."""
         k, m = out.shape
         tiles = packed.view(m // self.rows, k // self.columns, -1)
-        # 0..15 -> -8..7 as a signed half byte: shifting to the right then copies the sign.
+        # 0..15 becomes -8..7 as a signed half byte; a shift to the right then copies the sign.
         tiles = tiles ^ 0x88
         low, high = (tiles << 4).view(torch.int8) >> 4, tiles.view(torch.int8) >> 4
         codes = torch.stack((low, high), dim=2).flatten(2)
@@ -384,16 +379,16 @@ class PackedOrder:
         out.view(codes.shape).copy_(codes)
 
 
-TILES = {"cpu": ((64, 1), (32, 1), (16, 1)), "cuda": ((8, 128),)}  # (rows, columns) to look for
+TILES = {"cpu": ((64, 1), (32, 1), (16, 1)), "cuda": ((8, 128),)}  # (rows, columns) to try
 
 
 @lru_cache
-def packed_order(device: torch.device) -> PackedOrder:
-    """Find out the order of a device's packed operator; it differs from CPU to CPU, too.
+def find_order(device: torch.device) -> PackedOrder:
+    """Find the order of a device's packed operator, which differs between CPUs too.
 
-    Raises ValueError when none of `TILES` describes it."""
+    Raises ValueError if none of `TILES` describes the order."""
     n, k = 2 * ROW_MULTIPLE, 2 * GROUP_SIZE
-    origins = packed_origins(n, k, device)
+    origins = find_origins(n, k, device)
     for rows, columns in TILES[device.type]:
         size = rows * columns
         halves = origins.view(2, n // rows, k // columns, size // 2)
@@ -408,9 +403,10 @@ def packed_order(device: torch.device) -> PackedOrder:
     raise ValueError("this torch packs int4 weights in an unknown order")
 
 
-def packed_origins(n: int, k: int, device: torch.device) -> Tensor:
-    """(2, n * k / 2): from which of n x k weights is the code in the low, and in the high half of
-    every byte after packing. Weights are packed that say it, one hexadecimal digit at a time."""
+def find_origins(n: int, k: int, device: torch.device) -> Tensor:
+    """Find which of n x k weights lands in the low and the high half of each packed byte:
+    (2, n * k / 2)."""
+    # Pack the numbers of the weights as codes, one hexadecimal digit at a time.
     numbers = torch.arange(n * k, device=device).view(n, k)
     origins = torch.zeros(2, n * k // 2, dtype=torch.long, device=device)
     for shift in range(0, (n * k - 1).bit_length(), 4):
@@ -435,45 +431,44 @@ class QuantizedLlava(Llava):
 
 
 def quantize(model: "Model | Llava", method: str) -> None:
-    """Quantize the decoder's linear layers (q, k, v, o, gate, up, down, lm_head) in place, one by
-    one: beside the model there is never more than the weight of one of them.
+    """Quantize the decoder's linear layers (q, k, v, o, gate, up, down, lm_head) in place.
 
-    method: "int8" or "int4". Raises ValueError for any other, for a model that is quantized
-    already, that has a layer whose in_features are no multiple of 128 (int4) or weights that are
-    not finite, and where device, dtype or torch have no such operator."""
+    method: "int8" or "int4". Layers are replaced one by one, so the extra memory is one weight.
+    Raises ValueError for another method, a quantized model, in_features that are no multiple of 128
+    (int4), weights that are not finite, and a device, dtype or torch without the operator."""
     llava = model if isinstance(model, Llava) else model.llava
-    kind = method_named(method)
+    kind = get_method(method)
     shapes = decoder_linears(llava)
-    there = method_of(llava)
-    # Where an error ended it halfway, the same call goes on.
+    there = find_method(llava)
+    # After an error halfway, the same call can finish the rest.
     if there is not None and not (shapes and there == method):
         raise ValueError(f"the model is {there} already, it cannot be quantized again")
     check_shapes(shapes, kind)
     check_operator(method, llava.device, llava.dtype)
-    for name in shapes:  # all of them, before the first is replaced
+    for name in shapes:  # check all layers before replacing the first
         check_range(name, llava.get_parameter(f"{name}.weight").detach(), kind, llava.dtype)
     if type(llava) is Llava:
         llava.__class__ = QuantizedLlava  # in place: the caller keeps the same object
     for name in shapes:
         weight = llava.get_parameter(f"{name}.weight").detach()
-        llava.set_submodule(name, kind(rounded(name, weight, kind, llava.dtype), own=True))
+        llava.set_submodule(name, kind(round_weight(name, weight, kind, llava.dtype), own=True))
 
 
-def method_of(llava: Llava) -> str | None:
-    """How the decoder's weights are quantized, None where they are plain."""
+def find_method(llava: Llava) -> str | None:
+    """The method of a quantized model, None if it is not quantized."""
     found = (part.method for part in llava.decoder.modules() if isinstance(part, QuantizedLinear))
     return next(found, None)
 
 
-def method_named(method: str) -> type[QuantizedLinear]:
-    """Its layer. Raises ValueError for an unknown method."""
+def get_method(method: str) -> type[QuantizedLinear]:
+    """The layer class of a method. Raises ValueError for an unknown method."""
     if method not in METHODS:
         raise ValueError(f"quantize {method!r} is not one of {', '.join(METHODS)}")
     return METHODS[method]
 
 
 def decoder_linears(llava: Llava) -> dict[str, tuple[int, ...]]:
-    """Name and shape (N, K) of every linear layer that is quantized."""
+    """Name and weight shape (N, K) of every linear layer to quantize."""
     return {
         f"decoder.{name}": tuple(module.weight.shape)
         for name, module in llava.decoder.named_modules()
@@ -482,7 +477,7 @@ def decoder_linears(llava: Llava) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], kind: type[QuantizedLinear]) -> None:
-    """Raise ValueError for the first layer that does not divide into groups."""
+    """Raise ValueError for a layer that does not divide into groups."""
     for name, (_, k) in shapes.items():
         if k % kind.group_size:
             raise ValueError(
@@ -491,33 +486,33 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], kind: type[QuantizedLine
             )
 
 
-def rounded(
+def round_weight(
     name: str, weight: Tensor, kind: type[QuantizedLinear], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Parts of a weight. Raises ValueError naming a layer that is not finite."""
+    """Quantize a weight. Raises ValueError that names the layer if it is not finite."""
     parts = kind.round(weight, dtype)
     check_parts(name, parts)
     return parts
 
 
 def check_parts(name: str, parts: Parts) -> None:
-    """Raise ValueError naming the layer where scales or zeros are not finite."""
+    """Raise ValueError that names the layer if scales or zeros are not finite."""
     if not all(torch.isfinite(part).all() for part in parts.values()):
         dtype = parts["scales"].dtype
         raise ValueError(f"{name}: weights are NaN or infinite, or too large for {dtype} scales")
 
 
 def check_range(name: str, weight: Tensor, kind: type[QuantizedLinear], dtype: torch.dtype) -> None:
-    """Raise ValueError as `rounded` would, by the weight's smallest and largest value."""
+    """Raise the error of `round_weight`, from the smallest and largest value of a weight."""
     extremes = torch.stack(weight.aminmax())  # NaN if any weight is
     check_parts(name, kind.round(extremes.repeat(kind.group_size)[None], dtype))
 
 
 @lru_cache
 def check_operator(method: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Run a small layer both ways and compare with its weight written out.
+    """Run a small layer in both ways, and compare the results with float32.
 
-    Raises ValueError where device, dtype or torch have no such operator, or another one."""
+    Raises ValueError if the device, dtype or torch lacks the operator, or the results differ."""
     here = f"{method} does not run here (torch {torch.__version__}, {device}, {dtype})"
     if device.type not in TILES:
         raise ValueError(f"{here}: it is for {' and '.join(TILES)}")

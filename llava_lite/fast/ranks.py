@@ -1,22 +1,12 @@
-"""Processes that run one model together: what one of them knows, the others hear.
+"""Processes that run one model together.
 
     torchrun --nproc-per-node 2 -m llava_lite generate --tensor-parallel ...
 
-`torchrun` starts the same program several times; each such process is a rank, numbered from 0. All
-ranks make the same calls, and a rank that waits for another waits until that one has ended, or for
-30 days (`PATIENCE`), so nothing may depend on what only one of them sees: a file that one cannot
-read, a random number, a sum that a GPU adds up in another order. Whatever could differ goes through
-here.
-
-    from_first(compute)     the first rank computes; all get the result, or the error
-    gather(compute)         all compute; all get all results, or the first rank's error
-    sum(x), mean(x)         over ranks; the mean is the same on each, to the last bit
-    concatenated(x, ...)    what each rank has some columns of
-    require_same(...)       an error on all ranks where they do not agree
-    together()              an error on all ranks where one fails in a block
-
-Objects travel through gloo, on the CPU; tensors, and the decoder's own sums, through gloo or nccl,
-where they are.
+`torchrun` starts the same program several times. Each process is a rank, numbered from 0. All ranks
+make the same calls. A rank that waits for another waits until it exits, at most 30 days. So no
+decision may depend on something only one rank sees: a file, a random number, the order of a sum on
+a GPU. Everything that could differ is exchanged here. Objects travel through gloo on the CPU,
+tensors through gloo or nccl where they are.
 """
 
 import atexit
@@ -37,8 +27,8 @@ from llava_lite.errors import LlavaLiteError, one_line
 
 Result = TypeVar("Result")
 
-# While the first rank waits for its user's next message, the others wait for it: torch's own 10 and
-# 30 minutes would end a conversation that pauses.
+# The other ranks wait while the first one waits for its user. torch's timeouts of 10 and 30 minutes
+# would end a chat that pauses.
 PATIENCE = timedelta(days=30)
 
 HOW_TO_START = (
@@ -48,23 +38,23 @@ HOW_TO_START = (
 
 
 class RankError(LlavaLiteError):
-    """The ranks of a model do not go together, or one of them has ended."""
+    """The ranks of a model make different calls, or one of them has ended."""
 
 
 @contextmanager
 def exchange() -> Iterator[None]:
-    """Raise RankError where the others cannot be reached."""
+    """Raise RankError if the other ranks cannot be reached."""
     try:
         yield
-    except RuntimeError as error:  # gloo's and nccl's own
+    except RuntimeError as error:  # gloo and nccl raise it
         message = f"another rank has ended, or cannot be reached: {one_line(error)}"
         raise RankError(message) from error
 
 
 @cache
 def join() -> "Ranks":
-    """The ranks that this process belongs to, always the same object; the first call waits for all
-    of them. A process group that was there before keeps its own timeout.
+    """Join the ranks of this process: the first call waits for all ranks, later calls return the
+    same object. An existing process group keeps its timeout.
 
     Raises RankError in a process that torchrun did not start."""
     if not dist.is_available():
@@ -79,22 +69,22 @@ def join() -> "Ranks":
 
 
 def leave() -> None:
-    """Let go of the others."""
+    """Leave the process group."""
     join.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 class Ranks:
-    """All ranks, as one of them sees them: `index` is its number, of `count`."""
+    """The exchanges of one rank with the others: this rank is number `index` of `count`."""
 
     def __init__(self) -> None:
         self.index, self.count = dist.get_rank(), dist.get_world_size()
         self.objects = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def from_first(self, compute: Callable[[], Result]) -> Result:
-        """What `compute` returns on the first rank, the only one that runs it. Where that raises,
-        all do."""
+        """Run `compute` on the first rank only, and return its result on all ranks. An error raises
+        on all ranks."""
         outcome = attempt(compute) if self.index == 0 else (None, None)
         sent: list[Any] = [outcome]
         with exchange():
@@ -105,8 +95,8 @@ class Ranks:
         return result
 
     def gather(self, compute: Callable[[], Result]) -> list[Result]:
-        """What `compute` returns on each rank, in their order. Where it raises on some, all raise
-        what the first of these raised."""
+        """Run `compute` on all ranks, and return all results, in order. If some ranks raise, the
+        first of these errors raises on all ranks."""
         outcomes: list[Any] = [None] * self.count
         own = attempt(compute)
         with exchange():
@@ -117,21 +107,21 @@ class Ranks:
         return [result for result, _ in outcomes]
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of x over ranks, any shape. Every rank adds up the same numbers in the same
-        order: what is chosen by the result is the same on all."""
+        """The mean of x over ranks, any shape, the same to the last bit on all ranks."""
+        # Choices depend on the last bit: every rank adds the same numbers in the same order.
         shares = [torch.empty_like(x) for _ in range(self.count)]
         with exchange():
             dist.all_gather(shares, x.contiguous())
         return torch.stack(shares).mean(0)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of x over ranks; x becomes it."""
+        """Sum x over ranks, in place."""
         with exchange():
             dist.all_reduce(x)
         return x
 
-    def concatenated(self, x: Tensor, size: int) -> Tensor:
-        """All ranks' x (R, their `part` of size), side by side: (R, size)."""
+    def concatenate(self, x: Tensor, size: int) -> Tensor:
+        """Concatenate the columns of all ranks: x (R, `part` of size) -> (R, size)."""
         x = functional.pad(x, (0, self.share(size) - x.shape[-1])).contiguous()
         parts = [torch.empty_like(x) for _ in range(self.count)]
         with exchange():
@@ -139,22 +129,22 @@ class Ranks:
         return torch.cat(parts, -1)[:, :size]
 
     def share(self, size: int) -> int:
-        """How many of `size` things a rank has; the last may have fewer."""
+        """The number of things that a rank holds of `size`; the last rank may hold fewer."""
         return -(-size // self.count)
 
     def part(self, size: int) -> slice:
-        """Which of `size` things this rank has."""
+        """The things that this rank holds of `size`."""
         share = self.share(size)
         return slice(self.index * share, (self.index + 1) * share)
 
     def require_same(self, what: str, value: Any) -> None:
-        """Raise RankError on all ranks unless `value` equals the first rank's on each."""
+        """Raise RankError on all ranks unless `value` is the same on all ranks."""
         check_same(self.gather(lambda: (what, value)))
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raise on all ranks what the first of those raised that failed in the block, which makes
-        no exchange of its own; and RankError where they are not all in such a block."""
+        """Raise an error of one rank in the block on all ranks. The block itself must not exchange
+        anything. Raises RankError if some ranks are not in such a block."""
         raised: list[Exception] = []
         try:
             yield
@@ -171,10 +161,10 @@ class Ranks:
     def pick_device(
         self, device: str | torch.device, pick: Callable[[str], torch.device]
     ) -> torch.device:
-        """This rank's device: the CPU, or of several GPUs the one with its number on this machine.
+        """Pick this rank's device: the CPU, or the GPU with this rank's number on this machine.
 
-        `pick` turns a name into a device that is there, or raises. Raises ValueError on all ranks
-        for a device that not every rank has, or that only one can have."""
+        `pick` returns the device of a name, or raises if it is missing. Raises ValueError on all
+        ranks if some rank lacks the device, or if ranks cannot use this kind of device."""
         devices = self.gather(lambda: pick(self.device_name(str(device))))
         if len({found.type for found in devices}) > 1:
             each = ", ".join(f"{found.type} on rank {rank}" for rank, found in enumerate(devices))
@@ -185,7 +175,7 @@ class Ranks:
         return own
 
     def device_name(self, name: str) -> str:
-        """Which device "auto" and "cuda" are here. Raises ValueError for others than the CPU."""
+        """The device of "auto", "cuda" or "cpu" on this rank. Raises ValueError for other names."""
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cuda":
@@ -196,7 +186,7 @@ class Ranks:
 
 
 def check_same(values: list[tuple[str, Any]]) -> None:
-    """Raise RankError unless all ranks' (what it is, its value) are those of the first."""
+    """Raise RankError unless all ranks have the first rank's pair (name of the value, value)."""
     others = [str(rank) for rank, value in enumerate(values) if value != values[0]]
     if others:
         names = {name for name, _ in values}
@@ -208,7 +198,7 @@ def check_same(values: list[tuple[str, Any]]) -> None:
 
 
 def attempt(compute: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """The result and no error, or no result and an error that other processes can raise, too."""
+    """Run `compute`: (result, None), or (None, error) with an error that can be pickled."""
     try:
         return compute(), None
     except Exception as error:

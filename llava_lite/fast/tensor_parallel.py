@@ -1,27 +1,22 @@
-"""A decoder that does not fit one GPU, spread over several (Megatron-LM, arXiv 1909.08053).
+"""Tensor parallelism: several GPUs share one decoder (Megatron-LM, arXiv 1909.08053).
 
 Every rank (ranks.py) runs the whole program on its share of the decoder's weights:
 
     q, k, v, gate, up     rows of the weight: whole heads, and channels of the MLP
-    o, down               the columns that take these in; the ranks' results are added up, which
-                          are the only two sums in a layer
-    lm_head               rows, the logits are gathered: a decoded token reads all of this weight
-    embed_tokens, norms   whole, on every rank: a token reads one row, which would not be worth
-                          a sum of its own
-    tower, projector      whole, on every rank, 0.6 GB of the 7B model's 14 in 16 bit: nothing in
-                          them has to wait for others then, and each rank looks at its share of the
-                          images of a batch
+    o, down               the columns for these heads and channels; results are summed over ranks,
+                          which are the only two sums in a layer
+    lm_head               rows; the logits are gathered
+    embed_tokens, norms   whole on every rank: a token reads one row, so cutting saves no time
+    tower, projector      whole on every rank; each rank encodes its share of the images of a batch
     KV cache              the heads of the rank
 
-The plan is torch's own, `parallelize_module` over DTensors: it says where each weight is cut. That
-is all it does here. To find out how to multiply, a DTensor takes longer than a GPU does for the
-product, 225 times for every token, so layers run on plain tensors and do the one exchange that
-their place in the plan needs (`SharedLinear`). `tests/test_tensor_parallel.py` compares the two.
+torch's `parallelize_module` decides where each weight is cut. The layers then run on plain tensors
+and make the exchange of their place in the plan (`SharedLinear`). A DTensor would do the same, but
+takes longer to decide how to multiply than a GPU takes for the product. tests/fast/
+test_tensor_parallel.py compares the two.
 
-Above these layers nothing is spread: all ranks see the same rows, logits and tokens. FastV ranks
-image tokens by the attention of all heads, so the scores are averaged over ranks before any choice
-(`ParallelDecoder.fastv_scores`). What could differ between ranks comes from the first one: pixels,
-sampled tokens.
+Outside of these layers, all ranks see the same rows, logits and tokens. FastV's scores are averaged
+over the heads of all ranks (`ParallelDecoder`). Pixels and sampled tokens come from the first rank.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,7 +48,7 @@ from llava_lite.reduction import NO_REDUCTION, Reduction
 
 
 def decoder_plan() -> dict[str, ParallelStyle]:
-    """How each linear layer of the decoder is spread, by name; `*` stands for every layer."""
+    """How each linear layer of the decoder is cut, by name; `*` stands for every layer."""
     by_rows = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
     by_columns = ("attn.o_proj", "mlp.down_proj")
     return {
@@ -64,12 +59,12 @@ def decoder_plan() -> dict[str, ParallelStyle]:
 
 
 class SharedLinear(nn.Module):
-    """A linear layer without a bias, of whose weight (out, in) this rank has some rows (dim 0) or
-    columns (dim 1).
+    """A linear layer without a bias. This rank holds rows (dim 0) or columns (dim 1) of the weight
+    (out, in).
 
-    Rows give some of the outputs, x (R, in) -> (R, out / ranks), which are left so for the next
-    layer, or gathered where `gathered` says how many there are. Columns take some of the inputs,
-    (R, in / ranks) -> (R, out), summed over ranks."""
+    Rows compute a part of the outputs: x (R, in) -> (R, out / ranks), or (R, out) if `gathered`
+    names out. Columns take a part of the inputs: x (R, in / ranks) -> (R, out), a sum over
+    ranks."""
 
     def __init__(self, ranks: Ranks, weight: Tensor, dim: int, gathered: int | None = None) -> None:
         super().__init__()
@@ -80,7 +75,7 @@ class SharedLinear(nn.Module):
         y = F.linear(x, self.weight)
         if self.dim == 1:
             return self.ranks.sum(y)
-        return y if self.gathered is None else self.ranks.concatenated(y, self.gathered)
+        return y if self.gathered is None else self.ranks.concatenate(y, self.gathered)
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -99,7 +94,7 @@ class ParallelDecoder(LlamaDecoder):
 
 
 class ParallelLlava(Llava):
-    """The same model; each rank looks at its share of the images, and all get what all saw."""
+    """One rank's share of a model. Each rank encodes some images, and all ranks get all of them."""
 
     def __init__(self, ranks: Ranks, config: LlavaConfig) -> None:
         super().__init__(config)
@@ -109,32 +104,31 @@ class ParallelLlava(Llava):
     def encode_image(
         self, pixel_values: Tensor, reduction: Reduction = NO_REDUCTION
     ) -> list[EncodedImage]:
-        """As `Llava.encode_image`. Every image is looked at once: where two ranks rounded
-        differently, they would merge differently."""
+        """As `Llava.encode_image`."""
+        # One rank encodes an image, not all: two ranks could round, and so merge, differently.
         own = pixel_values.tensor_split(self.ranks.count)[self.ranks.index]
 
-        def look() -> list[EncodedImage]:
+        def encode() -> list[EncodedImage]:
             encoded = super(ParallelLlava, self).encode_image(own, reduction) if len(own) else []
-            return [moved(image, torch.device("cpu")) for image in encoded]
+            return [move(image, torch.device("cpu")) for image in encoded]
 
-        shares = self.ranks.gather(look)
-        return [moved(image, self.device) for share in shares for image in share]
+        shares = self.ranks.gather(encode)
+        return [move(image, self.device) for share in shares for image in share]
 
 
-def moved(image: EncodedImage, device: torch.device) -> EncodedImage:
-    """The image on another device."""
+def move(image: EncodedImage, device: torch.device) -> EncodedImage:
+    """Copy an encoded image to a device."""
     mapping = None if image.mapping is None else image.mapping.to(device)
     return replace(image, image_embeds=image.image_embeds.to(device), mapping=mapping)
 
 
 class ParallelModel(Model):
-    """The same model on several ranks, which all make the same calls and get the same answers.
+    """A model on several ranks, which all make the same calls and get the same answers.
 
-    Images are read, and tokens sampled, on the first rank; what the others are given as an image
-    may be anything but an encoded one. What one rank finds wrong with its call, or with an image,
-    raises on all ranks, as does a call whose prompts or options differ from rank to rank
-    (RankError); `decode` alone, a single step, compares nothing. A rank that fails alone, in the
-    middle of the decoder, has to end: the others then raise RankError."""
+    The first rank reads images and samples tokens; the other ranks may pass any image, except an
+    encoded one. An error in the call of one rank raises on all ranks. Different prompts or options
+    raise RankError on all ranks. `decode`, a single step, compares nothing. A rank that fails alone
+    inside the decoder must exit: the other ranks then raise RankError."""
 
     llava: ParallelLlava
 
@@ -175,7 +169,7 @@ class ParallelModel(Model):
         reduction: Reduction | str | None = None,
         all_logits: bool = False,
     ) -> tuple[Tensor, KVCache, int]:
-        """As `Model.prefill`, once all ranks agree on what to run."""
+        """As `Model.prefill`. Raises RankError if ranks differ in their call."""
         images = None if pixel_values is None else tuple(pixel_values.shape)
         asked = input_ids.tolist(), images, reduction, all_logits
         self.ranks.require_same("the prompts or options", asked)
@@ -187,35 +181,35 @@ class ParallelModel(Model):
         options: GenerationOptions,
         batch_size: int | None = None,
     ) -> Iterator[tuple[int, Row]]:
-        """As `Model.run`, once all ranks agree on what to run."""
+        """As `Model.run`. Raises RankError if ranks differ in their call."""
         with self.ranks.together():
             requests = list(requests)
-        asked = [described(request) for request in requests]
+        asked = [make_key(request) for request in requests]
         self.ranks.require_same("the prompts or options", (asked, options, batch_size))
         yield from super().run(requests, options, batch_size)
 
     def score_requests(
         self, requests: Sequence[Request], targets: Sequence[tuple[int, ...]], batch_size: int
     ) -> list[Score]:
-        """As `Model.score_requests`, once all ranks agree on what to score."""
-        asked = [described(request) for request in requests]
+        """As `Model.score_requests`. Raises RankError if ranks differ in their call."""
+        asked = [make_key(request) for request in requests]
         self.ranks.require_same("the prompts or continuations", (asked, targets, batch_size))
         return super().score_requests(requests, targets, batch_size)
 
     def encode_images(
         self, wanted: Sequence[tuple[Any, Reduction]], batch_size: int
     ) -> tuple[list[EncodedImage], dict[str, float]]:
-        """As `Model.encode_images`, once all ranks agree on which of them are encoded already."""
+        """As `Model.encode_images`. Raises RankError if ranks differ in their call."""
         kinds = [(isinstance(image, EncodedImage), reduction) for image, reduction in wanted]
         self.ranks.require_same("the images or their reductions", (kinds, batch_size))
         return super().encode_images(wanted, batch_size)
 
     def prepare(self, image: Any) -> Tensor:
-        """The pixel values that the first rank reads."""
+        """Read the image on the first rank."""
         return self.ranks.from_first(lambda: super(ParallelModel, self).prepare(image))
 
     def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
-        """The tokens that the first rank samples."""
+        """Sample the tokens on the first rank."""
         return self.ranks.from_first(lambda: super(ParallelModel, self).next_tokens(logits, rows))
 
 
@@ -229,8 +223,8 @@ class ParallelChat(Chat):
             return super().request(text, image)
 
 
-def described(request: Request) -> tuple[Any, ...]:
-    """What of a request must be the same on all ranks."""
+def make_key(request: Request) -> tuple[Any, ...]:
+    """The parts of a request that must be the same on all ranks."""
     state, images = request.state, len(request.images)
     wishes = state.reduction, request.max_new_tokens, request.prefix
     return state.pending_ids, state.next_position, images, wishes

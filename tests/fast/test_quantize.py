@@ -118,7 +118,7 @@ def test_the_scale_is_no_larger_than_the_range_needs(kind: type[QuantizedLinear]
     else:
         groups = weight.view(200, 3, 128)
         expected = (groups.amax(-1) - groups.amin(-1)) / 15
-        codes = module.one_code_each(parts["weight_int4"]).view(200, 3, 128)
+        codes = module.unpack_bytes(parts["weight_int4"]).view(200, 3, 128)
         assert (codes.amin(-1) == 0).all() and (codes.amax(-1) == 15).all()
     torch.testing.assert_close(parts["scales"], expected)
 
@@ -257,14 +257,14 @@ def test_float16_sums_do_not_overflow() -> None:
 def test_int4_packing_and_back() -> None:
     codes = torch.randint(0, 256, (192, 128), dtype=torch.uint8)
     out = torch.empty(256, 192)
-    module.packed_order(CPU).unpack(module.pack(codes), out)
-    assert torch.equal(out.T + 8, module.one_code_each(codes).float())
+    module.find_order(CPU).unpack(module.pack(codes), out)
+    assert torch.equal(out.T + 8, module.unpack_bytes(codes).float())
 
 
 @pytest.fixture
 def forget_what_was_found_out() -> Iterator[None]:
     yield
-    module.packed_order.cache_clear()
+    module.find_order.cache_clear()
     module.check_operator.cache_clear()
 
 
@@ -277,7 +277,7 @@ def test_any_order_in_tiles_is_found_out(
     order = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(3))
 
     def shuffled(codes: Tensor, in_place: bool = False) -> Tensor:
-        wide = module.one_code_each(codes)
+        wide = module.unpack_bytes(codes)
         n, k = wide.shape
         tiles = wide.view(n // rows, rows, k // columns, columns).transpose(1, 2).flatten(2)
         low, high = tiles[..., order].chunk(2, dim=-1)
@@ -285,13 +285,13 @@ def test_any_order_in_tiles_is_found_out(
 
     monkeypatch.setattr(module, "pack", shuffled)
     monkeypatch.setattr(module, "TILES", {"cpu": ((64, 1), tile)})
-    module.packed_order.cache_clear()
-    found = module.packed_order(CPU)
+    module.find_order.cache_clear()
+    found = module.find_order(CPU)
     assert (found.rows, found.columns) == tile
     codes = torch.randint(0, 256, (192, 128), dtype=torch.uint8)
     out = torch.empty(256, 192)
     found.unpack(shuffled(codes), out)
-    assert torch.equal(out.T + 8, module.one_code_each(codes).float())
+    assert torch.equal(out.T + 8, module.unpack_bytes(codes).float())
 
 
 def test_an_unknown_order_is_said(
@@ -302,9 +302,9 @@ def test_an_unknown_order_is_said(
         return codes.flatten()[order].view(codes.shape)
 
     monkeypatch.setattr(module, "pack", shuffled)
-    module.packed_order.cache_clear()
+    module.find_order.cache_clear()
     with pytest.raises(ValueError, match="in an unknown order"):
-        module.packed_order(CPU)
+        module.find_order(CPU)
 
 
 def with_capability(capability: str, script: str) -> None:
@@ -478,13 +478,13 @@ def test_weights_go_one_by_one(
         if isinstance(layer, nn.Linear)
     ]
     total, counts = len(alive), []
-    original = module.rounded
+    original = module.round_weight
 
     def counting(*args: Any) -> dict[str, Tensor]:
         counts.append(sum(weight() is not None for weight in alive))
         return original(*args)
 
-    monkeypatch.setattr(module, "rounded", counting)
+    monkeypatch.setattr(module, "round_weight", counting)
     quantize(llava, kind.method)
     assert total == 15
     assert counts == list(range(total, 0, -1))
@@ -842,7 +842,7 @@ def test_wishes_that_do_not_go_together(
         llava_lite.load(tmp_path / "nowhere", quantize="int5")
     for wish in METHODS:
         with pytest.raises(
-            CheckpointError, match=f"is {method} already: quantize what it was made"
+            CheckpointError, match=f"is {method} already: quantize its source instead"
         ):
             convert(folder, tmp_path / "out", quantize=wish)
     with pytest.raises(ValueError, match="in our own format only, not as hf"):

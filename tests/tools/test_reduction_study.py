@@ -253,7 +253,7 @@ def pruned(study: ModuleType, tiny_model: Model) -> Any:
     def ask(seed: list[int] | None, batch_size: int = 8) -> list[tuple[tuple[int, ...], str]]:
         images = [draw_scene(scene) for scene, _ in fresh_scenes(4, 9)]
         wish = Reduction(fastv=FastV(keep=5, layer=1))
-        control = study.chosen_by_chance(seed) if seed else study.nullcontext()
+        control = study.prune_at_random(seed) if seed else study.nullcontext()
         with control:
             answers = tiny_model.generate(
                 images,
@@ -284,7 +284,7 @@ def test_the_control_prefers_no_token(study: ModuleType) -> None:
     """Every image token stays as often as any other, and words always."""
     scores = torch.linspace(0, 1, 20)
     counts = torch.zeros(20)
-    with study.chosen_by_chance([3]):
+    with study.prune_at_random([3]):
         for _ in range(2000):
             kept = llama.choose(scores, [(4, 16)], [3]).kept_indices
             counts[kept] += 1
@@ -420,7 +420,7 @@ def test_times_are_measured_in_turns_and_apart(
     assert more["tome-36-plain"] == measured["tome-36-plain"]
     assert more["tome-36-logical"]["repeat"] == more["none"]["repeat"] == 1
     other = {"machine": None, "dtype": "float32", "measurements": {"tome-36-plain": 1}}
-    assert study.with_earlier(content, other) == study.with_earlier(content, {}) == content
+    assert study.merge_times(content, other) == study.merge_times(content, {}) == content
     assert run("--no-plots", configs=["none", *configs], count=2) == 0
     rows = rows_of(tmp_path)
     assert float(rows["fastv-k2-18"]["time_ratio"]) > 0 and rows["none"]["time_ratio"] == "1.0"
@@ -449,7 +449,7 @@ def test_plots(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rows = [made_up_row(study, one, number) for number, one in enumerate(every)]
     facts = {"model": "random", "questions": 90, "scenes": 10, "timed_on": "a machine"}
     drawn: dict[str, Image.Image] = {}
-    compressed = study.compressed
+    compressed = study.compress_png
 
     def spy(path: Path) -> Path:
         with Image.open(path) as image:
@@ -457,7 +457,7 @@ def test_plots(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         written: Path = compressed(path)
         return written
 
-    monkeypatch.setattr(study, "compressed", spy)
+    monkeypatch.setattr(study, "compress_png", spy)
     paths = study.draw_plots(rows, every, facts, tmp_path)
     assert sorted(path.name for path in paths) == [
         *("accuracy_time.png", "accuracy_tokens.png", "families.png")

@@ -57,8 +57,8 @@ from training.scenes import (
 )
 from training.seeing import FEW_PATCHES, choose_patches, few_patches, see, see_patches
 from training.start import carry_places, fit_heads, start_local
-from training.trainer import Trainer, initialise
-from training.work import ORDER, misplaced
+from training.trainer import Trainer, initialize
+from training.work import ORDER, find_conflict
 
 # As the embedded model, but narrow and of few layers: its stages take seconds.
 MINIATURE = replace(
@@ -181,7 +181,7 @@ def test_patch_labels_of_a_known_scene() -> None:
     star = SceneObject("star", "blue", blue, 126.0, 62.0, 20.0, 0.0)
     scene = Scene(168, 84, (200, 200, 200), (circle, star))
     labels = label_patches(scene, draw_instances(scene, 336), (0, 0))
-    # The circle's centre is at (82, 124) of the model's image, the star's at (252, 208).
+    # The circle's center is at (82, 124) of the model's image, the star's at (252, 208).
     on_circle, on_star = 124 // 14 * 24 + 82 // 14, 208 // 14 * 24 + 252 // 14
     assert np.flatnonzero(labels["center"]).tolist() == [on_circle, on_star]
     names = list(COLORS)
@@ -205,7 +205,7 @@ def test_patch_labels_of_a_known_scene() -> None:
 
 
 def test_half_an_object_has_no_shape() -> None:
-    """In a crop that cuts an object's centre off, only its colour is asked for."""
+    """In a crop that cuts an object's center off, only its color is asked for."""
     circle = SceneObject("circle", "red", COLORS["red"], 168.0, 168.0, 60.0, 0.0)
     scene = Scene(336, 336, (200, 200, 200), (circle,))
     window = draw_instances(scene, 336)[112:224, 180:292]
@@ -232,7 +232,7 @@ def test_place_loss_is_zero_where_every_patch_knows_its_place() -> None:
 def random_tower() -> Any:
     torch.manual_seed(0)
     tower = VisionTower(TINY.vision)
-    initialise(tower, TINY.vision.num_blocks)
+    initialize(tower, TINY.vision.num_blocks)
     start_local(tower)
     return tower
 
@@ -536,7 +536,7 @@ def test_what_a_stage_needs_is_said(
     assert not list(tmp_path.glob("scenes_*"))
     if not there:
         args = SimpleNamespace(work=tmp_path, start_from=llava_lite.embedded_model(), scene_seed=9)
-        assert misplaced(args, [stage]) is None
+        assert find_conflict(args, [stage]) is None
 
 
 def test_weights_that_cannot_be_read_are_one_line(

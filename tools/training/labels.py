@@ -1,4 +1,4 @@
-"""What each patch of a scene shows, and batches of images with these labels."""
+"""Labels of the patches of scenes, and batches of labeled images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +19,17 @@ IGNORE = -100
 
 @dataclass
 class PatchLabels:
-    """Targets for every patch of a batch: class indices (B, P), IGNORE where there is none;
-    `third` the place of its object among the nine thirds of the image; `center` (B, P) 0/1;
-    `offset` (B, P, 2) from patch to object centre in patches; `spot` (B, P, 2) the object's centre
-    in the image without its padding, -1..1 from edge to edge; `extent` (B, P, 2) width and height
-    of that image in sides of the padded square, the same for all patches; both NaN in crops;
-    `area` (B, P) how many patches belong to its object, 0 in the background; `own` (B, P, 2) the
-    row and column of the patch itself, -1..1 from edge to edge of the padded image, NaN in crops,
-    which may lie anywhere."""
+    """Targets for every patch of a batch. Class indices (B, P) are IGNORE without an object.
+
+    third   the place of the object among the nine thirds of the image, (B, P)
+    center  1 at the object's center, else 0, (B, P)
+    offset  from the patch to the object's center, in patches, (B, P, 2)
+    spot    the object's center in the unpadded image, -1..1 from edge to edge, (B, P, 2)
+    extent  width and height of the unpadded image, padded side = 1, (B, P, 2)
+    area    the number of the object's patches, 0 in the background, (B, P)
+    own     row and column of the patch, -1..1 from edge to edge of the padded image, (B, P, 2)
+
+    spot, extent and own are NaN in crops, which may come from anywhere."""
 
     color: Tensor
     shape: Tensor
@@ -41,11 +44,11 @@ class PatchLabels:
 
     @property
     def whole(self) -> bool:
-        """Whether these are images of the full size, or some of their patches; not crops."""
+        """True for images of the full size or some of their patches, False for crops."""
         return bool(self.own.isfinite().all())
 
     def at(self, patches: Tensor) -> "PatchLabels":
-        """Only the labels of some patches of each image, (B, N) by number."""
+        """The labels of some patches (B, N) of each image."""
         index = torch.arange(len(patches))[:, None], patches
         return PatchLabels(**{name: value[index] for name, value in vars(self).items()})
 
@@ -55,7 +58,7 @@ class PatchLabels:
 
 
 def label_patches(scene: Scene, instances: np.ndarray, corner: tuple[int, int]) -> dict[str, Any]:
-    """Labels of one window of a scene: `instances` (s, s) of it, `corner` its (x, y) in the
+    """Labels of one window of a scene. instances: (s, s) of the window; corner: its (x, y) in the
     image."""
     grid = instances.shape[0] // PATCH
     blocks = instances.reshape(grid, PATCH, grid, PATCH).transpose(0, 2, 1, 3)
@@ -75,10 +78,10 @@ def label_patches(scene: Scene, instances: np.ndarray, corner: tuple[int, int]) 
     thirds = np.array([PLACES.index(scene.place(o)) for o in objects])
     spots = np.array([(2 * o.x / scene.width - 1, 2 * o.y / scene.height - 1) for o in objects])
     extent = np.float32([scene.width / side, scene.height / side])
-    if grid < GRID:  # a crop does not show where it was cut
+    if grid < GRID:  # a crop does not show its place
         thirds[:], spots[:], extent[:] = IGNORE, np.nan, np.nan
     outside = ((centers < 0) | (centers >= grid * PATCH)).any(1)
-    shapes[outside], digits[outside] = IGNORE, IGNORE  # half an object need not be recognised
+    shapes[outside], digits[outside] = IGNORE, IGNORE  # half an object need not be recognized
     rows, columns = np.divmod(np.arange(grid * grid), grid)
     middles = np.stack((columns + 0.5, rows + 0.5), 1) * PATCH
     center = np.zeros(grid * grid, np.float32)
@@ -108,7 +111,7 @@ def stack_labels(labels: Sequence[dict[str, Any]]) -> PatchLabels:
 
 
 def to_pixel_values(images: np.ndarray) -> Tensor:
-    """uint8 (B, S, S, 3) -> normalised (B, 3, S, S) float32."""
+    """uint8 (B, S, S, 3) -> normalized (B, 3, S, S) float32."""
     values = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     return (values - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
@@ -119,7 +122,7 @@ def cut_crop(scenes: SceneSet, rng: np.random.Generator) -> tuple[np.ndarray, di
     scene = scenes.scenes[index]
     side = max(scene.width, scene.height)
     candidates = scene.objects
-    if rng.random() < 0.5:  # only one object in six has a digit, and it is the hardest to read
+    if rng.random() < 0.5:  # one object in six has a digit, which is hardest to read
         candidates = tuple(o for o in scene.objects if o.digit is not None) or scene.objects
     chosen = candidates[rng.integers(len(candidates))]
     margins = (side - scene.width) // 2, (side - scene.height) // 2
@@ -132,7 +135,7 @@ def cut_crop(scenes: SceneSet, rng: np.random.Generator) -> tuple[np.ndarray, di
 
 
 def crop_batch(scenes: SceneSet, rng: np.random.Generator, size: int) -> tuple[Tensor, PatchLabels]:
-    """`size` crops as images of their own."""
+    """A batch of `size` crops."""
     pixels, labels = zip(*(cut_crop(scenes, rng) for _ in range(size)), strict=True)
     return to_pixel_values(np.stack(pixels)), stack_labels(labels)
 
@@ -140,8 +143,8 @@ def crop_batch(scenes: SceneSet, rng: np.random.Generator, size: int) -> tuple[T
 def mosaic_batch(
     scenes: SceneSet, rng: np.random.Generator, size: int
 ) -> tuple[Tensor, PatchLabels]:
-    """`size` images of the full size, each tiled with 3 x 3 crops: as many patches to look among as
-    in a whole scene, but an object in every tile."""
+    """`size` images of the full size, each of 3 x 3 crops: as many patches as in a whole scene, and
+    an object in every tile."""
     tiles = GRID // CROP
     images, labels = [], []
     for _ in range(size):

@@ -1,5 +1,5 @@
-"""Questions and answers about an image, many of them packed behind it at once: each block of them
-sees the image and itself, not its neighbours, and takes the positions it would have alone."""
+"""Pack many blocks of questions and answers after one image. A block sees the image and itself, but
+no other block, and has the positions that it would have alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +20,7 @@ from llava_lite.llama import LlamaDecoder
 from training.labels import IGNORE
 from training.scenes import GRID
 
-# How often each family is asked about an image, per question block: from nothing, and when the
-# decoder goes on from weights that know the first ones.
+# How often each family is asked: with new weights, and with weights that know the easy families.
 FAMILY_WEIGHTS = {
     "count": (1.5, 2.0),
     "count_color": (1.0, 1.5),
@@ -42,8 +41,8 @@ def conversation(turns: tuple[tuple[str, str | None], ...]) -> str:
 
 
 class Writer:
-    """Turns conversations into ids: the part before the image (always the same) and the block after
-    it, with the answer tokens marked."""
+    """Encodes conversations: the part before the image (always the same), and the block after it
+    with its answer tokens marked."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -52,8 +51,8 @@ class Writer:
         self.block = lru_cache(maxsize=200_000)(self._block)
 
     def _block(self, turns: tuple[tuple[str, str], ...]) -> tuple[list[int], list[int]]:
-        """Ids after the image, and for each its target: the next id where that belongs to an
-        answer (or ends it), else IGNORE."""
+        """Ids after the image, and their targets: the next id if it belongs to an answer or ends
+        one, else IGNORE."""
         skip = len(self.head) + 1
         ids = self.tokenizer.encode_prompt(conversation(turns))[skip:]
         targets = [IGNORE] * len(ids)
@@ -68,7 +67,7 @@ class Writer:
 def pick_turns(
     asked: Sequence[Question], rng: np.random.Generator, count: int, late: bool = False
 ) -> list[tuple[tuple[str, str], ...]]:
-    """`count` blocks of one question, some of two or three, families by FAMILY_WEIGHTS; in front,
+    """`count` blocks of one to three questions, with families by FAMILY_WEIGHTS. The first block is
     the description of the image, which names every object."""
     by_family: dict[str, list[Question]] = {}
     for one in asked:
@@ -106,8 +105,8 @@ def pack(
     patches: list[np.ndarray],
     device: str,
 ) -> Packed:
-    """Lay out head, image rows and blocks of each image. A block sees head, image and itself, and
-    its positions go on after all 576 patches, whichever of them are there."""
+    """Lay out head, image rows and blocks of each image. A block sees head, image and itself. Its
+    positions start after all 576 patches, even if some are left out."""
     packed = Packed([], [], [], [], [], patches)
     head = len(writer.head)
     for blocks, kept in zip(blocks_per_image, patches, strict=True):

@@ -1,4 +1,4 @@
-"""Scenes of the training: which ones there are, how hard they are, and their pixels."""
+"""The scenes of the training, their difficulty, and their pixels."""
 
 import argparse
 import multiprocessing
@@ -18,36 +18,33 @@ from llava_lite.inputs.pixels import pad_to_square
 
 SIZE, PATCH, GRID = 336, 14, 24
 TRAIN_SEED, HELD_OUT_SEED, DECODER_SEED = 1, 2, 3
-SCENES_OF_A_STEP = 100_000  # how far apart the steps of decoder and joint look for scenes
+SCENES_OF_A_STEP = 100_000  # range of scene indices for each step of decoder and joint
 
 Task = tuple[int, int]  # seed and index of a scene
 
 
 def make_scene(seed: int, index: int) -> Scene:
-    """Scene `index` of a set; the same every time, so only its pixels are stored."""
+    """Scene `index` of a seed: the same every time, so only its pixels are stored."""
     rng = np.random.default_rng([seed, index])
     sizes = (224, 480) if rng.random() < 0.8 else (480, 1024)
     return sample_scene(rng, short_side=sizes)
 
 
 def difficulty(scene: Scene) -> int:
-    """How much there is to learn from a scene: as much as it has objects, three times as much from
-    a hard one. That is one with a digit, one that is small in the model's image, or one close to a
-    border between thirds. (Weights with 95.8 % of all answers right took one shape in ten of the
-    small objects for another, and one in a hundred of the others; their wrong places were almost
-    all of objects within a fiftieth of the image of a border.)"""
+    """The number of objects, in which a hard object counts as three. An object is hard if it has a
+    digit, is small in the model's image, or is close to a border between thirds."""
 
-    def hard(one: SceneObject) -> bool:
+    def is_hard(one: SceneObject) -> bool:
         small = one.radius * SIZE / max(scene.width, scene.height) < 16
         spot = one.x / scene.width, one.y / scene.height
         border = min(abs(value - third / 3) for value in spot for third in (1, 2))
         return one.digit is not None or small or border < 0.02
 
-    return sum(3 if hard(one) else 1 for one in scene.objects)
+    return sum(3 if is_hard(one) else 1 for one in scene.objects)
 
 
 def render(task: Task) -> np.ndarray:
-    """Draw one scene and bring it to the model's input size, as image.py does: (S, S, 3) uint8."""
+    """Draw one scene at the model's input size, as pixels.py does: (S, S, 3) uint8."""
     scene = make_scene(*task)
     image = pad_to_square(draw_scene(scene, supersample=1 + task[1] % 3))
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
@@ -67,7 +64,7 @@ class SceneSet:
         return len(self.scenes)
 
     def head(self, count: int) -> "SceneSet":
-        """Only the first `count` scenes."""
+        """The first `count` scenes."""
         first = copy(self)
         first.pixels, first.scenes = self.pixels[:count], self.scenes[:count]
         return first
@@ -90,9 +87,9 @@ def draw_all(path: Path, seed: int, count: int) -> None:
 def fresh_batches(
     args: argparse.Namespace, steps: range, batch: int, late: bool
 ) -> Iterator[tuple[list[Scene], np.ndarray]]:
-    """For each step `batch` scenes and their pixels (batch, S, S, 3). No scene comes twice: 6,000
-    of them, seen four times each, the decoder had learnt by heart. They are drawn while the step
-    before is computed. Unless it is late, the first scenes have few objects."""
+    """Yield `batch` scenes and their pixels (batch, S, S, 3) for each step. No scene comes twice: a
+    decoder memorizes repeated scenes. Scenes are drawn during the previous step. Unless `late`, the
+    first scenes have few objects."""
 
     def collect(started: tuple[list[Task], Iterator[np.ndarray]]) -> tuple[list[Scene], np.ndarray]:
         tasks, images = started
@@ -113,7 +110,7 @@ def fresh_batches(
 
 @contextmanager
 def drawers(count: int) -> Iterator[Callable[..., Iterator[np.ndarray]]]:
-    """`map`, by so many processes; 0: by this one, when the results are wanted."""
+    """A `map` over `count` processes; 0: a lazy `map` in this process."""
     if count == 0:
         yield map
         return
@@ -122,12 +119,12 @@ def drawers(count: int) -> Iterator[Callable[..., Iterator[np.ndarray]]]:
         yield pool.map
 
 
-EVERY_TIME = 12  # the difficulty from which on no scene is skipped
+EVERY_TIME = 12  # no scene of at least this difficulty is skipped
 
 
 def scene_tasks(seed: int, step: int, batch: int, most: int, late: bool) -> list[Task]:
-    """The `batch` scenes of one step, of at most `most` objects. Late, in a training that goes on,
-    a scene comes the more often the more difficult it is, up to EVERY_TIME."""
+    """The `batch` scenes of one step, with at most `most` objects each. late: difficult scenes come
+    more often, up to the difficulty EVERY_TIME."""
     found: list[Task] = []
     for index in count_from(step * SCENES_OF_A_STEP):
         scene = make_scene(seed, index)
@@ -139,5 +136,5 @@ def scene_tasks(seed: int, step: int, batch: int, most: int, late: bool) -> list
 
 
 def curriculum(progress: float) -> int:
-    """How many objects a scene may have by now: 2 at first, all from 30 % on."""
+    """The largest number of objects in a scene: 2 at first, no limit from 30 % on."""
     return 2 + int(progress / 0.075)

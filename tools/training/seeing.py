@@ -1,4 +1,4 @@
-"""What the tower sees of an image, and what of that the decoder is shown."""
+"""Which patches of an image the tower and the decoder see."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from training.trainer import autocast
 
 
 def see_crops(tower: VisionTower, pixel_values: Tensor, rng: np.random.Generator) -> Tensor:
-    """The tower on crops, each put at a random place of the position table."""
+    """Run the tower on crops, each at a random place of the position table."""
     count = len(pixel_values)
     corners = rng.integers(0, GRID - CROP + 1, size=(count, 2))
     steps = np.arange(CROP)
@@ -32,31 +32,31 @@ def see_crops(tower: VisionTower, pixel_values: Tensor, rng: np.random.Generator
     return x[:, 1:]
 
 
-# Of most images the tower sees few patches, with the class token a multiple of vision.KEY_BLOCK,
-# which takes less than half of the time. It ends with all.
+# The tower sees FEW_PATCHES patches of most images, which takes less than half of the time. With
+# the class token that is a multiple of vision.KEY_BLOCK. Near the end it sees all patches.
 FEW_PATCHES, FEW_PATCHES_UNTIL = 223, 0.85
 
 
 def choose_patches(
     labels: PatchLabels, progress: float, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """Which patches of each image the tower sees (B, N), ascending, and how many each stands for
-    (None: all of them, each for itself)."""
+    """The patches of each image that the tower sees (B, N), ascending, and how many patches each
+    stands for (None: one)."""
     if progress < FEW_PATCHES_UNTIL:
         return few_patches(labels, rng)
     return torch.arange(GRID * GRID).expand(len(labels.area), -1), None
 
 
 def few_patches(labels: PatchLabels, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """The patches of objects, those next to them, and some of the others, which stand for those
-    left out: which, ascending (B, FEW_PATCHES), and how many each stands for."""
+    """Patches of objects, patches next to objects, and some others, which stand for the rest:
+    patches (B, FEW_PATCHES), ascending, and how many patches each stands for."""
     area = rearrange(labels.area, "b (r c) -> b 1 r c", r=GRID)
     near = F.max_pool2d(area, 3, stride=1, padding=1).flatten(1) > 0
     chosen, sizes = [], []
     for objects, around in zip((labels.area > 0).numpy(), near.numpy(), strict=True):
         size = np.ones(GRID * GRID, np.float32)
         kept: list[np.ndarray] = []
-        # Objects and what is next to them may fill an image; the rest must be seen all the same.
+        # Objects and their neighbors may fill an image, but the tower must see some of the rest.
         for kind, most in (
             (objects, FEW_PATCHES - 32),
             (around & ~objects, FEW_PATCHES - 32),
@@ -74,14 +74,13 @@ def few_patches(labels: PatchLabels, rng: np.random.Generator) -> tuple[Tensor, 
 def see_patches(
     tower: VisionTower, pixel_values: Tensor, patches: Tensor, size: Tensor | None
 ) -> Tensor:
-    """The tower's features (B, N, C) where it sees but some patches (B, N) of each image, which
-    stand for `size` (B, N) patches each. Attention counts them as often, as if they had merged
-    (tome.py), and so sees on average what it would in all."""
+    """The tower's features (B, N, C) of some patches (B, N) of each image. size: how many patches
+    each stands for, (B, N). Attention weighs a patch by its size, like a merged token (tome.py)."""
     if size is None:
         return tower(pixel_values).image_features
     x = tower.embed(pixel_values)
-    tokens = F.pad(patches + 1, (1, 0)).to(x.device)  # the class token in front
-    # No block merges on, so only the sizes are read.
+    tokens = F.pad(patches + 1, (1, 0)).to(x.device)  # the class token first
+    # No block merges, so only the sizes are used.
     merged = Merged(tokens, F.pad(size, (1, 0), value=1.0).to(x.device))
     x = tower.pre_norm(x.gather(1, tokens[..., None].expand(-1, -1, x.shape[2])))
     for block in tower.blocks:
@@ -90,15 +89,15 @@ def see_patches(
 
 
 def see(tower: VisionTower, pixels: np.ndarray, device: str) -> Tensor:
-    """Features of every patch of images (n, S, S, 3), (n, 576, C), without a way back."""
+    """Features (n, 576, C) of all patches of images (n, S, S, 3), without gradients."""
     with torch.no_grad(), autocast(device):
         parts = to_pixel_values(np.array(pixels)).split(16)
         return torch.cat([tower(part.to(device)).image_features for part in parts])
 
 
 def object_patches(scene: Scene, rng: np.random.Generator, background: int) -> np.ndarray:
-    """Patches that touch an object, the middle row and column, which show where the image ends and
-    its padding begins, and `background` others, ascending."""
+    """Patches that touch an object, the middle row and column (they show where the padding begins),
+    and `background` others, ascending."""
     instances = draw_instances(scene, SIZE).reshape(GRID, PATCH, GRID, PATCH)
     kept = instances.any(axis=(1, 3))
     kept[GRID // 2], kept[:, GRID // 2] = True, True

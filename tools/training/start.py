@@ -1,4 +1,4 @@
-"""How a tower starts: what it is given that gradients alone find late or never."""
+"""Initial weights of a tower, which gradients alone would find late or never."""
 
 import math
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from training.seeing import see
 
 
 def start_local(tower: VisionTower, gain: float = 2.0) -> None:
-    """Start with attention to patches that look alike and lie near: an object's own.
+    """Start with attention to patches that look alike and are near: those of the same object.
 
-    Queries and keys begin as one projection (mimetic initialisation, Trockman and Kolter, arXiv
-    2305.09828) of tokens that carry sines of their place. From random weights every patch would
-    see the average of all 576 and learn nothing from it for a long time."""
+    Queries and keys start as one projection (mimetic initialization, Trockman and Kolter, arXiv
+    2305.09828) of tokens with sines of their place. With random weights every patch would see the
+    average of all 576 patches, and learn nothing for a long time."""
     with torch.no_grad():
         tower.pos_embed[1:] = grid_positions(tower.pos_embed.shape[1])
         for block in tower.blocks:
@@ -31,10 +31,10 @@ def start_local(tower: VisionTower, gain: float = 2.0) -> None:
 
 
 def grid_positions(width: int) -> Tensor:
-    """Sines and cosines of row and column, (GRID * GRID, width), to start the position table from.
+    """Initial position table (GRID * GRID, width): sines and cosines of row and column.
 
-    With random rows a crop teaches nothing about patches further apart than its own side, and in a
-    whole image attention strays; here nearness means the same everywhere from the start."""
+    With a random table, a crop teaches nothing about patches further apart than its side. With
+    sines, distance means the same everywhere."""
     frequencies = 100.0 ** (-torch.arange(width // 4) / (width // 4))
     angles = torch.arange(GRID)[:, None] * frequencies  # (GRID, width / 4)
     line = torch.cat((angles.sin(), angles.cos()), dim=1)  # (GRID, width / 2)
@@ -47,8 +47,7 @@ HEAD_STEPS = 600
 
 
 def fit_heads(tower: VisionTower, heads: PatchHeads, scenes: SceneSet) -> None:
-    """Let fresh readers learn what a given tower knows, which stays as it is: what they pulled it
-    by before they can read would only harm it."""
+    """Train new heads on a frozen tower. Gradients of untrained heads would harm the tower."""
     device = str(tower.pos_embed.device)
     seen = []
     for start in range(0, len(scenes), 16):
@@ -65,28 +64,27 @@ def fit_heads(tower: VisionTower, heads: PatchHeads, scenes: SceneSet) -> None:
         optimizer.zero_grad()
 
 
-# Of the position table in front of its norm, and of what leaves it: a patch of an image has there a
-# length of 25, what passes the blocks one of 15 to 100.
+# Lengths of the place vectors before and after the first norm. A patch has length 25 before it; the
+# vectors in the blocks have lengths of 15 to 100.
 CARRIER_GAIN, CARRIED = 40.0, 12.0
 
 
 @torch.no_grad()
 def carry_places(tower: VisionTower, heads: PatchHeads, scenes: SceneSet) -> None:
-    """Give the tower four channels for nothing but where each patch is: sine and cosine of its
-    column and of its row, which no block writes to, nor reads at first.
+    """Reserve four channels of the tower for each patch's place: sine and cosine of its column and
+    of its row. No block writes to them, and at first no block reads them.
 
-    Without them the position is a fiftieth of what passes the blocks, and an object's patches know
-    their own place to a quarter of a patch, four times worse than how far they are from the middle
-    of their object. The two lengths are the same for all patches, so that no norm on the way
-    changes them much. The channels are those that carried least; the norms' gains grow by as much
-    as the new ones make their inputs longer."""
+    Without them the position is 1/50 of a block's input, and patches know their place only to a
+    quarter of a patch. The two lengths are the same for all patches, so norms hardly change them.
+    The channels are those that carried least. The norms' gains grow as much as the new channels
+    make their inputs longer."""
     width = tower.pos_embed.shape[1]
     lengths, carried = measure_stream(tower, scenes)
     channels = carried.argsort()[:4]
     angles = torch.linspace(-1, 1, GRID, device=channels.device) * (0.25 * math.pi)
     line = torch.stack((angles.sin(), angles.cos()), dim=1)  # (GRID, 2)
     columns, rows = line.repeat(GRID, 1), line.repeat_interleave(GRID, 0)
-    signs = torch.tensor([1.0, 1.0, 1.0, -1.0]).to(angles)  # so that the mean hardly moves
+    signs = torch.tensor([1.0, 1.0, 1.0, -1.0]).to(angles)  # keeps the mean almost the same
     tower.pos_embed[1:, channels] = CARRIER_GAIN * signs * torch.cat((columns, rows), dim=1)
     tower.pos_embed[0, channels] = CARRIER_GAIN * torch.tensor([0.0, 1.0, 0.0, -1.0]).to(angles)
     tower.class_embed[channels] = 0
@@ -118,9 +116,8 @@ def carry_places(tower: VisionTower, heads: PatchHeads, scenes: SceneSet) -> Non
 
 @torch.no_grad()
 def fit_places(tower: VisionTower, heads: PatchHeads, scenes: SceneSet) -> None:
-    """Let the heads read what objects' patches know now of their own and their object's place and
-    of the image's extent, by least squares: by gradients, weights that start at zero take a
-    thousand steps to get there."""
+    """Fit the heads for place, spot and extent on objects' patches by least squares. By gradients,
+    weights that start at zero need a thousand steps."""
     inputs, targets = [], []
     for start in range(0, len(scenes), 16):
         pixels, labels = whole_batch(scenes, range(start, min(start + 16, len(scenes))))
@@ -140,9 +137,8 @@ def fit_places(tower: VisionTower, heads: PatchHeads, scenes: SceneSet) -> None:
 
 
 def measure_stream(tower: VisionTower, scenes: SceneSet) -> tuple[list[float], Tensor]:
-    """How long the vectors of the longest tenth of patches, most of them objects', are in front of
-    every norm and at the end, and how much each channel varies, of all that varies there, on
-    average over these places (C,)."""
+    """Before every norm and at the end: the length of the longest tenth of patches, most of them
+    objects'. And each channel's share of the variation there, on average (C,)."""
     seen: list[Tensor] = []
     norms = [tower.pre_norm]
     for block in tower.blocks:
@@ -165,13 +161,12 @@ EXTENT_BLOCK, EXTENT_GAIN = 3, 2.5
 
 @torch.no_grad()
 def show_extent(tower: VisionTower, scenes: SceneSet) -> None:
-    """Let one head start by telling every patch how large the image is without its padding.
+    """Initialize one attention head to tell every patch the extent of the unpadded image.
 
-    Where an object is "in thirds of the image" depends on it, but nothing near the object shows it,
-    and each image is a single example of it: by gradient alone the tower had not found it after
-    1,500 steps. In front of block EXTENT_BLOCK it can be read off the mean of all patches. So that
-    reading is fitted to `scenes` by least squares, and one head looks at everything alike and
-    passes it on; from there the training goes on as usual."""
+    An object's place in thirds of the image depends on the extent, but no patch near the object
+    shows it. By gradient alone the tower does not find it in 1,500 steps. The mean of all patches
+    before block EXTENT_BLOCK contains it. So a linear map from this mean is fitted to `scenes` by
+    least squares. The head attends to all patches equally and adds the result to every patch."""
     attn, width = tower.blocks[EXTENT_BLOCK].attn, tower.pos_embed.shape[1]
     seen, spread = mean_patches(tower, scenes)  # (scenes, C)
     sizes = [(scene.width, scene.height) for scene in scenes.scenes]
@@ -193,8 +188,8 @@ def show_extent(tower: VisionTower, scenes: SceneSet) -> None:
 
 
 def mean_patches(tower: VisionTower, scenes: SceneSet) -> tuple[Tensor, Tensor]:
-    """What block EXTENT_BLOCK sees, on average over the patches of each scene (scenes, C), and how
-    far its inputs spread."""
+    """The mean over patches of the input of block EXTENT_BLOCK, (scenes, C), and the standard
+    deviation of its inputs."""
     means, spread = [], []
     for start in range(0, len(scenes), 32):
         pixels = to_pixel_values(np.array(scenes.pixels[start : start + 32]))

@@ -1,4 +1,4 @@
-"""One training run: optimiser, rates, log, and a state to go on from."""
+"""One training run: optimizer, learning rates, log, and a state to resume from."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 
-def initialise(module: nn.Module, num_blocks: int) -> None:
-    """Small normal weights; what ends a residual branch starts smaller the deeper the model is."""
+def initialize(module: nn.Module, num_blocks: int) -> None:
+    """Small normal weights. The last layer of a residual branch starts smaller in deeper models."""
     for name, parameter in module.named_parameters():
         if parameter.dim() < 2 and not name.endswith("class_embed"):
             continue
@@ -41,11 +42,12 @@ class Trainer:
     ) -> None:
         self.name, self.modules, self.steps, self.step = name, modules, steps, 0
         self.state_path, self.log_path = work / f"{name}.state.pt", work / "log.jsonl"
+        self.losses: list[float] = []
         groups: list[dict[str, Any]] = []
         self.rates: list[float] = []
         for key, module in modules.items():
             named = list(module.named_parameters())
-            # A decaying position table would fade under patches that get no smaller.
+            # Weight decay would shrink the position table, but not the patches it is added to.
             matrices = [p for name, p in named if p.dim() >= 2 and name != "pos_embed"]
             others = [p for name, p in named if p.dim() < 2 or name == "pos_embed"]
             groups.append({"params": matrices, "weight_decay": 0.05})
@@ -55,9 +57,9 @@ class Trainer:
         if self.state_path.exists():
             self._restore(torch.load(self.state_path, "cpu", weights_only=True))
 
-    def share_of_rate(self) -> float:
-        """Warm-up, then cosine down to a fiftieth. It follows from the step alone, so that a stage
-        goes on with the rate and the number of steps that it is given then."""
+    def rate_factor(self) -> float:
+        """Warm-up, then cosine down to 1/50. It depends on the step alone, so a resumed stage can
+        have another rate or number of steps."""
         warm_up = min(200, self.steps // 10 + 1)
         cosine = 0.02 + 0.49 * (1 + math.cos(math.pi * self.step / self.steps))
         return min(1.0, (self.step + 1) / warm_up) * cosine
@@ -68,7 +70,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         if self.step >= self.steps != state["steps"]:
-            self.save()  # it is to end where it is
+            self.save()  # the stage ends here
 
     def save(self) -> None:
         state: dict[str, Any] = {key: module.state_dict() for key, module in self.modules.items()}
@@ -81,19 +83,27 @@ class Trainer:
         loss.backward()
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             nn.utils.clip_grad_norm_(group["params"], 1.0)
-            group["lr"] = rate * self.share_of_rate()
+            group["lr"] = rate * self.rate_factor()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.losses.append(loss.item())
 
-    def log(self, **values: float) -> None:
-        line = {"stage": self.name, "step": self.step, "time": round(time.time()), **values}
+    def is_due(self, every: int) -> bool:
+        """Whether to log after this step: each `every` steps and at the end."""
+        return self.step % every == 0 or self.step == self.steps
+
+    def log(self, every: int, **values: float) -> None:
+        """Write a line with the mean loss of the last `every` steps."""
+        loss = round(float(np.mean(self.losses[-every:])), 4)
+        line = {"stage": self.name, "step": self.step, "time": round(time.time()), "loss": loss}
+        line |= values
         with self.log_path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         tqdm.write(json.dumps(line))
 
     def run(self) -> Iterator[int]:
-        """Step numbers from where the stage stands, with a progress bar; saves on the way."""
+        """Yield the remaining step numbers, with a progress bar. Saves the state on the way."""
         if self.step >= self.steps:
             print(f"{self.name} has had its {self.step} steps ({self.state_path})")
         bar = tqdm(range(self.step, self.steps), self.name, initial=self.step, total=self.steps)
@@ -108,8 +118,8 @@ def autocast(device: str) -> torch.autocast:
 
 
 class PlainAttention(TorchFunctionMode):
-    """Within it, attention is what its formula says. On a CPU the way back through the fused kernel
-    takes twice as long, and torch's own plain one spends a third on rows that see nothing."""
+    """Computes attention by its formula. On a CPU the backward pass of the fused kernel takes twice
+    as long, and torch's own plain kernel spends a third on fully masked rows."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -121,11 +131,11 @@ class PlainAttention(TorchFunctionMode):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         mask = kwargs.get("attn_mask")
         if mask is not None:
-            seen = mask.dtype == torch.bool
-            scores = scores.masked_fill(~mask, -torch.inf) if seen else scores + mask
+            is_bool = mask.dtype == torch.bool
+            scores = scores.masked_fill(~mask, -torch.inf) if is_bool else scores + mask
         return scores.softmax(-1) @ v
 
 
 def attention(device: str) -> AbstractContextManager:
-    """The fastest attention to train with."""
+    """A context with the fastest attention to train with."""
     return PlainAttention() if device == "cpu" else nullcontext()

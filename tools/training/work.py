@@ -1,4 +1,4 @@
-"""The work folder of a training: its states, and that it holds one training from its beginning."""
+"""The work folder: the states of the stages of one training."""
 
 import argparse
 import hashlib
@@ -15,8 +15,8 @@ ORDER = ("crops", "tower", "decoder", "joint", "export")
 ORIGIN_FILE = "started_from.json"
 
 
-def state_of(work: Path, stage: str) -> dict[str, Any]:
-    """What a stage has saved. Raises SystemExit where it never ran."""
+def load_state(work: Path, stage: str) -> dict[str, Any]:
+    """The saved state of a stage. Raises SystemExit if the stage never ran."""
     path = work / f"{stage}.state.pt"
     if not has_begun(work, stage):
         raise SystemExit(f"no {path}: run --stage {stage} first, or give --start-from")
@@ -29,10 +29,9 @@ def has_begun(work: Path, stage: str) -> bool:
     return (work / f"{stage}.state.pt").exists()
 
 
-def misplaced(args: argparse.Namespace, stages: Sequence[str]) -> str | None:
-    """Why the stages must not run in this work folder: one would go on from another training's
-    weights, from a stage that was cut off, or train what the later stages, which have begun, would
-    never hear of."""
+def find_conflict(args: argparse.Namespace, stages: Sequence[str]) -> str | None:
+    """The reason why the stages must not run in this work folder, or None. They must not resume
+    from other weights or scenes, follow an unfinished stage, or precede a stage that has begun."""
     begun = [name for name in ORDER if has_begun(args.work, name)]
     if begun and (args.work / ORIGIN_FILE).exists():
         before, now = read_json(args.work / ORIGIN_FILE), origin(args)
@@ -40,11 +39,11 @@ def misplaced(args: argparse.Namespace, stages: Sequence[str]) -> str | None:
             was, wanted = (one["start_from"] or "nothing" for one in (before, now))
             return f"{args.work} has a training that started from {was}, not from {wanted} as it is"
         seeds = before["scene_seed"], now["scene_seed"]
-        if seeds[0] != seeds[1] and stages[0] != "export":  # which sees no scenes
+        if seeds[0] != seeds[1] and stages[0] != "export":  # export uses no scenes
             return f"{args.work} has a training of --scene-seed {seeds[0]}, not {seeds[1]}"
     earlier = [name for name in begun if ORDER.index(name) < ORDER.index(stages[0])]
     if earlier and stages[0] != "export":
-        state = state_of(args.work, earlier[-1])
+        state = load_state(args.work, earlier[-1])
         if state["step"] < state["steps"]:
             return (
                 f"{earlier[-1]} of {args.work} was cut off, it has had {state['step']} of "
@@ -57,7 +56,7 @@ def misplaced(args: argparse.Namespace, stages: Sequence[str]) -> str | None:
             continue
         if not has_begun(args.work, name):
             return f"{args.work} has a training that is at {later[-1]}, past {name}"
-        step = state_of(args.work, name)["step"]
+        step = load_state(args.work, name)["step"]
         if step < getattr(args, option(name).replace("-", "_")):
             return (
                 f"{args.work} has a training that is at {later[-1]}, past {name} with its {step} "
@@ -67,18 +66,18 @@ def misplaced(args: argparse.Namespace, stages: Sequence[str]) -> str | None:
 
 
 def option(stage: str) -> str:
-    """The flag of how many steps it has, without its dashes."""
+    """The name of the flag with the stage's number of steps, without dashes."""
     return f"{stage.removesuffix('s')}-steps"
 
 
-def remember(args: argparse.Namespace) -> None:
-    """Note in the work folder, made if need be, which training it holds."""
+def write_origin(args: argparse.Namespace) -> None:
+    """Create the work folder, and write the origin of its training."""
     args.work.mkdir(parents=True, exist_ok=True)
     replace_json(args.work / ORIGIN_FILE, origin(args))
 
 
 def origin(args: argparse.Namespace) -> dict[str, Any]:
-    """What tells one training from another: weights that it goes on from, and its scenes."""
+    """The identity of a training: the weights it starts from, and its scenes."""
     given: dict[str, Any] = {"start_from": None, "weights_sha256": None}
     if args.start_from:
         digest = hashlib.sha256()
