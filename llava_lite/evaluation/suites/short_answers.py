@@ -59,7 +59,7 @@ def normalize_answer(answer: str) -> str:
 
     A mark is removed if it is next to a space somewhere, or if the answer has a number with a
     comma. Otherwise the mark becomes a space. A period is removed unless a digit follows. TextVQA's
-    own evaluation differs: it drops commas and question marks between letters, and splits off 's."""
+    own evaluation differs: it drops commas and question marks between letters, splits off 's."""
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     number_with_comma = COMMA_IN_NUMBER.search(text) is not None
     clean = text
