@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from helpers.mmbench_rows import COLUMNS, FRUIT, MILLION, encoded, png, rotated, row, write
 from llava_lite.errors import EvaluationError
 from llava_lite.evaluation.suite import Metric
-from llava_lite.evaluation.suites.mmbench import Row, RowImage, index_of, open_mmbench, rotations
+from llava_lite.evaluation.suites.mmbench import (
+    MMBenchRow,
+    RowImage,
+    index_of,
+    open_mmbench,
+    rotations,
+)
 from llava_lite.evaluation.suites.multiple_choice import chosen_letter, multiple_choice_prompt
 
 
@@ -270,7 +276,7 @@ def test_rotations_are_not_made_twice(file: Path) -> None:
 def test_every_rotation_keeps_the_right_option(count: int, data: st.DataObject) -> None:
     right = data.draw(st.integers(0, count - 1))
     options = tuple(f"option {place}" for place in range(count))
-    base = Row("4", "?", options, RowImage(b"x", "x"), "here", answer=ascii_uppercase[right])
+    base = MMBenchRow("4", "?", options, RowImage(b"x", "x"), "here", answer=ascii_uppercase[right])
     made = list(rotations(base))
     assert [one.id for one in made] == [str(4 + turn * MILLION) for turn in range(1, count)]
     assert len({one.options for one in (base, *made)}) == count

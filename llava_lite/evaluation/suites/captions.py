@@ -4,7 +4,7 @@
     references = [[tokenize(caption), ...], ...]
     cider_d(candidates, references)      # a score for each image; their mean is CIDEr-D
 
-The numbers are those of the scorers that the COCO evaluation uses, which tests compare with.
+The numbers equal those of the COCO evaluation's scorers; tests compare them.
 """
 
 import math
@@ -53,11 +53,11 @@ TWO_WORDS = {
 
 
 def tokenize(caption: str) -> list[str]:
-    """Words much as the Penn Treebank tokenizer of the COCO evaluation makes them.
+    """Words as from the Penn Treebank tokenizer of the COCO evaluation, without its rarer rules.
 
     Lower case; n't, 's and their kind are tokens; numbers, hyphenated words and abbreviations stay
     whole; quotes and . ? ! , : ; - are dropped; brackets become -lrb- and so on, which the
-    reference tokenizer in fact keeps. Rarer rules of that tokenizer are left out."""
+    reference tokenizer in fact keeps."""
     tokens: list[str] = []
     for token in TOKEN.findall(caption.translate(QUOTES).lower()):
         tokens += split_word(token)
@@ -84,8 +84,8 @@ def split_word(token: str) -> Iterable[str]:
 def cider_d(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
     """CIDEr-D of every image (Vedantam et al., CVPR 2015), 10 at most; the mean is the score.
 
-    `candidates[i]` is one caption, `references[i]` the captions of the same image. How rare an
-    n-gram is follows from the references given here, so scores of different subsets differ."""
+    `candidates[i]` is one caption, `references[i]` the captions of the same image. The rarity of
+    an n-gram depends on the given references, so scores of different subsets differ."""
     rarity = ngram_rarity(references)
     scores = []
     for candidate, of_image in zip(candidates, references, strict=True):
@@ -105,7 +105,7 @@ def ngrams(tokens: Tokens, order: int) -> list[Ngram]:
 
 
 def ngram_rarity(references: Sequence[Sequence[Tokens]]) -> Counter[Ngram]:
-    """In the references of how many images every n-gram stands."""
+    """For each n-gram: the number of images with the n-gram in their references."""
     images: Counter[Ngram] = Counter()
     for of_image in references:
         images.update({ngram for ref in of_image for n in ORDERS for ngram in ngrams(ref, n)})
@@ -129,7 +129,7 @@ def cider_vectors(
 def cider_similarity(
     candidate: Sequence[dict[Ngram, float]], reference: Sequence[dict[Ngram, float]]
 ) -> float:
-    """Mean over the orders of the cosine, where no n-gram counts more than in the reference."""
+    """Mean cosine over the orders. An n-gram counts at most as often as in the reference."""
     cosines = []
     for own, other in zip(candidate, reference, strict=True):
         norms = math.hypot(*own.values()) * math.hypot(*other.values())
@@ -143,7 +143,7 @@ def cider_similarity(
 
 
 def length_penalty(candidate: Tokens, reference: Tokens) -> float:
-    """1 for equal lengths, less the more they differ. The COCO scorer counts pairs of words."""
+    """1 for equal lengths, falling with the difference. The COCO scorer counts word pairs."""
     difference = max(len(candidate) - 1, 0) - max(len(reference) - 1, 0)
     return math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
 
@@ -171,12 +171,12 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
 
 
 def closest_length(length: int, references: Sequence[Tokens]) -> int:
-    """The reference length nearest to this one, the shorter of two."""
+    """The reference length nearest to `length`; the shorter of two."""
     return min((len(ref) for ref in references), key=lambda other: (abs(other - length), other))
 
 
 def clipped_matches(candidate: Tokens, references: Sequence[Tokens], order: int) -> int:
-    """How many n-grams of the candidate are in a reference, none more often than there."""
+    """The number of the candidate's n-grams in a reference, each at most as often as there."""
     most: Counter[Ngram] = Counter()
     for reference in references:
         most |= Counter(ngrams(reference, order))
@@ -213,7 +213,7 @@ def rouge_of_image(candidate: Tokens, references: Sequence[Tokens]) -> float:
 
 
 def longest_common_subsequence(first: Tokens, second: Tokens) -> int:
-    """How many tokens both have in the same order, others between them or not."""
+    """Length of the longest common subsequence of tokens."""
     lengths = [0] * (len(second) + 1)
     for token in first:
         diagonal = 0

@@ -22,13 +22,13 @@ from llava_lite.evaluation.suites.records import Record, read_json, records_of, 
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 MAX_NEW_TOKENS = 64
 DEFAULT_SPLIT = "test"
-# Karpathy's name for images of COCO's validation part that he gave to training.
+# Karpathy's name for images of COCO's validation part that are used for training.
 RESTVAL = "restval"
 
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """One image: `image_id` as the file has it, the `names` its file may have in the folder."""
+    """One image. `image_id`: as in the file. `names`: possible names of the image file."""
 
     image_id: str | int
     names: tuple[str, ...]
@@ -73,8 +73,8 @@ class CaptionSuite:
         return replace(self, images=chosen)
 
     def score(self, answers: Mapping[str, str]) -> Scores:
-        """CIDEr-D (0..10), BLEU-1..4 and ROUGE-L (0..1) as the COCO scorers print them; no metrics
-        without reference captions."""
+        """CIDEr-D (0..10), BLEU-1..4 and ROUGE-L (0..1) on the scale of the COCO scorers. No
+        metrics without reference captions."""
         scored = [image for image in self.images if image.references]
         if not scored:
             return Scores({})
@@ -101,7 +101,7 @@ class CaptionSuite:
 
 
 def open_coco(files: Sequence[Path], folder: Path, split: str | None = None) -> CaptionSuite:
-    """The suite of an annotation file of either format; `split` is for Karpathy's, test by default.
+    """The suite of an annotation file. `split`: for Karpathy's format, "test" by default.
 
     Raises EvaluationError naming file and item."""
     [path] = files
@@ -111,7 +111,7 @@ def open_coco(files: Sequence[Path], folder: Path, split: str | None = None) -> 
 def caption_suite(
     content: Any, path: Path, folder: Path, split: str | None = None, name: str = "coco"
 ) -> CaptionSuite:
-    """The suite of what was read from a file of either format."""
+    """The suite of the content of a file in either format."""
     records = records_of(content, path, "images")
     settings: dict[str, Any] = {"prompt": CAPTION_PROMPT}
     if not records[0].lacks("sentences"):
@@ -128,7 +128,7 @@ def caption_suite(
 def plain_images(
     records: Sequence[Record], content: Mapping[str, Any], path: Path
 ) -> tuple[list[CaptionedImage], dict[str, int]]:
-    """The images that have captions, or all where none has, and how much is left out."""
+    """The images with captions (all images if no image has captions), and the number left out."""
     by_image: dict[str | int, list[str]] = {}
     if content.get("annotations"):
         for annotation in records_of(content, path, "annotations"):
@@ -151,9 +151,9 @@ def plain_images(
 
 
 def karpathy_images(records: Sequence[Record], split: str, path: Path) -> list[CaptionedImage]:
-    """The images of one split; train includes the images moved there from COCO's validation part.
+    """The images of one split. "train" includes the images moved there from COCO's validation part.
 
-    Raises EvaluationError naming the splits there are."""
+    Raises EvaluationError naming the known splits."""
     splits = {record.text("split") for record in records}
     wanted = {split, RESTVAL} if split == "train" else {split}
     chosen = [record for record in records if record.get("split") in wanted]
@@ -163,7 +163,7 @@ def karpathy_images(records: Sequence[Record], split: str, path: Path) -> list[C
 
 
 def karpathy_image(record: Record) -> CaptionedImage:
-    """One image; its file may lie in its `filepath` or right in the folder."""
+    """One image. Its file is in its `filepath` or directly in the folder."""
     image_id = image_id_of(record, "cocoid", "imgid")
     file = record.text("filename")
     subfolder = record.get("filepath", default="")
@@ -177,14 +177,14 @@ def karpathy_image(record: Record) -> CaptionedImage:
 
 
 def image_id_of(record: Record, *names: str) -> str | int:
-    """The id as the file has it, for the result file must have it alike."""
+    """The id with its type, because the result file must have the same id."""
     record.id(*names)
     value: str | int = record.get(*names)
     return value
 
 
 def caption_of(record: Record, name: str) -> str:
-    """A caption, blank ones included: files of the field do have some."""
+    """A caption. It may be blank: published files have blank captions."""
     caption = record.get(name)
     if not isinstance(caption, str):
         raise EvaluationError(f"{record.where}: needs a text in {name!r}")

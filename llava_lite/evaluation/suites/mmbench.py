@@ -47,7 +47,7 @@ class RowImage:
 
 
 @dataclass(frozen=True)
-class Row:
+class MMBenchRow:
     """One question. `answer`: a letter, None if unknown. `made`: a rotation that is not in the
     file."""
 
@@ -93,7 +93,7 @@ class MMBenchSuite:
     `incomplete`: questions without all their rotations, in a part of the suite. Circular accuracy
     leaves them out, because it would be too high for them."""
 
-    rows: Sequence[Row]
+    rows: Sequence[MMBenchRow]
     files: Sequence[Path]
     language: str = "en"
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -130,7 +130,7 @@ class MMBenchSuite:
         if not any(row.answer for row in scored):
             return Scores({})
         right = {row.id: is_right(row, answers) for row in scored}
-        first: dict[str, Row] = {}
+        first: dict[str, MMBenchRow] = {}
         circular: dict[str, bool] = {}
         for row in scored:
             first.setdefault(row.group, row)
@@ -170,7 +170,7 @@ class MMBenchSuite:
                 writer.writerow([row.id, row.question, *padded, answers.get(row.id, "")])
 
 
-def is_right(row: Row, answers: Mapping[str, str]) -> bool:
+def is_right(row: MMBenchRow, answers: Mapping[str, str]) -> bool:
     """Whether the row has an answer and the answer names the right option."""
     answer = answers.get(row.id)
     return (
@@ -180,7 +180,7 @@ def is_right(row: Row, answers: Mapping[str, str]) -> bool:
     )
 
 
-def describe_rotations(rows: Iterable[Row]) -> str:
+def describe_rotations(rows: Iterable[MMBenchRow]) -> str:
     """Where rotated rows come from, for the settings of a report."""
     rows = list(rows)
     if any(row.made for row in rows):
@@ -193,7 +193,7 @@ def describe_rotations(rows: Iterable[Row]) -> str:
 # ---- rotating ----------------------------------------------------------------------------------
 
 
-def with_rotations(rows: Sequence[Row]) -> list[Row]:
+def with_rotations(rows: Sequence[MMBenchRow]) -> list[MMBenchRow]:
     """Every row followed by its rotations: as many rows as the question has options.
 
     Raises EvaluationError if the file has rotated rows."""
@@ -205,7 +205,7 @@ def with_rotations(rows: Sequence[Row]) -> list[Row]:
     return [each for row in rows for each in (row, *rotations(row))]
 
 
-def rotations(row: Row) -> Iterator[Row]:
+def rotations(row: MMBenchRow) -> Iterator[MMBenchRow]:
     """The row with its options rotated by 1, 2, ... places."""
     if row.index is None or row.error:
         return
@@ -243,7 +243,7 @@ def open_mmbench(
     return MMBenchSuite(with_rotations(rows) if circular else rows, [path], language)
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[MMBenchRow]:
     """All rows of a file with their images."""
     needed = ("index", "image", "question", "A", "B")
     images: dict[str, RowImage | str] = {}  # by index; a text is the index of another row
@@ -261,7 +261,7 @@ def read_rows(path: Path) -> list[Row]:
     return [replace(row, image=follow(row.id, images)) for row in rows]
 
 
-def row_of(record: Record) -> Row:
+def row_of(record: Record) -> MMBenchRow:
     """One row, without its image."""
     index = index_of(cell(record, "index"))
     options = tuple(options_of(record))
@@ -277,7 +277,7 @@ def row_of(record: Record) -> Row:
     elif answer and answer not in tuple(letters(len(options))):
         known = ", ".join(letters(len(options)))
         error = f"{record.where}: the answer {answer!r} is none of {known}"
-    return Row(
+    return MMBenchRow(
         id=record.where.rsplit(", ")[-1] if index is None else str(index),
         question=question,
         options=options,

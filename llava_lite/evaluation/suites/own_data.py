@@ -44,7 +44,7 @@ CHOICE_NAMES = ("choices",)
 
 
 @dataclass(frozen=True)
-class Question:
+class OwnQuestion:
     """One question. `references`: right answers; with choices the right letter. Without references
     the question is not scored."""
 
@@ -84,7 +84,7 @@ class Question:
 class OwnDataSuite:
     """Your own questions. A failed question counts as wrong."""
 
-    questions: Sequence[Question]
+    questions: Sequence[OwnQuestion]
     folder: ImageFolder
     files: Sequence[Path]
     short_answer: bool = False
@@ -102,7 +102,7 @@ class OwnDataSuite:
         """All questions in the order of the file."""
         return [self.sample(question) for question in self.questions]
 
-    def sample(self, question: Question) -> Sample:
+    def sample(self, question: OwnQuestion) -> Sample:
         """One question, with an error if one of its images does not exist."""
         prompt = question.prompt(self.short_answer)
         sources: list[str | Path] = []
@@ -166,7 +166,7 @@ def question_of(
     image_names: Sequence[str] = IMAGE_NAMES,
     answer_names: Sequence[str] = ANSWER_NAMES,
     choice_names: Sequence[str] = CHOICE_NAMES,
-) -> Question:
+) -> OwnQuestion:
     """One question. Each field may have any of the given names."""
     choices = texts_of(record, choice_names)
     if len(choices) == 1 or len(choices) > MOST_OPTIONS:
@@ -179,7 +179,7 @@ def question_of(
     else:
         references = texts_of(record, answer_names)
     known = any(not record.lacks(name) for name in id_names)
-    return Question(
+    return OwnQuestion(
         id=record.id(*id_names) if known else default_id,
         text=record.text(*prompt_names),
         images=texts_of(record, image_names),

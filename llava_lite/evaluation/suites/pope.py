@@ -1,4 +1,4 @@
-"""POPE: is this object in the image? Yes or no, by how the absent objects were chosen.
+"""POPE: is this object in the image? Scores by the choice of the absent objects.
 
 A question file has lines {"question_id", "image", "text", "label": "yes" | "no"}, perhaps with
 "category"; otherwise the category is read from the file's name.
@@ -25,7 +25,7 @@ LABELS = {"yes": True, "no": False}
 
 
 @dataclass(frozen=True)
-class Question:
+class PopeQuestion:
     """One question; `label` is None where the right answer is not known."""
 
     id: str
@@ -38,7 +38,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Counts of answers: said yes or no, rightly or not. `yes` of them said so in fact."""
+    """Counts of yes and no answers, right and wrong. `yes`: yes answers that were given."""
 
     true_yes: int
     false_yes: int
@@ -53,7 +53,7 @@ class Confusion:
         return self.true_yes + self.false_yes + self.true_no + self.false_no
 
     def metrics(self) -> dict[str, Metric]:
-        """Those of POPE, yes being what is looked for; NaN of nothing."""
+        """POPE's metrics, with yes as the positive class; NaN without answers."""
         wrong = self.false_yes + self.false_no
         right = self.true_yes + self.true_no
         f1 = 2 * self.true_yes / (2 * self.true_yes + wrong) if self.true_yes + wrong else math.nan
@@ -70,7 +70,7 @@ class Confusion:
 class PopeSuite:
     """Yes-or-no questions. A failed question counts as answered wrongly."""
 
-    questions: Sequence[Question]
+    questions: Sequence[PopeQuestion]
     folder: ImageFolder
     files: Sequence[Path]
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -99,8 +99,8 @@ class PopeSuite:
         return replace(self, questions=chosen)
 
     def score(self, answers: Mapping[str, str]) -> Scores:
-        """The mean of the categories' F1, then accuracy, precision, recall and the share of yes
-        over all; the same for each category."""
+        """Mean F1 of the categories, then accuracy, precision, recall and the share of yes over all
+        questions; the same for each category."""
         scored = [question for question in self.questions if question.label is not None]
         if not scored:
             return Scores({})
@@ -127,8 +127,8 @@ def says_yes(answer: str) -> bool:
     return not any(word in NEGATIONS for word in words)
 
 
-def confusion(questions: Iterable[Question], answers: Mapping[str, str]) -> Confusion:
-    """Count the answers; a missing one stands for the wrong one."""
+def confusion(questions: Iterable[PopeQuestion], answers: Mapping[str, str]) -> Confusion:
+    """Count the answers. A missing answer counts as the wrong answer."""
     counts: Counter[tuple[bool, bool]] = Counter()
     yes = answered = 0
     for question in questions:
@@ -155,14 +155,14 @@ def open_pope(files: Sequence[Path], folder: Path) -> PopeSuite:
 
 
 def category_of(path: Path) -> str:
-    """The category that a file's name tells, else the name."""
+    """The category in a file's name, else the name."""
     return next((name for name in CATEGORIES if name in path.stem.lower()), path.stem)
 
 
-def question_of(record: Record, category: str) -> Question:
-    """One question. Ids begin with the category, since every file of POPE counts from 1."""
+def question_of(record: Record, category: str) -> PopeQuestion:
+    """One question. Ids begin with the category, because every file of POPE counts from 1."""
     category = str(record.get("category", default=category))
-    return Question(
+    return PopeQuestion(
         id=f"{category}/{record.id('question_id', 'id')}",
         text=record.text("text", "question"),
         image=record.text("image"),

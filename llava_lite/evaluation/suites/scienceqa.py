@@ -30,7 +30,7 @@ GRADES = {f"grade{grade}": "1-6" if grade <= 6 else "7-12" for grade in range(1,
 
 
 @dataclass(frozen=True)
-class Question:
+class ScienceQuestion:
     """One question; `answer` is the index of the right choice. No image: asked as text."""
 
     id: str
@@ -59,7 +59,7 @@ class Question:
 class ScienceQaSuite:
     """ScienceQA. A failed question, and one without a clear letter, counts as wrong."""
 
-    questions: Sequence[Question]
+    questions: Sequence[ScienceQuestion]
     folder: ImageFolder
     files: Sequence[Path]
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class ScienceQaSuite:
         """All questions, those without an image as text only."""
         return [self.sample(question) for question in self.questions]
 
-    def sample(self, question: Question) -> Sample:
+    def sample(self, question: ScienceQuestion) -> Sample:
         """One question, ready to ask."""
         if question.image is None:
             return Sample(question.id, question.prompt)
@@ -85,8 +85,8 @@ class ScienceQaSuite:
         return replace(self, questions=chosen)
 
     def score(self, answers: Mapping[str, str]) -> Scores:
-        """Accuracy over all and over questions with an image, then by subject, context and grades
-        as the data set's authors do. A question may have both text and image as context."""
+        """Accuracy of all questions and of questions with an image, and by subject, context and
+        grade as in the paper. A question may have both text and image as context."""
         outcomes = [(one, one.is_right(answers.get(one.id))) for one in self.questions]
         metrics = {
             "accuracy": accuracy(right for _, right in outcomes),
@@ -103,8 +103,8 @@ class ScienceQaSuite:
 
 
 def parse_letter(answer: str) -> str | None:
-    """The letter that an answer gives, by the official rules: nothing but a letter, a beginning
-    such as "B. ", or one "The answer is B."."""
+    """The letter of an answer by the official rules: only a letter, a beginning such as "B. ", or
+    one "The answer is B."."""
     choices = ascii_uppercase[:MOST_CHOICES]
     text = answer.strip()
     if len(text) == 1 and text in choices:
@@ -139,15 +139,15 @@ def open_scienceqa(files: Sequence[Path], folder: Path) -> ScienceQaSuite:
 
 
 def problem_of(record: Record, problems: Mapping[str, Any], path: Path) -> Record:
-    """What the problem file says of a question."""
+    """The entry of a question in the problem file."""
     question_id = record.id("id")
     if question_id not in problems:
         raise EvaluationError(f"{record.where}: the id {question_id!r} is not in {path}")
     return as_record(problems[question_id], f"{path}, problem {question_id}")
 
 
-def question_of(record: Record, problem: Record) -> Question:
-    """One question. Raises EvaluationError for an answer that is none of the choices."""
+def question_of(record: Record, problem: Record) -> ScienceQuestion:
+    """One question. Raises EvaluationError for an answer that is not one of the choices."""
     choices, answer = problem.get("choices"), problem.get("answer")
     if not isinstance(choices, list) or not choices:
         raise EvaluationError(f"{problem.where}: 'choices' must be a list")
@@ -156,7 +156,7 @@ def question_of(record: Record, problem: Record) -> Question:
             f"{problem.where}: the answer {answer!r} is not in 0..{len(choices) - 1}"
         )
     image = record.get("image")
-    return Question(
+    return ScienceQuestion(
         id=record.id("id"),
         text=human_text(record),
         choices=len(choices),
@@ -170,7 +170,7 @@ def question_of(record: Record, problem: Record) -> Question:
 
 
 def human_text(record: Record) -> str:
-    """The first human turn without the image marker, which stands in front for LLaVA."""
+    """The first human turn without the image marker: LLaVA puts the image first."""
     turns = record.get("conversations", default=[])
     if isinstance(turns, list):
         for turn in turns:
@@ -181,7 +181,7 @@ def human_text(record: Record) -> str:
 
 
 def contexts_of(problem: Record) -> Iterator[str]:
-    """What helps to answer beside the question: text, an image, both or none."""
+    """The context of a question: text, an image, both or none."""
     hint, image = problem.get("hint"), problem.get("image")
     if hint:
         yield "text"

@@ -45,7 +45,7 @@ OCR_LINE = "Reference OCR token: "
 
 
 @dataclass(frozen=True)
-class Question:
+class VqaQuestion:
     """One question. `image_names`: possible names of the image file. Without references the
     question is not scored."""
 
@@ -78,7 +78,7 @@ class Question:
 class VqaSuite:
     """Short answers. A failed question counts as wrong."""
 
-    questions: Sequence[Question]
+    questions: Sequence[VqaQuestion]
     folder: ImageFolder
     files: Sequence[Path]
     ocr: bool = False
@@ -135,7 +135,7 @@ class VqaSuite:
         path.write_text(json.dumps(results, ensure_ascii=False), encoding="utf-8")
 
 
-def scoring_of(questions: Iterable[Question]) -> str:
+def scoring_of(questions: Iterable[VqaQuestion]) -> str:
     """How answers are scored, for the settings of a report.
 
     Raises EvaluationError for a number of references other than 0, 1 and 10."""
@@ -215,7 +215,7 @@ def read_beside(contents: Iterable[tuple[Path, Any]]) -> Beside:
     return Beside(annotations, tokens)
 
 
-def read_questions(path: Path, content: Any, beside: Beside) -> list[Question]:
+def read_questions(path: Path, content: Any, beside: Beside) -> list[VqaQuestion]:
     """All questions of a file of any of the formats."""
     if isinstance(content, list) and content and isinstance(content[0], Record):
         questions = [line_question(record, beside) for record in content]
@@ -238,12 +238,12 @@ def read_questions(path: Path, content: Any, beside: Beside) -> list[Question]:
     ]
 
 
-def question_of(record: Record, subtype: str, beside: Beside) -> Question:
+def question_of(record: Record, subtype: str, beside: Beside) -> VqaQuestion:
     """A question of VQAv2, TextVQA or VizWiz. In VizWiz the image is the id."""
     question_id = record.id("question_id", "image")
     source = beside.of(question_id, record)
     kinds = ("question_type", "answer_type")
-    return Question(
+    return VqaQuestion(
         id=question_id,
         text=record.text("question"),
         image_names=image_names(record, subtype),
@@ -256,12 +256,12 @@ def question_of(record: Record, subtype: str, beside: Beside) -> Question:
     )
 
 
-def line_question(record: Record, beside: Beside) -> Question:
+def line_question(record: Record, beside: Beside) -> VqaQuestion:
     """A question of LLaVA's files."""
     question_id = record.id("question_id", "id")
     source = beside.of(question_id, record)
     kinds = ("question_type", "answer_type", "category")
-    return Question(
+    return VqaQuestion(
         id=question_id,
         text=record.text("text", "question"),
         image_names=(record.text("image"),),
@@ -273,7 +273,7 @@ def line_question(record: Record, beside: Beside) -> Question:
     )
 
 
-def number_repeated_ids(questions: Sequence[Question], beside: Beside) -> list[Question]:
+def number_repeated_ids(questions: Sequence[VqaQuestion], beside: Beside) -> list[VqaQuestion]:
     """The questions with repeated ids numbered. An id with an annotation stays, to be refused: the
     annotation could belong to any of its questions."""
     seen: Counter[str] = Counter()
@@ -286,10 +286,10 @@ def number_repeated_ids(questions: Sequence[Question], beside: Beside) -> list[Q
     return unique
 
 
-def gqa_question(question_id: str, record: Record) -> Question:
+def gqa_question(question_id: str, record: Record) -> VqaQuestion:
     """A question of GQA, with one answer or none."""
     types = record.get("types", default={})
-    return Question(
+    return VqaQuestion(
         id=question_id,
         text=record.text("question"),
         image_names=(f"{record.id('imageId')}.jpg",),
