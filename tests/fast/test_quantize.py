@@ -673,6 +673,14 @@ def folder(plain: Path, method: str, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+def test_a_loaded_model_that_refuses_a_move_stays_where_it_is(folder: Path) -> None:
+    llava = load_source(open_source(folder))
+    with pytest.raises(ValueError, match="does not run here"):
+        llava.to(torch.float64)
+    tensors = [*llava.parameters(), *llava.buffers()]
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.bfloat16}
+
+
 def copied(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
