@@ -65,10 +65,8 @@ class Report:
         if self.files:
             lines.append(f"files: {', '.join(self.files)}")
         if self.verified:
-            codes = (
-                ", and the decoder's codes equal its quantized weights" if self.quantized else ""
-            )
-            lines.append(f"verified: every tensor read back equals the source's{codes}")
+            rounded = " (the decoder's after quantization)" if self.quantized else ""
+            lines.append(f"verified: every tensor read back equals the source{rounded}")
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
