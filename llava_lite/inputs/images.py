@@ -93,7 +93,7 @@ def load_image(
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB copy of an image in any PIL mode, as `Image.convert` does it.
 
-    Grey is replicated, alpha dropped without compositing, 16-bit and float grey clipped at 255.
+    Gray is replicated, alpha dropped without compositing, 16-bit and float gray clipped at 255.
     """
     if "transparency" in image.info:
         # It never changes the RGB values, but PIL warns about some forms of it.

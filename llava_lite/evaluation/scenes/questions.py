@@ -53,7 +53,7 @@ PARAPHRASES: dict[str, tuple[str, ...]] = {
         "What color is the {shape}?",
         "What is the color of the {shape}?",
         "Which color does the {shape} have?",
-        "What colour is the {shape}?",
+        "What colour is the {shape}?",  # codespell:ignore colour
     ),
     "shape": (
         "What shape is the {color} object?",
@@ -138,8 +138,8 @@ def plural(shape: str) -> str:
 def questions(scene: Scene, rng: np.random.Generator, paraphrase: float = 0.3) -> list[Question]:
     """All questions worth asking about a scene, each reworded with probability `paraphrase`.
 
-    "exists" and "relation" have as many yes as no; about a quarter of the counts by colour or
-    shape are zero; colours and shapes are asked for only where one object fits.
+    "exists" and "relation" have as many yes as no; about a quarter of the counts by color or
+    shape are zero; colors and shapes are asked for only where one object fits.
     """
     asker = _Asker(rng, paraphrase)
     asker.ask("count", COUNT_WORDS[len(scene.objects)])
@@ -212,8 +212,8 @@ def _ask_existence(asker: _Asker, scene: Scene) -> None:
 def _absent_identities(rng: np.random.Generator, present: set[Identity]) -> list[Identity]:
     """As many absent objects as there are present ones, four in five of them confusable.
 
-    Best are those whose colour and shape are both present, on different objects; where these run
-    out, those that share the colour or the shape.
+    Best are those whose color and shape are both present, on different objects; where these run
+    out, those that share the color or the shape.
     """
     colors = {color for color, _ in present}
     shapes = {shape for _, shape in present}

@@ -2,7 +2,7 @@
 
 Nothing here is shared with `draw_scene` but the description of a scene. Every shape is a signed
 distance, in pixels from its outline and negative inside; how much of a pixel it covers follows from
-the distance of the pixel's centre, so that edges are smooth without drawing anything larger and
+the distance of the pixel's center, so that edges are smooth without drawing anything larger and
 shrinking it. Digits are strokes of one width around a skeleton of lines and arcs: another typeface,
 with no font file. Noise comes from another generator.
 
@@ -49,7 +49,7 @@ def draw_smooth_scene(scene: Scene) -> Image.Image:
 
 
 def _background(scene: Scene) -> Array:
-    """One colour, or from one corner to the opposite one a blend of two: (H, W, 3)."""
+    """One color, or from one corner to the opposite one a blend of two: (H, W, 3)."""
     first = np.array(scene.background, np.float32)
     if scene.background_end is None:
         return np.tile(first, (scene.height, scene.width, 1))
@@ -85,7 +85,7 @@ def _blend(part: Array, distance: Array, rgb: RGB) -> None:
 
 
 def shape_distance(scene_object: SceneObject, x: Array, y: Array) -> Array:
-    """Pixels from the outline, negative inside, of points given from the object's centre. Exact at
+    """Pixels from the outline, negative inside, of points given from the object's center. Exact at
     the outline, which is where it matters; beyond corners it is too small."""
     cos, sin = math.cos(scene_object.rotation), math.sin(scene_object.rotation)
     x, y = x * cos + y * sin, y * cos - x * sin

@@ -101,7 +101,7 @@ _PROPORTIONS = {"star": (0.39, 0.46), "ring": (0.48, 0.58), "cross": (0.29, 0.38
 @dataclass(frozen=True)
 class DigitStyle:
     """How a digit is drawn, in the face that comes with Pillow: ink height in pixels, width of a
-    stroke around the face as a part of the font size, width stretch, ink colour."""
+    stroke around the face as a part of the font size, width stretch, ink color."""
 
     height: float
     weight: float = _DIGIT_WEIGHTS[1]
@@ -111,7 +111,7 @@ class DigitStyle:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One drawn object; centre and circumradius in pixels of the scene, rotation in radians.
+    """One drawn object; center and circumradius in pixels of the scene, rotation in radians.
 
     `proportion` in 0..1 picks the star's inner radius, the ring's hole and the cross's arm width
     within their ranges. A digit without a style is drawn in the middle of the allowed heights.
@@ -130,7 +130,7 @@ class SceneObject:
 
     @property
     def name(self) -> str:
-        """The colour and shape, which no other object of the scene shares: "red circle"."""
+        """The color and shape, which no other object of the scene shares: "red circle"."""
         return f"{self.color} {self.shape}"
 
 
@@ -153,7 +153,7 @@ class Scene:
         return min(self.width, self.height)
 
     def place(self, scene_object: SceneObject) -> str:
-        """The third of the image, in each direction, that holds the object's centre."""
+        """The third of the image, in each direction, that holds the object's center."""
         row, column = cell_of(self, scene_object)
         return PLACES[3 * row + column]
 
@@ -171,7 +171,7 @@ def sample_scene(
     """Sample a scene with `num_objects` objects (uniform in 1..6 if None).
 
     The short side is uniform in log scale within `short_side`. With probability `confusable` an
-    object after the first takes the shape or the colour of an earlier one. Raises ValueError for a
+    object after the first takes the shape or the color of an earlier one. Raises ValueError for a
     number of objects outside 1..6 or an empty size range.
     """
     if num_objects is not None and not 1 <= num_objects <= MAX_OBJECTS:
@@ -400,7 +400,7 @@ def _draw_shape(
         if scene_object.shape == "ring":
             fill_disc(scene_object.radius * drawn_proportion(scene_object), 0)
         return
-    # Pillow names the centres of pixels, half a pixel off the scene's coordinates.
+    # Pillow names the centers of pixels, half a pixel off the scene's coordinates.
     half = 0.5 / scale
     corners = [to_canvas(x - half, y - half) for x, y in object_polygon(scene_object)]
     draw.polygon(corners, fill=fill)
@@ -455,7 +455,7 @@ def _glyph(digit: int, weight: float) -> Image.Image:
 
 
 def _draw_background(scene: Scene) -> NDArray[np.uint8]:
-    """The flat colour or the gradient, (height, width, 3)."""
+    """The flat color or the gradient, (height, width, 3)."""
     canvas = np.empty((scene.height, scene.width, 3), np.uint8)
     if scene.background_end is None:
         canvas[:] = scene.background
@@ -492,7 +492,7 @@ def _normal_quantiles() -> NDArray[np.float32]:
 
 
 def cell_of(scene: Scene, scene_object: SceneObject) -> tuple[int, int]:
-    """Row and column, 0..2 each, of the third of the image that holds the object's centre."""
+    """Row and column, 0..2 each, of the third of the image that holds the object's center."""
     row = min(int(3 * scene_object.y / scene.height), 2)
     column = min(int(3 * scene_object.x / scene.width), 2)
     return row, column

@@ -5,7 +5,7 @@
 An image is a path, relative to the file unless a folder is given, a URL or a data URL. The text is
 asked as it is; with choices, their lines and LLaVA's instruction to answer with a letter follow.
 Choices are scored by the letter, ten answers by VQA accuracy, others by equality with one of them
-after normalising. The right choice is given as its text, its letter or its index from 0.
+after normalizing. The right choice is given as its text, its letter or its index from 0.
 `category`, where it is given, groups.
 """
 

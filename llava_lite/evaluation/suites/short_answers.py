@@ -81,9 +81,9 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def exact_match(answer: str, references: Sequence[str]) -> bool:
-    """Whether the answer is one of the references after normalising.
+    """Whether the answer is one of the references after normalizing.
 
-    What normalising leaves nothing of, such as the letter A, is compared but for its case."""
+    What normalizing leaves nothing of, such as the letter A, is compared but for its case."""
     return comparable(answer) in {comparable(reference) for reference in references}
 
 

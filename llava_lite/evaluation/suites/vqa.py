@@ -9,7 +9,7 @@ GQA       {question id: {"imageId", "question", "answer", "types": {"structural"
 LLaVA     lines of {"question_id", "image", "text"}, with or without an annotation file; of an id
           that several lines have, which TextVQA's do, the second becomes "id/2" and so on
 
-Ten answers are scored by VQA accuracy, a single one by equality after normalising. An image is
+Ten answers are scored by VQA accuracy, a single one by equality after normalizing. An image is
 COCO_val2014_000000000042.jpg, 000000000042.jpg, 42.jpg or 42.png, or what `image` says.
 """
 
@@ -123,7 +123,7 @@ class VqaSuite:
         return Scores({"accuracy": accuracy(outcome for _, outcome in outcomes)}, groups)
 
     def export(self, answers: Mapping[str, str], path: Path) -> None:
-        """Write what the VQA servers take: [{"question_id", "answer"}], answers normalised;
+        """Write what the VQA servers take: [{"question_id", "answer"}], answers normalized;
         VizWiz has "image" for the id."""
         results = [
             {
@@ -147,7 +147,7 @@ def scoring_of(questions: Iterable[Question]) -> str:
                 f"{question.where}: has {count} answers; VQA accuracy needs {PEOPLE}, equality 1"
             )
         counts.add(count)
-    names = {PEOPLE: "VQA accuracy of 10 answers", 1: "equality after normalising"}
+    names = {PEOPLE: "VQA accuracy of 10 answers", 1: "equality after normalizing"}
     return " and ".join(names[count] for count in names if count in counts) or "none"
 
 
