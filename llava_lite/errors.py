@@ -1,8 +1,8 @@
-"""The errors a user can cause: one base class, one line each, no traceback on the command line."""
+"""Errors that a user can cause. The program prints them in one line, without a traceback."""
 
 
 class LlavaLiteError(Exception):
-    """Base of every error that llava_lite raises on purpose."""
+    """Base class of all errors of llava_lite."""
 
 
 def one_line(error: BaseException | str | None) -> str:
@@ -17,15 +17,15 @@ def one_line(error: BaseException | str | None) -> str:
 
 
 class ImageError(LlavaLiteError):
-    """The image cannot be used: unreadable, truncated, too large, refused URL. Names the source."""
+    """An image that cannot be used: unreadable, truncated, too large, a refused URL."""
 
 
 class PromptError(LlavaLiteError):
-    """The prompt and the images given do not fit together. Names both counts."""
+    """A prompt that is malformed or does not fit its images."""
 
     @classmethod
     def of_counts(cls, markers: int, images: int) -> "PromptError":
-        """As many `<image>` markers as images are needed, and these counts differ."""
+        """The error for `<image>` markers and images that differ in number."""
         return cls(
             f"the prompt has {markers} <image> {'marker' if markers == 1 else 'markers'}, but "
             f"{images} {'image was' if images == 1 else 'images were'} given"
@@ -33,12 +33,12 @@ class PromptError(LlavaLiteError):
 
 
 class ContextError(LlavaLiteError):
-    """Prompt, image and new tokens exceed the context. Names the three counts."""
+    """Prompt, images and new tokens that exceed the context. Names the three counts."""
 
 
 class CheckpointError(LlavaLiteError):
-    """A checkpoint is incomplete, damaged, misshapen or unsafe. Names the file and the tensor."""
+    """A checkpoint that is incomplete, damaged or unsafe. Names the file and the tensor."""
 
 
 class EvaluationError(LlavaLiteError):
-    """A data set for evaluation cannot be used. Names the file and the line or the item."""
+    """A data set that cannot be used. Names the file and the line or the item."""

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Load on `llava-lite serve`: right answers, clear refusals, nobody lost, memory flat.
+"""Put load on `llava-lite serve`: check answers, refusals, lost requests and memory.
 
-    python tools/load_server.py                             # 200 at once, a server of its own
+    python tools/load_server.py                             # 200 at once, on a new server
     python tools/load_server.py --requests 2000 --concurrency 16
 
-Starts a server of the embedded model in float32 on 127.0.0.1, and asks it a fixed mixture: whole
-and streamed answers, greedy and sampled, with and without token reduction, clients that leave
-early, malformed requests, hostile image sources, redirects to this machine. Each answer is compared
-with that of `Model.generate`. It asks nobody but that server, which asks nobody but a host of
-images here. Exit code 1 where an answer is wrong, a request is lost, a refusal is not the one
-expected, or what lies behind a redirect was asked for.
+Starts a server of the embedded model in float32 on 127.0.0.1, and sends a fixed mixture of
+requests: whole and streamed answers, greedy and sampled, with and without token reduction, clients
+that leave early, malformed requests, hostile image sources, redirects to this machine. Each answer
+is compared with `Model.generate`. All connections stay on this machine. The exit code is 1 if an
+answer is wrong, a request is lost, a refusal is not the expected one, or the server followed a
+forbidden redirect.
 """
 
 import argparse
@@ -56,18 +56,18 @@ REDUCTIONS = (None, "hybrid-72-36", "tome-72-logical", "hybrid-72-36")
 MOST_TOKENS = 8
 QUEUE = 256
 ROOT = Path(__file__).resolve().parents[1]
-SERVE = "serve"  # as first argument: the server itself, which finds the public hosts
-PUBLIC_HOSTS = ("images.test", "other.test")  # stood in for by `Elsewhere`
-# The last three are allowed by name, and refused for where they are.
+SERVE = "serve"  # as first argument: run the server, with the public hosts
+PUBLIC_HOSTS = ("images.test", "other.test")  # names of the local image host
+# The last three are allowed by name, but refused because of their addresses.
 ALLOWED_DOMAINS = ("images.test", "127.0.0.1", "localhost", "169.254.169.254")
-INSIDE = "/inside.png"  # nobody may ask for it
-MARKS = (200, 500, 1000, 1500, 2000)  # requests after which memory is looked at
+INSIDE = "/inside.png"  # the server must not fetch it
+MARKS = (200, 500, 1000, 1500, 2000)  # numbers of requests after which to read the memory
 
 
 @dataclass(frozen=True)
 class Case:
-    """One request, and what must come of it: an answer, or a status. Whose client leaves early has
-    neither."""
+    """One request with the expected answer or status. leaves: the client leaves early, and expects
+    nothing."""
 
     name: str
     body: bytes
@@ -80,8 +80,8 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What came of all of them. `wrong`: answers, statuses or error objects that are not those
-    expected; `lost`: requests without a response."""
+    """The results of all requests. wrong: unexpected answers, statuses or error objects; lost:
+    requests without a response."""
 
     kinds: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -90,7 +90,7 @@ class Outcome:
 
     @property
     def count(self) -> int:
-        """Requests that are over."""
+        """The number of finished requests."""
         return sum(self.kinds.values()) + len(self.lost)
 
 
@@ -108,7 +108,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
+    """A PNG that claims a size but has almost no pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checksum = zlib.crc32(kind + data)
@@ -123,8 +123,8 @@ def png_of_size(width: int, height: int) -> bytes:
 
 
 class Elsewhere(http.server.BaseHTTPRequestHandler):
-    """/scene.png and /inside.png are an image, /to?URL leads there, /loop to itself, /much is long.
-    Every visit is counted."""
+    """Serves an image (/scene.png, /inside.png), a redirect (/to?URL), an endless one (/loop), and
+    many bytes (/much). Counts every visit."""
 
     server: "ImageHost"
 
@@ -146,7 +146,7 @@ class Elsewhere(http.server.BaseHTTPRequestHandler):
 
 
 class ImageHost(http.server.ThreadingHTTPServer):
-    """Runs on a free port of this machine, as long as it is entered."""
+    """A host of images on a free port of this machine, for the time of a `with`."""
 
     request_queue_size = 128
 
@@ -163,14 +163,14 @@ class ImageHost(http.server.ThreadingHTTPServer):
         self.server_close()
 
     def url(self, name: str, path: str) -> str:
-        """A URL that leads here, by one of the machine's names or of those it stands in for."""
+        """A URL of this host, by a name of this machine or of `PUBLIC_HOSTS`."""
         return f"http://{name}:{self.server_port}{path}"
 
 
 @contextmanager
 def public_hosts() -> Iterator[None]:
-    """In this process the names of `PUBLIC_HOSTS` lead to this machine, and it passes for a public
-    one under them; all other names and addresses are looked at as ever."""
+    """In this process, connect `PUBLIC_HOSTS` to this machine as if it had a public address. Other
+    names and addresses are checked as usual."""
     connect = fetch._connect
 
     def directed(host: str, port: int, *rest: Any) -> socket.socket:
@@ -195,7 +195,7 @@ def body_of(text: str, image: str | None = None, **fields: Any) -> bytes:
 
 
 def good_cases(model: Model, folder: Path) -> list[Case]:
-    """Requests with an answer: every question on every example, in all ways of asking."""
+    """Requests with an answer: every question about every example, whole and streamed."""
     cases = []
     for example in EXAMPLES:
         data = (folder / example).read_bytes()
@@ -216,7 +216,7 @@ def good_cases(model: Model, folder: Path) -> list[Case]:
 
 
 def fetched_cases(model: Model, folder: Path, host: ImageHost) -> list[Case]:
-    """Images that are fetched, one of them where a redirect leads."""
+    """Requests with an image to fetch, one directly and one by a redirect."""
     scene = host.url("images.test", "/scene.png")
     answer = model.generate(folder / EXAMPLES[0], QUESTIONS[1], max_new_tokens=MOST_TOKENS)
     return [
@@ -226,7 +226,7 @@ def fetched_cases(model: Model, folder: Path, host: ImageHost) -> list[Case]:
 
 
 def redirected_cases(host: ImageHost) -> list[Case]:
-    """An allowed host leads where nobody may go."""
+    """Redirects from an allowed host to forbidden places."""
     targets = [host.url(name, INSIDE) for name in ("127.0.0.1", "localhost", "[::1]", "other.test")]
     targets += [
         f"http://[::ffff:127.0.0.1]:{host.server_port}{INSIDE}",
@@ -241,7 +241,7 @@ def redirected_cases(host: ImageHost) -> list[Case]:
 
 
 def leaving_cases(folder: Path) -> list[Case]:
-    """Clients that go away before they have what they asked for."""
+    """Clients that leave before the answer is complete."""
     image = data_url((folder / EXAMPLES[0]).read_bytes())
     return [
         Case(
@@ -255,7 +255,7 @@ def leaving_cases(folder: Path) -> list[Case]:
 
 
 def malformed_cases() -> list[Case]:
-    """Requests that are none."""
+    """Requests that are malformed or not supported."""
     nested = b'{"messages":' + b"[" * 100_000
     fields: tuple[tuple[str, Any, int], ...] = (
         ("n", 2, 400),
@@ -280,7 +280,7 @@ def malformed_cases() -> list[Case]:
 
 
 def hostile_cases() -> list[Case]:
-    """Images that must not be looked at."""
+    """Image sources that the server must refuse."""
     strip = png(Image.new("L", (1, 1_000_000)))
     bomb = png(Image.new("1", (9000, 9000)))  # 81 megapixels in 10 kB
     sources = {
@@ -299,7 +299,7 @@ def hostile_cases() -> list[Case]:
         "strip": data_url(strip),
         "bomb": data_url(bomb),
         "claims 3.6 gigapixels": data_url(png_of_size(60_000, 60_000)),
-        "claims 49 megapixels": data_url(png_of_size(7000, 7000)),  # which may be looked for
+        "claims 49 megapixels": data_url(png_of_size(7000, 7000)),  # within the limit on pixels
         "no pixels": data_url(png_of_size(0, 10)),
         "cut off": data_url(png(Image.new("RGB", (50, 50)))[:60]),
     }
@@ -310,7 +310,7 @@ def hostile_cases() -> list[Case]:
 
 
 def mixture(model: Model, folder: Path, host: ImageHost, count: int, seed: int = 0) -> list[Case]:
-    """`count` requests: half good, an eighth leaving, the rest malformed or hostile."""
+    """`count` requests: half good, one in eight leaves early, the rest are malformed or hostile."""
     good = cycle([*good_cases(model, folder), *fetched_cases(model, folder, host)])
     leaving = cycle(leaving_cases(folder))
     malformed, hostile = cycle(malformed_cases()), cycle(hostile_cases())
@@ -325,7 +325,7 @@ def mixture(model: Model, folder: Path, host: ImageHost, count: int, seed: int =
 
 
 async def ask(client: httpx.AsyncClient, case: Case, outcome: Outcome) -> None:
-    """One request, and a look at what came of it."""
+    """Send one request and check the result."""
     try:
         if case.leaves:
             await leave(client, case)
@@ -343,7 +343,7 @@ async def ask(client: httpx.AsyncClient, case: Case, outcome: Outcome) -> None:
         if set(error) != {"message", "type", "param", "code"} or not error["message"]:
             outcome.wrong.append(f"{case.name}: {text[:200]}")
     else:
-        answer = streamed(text) if case.stream else whole(text)
+        answer = join_stream(text) if case.stream else read_answer(text)
         if answer != case.answer:
             outcome.wrong.append(f"{case.name}: {answer!r}, not {case.answer!r}")
 
@@ -355,7 +355,7 @@ async def post(client: httpx.AsyncClient, case: Case) -> tuple[int, str, str]:
 
 
 async def leave(client: httpx.AsyncClient, case: Case) -> None:
-    """Go after the first piece of a stream, or a moment after asking."""
+    """Leave after the first piece of a stream, or shortly after the request."""
     headers = {"Content-Type": case.content_type}
     url = "/chat/completions"
     if case.stream:
@@ -372,12 +372,12 @@ async def leave(client: httpx.AsyncClient, case: Case) -> None:
         await posting
 
 
-def whole(text: str) -> str:
+def read_answer(text: str) -> str:
     return json.loads(text)["choices"][0]["message"]["content"]
 
 
-def streamed(text: str) -> str:
-    """The text of a stream; of one that does not end as it should, what is wrong."""
+def join_stream(text: str) -> str:
+    """The text of a stream, or a description of what is wrong with the stream."""
     events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
     if events[-1] != "[DONE]":
         return f"no end: {events[-1]}"
@@ -390,7 +390,7 @@ def streamed(text: str) -> str:
 async def run(
     url: str, cases: Sequence[Case], concurrency: int, process: int | None = None
 ) -> Outcome:
-    """Ask all of them, so many at once; `process` is whose memory is watched."""
+    """Send all requests, `concurrency` at once. process: id of the process to watch."""
     outcome, queue = Outcome(), iter(cases)
     watched = (0, *MARKS, len(cases))
 
@@ -412,7 +412,7 @@ async def run(
 
 
 def memory_of(process: int) -> int:
-    """Resident KiB of a process."""
+    """Resident memory of a process, in KiB."""
     status = Path(f"/proc/{process}/status").read_text()
     found = re.search(r"VmRSS:\s+(\d+) kB", status)
     return int(found[1]) if found else 0
@@ -422,8 +422,8 @@ def memory_of(process: int) -> int:
 
 
 @contextmanager
-def own_server(threads: int) -> Iterator[tuple[str, int]]:
-    """A server on a free port of this machine: its URL and its process."""
+def start_server(threads: int) -> Iterator[tuple[str, int]]:
+    """Run a server on a free port of this machine. Yields its URL and process id."""
     command = [sys.executable, __file__, SERVE, "--port", "0", "--dtype", "float32"]
     command += ["--device", "cpu", "--threads", str(threads), "--max-queue", str(QUEUE)]
     command += ["-m", str(llava_lite.embedded_model())]
@@ -462,7 +462,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = llava_lite.embedded_model()
     model = llava_lite.load(folder, device="cpu", dtype="float32")
     concurrency = min(args.concurrency, QUEUE)
-    with ImageHost() as host, own_server(args.threads) as (url, process):
+    with ImageHost() as host, start_server(args.threads) as (url, process):
         cases = mixture(model, folder / "examples", host, args.requests)
         outcome = asyncio.run(run(url, cases, concurrency, process))
         health = httpx.get(url.removesuffix("/v1") + "/health").json()

@@ -72,7 +72,7 @@ from training.seeing import (
 )
 from training.start import carry_places, fit_heads, fit_places, show_extent, start_local
 from training.trainer import Trainer, attention, autocast, initialize
-from training.work import has_begun, load_state, misplaced, write_origin
+from training.work import find_conflict, has_begun, load_state, write_origin
 
 HELD_OUT_SCENES = 64
 TOKENIZER_SCENES = 1500
@@ -465,7 +465,7 @@ def main() -> None:
         if folder and not (folder / "config.json").is_file():
             parser.error(f"{folder} is no model folder: it has no config.json")
     stages = list(STAGES) if args.stage == "all" else [args.stage]
-    if problem := misplaced(args, stages):
+    if problem := find_conflict(args, stages):
         parser.error(f"{problem}, or give another --work")
     if args.stage != "export":
         write_origin(args)

@@ -60,7 +60,7 @@ from llava_lite.checkpoints.checkpoint import load_tokenizer, parse_dtype
 from llava_lite.checkpoints.convert import convert
 from llava_lite.checkpoints.download import resolve
 from llava_lite.checkpoints.load import embedded_model, load
-from llava_lite.checkpoints.quantized import stored_method
+from llava_lite.checkpoints.quantized import read_method
 from llava_lite.checkpoints.skeleton import meta_model
 from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, LlavaConfig
 from llava_lite.errors import LlavaLiteError
@@ -68,7 +68,7 @@ from llava_lite.fast.allocator import keep_freed_memory
 from llava_lite.fast.compiled import CompiledModel, buckets, check_way, power_of_two
 from llava_lite.fast.device import machine
 from llava_lite.fast.kernels import choose_kernels
-from llava_lite.fast.quantize import method_of
+from llava_lite.fast.quantize import find_method
 from llava_lite.fast.quantize import quantize as quantize_model
 from llava_lite.generation.model import Model
 from llava_lite.generation.trace import kv_bytes
@@ -262,7 +262,7 @@ def check(settings: Settings) -> None:
 
 def check_stored(settings: Settings, folder: Path) -> None:
     """Raise BenchError for a quantized folder if the settings need plain weights."""
-    method = stored_method(folder)
+    method = read_method(folder)
     wishes = {"--quantize": settings.quantize, "--against transformers": settings.against}
     for wish, wanted in wishes.items():
         if method and wanted:
@@ -455,7 +455,7 @@ def footprint(settings: Settings, name: str) -> Footprint:
         private if from_source else None,
         watch.anonymous if from_source else None,
         answering.resident,
-        method_of(model.llava),
+        find_method(model.llava),
     )
 
 

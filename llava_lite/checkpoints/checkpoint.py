@@ -21,7 +21,7 @@ from llava_lite.checkpoints.tensors import (
     DTYPES,
     read_json,
     read_tensors,
-    staged,
+    stage_folder,
     tensor_bytes,
     weight_files,
     write_shards,
@@ -131,7 +131,7 @@ def save_model(
         return tensor
 
     specs = {name: (tuple(t.shape), wanted or t.dtype) for name, t in state.items()}
-    with staged(Path(folder), force) as staging:
+    with stage_folder(Path(folder), force) as staging:
         table = write_shards(staging, specs, read, SHARD_SIZE)
         write_json(staging / "config.json", config.to_dict())
         if tokenizer is not None:

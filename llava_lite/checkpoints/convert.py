@@ -138,10 +138,10 @@ def write_output(
     """Write a folder, and note in the report what was written."""
     from llava_lite.checkpoints.checkpoint import verify_tensors
     from llava_lite.checkpoints.export import write_side_files
-    from llava_lite.checkpoints.tensors import staged, write_shards
+    from llava_lite.checkpoints.tensors import stage_folder, write_shards
 
     check_destination(place, opened, output.size)
-    with staged(place, force) as staging:
+    with stage_folder(place, force) as staging:
         read = add_progress(output, progress)
         table = write_shards(staging, output.specs, read, shard_size)
         write_side_files(staging, opened, output, table, report.to, names or {})

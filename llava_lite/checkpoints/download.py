@@ -49,7 +49,7 @@ class Plan:
         return f"{len(self.files)} files of {self.repo_id} ({size})"
 
 
-def wanted_files(names: Sequence[str]) -> list[str]:
+def choose_files(names: Sequence[str]) -> list[str]:
     """Choose the files that a checkpoint needs, without a second copy of the weights."""
     top = [name for name in names if "/" not in name]
     kinds = (fnmatch.filter(top, pattern) for pattern in WEIGHTS)
@@ -67,7 +67,7 @@ def plan_download(repo_id: str, revision: str | None = None, timeout: float = 10
     except Exception as error:  # network, authentication and hub errors share no base class
         raise CheckpointError(f"{repo_id}: cannot reach the hub: {one_line(error)}") from error
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
-    files = wanted_files(list(sizes))
+    files = choose_files(list(sizes))
     known = [size for name in files if (size := sizes[name]) is not None]
     return Plan(repo_id, revision, tuple(files), sum(known) if len(known) == len(files) else None)
 
@@ -190,10 +190,10 @@ def resolve(
         return folder
     if download_missing and not offline:
         return fetch_with_tower(name, revision, None, vision_tower)
-    raise CheckpointError(f"{name}: {not_here(name, folder, revision, offline)}")
+    raise CheckpointError(f"{name}: {explain_missing(name, folder, revision, offline)}")
 
 
-def not_here(name: str, folder: Path | None, revision: str | None, offline: bool) -> str:
+def explain_missing(name: str, folder: Path | None, revision: str | None, offline: bool) -> str:
     """Say what is missing on this disk, its size, and how to get it."""
     wanted = name if folder is None else missing_tower(folder) or name
     what = f"{wanted} ({ABOUT})" if folder is None else f"its vision tower {wanted} (1.7 GB)"

@@ -57,10 +57,10 @@ def load(
 
     Raises CheckpointError; LlavaLiteError if compiling or torchrun is not available; ValueError for
     an unknown device, dtype or quantization, and for options that exclude each other."""
-    from llava_lite.fast.quantize import method_named
+    from llava_lite.fast.quantize import get_method
 
     if quantize is not None:
-        method_named(quantize)  # check the name before anything is downloaded
+        get_method(quantize)  # check the name before anything is downloaded
     if tensor_parallel and (quantize is not None or compile):
         raise ValueError("tensor_parallel goes neither with quantize nor with compile")
     find = partial(find_checkpoint, source, download, revision, offline, vision_tower)

@@ -306,7 +306,7 @@ def find_local(name: str, near: Path) -> Path | None:
     last = name.rstrip("/").rsplit("/", 1)[-1]
     if not last:
         return None
-    return existing(near / name, near.resolve().parent / last) or find_cached(name)
+    return find_existing(near / name, near.resolve().parent / last) or find_cached(name)
 
 
 def find_given(name: str) -> Path | None:
@@ -317,7 +317,7 @@ def find_given(name: str) -> Path | None:
         path = Path(name).expanduser()
     except RuntimeError:  # the home of a user that does not exist
         path = Path(name)
-    return existing(path) or find_cached(name)
+    return find_existing(path) or find_cached(name)
 
 
 def find_near(name: object, places: list[Path]) -> Path | None:
@@ -327,7 +327,7 @@ def find_near(name: object, places: list[Path]) -> Path | None:
     return next((found for place in places if (found := find_local(name, place))), None)
 
 
-def existing(*paths: Path) -> Path | None:
+def find_existing(*paths: Path) -> Path | None:
     """The first path that exists. An invalid path does not exist."""
     for path in paths:
         try:

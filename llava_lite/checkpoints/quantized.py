@@ -29,7 +29,7 @@ from llava_lite.fast.quantize import (
     check_operator,
     check_shapes,
     decoder_linears,
-    method_named,
+    get_method,
     round_weight,
 )
 from llava_lite.llava import Llava
@@ -70,7 +70,7 @@ def open_source(
 ) -> Source:
     """Open a checkpoint of any layout, quantized or not; see `opening.open_source`."""
     folder = Path(path).expanduser()
-    method = stored_method(folder)
+    method = read_method(folder)
     if method is None:
         return opening.open_source(path, base, vision_tower)
     if base is not None:
@@ -95,7 +95,7 @@ def document(method: str) -> dict[str, Any]:
     return {KEY: {"method": method, **({"group_size": group_size} if group_size > 1 else {})}}
 
 
-def stored_method(folder: Path) -> str | None:
+def read_method(folder: Path) -> str | None:
     """The method of a quantized folder, None for any other source. Raises CheckpointError for an
     unknown method."""
     if not (folder / "config.json").is_file():
@@ -161,7 +161,7 @@ def load_source(
     method = method or stored
     if method is None:
         return checkpoint.load_source(source, device, dtype)
-    kind, device = method_named(method), torch.device(device)
+    kind, device = get_method(method), torch.device(device)
     wanted = parse_dtype(dtype) or source.dtype
     model = meta_model(source.config, QuantizedLlava)
     shapes = decoder_linears(model)
@@ -229,7 +229,7 @@ def quantized_output(opened: Source, dtype: torch.dtype, method: str) -> Output:
         raise CheckpointError(
             f"{opened.path}: is {opened.method} already: quantize its source instead"
         )
-    kind, plain = method_named(method), own_output(opened, dtype)
+    kind, plain = get_method(method), own_output(opened, dtype)
     shapes = decoder_linears(meta_model(opened.config))
     check_shapes(shapes, kind)
     specs: dict[str, Spec] = {}

@@ -136,7 +136,7 @@ def file_in(folder: Path, name: object, index: Path) -> Path:
     return folder / name
 
 
-def indexed_files(index: Path, weight_map: object) -> Files:
+def group_by_file(index: Path, weight_map: object) -> Files:
     """Group a weight_map (stored name -> file name) by file. Raises CheckpointError."""
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: holds no weight_map")
@@ -158,11 +158,11 @@ def weight_files(folder: Path) -> Files:
         rows = read_json(manifest).get("tensors")
         if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
             raise CheckpointError(f"{manifest}: holds no table of tensors")
-        return indexed_files(manifest, {name: row.get("file") for name, row in rows.items()})
+        return group_by_file(manifest, {name: row.get("file") for name, row in rows.items()})
     for pattern in WEIGHT_FILES:
         found = sorted(folder.glob(pattern))
         if found and pattern.endswith(".index.json"):
-            return indexed_files(found[0], read_json(found[0]).get("weight_map"))
+            return group_by_file(found[0], read_json(found[0]).get("weight_map"))
         if found:
             return {file: [] for file in found}
     return {}
@@ -254,7 +254,7 @@ def write_shards(
 
 
 @contextmanager
-def staged(destination: Path, force: bool = False) -> Iterator[Path]:
+def stage_folder(destination: Path, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder, which becomes `destination` if the block succeeds. An error or
     interrupt leaves nothing behind.
 

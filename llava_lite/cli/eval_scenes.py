@@ -89,9 +89,9 @@ def scene_settings(
     args: argparse.Namespace, model: "Model", reduction: "Reduction"
 ) -> dict[str, Any]:
     """Everything that the accuracy depends on, as plain types."""
-    from llava_lite.fast.quantize import method_of
+    from llava_lite.fast.quantize import find_method
 
-    method = method_of(model.llava)
+    method = find_method(model.llava)
     return {
         "model": model.config.name,
         "dtype": str(model.llava.dtype).removeprefix("torch."),

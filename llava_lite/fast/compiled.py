@@ -300,7 +300,7 @@ class StaticDecoder:
                 placed.append(cache)
             else:
                 placed.append(None)
-        lengths = [lengths_of(cache) for cache in caches]
+        lengths = [count_positions(cache) for cache in caches]
         resting = [cache.lengths for handed in self.handed for cache in handed]
         self.reserve(len(states), max(map(max, lengths + resting)) + 1)
         return [
@@ -353,7 +353,7 @@ class StaticDecoder:
             self.values,
         ):  # one by one: only one old buffer is kept meanwhile
             for layer, buffer in enumerate(buffers):
-                buffers[layer] = resized(buffer, num_slots, capacity)
+                buffers[layer] = resize_buffer(buffer, num_slots, capacity)
         self.used += [0] * (num_slots - len(self.used))
         self.handed += [WeakSet() for _ in range(num_slots - len(self.handed))]
 
@@ -378,14 +378,14 @@ class StaticDecoder:
             self.keys, self.values, self.handed, self.used = [], [], [], []
 
 
-def lengths_of(cache: KVCache | None) -> tuple[int, ...]:
+def count_positions(cache: KVCache | None) -> tuple[int, ...]:
     """The number of positions in each layer."""
     if isinstance(cache, SlotCache):
         return cache.lengths
     return tuple(k.shape[2] for k, _ in cache or ())
 
 
-def resized(buffer: Tensor, num_slots: int, capacity: int) -> Tensor:
+def resize_buffer(buffer: Tensor, num_slots: int, capacity: int) -> Tensor:
     """Copy buffer (S, H, length, D) to zeros (num_slots, H, capacity, D), as far as both reach.
 
     A buffer may be the larger one, if memory ran out halfway through an earlier `reserve`. The rest
@@ -425,21 +425,17 @@ class CompiledModel(Model):
         self, states: Sequence[State], all_logits: bool = False
     ) -> tuple[Tensor, list[State]]:
         """As `Model.advance`: single tokens run in slots, prompts run as usual."""
-        is_token = [not all_logits and has_one_token(state) for state in states]
-        if not any(is_token):
+        tokens = [] if all_logits else [i for i, s in enumerate(states) if has_one_token(s)]
+        if not tokens:
             return super().advance(states, all_logits)
-        tokens = [state for state, single in zip(states, is_token, strict=True) if single]
-        prompts = [state for state, single in zip(states, is_token, strict=True) if not single]
-        logits, advanced = self.static.advance(tokens)
+        prompts = [i for i in range(len(states)) if i not in tokens]
+        logits, advanced = self.static.advance([states[i] for i in tokens])
         if not prompts:
             return logits, advanced
-        more_logits, more = super().advance(prompts)
-        done = {
-            True: zip(logits, advanced, strict=True),
-            False: zip(more_logits, more, strict=True),
-        }
-        ordered = [next(done[single]) for single in is_token]
-        return torch.stack([row for row, _ in ordered]), [state for _, state in ordered]
+        more_logits, more = super().advance([states[i] for i in prompts])
+        rows = [*zip(logits, advanced, strict=True), *zip(more_logits, more, strict=True)]
+        order = sorted(range(len(states)), key=[*tokens, *prompts].__getitem__)
+        return torch.stack([rows[i][0] for i in order]), [rows[i][1] for i in order]
 
 
 def has_one_token(state: State) -> bool:

@@ -76,7 +76,7 @@ class QuantizedLinear(nn.Module):
     @property
     def block_rows(self) -> int:
         """M, the rows of the weight to write out at once."""
-        return rows_of(BLOCK_WEIGHTS[next(self.buffers()).device.type], self.in_features)
+        return count_rows(BLOCK_WEIGHTS[next(self.buffers()).device.type], self.in_features)
 
     @staticmethod
     def round(weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -157,7 +157,7 @@ class Int8Linear(QuantizedLinear):
         scales = torch.empty(len(weight), dtype=dtype, device=weight.device)
         for rows in pieces(*weight.shape):
             block = weight[rows].float()
-            scales[rows] = stored_scales(block.abs().amax(1) / 127, dtype)
+            scales[rows] = cast_scales(block.abs().amax(1) / 127, dtype)
             # Divide by the stored scale, so its rounding does not add to the rounding of the codes.
             codes[rows] = (block / scales[rows, None].float()).round().clamp(-127, 127)
         return {"weight_int8": codes, "scales": scales}
@@ -229,7 +229,7 @@ class Int4Linear(QuantizedLinear):
         for rows in pieces(n, k):
             groups = weight[rows].float().unflatten(1, (-1, GROUP_SIZE))  # (M, K/128, 128)
             low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-            scales[rows] = stored_scales((high - low) / 15, dtype)
+            scales[rows] = cast_scales((high - low) / 15, dtype)
             # Use the stored scale and zero, as in int8.
             scale = scales[rows].float()
             zeros[rows] = low + 8 * scale
@@ -264,7 +264,7 @@ class Int4Linear(QuantizedLinear):
     def weight_blocks(self) -> Iterator[Tensor]:
         """(K, M) each, the last with the padding of N."""
         pairs, k = self.scales_and_zeros, self.in_features
-        step, order = self.block_rows, packed_order(pairs.device)
+        step, order = self.block_rows, find_order(pairs.device)
         packed = self.weight_packed.view(torch.uint8).view(-1, k // 2)  # (N, K/2)
         for codes, block in zip(packed.split(step), pairs.split(step, dim=1), strict=True):
             scales, zeros = (part.contiguous()[:, None] for part in block.unbind(-1))
@@ -277,7 +277,7 @@ class Int4Linear(QuantizedLinear):
         """weight_int4 (N, K/2) in the stored order, with the padding of N."""
         k = self.in_features
         packed = self.weight_packed.view(torch.uint8).view(-1, k // 2)
-        order, stored = packed_order(packed.device), torch.empty_like(packed)
+        order, stored = find_order(packed.device), torch.empty_like(packed)
         for codes, out in zip(
             packed.split(self.block_rows), stored.split(self.block_rows), strict=True
         ):
@@ -310,18 +310,18 @@ class Int4Linear(QuantizedLinear):
 METHODS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
-def rows_of(weights: int, in_features: int) -> int:
+def count_rows(weights: int, in_features: int) -> int:
     """The rows of a weight that hold about `weights` weights: a multiple of 64."""
     return max(weights // in_features // ROW_MULTIPLE, 1) * ROW_MULTIPLE
 
 
 def pieces(n: int, k: int) -> Iterator[slice]:
     """Split the rows 0..n into pieces of about `PIECE_WEIGHTS` weights."""
-    step = rows_of(PIECE_WEIGHTS, k)
+    step = count_rows(PIECE_WEIGHTS, k)
     return (slice(start, start + step) for start in range(0, n, step))
 
 
-def stored_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast scales to `dtype`. A scale of 0, of a row or group of zeros, becomes 1."""
     # The smallest float16 numbers have few digits: round up, or the codes would not reach the ends.
     half_step = torch.finfo(dtype).tiny * torch.finfo(dtype).eps / 2
@@ -346,7 +346,7 @@ def pack(codes: Tensor, in_place: bool = False) -> Tensor:
         packed: Tensor = torch.ops.aten._convert_weight_to_int4pack(codes.contiguous(), 8)
         return packed
     packed = codes if in_place else torch.empty_like(codes, memory_format=torch.contiguous_format)
-    step = rows_of(PIECE_WEIGHTS, 2 * codes.shape[1])
+    step = count_rows(PIECE_WEIGHTS, 2 * codes.shape[1])
     for rows, target in zip(codes.split(step), packed.split(step), strict=True):
         wide = unpack_bytes(rows).int()
         target.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(wide, 1))
@@ -383,12 +383,12 @@ TILES = {"cpu": ((64, 1), (32, 1), (16, 1)), "cuda": ((8, 128),)}  # (rows, colu
 
 
 @lru_cache
-def packed_order(device: torch.device) -> PackedOrder:
+def find_order(device: torch.device) -> PackedOrder:
     """Find the order of a device's packed operator, which differs between CPUs too.
 
     Raises ValueError if none of `TILES` describes the order."""
     n, k = 2 * ROW_MULTIPLE, 2 * GROUP_SIZE
-    origins = packed_origins(n, k, device)
+    origins = find_origins(n, k, device)
     for rows, columns in TILES[device.type]:
         size = rows * columns
         halves = origins.view(2, n // rows, k // columns, size // 2)
@@ -403,7 +403,7 @@ def packed_order(device: torch.device) -> PackedOrder:
     raise ValueError("this torch packs int4 weights in an unknown order")
 
 
-def packed_origins(n: int, k: int, device: torch.device) -> Tensor:
+def find_origins(n: int, k: int, device: torch.device) -> Tensor:
     """Find which of n x k weights lands in the low and the high half of each packed byte:
     (2, n * k / 2)."""
     # Pack the numbers of the weights as codes, one hexadecimal digit at a time.
@@ -437,9 +437,9 @@ def quantize(model: "Model | Llava", method: str) -> None:
     Raises ValueError for another method, a quantized model, in_features that are no multiple of 128
     (int4), weights that are not finite, and a device, dtype or torch without the operator."""
     llava = model if isinstance(model, Llava) else model.llava
-    kind = method_named(method)
+    kind = get_method(method)
     shapes = decoder_linears(llava)
-    there = method_of(llava)
+    there = find_method(llava)
     # After an error halfway, the same call can finish the rest.
     if there is not None and not (shapes and there == method):
         raise ValueError(f"the model is {there} already, it cannot be quantized again")
@@ -454,13 +454,13 @@ def quantize(model: "Model | Llava", method: str) -> None:
         llava.set_submodule(name, kind(round_weight(name, weight, kind, llava.dtype), own=True))
 
 
-def method_of(llava: Llava) -> str | None:
+def find_method(llava: Llava) -> str | None:
     """The method of a quantized model, None if it is not quantized."""
     found = (part.method for part in llava.decoder.modules() if isinstance(part, QuantizedLinear))
     return next(found, None)
 
 
-def method_named(method: str) -> type[QuantizedLinear]:
+def get_method(method: str) -> type[QuantizedLinear]:
     """The layer class of a method. Raises ValueError for an unknown method."""
     if method not in METHODS:
         raise ValueError(f"quantize {method!r} is not one of {', '.join(METHODS)}")

@@ -184,7 +184,7 @@ class ParallelModel(Model):
         """As `Model.run`. Raises RankError if ranks differ in their call."""
         with self.ranks.together():
             requests = list(requests)
-        asked = [comparable(request) for request in requests]
+        asked = [make_key(request) for request in requests]
         self.ranks.require_same("the prompts or options", (asked, options, batch_size))
         yield from super().run(requests, options, batch_size)
 
@@ -192,7 +192,7 @@ class ParallelModel(Model):
         self, requests: Sequence[Request], targets: Sequence[tuple[int, ...]], batch_size: int
     ) -> list[Score]:
         """As `Model.score_requests`. Raises RankError if ranks differ in their call."""
-        asked = [comparable(request) for request in requests]
+        asked = [make_key(request) for request in requests]
         self.ranks.require_same("the prompts or continuations", (asked, targets, batch_size))
         return super().score_requests(requests, targets, batch_size)
 
@@ -223,7 +223,7 @@ class ParallelChat(Chat):
             return super().request(text, image)
 
 
-def comparable(request: Request) -> tuple[Any, ...]:
+def make_key(request: Request) -> tuple[Any, ...]:
     """The parts of a request that must be the same on all ranks."""
     state, images = request.state, len(request.images)
     wishes = state.reduction, request.max_new_tokens, request.prefix

@@ -1,7 +1,7 @@
-"""Download an image from a URL without being led where it must not go.
+"""Download an image from a URL, safe against requests to internal addresses (SSRF).
 
-Every hop of a redirect is resolved, checked against private addresses, and connected to by the
-address that was checked, so a name cannot change its meaning in between. Bytes and time are capped.
+Every redirect is resolved and checked for private addresses. The connection uses the checked
+address, so a second resolution cannot change it. Bytes and time are limited.
 """
 
 import contextlib
@@ -28,16 +28,16 @@ SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 
 class Limits(NamedTuple):
-    """What a source may cost and reach."""
+    """Limits of one source."""
 
     allow_urls: bool
     allow_private: bool
     timeout: float
     max_bytes: int
-    domains: tuple[str, ...] | None = None  # None: any; "*.example.org": all below it
+    domains: tuple[str, ...] | None = None  # None: any domain; "*.example.org": all below it
 
     def allows_host(self, host: str) -> bool:
-        """Whether a host name may be asked, as far as names go."""
+        """Whether the domains allow a host name."""
         if self.domains is None:
             return True
         host = host.lower().rstrip(".")
@@ -51,7 +51,7 @@ class Limits(NamedTuple):
 
 
 def describe(source: Any) -> str:
-    """A short name for messages: no image data, no credentials, no query of a URL."""
+    """A short name of a source for messages, without data, credentials or the query of a URL."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"<{len(source)} bytes>"
     if isinstance(source, str) and source[:5].lower() == "data:":
@@ -69,7 +69,7 @@ def describe(source: Any) -> str:
 
 
 def shorten(text: str, limit: int = 200) -> str:
-    """One printable line: names and servers must not get control characters into a terminal."""
+    """One printable line: no control characters from names and servers reach a terminal."""
     text = "".join(character if character.isprintable() else "?" for character in text[: limit + 1])
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
@@ -82,7 +82,7 @@ class _Redirect(NamedTuple):
 
 
 def fetch(url: str, name: str, limits: Limits) -> bytes:
-    """Body of a URL; every hop is resolved, checked and connected to by its checked address."""
+    """The body of a URL. Every redirect is resolved and checked. Raises ImageError."""
     if not limits.allow_urls:
         raise ImageError(f"{name}: image URLs are switched off here")
     deadline = time.monotonic() + limits.timeout
@@ -106,7 +106,7 @@ def _check_deadline(name: str, limits: Limits, deadline: float) -> None:
 def _get(url: str, name: str, limits: Limits, deadline: float) -> bytes | _Redirect:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ImageError(f"{name}: leads to {describe(url)}, which is no http(s) URL")
+        raise ImageError(f"{name}: leads to {describe(url)}, which is not an http(s) URL")
     host = parts.hostname if ":" in parts.hostname else parts.hostname.encode("idna").decode()
     if not limits.allows_host(host):
         raise ImageError(f"{name}: leads to {shorten(host)}, a domain that is not allowed here")
@@ -134,7 +134,7 @@ def _get(url: str, name: str, limits: Limits, deadline: float) -> bytes | _Redir
 
 
 def _request_target(parts: urllib.parse.SplitResult) -> str:
-    """Path and query with everything quoted that may not stand in a request line."""
+    """Path and query, quoted for a request line."""
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return urllib.parse.quote(target, safe="%/:=&?~#+!$,;'@()*[]")
 
@@ -161,7 +161,7 @@ def _read_body(
 
 
 def _connect(host: str, port: int, name: str, limits: Limits, deadline: float) -> socket.socket:
-    """Connect to an address that was checked: resolving again later could give another one."""
+    """Connect to a checked address. Resolving the name again could give another address."""
     candidates = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for *_, address in candidates:
         if not limits.allow_private and not _is_public(str(address[0])):
@@ -183,7 +183,8 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def _is_public(address: str) -> bool:
-    """Neither private, loopback, link-local, reserved nor multicast, also when wrapped in IPv6."""
+    """Whether an address is public: not private, loopback, link-local, reserved or multicast, also
+    inside an IPv6 address."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     wrapped: list[ipaddress.IPv4Address | None] = []
     if isinstance(ip, ipaddress.IPv6Address):
@@ -197,20 +198,20 @@ def _is_public(address: str) -> bool:
 
 
 class _Guard:
-    """The socket that the watchdog has to cut."""
+    """The socket that the watchdog cuts."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
 
     def cut(self) -> None:
         with contextlib.suppress(OSError):
-            # Unbound, because SSLSocket.shutdown drops its TLS state under the reading thread.
+            # Unbound: SSLSocket.shutdown drops the TLS state while another thread reads.
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager
 def _watchdog(sock: socket.socket, deadline: float) -> Iterator[_Guard]:
-    """Cut the connection at the deadline: socket timeouts start anew with every byte received."""
+    """Cut the connection at the deadline: a socket timeout restarts with every received byte."""
     guard = _Guard(sock)
     timer = threading.Timer(max(deadline - time.monotonic(), 0.0), guard.cut)
     timer.daemon = True

@@ -1,4 +1,7 @@
-"""Open an image from anywhere, also from somebody hostile: path, bytes, URL, array, tensor."""
+"""Open an image from any source, hostile ones included: path, bytes, URL, array, tensor.
+
+Bad input raises an ImageError that names the source. Pillow decodes; its global settings stay
+unchanged."""
 
 import base64
 import contextlib
@@ -19,28 +22,20 @@ from llava_lite.inputs.fetch import MAX_BYTES, SCHEME, Limits, describe, fetch, 
 
 # TIFF is left out: its decoder is by far the largest attack surface of the common formats.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-
-
 MAX_PIXELS = 64_000_000
 
-# Encoders make about ten scans; each costs a pass over all pixels, however few bytes it has.
+# Encoders write about ten scans. Each costs a pass over all pixels, even a scan of few bytes.
 _MAX_SCANS = 100
-
-
-_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # the end, and those with a length
-
-
+_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # the end, and markers with a length
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 # The value of each character as a hexadecimal digit; 16 for all other characters.
 _HEX_DIGITS = np.full(256, 16, np.uint8)
 _HEX_DIGITS[np.frombuffer(b"0123456789abcdefABCDEF", np.uint8)] = (*range(16), *range(10, 16))
-
-
 _WHITESPACE = b" \t\n\r\v\f"
 
-# PIL warns about large images through the process-wide filters, which are not safe to swap in
-# two threads at once.
+# Pillow warns about large images through the filters of the process. Two threads must not replace
+# them at once.
 _WARNING_FILTERS = threading.Lock()
 
 
@@ -59,44 +54,51 @@ def load_image(
 ) -> Image.Image:
     """Load an image as RGB.
 
-    `source` is a path, bytes, a PIL image, a uint8 numpy array (H, W) or (H, W, 1 | 3 | 4), a
-    tensor (1 | 3 | 4, H, W) of uint8 or of floats in 0..1, an http(s) URL, a data URL, or a binary
-    file object. The size is checked against `max_pixels` before any pixel is decoded. `exif=False`
-    ignores the camera's rotation, as LLaVA does. The result carries no metadata, so that loading it
-    again turns nothing.
+    source: a path, bytes, a PIL image, a uint8 numpy array (H, W) or (H, W, 1 | 3 | 4), a tensor
+        (1 | 3 | 4, H, W) of uint8 or of floats in 0..1, an http(s) URL, a data URL, or a binary
+        file object.
+    exif: apply the rotation in the metadata; LLaVA's scripts do not. The result has no metadata:
+        loading it again does not rotate it again.
+    max_pixels: checked before any pixel is decoded.
+    allow_urls: http(s) URLs; data URLs are always allowed.
+    allow_private: addresses that are not public, checked again on every redirect.
+    timeout: seconds per URL, redirects included, name resolution excluded. Proxies are not used.
+    max_bytes: of URLs, data URLs and file objects.
 
-    URLs: `timeout` is in seconds for everything but name resolution, redirects included; proxies
-    of the environment are not used. Addresses that are not public are refused unless
-    `allow_private`, on every redirect anew. `max_bytes` holds for URLs, data URLs and file objects;
-    data URLs stay allowed with `allow_urls=False`. Raises ImageError.
+    Raises ImageError.
     """
     name = describe(source)
     limits = Limits(allow_urls, allow_private, timeout, max_bytes)
     try:
-        with contextlib.ExitStack() as files:
-            image = _open_source(source, name, limits, files)
-            _check_size(image, name, max_pixels)
-            image.load()
-            if exif:
-                image = _upright(image)  # a line of its own: what was turned is freed here
-            image = to_rgb(image)
-            image.info.clear()
-            return image
+        return _load(source, name, limits, exif, max_pixels)
     except ImageError:
         raise
     except OSError as error:
         raise ImageError(f"{name}: {error.strerror or shorten(one_line(error))}") from error
-    except Exception as error:  # on damaged data PIL's parsers raise almost anything
+    except Exception as error:  # Pillow's parsers raise almost anything on damaged data
         raise ImageError(f"{name}: cannot be decoded: {shorten(one_line(error))}") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB copy of an image in any PIL mode, as `Image.convert` does it.
+def _load(source: Any, name: str, limits: Limits, exif: bool, max_pixels: int) -> Image.Image:
+    with contextlib.ExitStack() as files:
+        image = _open_source(source, name, limits, files)
+        _check_size(image, name, max_pixels)
+        image.load()
+        if exif:
+            image = _turn_upright(image)  # a line of its own: frees the image as it was
+        image = to_rgb(image)
+        image.info.clear()
+        return image
 
-    Gray is replicated, alpha dropped without compositing, 16-bit and float gray clipped at 255.
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB copy of an image in any PIL mode, as `Image.convert` makes it.
+
+    Gray is replicated, alpha is dropped without compositing, 16-bit and float gray is clipped at
+    255.
     """
     if "transparency" in image.info:
-        # It never changes the RGB values, but PIL warns about some forms of it.
+        # It never changes the RGB values, but Pillow warns about some forms.
         image = image.copy()
         del image.info["transparency"]
     if image.mode == "La":
@@ -107,7 +109,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _open_source(
     source: Any, name: str, limits: Limits, files: contextlib.ExitStack
 ) -> Image.Image:
-    """The image behind a source, with its pixels not decoded yet where that is possible."""
+    """The image of a source. Pixels are not decoded yet if that is possible."""
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):
@@ -133,7 +135,7 @@ def _open_source(
 
 
 def _open_encoded(file: BinaryIO, name: str) -> Image.Image:
-    """Read the header only. Our own pixel limit replaces PIL's, which is global and warns first."""
+    """Read the header only. Our limit of pixels replaces Pillow's, which is global and warns."""
     if not file.read(1):
         raise ImageError(f"{name}: the file is empty")
     file.seek(0)
@@ -152,17 +154,17 @@ def _open_encoded(file: BinaryIO, name: str) -> Image.Image:
 
 
 def _check_scans(file: BinaryIO, name: str) -> None:
-    """Refuse a JPEG of very many scans: it would take hours to decode."""
+    """Refuse a JPEG with very many scans: it would take hours to decode."""
     if file.read(2) == b"\xff\xd8":
         data = b"\xff\xd8" + file.read()
-        most = data.count(b"\xff\xda")  # also those in thumbnails and in what follows the end
+        most = data.count(b"\xff\xda")  # also in thumbnails and after the end
         if most > _MAX_SCANS and _count_scans(data) > _MAX_SCANS:
             raise ImageError(f"{name}: a JPEG of more than {_MAX_SCANS} scans")
     file.seek(0)
 
 
 def _count_scans(data: bytes) -> int:
-    """Scans of a JPEG, segment by segment to the image's end."""
+    """Count the scans of a JPEG, segment by segment, to the end of the image."""
     count, place = 0, 0
     while found := _JPEG_MARKER.search(data, place):
         marker, place = found[1][0], found.end()
@@ -183,10 +185,10 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         )
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _turn_upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF says nothing about the orientation; the pixels are fine
+    except Exception:  # damaged EXIF has no orientation; the pixels are fine
         return image
 
 
@@ -253,11 +255,11 @@ def _data_url_bytes(url: str, name: str, limits: Limits) -> bytes:
 
 
 def _unquote(data: bytes) -> bytes:
-    """`urllib.parse.unquote_to_bytes` without its object for every percent sign."""
+    """`urllib.parse.unquote_to_bytes`, but without an object per percent sign."""
     values = np.frombuffer(data, np.uint8)
     digits = _HEX_DIGITS[values]
     escaped = (values[:-2] == ord("%")) & (digits[1:-1] < 16) & (digits[2:] < 16)
-    [places] = np.nonzero(escaped)  # they cannot overlap: a percent sign is no digit
+    [places] = np.nonzero(escaped)  # escapes cannot overlap: a percent sign is not a digit
     result, kept = values.copy(), np.ones(len(values), bool)
     result[places] = digits[places + 1] * 16 + digits[places + 2]
     kept[places + 1] = kept[places + 2] = False

@@ -1,7 +1,7 @@
-"""Prompt templates as data, byte-exact as the models were trained with.
+"""Prompt templates as data, byte-exact as in training.
 
-A history is `system, USER: q1, ASSISTANT: a1, USER: q2, ASSISTANT:`; templates differ only in the
-system text and in what stands between the parts.
+A history is `system, USER: q1, ASSISTANT: a1, USER: q2, ASSISTANT:`. Templates differ only in the
+system text and in the separators.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _SYSTEM = (
 @dataclass(frozen=True)
 class Template:
     """One chat format: `system + system_end`, then per turn `user_start + question + user_end`
-    (which ends where the answer is generated) and `answer_start + answer + answer_end`.
+    and `answer_start + answer + answer_end`. A prompt ends with `user_end`.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Template:
 VICUNA_V1 = Template("vicuna_v1", system=_SYSTEM.format(user="user"))
 LLAVA_V1 = Template("llava_v1", system=_SYSTEM.format(user="human"))
 LLAVA_HF = Template("llava-hf", answer_end=" ")
-# Stage-1 projectors saw image and caption only: no roles, and no newline between the two.
+# Projectors of stage 1 were trained on an image and its caption: no roles, no newline.
 PLAIN = Template(
     "plain", user_start="", user_end="", answer_start="", answer_end="\n", image_end=""
 )
@@ -50,7 +50,7 @@ DEFAULT_TEMPLATE = "vicuna_v1"
 
 
 def get_template(template: str | Template) -> Template:
-    """The template of that name or alias; a `Template` is returned as it is. Raises ValueError."""
+    """The template with this name or alias; a `Template` is returned as is. Raises ValueError."""
     if isinstance(template, Template):
         return template
     name = ALIASES.get(template, template)
@@ -67,10 +67,9 @@ def build_prompt(
 ) -> str:
     """The prompt of a conversation given as (question, answer) pairs.
 
-    The last answer is None to generate it; with an answer the text is a finished conversation.
-    `system` replaces the template's own system text; "" leaves it out. Texts are taken as they are:
-    images are placed by `place_images`. Raises PromptError for no turns or an answer missing before
-    the last turn.
+    The last answer is None if it is to be generated, else the conversation is complete. `system`
+    replaces the system text of the template; "" leaves it out. `place_images` adds image markers.
+    Raises PromptError without turns, and if an earlier turn has no answer.
     """
     template = get_template(template)
     if not turns:
@@ -87,13 +86,12 @@ def build_prompt(
 
 
 def next_turn_text(template: str | Template, question: str) -> str:
-    """What follows a cached history that ends with an answer, up to where the next answer starts.
+    """The text of the next turn after a cached history that ends with an answer.
 
-    `build_prompt` of the old turns, without what ends the last answer, plus this text equals
-    `build_prompt` of all turns. A KV cache holds ids and ends with the answer's last token (no
-    `</s>`), so encode this text on its own: `encode_prompt(text, after="text")`. Cached ids and new
-    ids together then equal the ids of the whole history encoded at once, in legacy and non-legacy
-    mode, as far as the answer itself was generated in its canonical ids.
+    The old prompt up to its last answer, without `answer_end`, plus this text equals `build_prompt`
+    of all turns. The KV cache ends with the last token of the answer (no `</s>`), so encode this
+    text alone: `encode_prompt(text, after="text")`. Cached and new ids together equal the ids of
+    the whole history, in legacy and non-legacy mode, if the ids of the answer are canonical.
     """
     template = get_template(template)
     return template.answer_end + template.user_start + question + template.user_end

@@ -1,4 +1,4 @@
-"""Read the vocabulary and merges of a SentencePiece BPE model file (protobuf)."""
+"""Read the vocabulary and merges of a SentencePiece BPE model (protobuf)."""
 
 import struct
 from collections.abc import Iterator, Sequence
@@ -13,16 +13,13 @@ class _Piece(NamedTuple):
     kind: int
 
 
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # piece types of sentencepiece's model file
-
-
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # piece types of a model file
 _BPE_MODEL = 2
-
-
 _Message = dict[int, int | bytes]  # protobuf field number -> last value
 
 
-def _read_sentencepiece(data: bytes) -> tuple[dict[str, int], list[Merge]]:
+def read_sentencepiece(data: bytes) -> tuple[dict[str, int], list[Merge]]:
+    """The vocabulary and the merges of a model file. Raises ValueError or KeyError if damaged."""
     pieces, trainer, normalizer = _parse_model(data)
     if trainer.get(3) != _BPE_MODEL:
         raise ValueError("the sentencepiece model is not BPE")
@@ -38,7 +35,7 @@ def _read_sentencepiece(data: bytes) -> tuple[dict[str, int], list[Merge]]:
 
 
 def _merges_by_score(pieces: Sequence[_Piece]) -> list[Merge]:
-    """Every way to form a piece from two others, best score first: the file stores no merges."""
+    """All ways to join two pieces into a third, best score first. The file stores no merges."""
     known = {piece.text for piece in pieces}
     merges: list[Merge] = []
     for text, _, _ in sorted(pieces, key=lambda piece: -piece.score):

@@ -1,8 +1,7 @@
 """The Llama tokenizer: sentencepiece BPE ids, computed by the `tokenizers` library.
 
-Only vocabulary and merges are taken from a file; how text is cut and where U+2581 goes is decided
-here, so `tokenizer.model`, an official `tokenizer.json` and a tokenizer trained with
-`train_tokenizer` all follow the same rules.
+A file gives only the vocabulary and the merges. The rules for splitting text and for U+2581 are in
+this file. So `tokenizer.model`, `tokenizer.json` and `train_tokenizer` follow the same rules.
 """
 
 import json
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from llava_lite.config import IMAGE_TOKEN_ID
 from llava_lite.errors import CheckpointError
 from llava_lite.inputs.prompt import IMAGE_MARKER
-from llava_lite.inputs.sentencepiece import Merge, _read_sentencepiece
+from llava_lite.inputs.sentencepiece import Merge, read_sentencepiece
 
 if TYPE_CHECKING:
     import tokenizers
@@ -43,8 +42,8 @@ After = Literal["text"]
 class Tokenizer:
     """Text to ids and back, with the ids of the reference Llama tokenizer.
 
-    `legacy` decides what follows a literal `</s>` inside a text: True puts U+2581 before every
-    segment, False (the default, as Vicuna and LLaVA-1.5) only before the whole text.
+    `legacy` matters after a literal `</s>` in a text. True puts U+2581 before every segment. False
+    puts it before the whole text only; this is the default, as in Vicuna and LLaVA-1.5.
     """
 
     def __init__(
@@ -63,10 +62,10 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path, legacy: bool = False) -> "Tokenizer":
-        """Read a `tokenizer.json`: one written by `save`, or that of a Llama-family repository.
+        """Read a `tokenizer.json` of `save` or of a Llama-family repository.
 
-        The file's own normalizer and added tokens (`<image>`, `<pad>`) are ignored: ids beyond the
-        text vocabulary belong to the checkpoint, not to the text. Raises CheckpointError.
+        The normalizer and the added tokens (`<image>`, `<pad>`) of the file are ignored: ids above
+        the text vocabulary belong to the checkpoint. Raises CheckpointError.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -79,9 +78,9 @@ class Tokenizer:
 
     @classmethod
     def from_sentencepiece(cls, path: str | Path, legacy: bool = False) -> "Tokenizer":
-        """Read a `tokenizer.model`, sentencepiece's BPE file. Raises CheckpointError."""
+        """Read a `tokenizer.model`, the BPE file of sentencepiece. Raises CheckpointError."""
         try:
-            vocab, merges = _read_sentencepiece(Path(path).read_bytes())
+            vocab, merges = read_sentencepiece(Path(path).read_bytes())
             return cls(vocab, merges, legacy)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
@@ -91,15 +90,15 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json` that `from_file` and the `tokenizers` library both load.
 
-        `legacy` is not part of the file: keep it in the model's config. A reader other than
-        `from_file` sees the normalizer of official files, whose ids are those of legacy mode.
+        `legacy` is not in the file; the config of the model has it. Other readers than `from_file`
+        use the normalizer of official files, which gives the ids of legacy mode.
         """
         Path(path).write_text(_portable_tokenizer(self._vocab, self._merges).to_str(pretty=False))
 
     def encode(self, text: str, *, bos: bool = True, after: After | None = None) -> list[int]:
-        """Ids of a text; literal `<s>`, `</s>` and `<unk>` become their ids, never an EOS is added.
+        """Ids of a text. Literal `<s>`, `</s>` and `<unk>` become their ids. No EOS is added.
 
-        `after="text"` goes on in the middle of a text: without BOS, and no U+2581 in front.
+        `after="text"` continues a text: without BOS and without U+2581 in front.
         """
         ids = [self.bos_id] if bos and after is None else []
         for index, part in enumerate(_SPECIAL_LITERALS.split(text)):
@@ -112,8 +111,8 @@ class Tokenizer:
     def encode_prompt(self, text: str, *, after: After | None = None) -> list[int]:
         """Ids of a prompt with `IMAGE_TOKEN_ID` for every `<image>`.
 
-        Each chunk between markers is encoded on its own, so it gets its own U+2581; an empty chunk
-        gives nothing. `after` concerns the first chunk, see `encode`.
+        Each chunk between markers is encoded alone and gets a U+2581. An empty chunk has no ids.
+        `after` applies to the first chunk, see `encode`.
         """
         first, *rest = text.split(IMAGE_MARKER)
         ids = self.encode(first, after=after)
@@ -125,14 +124,14 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids without special ids, ids outside the vocabulary, and one leading space.
 
-        Other whitespace stays at both ends. Every byte that is not UTF-8 becomes one U+FFFD.
+        Other whitespace stays at both ends. Every byte outside UTF-8 becomes one U+FFFD.
         """
         stream = StreamDecoder(self)
         return "".join([stream.push(token_id) for token_id in ids]) + stream.flush()
 
     @property
     def pieces(self) -> list[str]:
-        """What each id of the vocabulary stands for, by id, with spaces as spaces."""
+        """The text of each id of the vocabulary, with real spaces."""
         return list(self._texts)
 
     def _has_prefix(self, is_first: bool, after: After | None) -> bool:
@@ -148,9 +147,9 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes ids one at a time; the pieces joined equal `Tokenizer.decode` of all ids.
+    """Decodes ids one at a time. The joined pieces equal `Tokenizer.decode` of all ids.
 
-    Everything decodable is returned at once: only an incomplete UTF-8 sequence is held back.
+    Only an incomplete UTF-8 sequence is held back.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -159,7 +158,7 @@ class StreamDecoder:
         self._at_start = True
 
     def push(self, token_id: int) -> str:
-        """Text that this id makes certain, possibly empty."""
+        """Add one id. Returns the text that became certain, possibly empty."""
         if not self._tokenizer._kept(token_id):
             return ""
         at_start, self._at_start = self._at_start, False
@@ -171,7 +170,7 @@ class StreamDecoder:
         return self.flush() + (text.removeprefix(" ") if at_start else text)
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for every byte of an unfinished sequence."""
+        """The rest at the end: U+FFFD for every byte of an incomplete sequence."""
         text, self._pending = "\ufffd" * len(self._pending), b""
         return text
 
@@ -179,9 +178,9 @@ class StreamDecoder:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a BPE tokenizer with Llama's conventions: ids 0..2 special, 3..258 bytes, then pieces.
 
-    Learned pieces are (parts of) words with the space in front; they never cross a space, a line
-    break or punctuation, and digits stay single. A small corpus can give fewer than `vocab_size`
-    pieces. Raises ValueError when `vocab_size` leaves no room for learned pieces.
+    Learned pieces are words, or parts of words, with the space in front. They never cross a space,
+    a line break or punctuation; digits stay single. A small corpus can give fewer pieces than
+    `vocab_size`. Raises ValueError if `vocab_size` leaves no room for learned pieces.
     """
     from tokenizers import Regex, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
@@ -215,7 +214,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _training_segments(texts: Iterable[str]) -> Iterator[str]:
-    """What `encode_prompt` hands to the BPE, so that no piece is learned across a special token."""
+    """The segments that `encode_prompt` passes to the BPE: no piece crosses a special token."""
     for text in texts:
         for chunk in text.split(IMAGE_MARKER):
             for part in _SPECIAL_LITERALS.split(chunk):
@@ -226,7 +225,7 @@ def _training_segments(texts: Iterable[str]) -> Iterator[str]:
 def _decode_utf8(data: bytes) -> tuple[str, bytes]:
     """Decoded text and the incomplete sequence at the end.
 
-    Byte by byte as sentencepiece: Python's own "replace" would give one U+FFFD per broken sequence.
+    One U+FFFD per byte, as in sentencepiece. Python's "replace" gives one per broken sequence.
     """
     text = ""
     while data:
@@ -256,10 +255,10 @@ def _check_vocab(vocab: dict[str, int]) -> None:
 
 
 def _ordered_merges(vocab: dict[str, int], merges: Sequence[Merge]) -> list[Merge]:
-    """Merges in order of priority, with those of pure whitespace rewritten and put last.
+    """Merges in order of priority. Merges of pure whitespace are rewritten and come last.
 
-    Whitespace pieces share the lowest score in Llama's model, so sentencepiece merges a run of
-    spaces from the left into the longest pieces. Ranking (longest run, one space) first makes the
+    Whitespace pieces share the lowest score in Llama's model. So sentencepiece merges a run of
+    spaces from the left into the longest pieces. The rank (longest run, one space) first makes the
     BPE do the same.
     """
     words = [
@@ -285,7 +284,7 @@ def _bpe_model(vocab: dict[str, int], merges: list[Merge]) -> "tokenizers.Tokeni
 
 
 def _portable_tokenizer(vocab: dict[str, int], merges: list[Merge]) -> "tokenizers.Tokenizer":
-    """A self-contained pipeline, laid out like the `tokenizer.json` of Llama repositories."""
+    """A complete pipeline in the layout of the `tokenizer.json` of Llama repositories."""
     from tokenizers import decoders, normalizers, processors
 
     backend = _bpe_model(vocab, merges)
@@ -308,12 +307,12 @@ def _portable_tokenizer(vocab: dict[str, int], merges: list[Merge]) -> "tokenize
 
 
 def _read_bpe(content: dict) -> tuple[dict[str, int], list[Merge]]:
-    """Vocabulary without added tokens, and merges, of a parsed `tokenizer.json`."""
+    """The vocabulary, without added tokens, and the merges of a parsed `tokenizer.json`."""
     model = content["model"]
     if model["type"] != "BPE":
         raise ValueError(f"model type {model['type']!r} is not BPE")
     added = {token["content"] for token in content.get("added_tokens") or ()} - _RESERVED
     vocab = {str(piece): int(i) for piece, i in model["vocab"].items() if piece not in added}
-    # Files of older library versions hold "left right", newer ones [left, right].
+    # Older versions of the library write "left right", newer ones [left, right].
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     return vocab, [(str(left), str(right)) for left, right in pairs]

@@ -1,13 +1,13 @@
-"""Where others drive: the evaluation kits lmms-eval and VLMEvalKit, and Ray Data pipelines.
+"""For other programs: the evaluation kits lmms-eval and VLMEvalKit, and Ray Data pipelines.
 
-Each module needs the package it is for only when it is used.
+Each module imports its package only when it is used.
 """
 
 from typing import Any
 
 
 def lmms_eval_manifest() -> Any:
-    """What lmms-eval finds at our entry point in its group `lmms_eval.models`."""
+    """The manifest for lmms-eval's entry point group `lmms_eval.models`."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     module = "llava_lite.integrations.lmms_eval"

@@ -1,10 +1,10 @@
-"""The model as lmms-eval wants it, found through its entry points, without a fork.
+"""The model behind the interface of lmms-eval, registered as an entry point.
 
     lmms-eval --model llava_lite --tasks pope,mmbench_en_dev --batch_size 8 \\
         --model_args pretrained=weights/llava-1.5-7b,reduction=hybrid-72-36
 
-Tasks with messages run through `LlavaLiteChat`, all others, and those that compare likelihoods,
-through `LlavaLite` (lmms-eval's --force_simple). Written for lmms-eval 0.7.3.
+Tasks with messages use `LlavaLiteChat`. All other tasks, and tasks that compare likelihoods, use
+`LlavaLite` (lmms-eval's --force_simple). Written for lmms-eval 0.7.3.
 """
 
 import os
@@ -30,19 +30,19 @@ from llava_lite.integrations.conversation import (
 )
 from llava_lite.llava import EncodedImage
 
-MAX_NEW_TOKENS = 1024  # of LLaVA's scripts for long answers, where a task says nothing
-BATCHES_AT_ONCE = 4  # whose images are in memory
-# What tasks say for other models, and what means nothing where answers are greedy and single.
+MAX_NEW_TOKENS = 1024  # default of a task, as in LLaVA's scripts for long answers
+BATCHES_AT_ONCE = 4  # their images are in memory
+# Settings of tasks for other models, and settings without effect on a single greedy answer.
 NEUTRAL = {"image_aspect_ratio", "use_cache", "num_beams", "do_sample", "num_return_sequences"}
 
 
 class LlavaLite(lmms):
     """llava_lite behind lmms-eval's interface for tasks of a text and its images.
 
-    pretrained: what `llava_lite.load` takes, None for the default model. reduction: a preset's
-    name. template, system_prompt: of the prompt. seed: for tasks that sample. Images are not turned
-    as the camera noted (`exif`): LLaVA's own scripts do not do it. `load_options` are the
-    other arguments of `llava_lite.load`: dtype, quantize, revision, ..."""
+    pretrained: a source for `llava_lite.load`, None for the default model. reduction: the name of a
+    preset. template, system_prompt: of the prompt. seed: for tasks that sample. exif: apply the
+    rotation in the metadata; LLaVA's scripts do not. load_options: other arguments of
+    `llava_lite.load`: dtype, quantize, revision, ..."""
 
     is_simple = True
 
@@ -73,7 +73,7 @@ class LlavaLite(lmms):
             "seed": seed,
             "reduction": reduction,
         }
-        GenerationOptions(**self.prompting)  # a wrong one is said before the model is loaded
+        GenerationOptions(**self.prompting)  # checks the options before loading
         device = "auto" if device is None else str(device)
         self.model: Model = load(pretrained, device=device, exif=exif, **load_options)
 
@@ -86,7 +86,7 @@ class LlavaLite(lmms):
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """The answer to each request, with its token counts, in the order of the requests.
 
-        What cannot be answered (bad image, prompt too long) is an empty answer and a warning."""
+        A request that fails (bad image, prompt too long) gets an empty answer and a warning."""
         results: list[GenerationResult] = []
         for chunk in chunks(requests, self.rows * BATCHES_AT_ONCE):
             jobs = [Job(self, request) for request in chunk]
@@ -97,9 +97,9 @@ class LlavaLite(lmms):
         return results
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[list[str]]:
-        """What the task makes of the answers of all rounds of each request, as a list, in order.
+        """The outputs of the task for each request, after all rounds, in order.
 
-        After every round the task sees the answers so far and asks on, or ends."""
+        After every round the task sees the answers so far. It asks again or ends."""
         results: list[list[str]] = []
         for chunk in chunks(requests, self.rows):
             jobs = [Job(self, request) for request in chunk]
@@ -114,21 +114,22 @@ class LlavaLite(lmms):
         return results
 
     def answers(self, jobs: Sequence["Job"]) -> list[Answer | None]:
-        """The answers of one round, all at once, or one by one if that fails; None with a warning
-        for a question that has none. Raises an accelerator's failure."""
+        """The answers of one round, all at once, or one by one if that fails.
 
-        def answered(jobs: Sequence[Job]) -> list[Answer | None]:
+        A question without an answer gets None and a warning. Raises a failure of an accelerator."""
+
+        def answer(jobs: Sequence[Job]) -> list[Answer | None]:
             asked = [job.conversation() for job in jobs]
             options = [job.options for job in jobs]
             return [*answer_conversations(self.model, asked, options, self.rows)]
 
-        def failed(job: Job, error: Exception) -> None:
+        def fail(job: Job, error: Exception) -> None:
             warnings.warn(f"lmms-eval: {job.name}: no answer: {error}", stacklevel=2)
 
-        return try_together(jobs, answered, failed)
+        return try_together(jobs, answer, fail)
 
     def options(self, wishes: dict[str, Any]) -> GenerationOptions:
-        """A task's generation_kwargs as our options. Raises LlavaLiteError for beam search."""
+        """The options for a task's generation_kwargs. Raises LlavaLiteError for beam search."""
         wishes = {name: value for name, value in wishes.items() if value is not None}
         if wishes.get("num_beams", 1) > 1:
             raise LlavaLiteError(f"num_beams {wishes['num_beams']}: there is no beam search here")
@@ -150,12 +151,12 @@ class LlavaLite(lmms):
     # ---- likelihood ----
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """(log-likelihood, is it what greedy decoding would write) of each continuation.
+        """(log-likelihood, whether greedy decoding writes it) of each continuation.
 
-        The continuations of one document follow each other, and its images are encoded once. Of a
-        multiple-choice task, which brings its choices as texts, the kit takes the choice with the
-        smallest number, as for a loss: there it is the negative log-likelihood. What cannot be
-        scored is the least likely, with a warning."""
+        The continuations of one document are neighbors, so its images are encoded once. A
+        multiple-choice task has its choices as texts; the kit picks the smallest number, as for a
+        loss. These get the negative log-likelihood. A continuation that fails gets the lowest
+        likelihood and a warning."""
         results: list[tuple[float, bool]] = []
         for chunk in chunks(requests, self.rows * BATCHES_AT_ONCE):
             jobs = [Job(self, request) for request in chunk]
@@ -168,20 +169,20 @@ class LlavaLite(lmms):
     def scores(
         self, jobs: Sequence["Job"], images: dict[Any, list[EncodedImage]]
     ) -> list[tuple[float, bool]]:
-        """The scores of some continuations, at once or, if that fails, one by one. Raises an
-        accelerator's failure."""
+        """The scores of some continuations, all at once, or one by one if that fails. Raises a
+        failure of an accelerator."""
 
-        def failed(job: Job, error: Exception) -> tuple[float, bool]:
+        def fail(job: Job, error: Exception) -> tuple[float, bool]:
             warnings.warn(f"lmms-eval: {job.name}: no score: {error}", stacklevel=2)
             return -float("inf"), False
 
-        return try_together(jobs, lambda jobs: self.scores_at_once(jobs, images), failed)
+        return try_together(jobs, lambda jobs: self.scores_at_once(jobs, images), fail)
 
     def scores_at_once(
         self, jobs: Sequence["Job"], images: dict[Any, list[EncodedImage]]
     ) -> list[tuple[float, bool]]:
-        """`Model.score` of some continuations; an empty one is certain. `images` keeps what was
-        encoded, by document."""
+        """`Model.score` of some continuations; an empty one is certain. `images`: encoded images
+        of each document."""
         prompts, shown = [], []
         for job in jobs:
             if job.document not in images:
@@ -208,17 +209,17 @@ class LlavaLite(lmms):
 
 
 class LlavaLiteChat(LlavaLite):
-    """The same for tasks that bring messages of roles, texts and images."""
+    """`LlavaLite` for tasks with messages: roles, texts and images."""
 
     is_simple = False
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """lmms-eval makes no such requests with messages; those of a simple task work."""
+        """lmms-eval makes these requests for simple tasks only."""
         return super().loglikelihood(requests)
 
 
 class Job:
-    """One request of lmms-eval on its way through its rounds."""
+    """One request of lmms-eval, for one round or several."""
 
     def __init__(self, owner: LlavaLite, request: Instance) -> None:
         self.owner, self.request = owner, request
@@ -227,7 +228,7 @@ class Job:
         self.name = f"{task}, {split}, document {doc_id}"
         self.outputs: list[str] = []
         self.context: str = request.args[0]
-        self.info: Any = None  # what the task wants to know again in the next round
+        self.info: Any = None  # the task gets it back in the next round
         self.round = 0
         self.asked: Any = None  # visuals or messages of a later round
 
@@ -246,7 +247,7 @@ class Job:
         return self.owner.options(self.wishes)
 
     def conversation(self) -> Conversation:
-        """What is asked in this round."""
+        """The conversation of this round."""
         if self.owner.is_simple:
             images = self.visuals() if self.asked is None else as_visuals(self.asked)
             return read_question(self.context, images, self.owner.template)
@@ -259,7 +260,7 @@ class Job:
         return as_visuals(doc_to_visual(self.doc))
 
     def continuation(self) -> str:
-        """The text to score. Raises LlavaLiteError for a target that is no text."""
+        """The text to score. Raises LlavaLiteError for a target that is not a text."""
         target = self.own[1]
         target = target if isinstance(target, str) else target(self.doc)
         if not isinstance(target, str):
@@ -267,7 +268,7 @@ class Job:
         return target
 
     def next_round(self) -> bool:
-        """Ask the task how to go on; False when it is done. Its last word replaces the outputs."""
+        """Ask the task for the next round; False if it is done. Its outputs replace the answers."""
         self.round += 1
         known = {
             "previous_output": self.outputs,
@@ -280,14 +281,14 @@ class Job:
             self.context = context or ""
         else:
             step = self.own[1](self.doc, **known)
-            if isinstance(step, list):  # messages that know of no rounds: one was all
+            if isinstance(step, list):  # the task has a single round
                 return False
             self.asked, done, outputs, self.info = step
         self.outputs = list(outputs)
         return not done
 
     def remember(self, kind: str, result: Any) -> None:
-        """Tell lmms-eval's cache."""
+        """Add a result to the cache of lmms-eval."""
         self.owner.cache_hook.add_partial(kind, (self.request.args[0], self.wishes), result)
 
 

@@ -174,7 +174,7 @@ def map_blocks(
     import_ray()
     check_device(source)
     done: dict[int, Any] = {}
-    with connected(cluster), closing(finish_blocks(blocks, work, source, cluster)) as results:
+    with connect(cluster), closing(finish_blocks(blocks, work, source, cluster)) as results:
         for number in range(len(blocks)):
             while number not in done:
                 finished, result = next(results)
@@ -305,7 +305,7 @@ def import_ray() -> Any:
 
 
 @contextmanager
-def connected(cluster: Cluster) -> Iterator[None]:
+def connect(cluster: Cluster) -> Iterator[None]:
     """Connect to the cluster, without Ray's log. Uses an existing connection, and keeps it open.
     Raises RayError if there is no cluster at the address."""
     import logging

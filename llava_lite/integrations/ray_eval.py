@@ -26,7 +26,7 @@ from llava_lite.integrations.ray_batch import (
     absolute_path,
     answer_blocks,
     check_device,
-    connected,
+    connect,
     import_ray,
     pool,
 )
@@ -63,7 +63,7 @@ def asking_actors(
 
     @contextmanager
     def ask(samples: Sequence[Sample]) -> Iterator[Asked]:
-        with connected(cluster):
+        with connect(cluster):
             actors, *_ = pool(cluster, source)
             share = -(-len(samples) // actors)  # every actor gets work
             asked = split_groups(list(map(with_absolute_paths, samples)), max(1, min(most, share)))

@@ -1,12 +1,12 @@
-"""The model as VLMEvalKit wants it, without a fork:
+"""The model behind the interface of VLMEvalKit:
 
     from functools import partial
     from vlmeval.config import supported_VLM
     from llava_lite.integrations.vlmevalkit import LLaVALite
     supported_VLM["llava_lite"] = partial(LLaVALite, model_path="weights/llava-1.5-7b")
 
-before the kit's `run.py` looks for `--model llava_lite`. The kit is on no package index; without it
-`LLaVALite` stands on a small base with the helpers that the kit documents.
+before `run.py` of the kit looks for `--model llava_lite`. No package index has the kit. Without the
+kit, `LLaVALite` uses a small base class with the documented helpers.
 """
 
 import re
@@ -26,7 +26,7 @@ from llava_lite.integrations.conversation import answer_conversations, read_conv
 
 MAX_NEW_TOKENS = 1024  # of LLaVA's scripts for multiple choice and long answers
 
-# Data sets by the beginnings of their names, for when the kit is not there to say what they are.
+# Data sets by the start of their names, for use without the kit.
 YES_OR_NO = ("MME", "POPE", "HallusionBench", "AMBER")
 CAPTIONS = ("COCO",)
 SHORT_ANSWERS = ("TextVQA", "DocVQA", "InfoVQA", "ChartQA", "OCRVQA", "GQA", "VQAv2", "VizWiz")
@@ -34,11 +34,11 @@ CHOICES = (
     *("MMBench", "CCBench", "SEEDBench", "ScienceQA", "AI2D", "MMMU", "MMStar", "RealWorldQA"),
     *("BLINK", "A-OKVQA", "MMT-Bench", "TaskMeAnything", "Q-Bench"),
 )
-OTHER_NAMES = ("MMBench-Video", "MMMU_Pro_V", "MME-RealWorld")  # that begin like others
+OTHER_NAMES = ("MMBench-Video", "MMMU_Pro_V", "MME-RealWorld")  # other kinds with such names
 
 
 class StandInBase:
-    """What VLMEvalKit's guide for developers says of `vlmeval.vlm.base.BaseModel`."""
+    """`vlmeval.vlm.base.BaseModel` as in VLMEvalKit's guide for developers."""
 
     INTERLEAVE = False
 
@@ -49,7 +49,7 @@ class StandInBase:
         self.dump_image_func = dump_image_func
 
     def dump_image(self, line: Any, dataset: str | None) -> Any:
-        """The images of a line as files: a path or several. Raises LlavaLiteError unset."""
+        """The paths of the images of a line. Raises LlavaLiteError before `set_dump_image`."""
         if self.dump_image_func is None:
             raise LlavaLiteError("the data set's dump_image is needed: call set_dump_image first")
         return self.dump_image_func(line)
@@ -57,7 +57,7 @@ class StandInBase:
     def message_to_promptimg(
         self, message: Sequence[Mapping[str, str]], dataset: str | None = None
     ) -> tuple[str, str | None]:
-        """All texts on lines, and the first image."""
+        """All texts, each on a line, and the first image."""
         texts = [part["value"] for part in message if part["type"] == "text"]
         images = [part["value"] for part in message if part["type"] == "image"]
         return "\n".join(texts), images[0] if images else None
@@ -80,7 +80,7 @@ def as_part(part: Any) -> Mapping[str, str]:
 
 
 def base_class() -> type:
-    """VLMEvalKit's own base where it is installed."""
+    """The base class of VLMEvalKit if it is installed."""
     try:
         from vlmeval.vlm.base import BaseModel
     except ImportError:
@@ -91,8 +91,8 @@ def base_class() -> type:
 class LLaVALite(base_class()):  # type: ignore[misc]
     """llava_lite behind VLMEvalKit's interface. `message` is [{"type": "image" | "text", "value"}].
 
-    model_path, load_options: of `llava_lite.load`; images are not turned as the camera noted
-    (`exif`): LLaVA's own scripts do not do it. The rest are options of `Model.generate`."""
+    model_path, load_options: of `llava_lite.load`, but with exif=False by default, as in LLaVA's
+    scripts. options: of `Model.generate`."""
 
     INSTALL_REQ = False
     INTERLEAVE = True
@@ -114,11 +114,11 @@ class LLaVALite(base_class()):  # type: ignore[misc]
     # ---- prompts ----
 
     def use_custom_prompt(self, dataset: str | None) -> bool:
-        """True where LLaVA has an official prompt for that kind of data set."""
+        """Whether LLaVA has an official prompt for this kind of data set."""
         return find_kind(dataset) is not None
 
     def build_prompt(self, line: Any, dataset: str | None = None) -> list[dict[str, str]]:
-        """The line's images and LLaVA's official prompt. Raises LlavaLiteError where
+        """The images of a line and LLaVA's official prompt. Raises LlavaLiteError if
         `use_custom_prompt` is False."""
         kind = find_kind(dataset)
         if kind is None:
@@ -131,7 +131,7 @@ class LLaVALite(base_class()):  # type: ignore[misc]
     # ---- answers ----
 
     def generate_inner(self, message: Any, dataset: str | None = None) -> str:
-        """The answer to texts and images, in their order."""
+        """The answer to texts and images in order."""
         return self.answer([{"role": "user", "content": message}])
 
     def chat_inner(self, message: Any, dataset: str | None = None) -> str:
@@ -169,7 +169,7 @@ def read_message(message: Mapping[str, Any]) -> Message:
 def find_kind(dataset: str | None) -> str | None:
     """ "choice", "yes or no", "short" or "caption"; None for data sets with other kinds of answers.
 
-    The kit calls all free answers VQA, so which of them are short is told by name."""
+    The kit calls all free answers VQA; the name tells which are short."""
     if not dataset or dataset.startswith(OTHER_NAMES):
         return None
     if dataset.startswith(SHORT_ANSWERS):
@@ -186,22 +186,22 @@ def find_kind(dataset: str | None) -> str | None:
 
 
 def official_prompt(kind: str, line: Any, dataset: str) -> str:
-    """What LLaVA's scripts ask about one line of a data set."""
+    """The prompt of LLaVA's scripts for one line of a data set."""
     if kind == "caption":
         return CAPTION_PROMPT
     question = str(line["question"])
     if kind == "choice":
         return choice_prompt(question, line, dataset)
-    # The kit's MME asks for yes or no in its questions, LLaVA's own does not.
+    # MME of the kit asks for yes or no in its questions, MME of LLaVA does not.
     return short_answer_prompt(question.removesuffix("Please answer yes or no.").rstrip())
 
 
 def choice_prompt(question: str, line: Any, dataset: str) -> str:
-    """[hint,] question, options up to the first that is missing, and the instruction."""
+    """[hint,] question, options up to the first missing one, and the instruction."""
     hint = cell(line, "hint") or ""
     cells = (cell(line, letter) for letter in ascii_uppercase)
     options = [option for option in takewhile(bool, cells) if option]
-    if not options:  # some data sets mix in open questions
+    if not options:  # some data sets contain open questions
         return short_answer_prompt(f"{hint}\n{question}" if hint else question)
     text = "\n".join([hint, question, *options])
     is_chinese = "_CN" in dataset.upper() or re.search(r"[\u4e00-\u9fff]", text) is not None
@@ -209,9 +209,9 @@ def choice_prompt(question: str, line: Any, dataset: str) -> str:
 
 
 def cell(line: Any, name: str) -> str | None:
-    """A field of a line (a dict or a pandas Series); None where it is missing or empty."""
+    """A field of a line (a dict or a pandas Series); None if it is missing or empty."""
     value = line.get(name)
-    if value is None or value != value:  # NaN is what pandas makes of an empty cell
+    if value is None or value != value:  # NaN: an empty cell in pandas
         return None
     text = str(value)
     return None if is_missing(text) else text

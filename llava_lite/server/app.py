@@ -18,8 +18,8 @@ from llava_lite.server.settings import Settings
 
 
 def create_app(model: Model, settings: Settings) -> FastAPI:
-    """The application. `app.state` has its `service`, the `statuses` so far by their number, and
-    the `open_requests`."""
+    """The application. `app.state` has the `service`, the counts of HTTP `statuses`, and the
+    `open_requests`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -32,7 +32,7 @@ def create_app(model: Model, settings: Settings) -> FastAPI:
     app = FastAPI(
         title="llava-lite",
         lifespan=lifespan,
-        openapi_url=None,  # requests are read by hand, a schema would be empty
+        openapi_url=None,  # requests are parsed without FastAPI, so a schema would be empty
         redirect_slashes=False,
         exception_handlers={HTTPException: refuse, Exception: fail},
     )
@@ -53,7 +53,7 @@ def create_app(model: Model, settings: Settings) -> FastAPI:
 
 
 def add_routes(app: FastAPI, settings: Settings) -> None:
-    """Where what is answered."""
+    """Add all routes to the application."""
     service: ChatService = app.state.service
     card = {
         "id": settings.model_name,
@@ -107,7 +107,7 @@ def counters_text(app: FastAPI) -> str:
 
 
 async def refuse(request: Request, error: Exception) -> Response:
-    """No such route, or no such method, in OpenAI's shape."""
+    """An unknown route or method, as OpenAI's error object."""
     assert isinstance(error, HTTPException)
     messages = {404: "no such path", 405: "this method is not allowed here"}
     response = ApiError(error.status_code, messages.get(error.status_code, error.detail)).response()

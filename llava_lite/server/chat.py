@@ -1,6 +1,6 @@
-"""/v1/chat/completions: from a request to a job, from what the job says to a response.
+"""/v1/chat/completions: a request becomes a job, the events of the job become a response.
 
-A handler lives as long as its client does: when the client goes, its job is cancelled.
+When the client disconnects, its job is cancelled.
 """
 
 import asyncio
@@ -27,16 +27,16 @@ from llava_lite.server.middleware import Record
 from llava_lite.server.prepare import Preparer
 from llava_lite.server.protocol import Completion, count_usage
 from llava_lite.server.settings import Settings
-from llava_lite.server.worker import Event, Job, Stopped, Worker, nobody
+from llava_lite.server.worker import Event, Job, Stopped, Worker, ignore
 
 RETRY_SECONDS = 1
-CLIENT_GONE = 499  # nobody hears it; it stands in the log
+CLIENT_GONE = 499  # for the log only
 DONE = b"data: [DONE]\n\n"
 
 
 @dataclass
 class Totals:
-    """Of all answers so far."""
+    """Counts of all answers so far."""
 
     answers: int = 0
     prompt_tokens: int = 0
@@ -50,31 +50,32 @@ class ChatService:
         self.settings = settings
         self.preparer = Preparer(model, settings)
         self.worker = Worker(model, settings.max_batch_size, settings.image_cache)
-        # As if all places of the queue held the longest bodies, counted as their bytes arrive.
+        # Room for a full queue of the longest bodies. Bytes count as they arrive.
         self.memory = Memory(settings.max_queue * settings.max_body_bytes)
         self.preparing = 0
         self.draining = False
         self.totals = Totals()
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the worker."""
         self.worker.start()
 
     async def stop_model(self, seconds: float | None = None) -> bool:
-        """End after the model's current step; who still waits hears status 503. Whether that was
-        within `seconds`."""
+        """Stop after the current step of the model. Waiting requests get status 503.
+
+        Returns whether the model stopped within `seconds`."""
         self.draining = True
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(None, self.worker.stop, seconds)
 
     async def stop(self) -> None:
-        """End all threads, when no request is open any more."""
+        """End all threads, after the last open request."""
         await self.stop_model()
         self.preparer.close()
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have begun, but not yet in the model."""
+        """Open requests that are not yet in the model."""
         return self.preparing + self.worker.num_waiting
 
     def health(self) -> tuple[int, dict[str, Any]]:
@@ -91,7 +92,7 @@ class ChatService:
         }
 
     async def respond(self, request: Request) -> Response:
-        """Answer one request, whatever happens."""
+        """Answer one request. Every error becomes a response."""
         body = Body(request.receive, self.settings.max_body_bytes, self.memory)
         try:
             return await self.answer(request, body)
@@ -102,7 +103,7 @@ class ChatService:
             return as_api_error(error).response()
 
     async def answer(self, request: Request, body: Body) -> Response:
-        """The response, or the error that prevents it."""
+        """The response. Raises ApiError, ClientGone, and errors of a bad request."""
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout
         job, include_usage = await self.prepare(request, body, deadline)
         events = Events(self.worker, job, request.receive, deadline)
@@ -120,11 +121,12 @@ class ChatService:
             events.close()
 
     async def prepare(self, request: Request, body: Body, deadline: float) -> tuple[Job, bool]:
-        """Admit a request and read it: its job, and whether its stream ends with the usage. Raises
-        ApiError and what makes it a bad one."""
+        """Admit and read a request: its job, and whether its stream ends with the usage.
+
+        Raises ApiError and the errors of a bad request."""
         if self.draining:
             raise shutdown_error()
-        # A page of another site can send text, but not JSON, without the browser asking first.
+        # A page of another site can send text without asking the browser, but not JSON.
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "the content type must be application/json")
@@ -133,7 +135,7 @@ class ChatService:
         seconds = min(self.settings.body_timeout, self.settings.request_timeout)
         try:
             data = await body.read(declared, seconds)
-            self.refuse_if_full()  # only whose body has come takes a place
+            self.refuse_if_full()  # a request takes a place after its body has arrived
             self.preparing += 1
             try:
                 left = deadline - asyncio.get_running_loop().time()
@@ -144,7 +146,7 @@ class ChatService:
             body.release()
 
     def refuse_if_full(self) -> None:
-        """Raise ApiError (429) where no more may wait."""
+        """Raise ApiError (429) if the queue is full."""
         if self.num_waiting >= self.settings.max_queue:
             raise ApiError(429, "the queue is full", code="queue_full", retry_after=RETRY_SECONDS)
 
@@ -175,7 +177,7 @@ class ChatService:
             yield DONE
 
     def book(self, answer: Answer, scope: Scope) -> None:
-        """Count an answer, and note its tokens for the log."""
+        """Count an answer. Its tokens go to the log."""
         usage = count_usage(answer)
         self.totals.answers += 1
         self.totals.prompt_tokens += usage["prompt_tokens"]
@@ -184,11 +186,10 @@ class ChatService:
 
 
 class Events:
-    """What a job says, brought to the event loop, and what ends the wait for it: the client's
-    going, and the deadline.
+    """The events of a job on the event loop, until the client disconnects or the deadline passes.
 
-    Nothing here may refer to itself once it is closed: an image and what is known of it would stay
-    until the garbage collector comes."""
+    After `close` nothing here may refer to itself: a reference cycle would keep the image until the
+    garbage collector runs."""
 
     def __init__(self, worker: Worker, job: Job, receive: Receive, deadline: float) -> None:
         self.worker, self.job, self.loop = worker, job, asyncio.get_running_loop()
@@ -210,26 +211,26 @@ class Events:
         try:
             raise as_failure(event)
         finally:
-            del event  # whose traceback has this frame
+            del event  # its traceback refers to this frame
 
     def close(self) -> None:
-        """Nobody listens any more."""
+        """Cancel the job and stop listening."""
         self.worker.cancel(self.job)
-        self.job.deliver = nobody
+        self.job.deliver = ignore
         self.timer.cancel()
         self.gone.cancel()
 
 
 async def leave(receive: Receive, worker: Worker, job: Job, queue: asyncio.Queue[Event]) -> None:
-    """Cancel a job when its client goes."""
+    """Cancel a job when its client disconnects."""
     await wait_for_disconnect(receive)
     worker.cancel(job)
     queue.put_nowait(ClientGone())
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. The job ends with the response, however that ends; a client that stops
-    reading is left at the deadline."""
+    """Server-sent events. The job ends with the response. A client that stops reading is
+    disconnected at the deadline."""
 
     def __init__(self, chunks: AsyncIterator[bytes], events: Events) -> None:
         super().__init__(chunks, media_type="text/event-stream")
@@ -240,7 +241,7 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         left = self.events.deadline - self.events.loop.time()
         try:
-            # A little more than the deadline, of which the stream itself tells.
+            # One second more than the deadline, so that the stream can report it first.
             await asyncio.wait_for(self.stream_response(send), left + 1)
         except (asyncio.TimeoutError, OSError):  # noqa: UP041
             Record.of(scope).status = CLIENT_GONE
@@ -254,7 +255,7 @@ def sse(content: dict[str, Any]) -> bytes:
 
 
 def as_failure(error: BaseException) -> Exception:
-    """What ended a job, for its client."""
+    """The error that ended a job, for its client."""
     if isinstance(error, ApiError | ClientGone):
         return error
     return shutdown_error() if isinstance(error, Stopped) else internal_error(error)

@@ -1,4 +1,4 @@
-"""What goes wrong, as an HTTP status and OpenAI's error object."""
+"""Errors as an HTTP status and OpenAI's error object."""
 
 import logging
 import traceback
@@ -19,11 +19,11 @@ TYPES = {
     503: "server_error",
     504: "timeout_error",
 }
-USERS = (ImageError, PromptError, ContextError)  # what a request alone can cause
+USERS = (ImageError, PromptError, ContextError)  # errors of a bad request
 
 
 class ApiError(LlavaLiteError):
-    """A refusal with its status; `param` names the field, `code` is for programs."""
+    """An error with an HTTP status. `param` names the field, `code` is for programs."""
 
     def __init__(
         self,
@@ -54,11 +54,11 @@ class ApiError(LlavaLiteError):
 
 
 class ClientGone(Exception):
-    """Nobody is there to answer."""
+    """The client has disconnected."""
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """What the client may know of an error while its request is read and prepared."""
+    """An error while a request is prepared, as the client may see it."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, USERS):
@@ -68,7 +68,7 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def internal_error(error: BaseException) -> ApiError:
-    """Of bugs and failures the log hears, the client does not."""
+    """Log the details of a bug or failure; tell the client only that the server failed."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     LOG.error("internal error%s: %s: %s", place, type(error).__name__, shorten(str(error)))

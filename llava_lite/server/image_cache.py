@@ -1,7 +1,6 @@
-"""The images that were looked at last: a chat page sends its picture again with every turn.
+"""A cache of encoded images: a chat page sends its image again with every message.
 
-Only what the vision tower made of an image is kept, under the hash of the pixels that it saw, and
-only on the worker's thread.
+The key is a hash of the pixels and the reduction. Only the worker's thread uses the cache.
 """
 
 import hashlib
@@ -22,8 +21,8 @@ Key: TypeAlias = tuple[tuple[int, int], bytes, Reduction]
 
 
 class ImageCache:
-    """At most `size` encoded images, each of as many bytes as its tokens have: 576 rows of the
-    decoder's width where none merge, 4.7 MB for the 7B model in 16 bit. 0 keeps none."""
+    """At most `size` encoded images; 0 keeps none. An image of the 7B model without merging takes
+    4.7 MB in 16 bit: 576 rows of the decoder's width."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -32,7 +31,7 @@ class ImageCache:
     def start(
         self, model: Model, requests: Sequence[Request], options: Sequence[GenerationOptions]
     ) -> list[Row]:
-        """`Model.start`, which looks only at images that are not known."""
+        """`Model.start`, but known images are not encoded again."""
         if not self.size:
             return model.start(requests, options, len(requests))
         keys = [[make_key(image, one.state.reduction) for image in one.images] for one in requests]
@@ -44,16 +43,16 @@ class ImageCache:
         return rows
 
     def use_known(self, request: Request, keys: Sequence[Key]) -> Request:
-        """The request with the encoded image in place of each that is known."""
+        """The request with each known image replaced by its encoded image."""
         if not any(key in self.encoded for key in keys):
             return request
         pairs: Any = zip(keys, request.images, strict=True)
         return replace(request, images=tuple(self.encoded.get(key, image) for key, image in pairs))
 
     def keep(self, key: Key, image: EncodedImage) -> None:
-        """Keep an image as the last one; the one that was not asked for the longest goes."""
+        """Keep an image. The least recently used image makes room."""
         if key not in self.encoded:
-            # Its tensors are parts of those of a whole batch, which would stay with them.
+            # Clones: the tensors are views that keep the tensors of the whole batch.
             mapping = None if image.mapping is None else image.mapping.clone()
             embeds = image.image_embeds.clone()
             self.encoded[key] = replace(image, image_embeds=embeds, mapping=mapping)
@@ -63,6 +62,5 @@ class ImageCache:
 
 
 def make_key(picture: Image.Image, reduction: Reduction) -> Key:
-    """What the encoded image depends on: the RGB pixels, as they are after padding, and the
-    reduction."""
+    """The key of an encoded image: size and hash of its padded RGB pixels, and the reduction."""
     return picture.size, hashlib.sha256(picture.tobytes()).digest(), reduction

@@ -1,8 +1,7 @@
-"""Image sources become small pictures: data URLs, and where the server allows it, http(s) URLs and
-files.
+"""Image sources become small pictures: data URLs and, if allowed, http(s) URLs and files.
 
-Runs in threads of its own. What is left of an image is the square that the model looks at, a third
-of a megabyte, whatever was sent. Messages name images by their number and no path of this machine.
+Only the square that the model sees is kept of an image, a third of a megabyte. Error messages name
+an image by its number; they never show a path of the server.
 """
 
 import logging
@@ -19,21 +18,21 @@ from llava_lite.inputs.pixels import to_square
 from llava_lite.server.settings import Settings
 
 LOG = logging.getLogger("llava_lite.server")
-NOT_THERE = "no such file below the media root"
+NOT_FOUND = "no such file below the media root"
 NOT_FETCHED = "not an image that can be fetched from here; send a data URL"
 
 
 def is_remote(source: str) -> bool:
-    """Whether it has to be fetched."""
+    """Whether the source is an http(s) URL."""
     scheme = SCHEME.match(source)
     return scheme is not None and scheme[1].lower() in ("http", "https")
 
 
 def fetch_image(source: str, settings: Settings) -> bytes:
-    """The bytes behind a URL. Its domain must be allowed, on every hop, and its address public.
+    """The bytes of a URL. On every redirect the domain must be allowed and the address public.
 
-    Raises ImageError, which says nothing of what was found there: the network inside is not for
-    clients to explore. The log hears it."""
+    Raises ImageError without details: clients must not explore the internal network. The log has
+    the details."""
     name = describe(source)
     if not settings.url_domains:
         raise ImageError(f"{name}: image URLs are switched off here, send a data URL")
@@ -50,20 +49,21 @@ def fetch_image(source: str, settings: Settings) -> bytes:
 def open_image(
     source: str | bytes, settings: Settings, config: LlavaConfig, exif: bool
 ) -> Image.Image:
-    """The square picture that the model sees of a data URL, a file, or an image's bytes. Raises
-    ImageError."""
+    """The square picture that the model sees of a data URL, a file, or the bytes of an image.
+
+    Raises ImageError."""
     try:
         return square_picture(source, settings, config, exif)
     except ImageError as error:
         message = str(error)
-    # A new one: the frames of that error hold the pixels, and it lives as long as its request.
+    # A new error: the frames of the first one keep the pixels until the request ends.
     raise ImageError(message)
 
 
 def square_picture(
     source: str | bytes, settings: Settings, config: LlavaConfig, exif: bool
 ) -> Image.Image:
-    """What `open_image` does."""
+    """`open_image`, with errors that keep the pixels."""
     if isinstance(source, str) and source[:5].lower() != "data:":
         source = read_file(source, settings)
     image = load_image(
@@ -78,15 +78,14 @@ def square_picture(
         raise ImageError(
             f"the image is {width}x{height}, a side may have {settings.max_side} pixels"
         )
-    # Padding makes a strip of few pixels a square of many.
+    # Padding turns a strip of few pixels into a square of many.
     side = math.isqrt(settings.max_pixels)
     return to_square(image, config.vision.image_size, config.pad, side)
 
 
 def read_file(source: str, settings: Settings) -> bytes:
-    """The bytes of a file below the media root: an absolute path or one relative to the root, as it
-    is or with `file://` in front. Raises ImageError, the same whether a file is outside or missing.
-    """
+    """The bytes of a file below the media root: an absolute path or a path relative to the root,
+    with or without `file://`. Raises the same ImageError for a file outside and a missing file."""
     scheme = SCHEME.match(source)
     if scheme is not None and scheme[1].lower() != "file":
         raise ImageError(f"URLs with the scheme {scheme[1][:20]!r} are not supported")
@@ -97,11 +96,11 @@ def read_file(source: str, settings: Settings) -> bytes:
     try:
         path = (root / name).resolve()
         if not path.is_relative_to(root) or not path.is_file():  # a pipe would never end
-            raise ImageError(NOT_THERE)
+            raise ImageError(NOT_FOUND)
         with open(path, "rb") as file:
             data = file.read(settings.max_image_bytes + 1)
     except (OSError, ValueError, RuntimeError) as error:  # no permission, a null byte, a loop
-        raise ImageError(NOT_THERE) from error
+        raise ImageError(NOT_FOUND) from error
     if len(data) > settings.max_image_bytes:
         raise ImageError(f"more than {settings.max_image_bytes} bytes")
     return data

@@ -1,4 +1,4 @@
-"""Bodies of bounded size, and waiting that ends when the client goes or time is up."""
+"""Bodies of bounded size. Waiting ends when the client disconnects or the time is up."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
@@ -13,28 +13,27 @@ T = TypeVar("T")
 
 
 class Memory:
-    """Bytes that the bodies of all requests take, as long as these are read and prepared."""
+    """Bytes of all bodies that are being read or prepared."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.taken = limit, 0
 
     def take(self, count: int) -> None:
-        """Raises ApiError (429) where there is no room."""
+        """Add bytes. Raises ApiError (429) above the limit."""
         if self.taken + count > self.limit:
             raise ApiError(429, "too many bodies are being sent", code="queue_full", retry_after=1)
         self.taken += count
 
 
 class Body:
-    """The body of one request, never more of it than `limit` bytes in memory. Whoever reads it
-    releases it."""
+    """The body of one request, at most `limit` bytes in memory. Call `release` after `read`."""
 
     def __init__(self, receive: Receive, limit: int, memory: Memory | None = None) -> None:
         self.receive, self.limit, self.ended = receive, limit, False
         self.memory, self.held = memory or Memory(limit), 0
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """What is left of the body. Raises ClientGone."""
+        """The rest of the body. Raises ClientGone."""
         while not self.ended:
             message = await self.receive()
             if message["type"] == "http.disconnect":
@@ -44,15 +43,16 @@ class Body:
             yield message.get("body", b"")
 
     async def read(self, declared: str | None, seconds: float) -> bytes:
-        """All of it; `declared` is the length that its sender names. Raises ApiError (413 when it
-        is too long, 408 when it takes too long), ClientGone."""
+        """Read the whole body. `declared`: the length named by the client.
+
+        Raises ApiError (413 if it is too long, 408 if it takes too long), ClientGone."""
         if declared is not None and declared.isdecimal():
             if len(declared) > 18 or int(declared) > self.limit:
                 raise self.too_long()
         try:
             return await asyncio.wait_for(self.gather(), seconds)
         except asyncio.TimeoutError:  # noqa: UP041  its own class in Python 3.10
-            self.ended = True  # no more of it will be awaited
+            self.ended = True  # the rest is not awaited
             raise ApiError(408, f"the body did not arrive within {seconds:g} s") from None
 
     async def gather(self) -> bytes:
@@ -66,12 +66,12 @@ class Body:
         return bytes(body)
 
     def release(self) -> None:
-        """It is not needed any more."""
+        """Give the memory of the body back."""
         self.memory.taken -= self.held
         self.held = 0
 
     async def drain(self) -> None:
-        """Read on for a moment and keep nothing: a sender that is cut off hears no refusal."""
+        """Read and drop the rest for a moment: a client that is cut off misses the refusal."""
         try:
             await asyncio.wait_for(self.discard(), DRAIN_SECONDS)
         except (asyncio.TimeoutError, ClientGone):  # noqa: UP041
@@ -89,14 +89,14 @@ class Body:
 
 
 async def wait_for_disconnect(receive: Receive) -> None:
-    """Returns when the client is gone. To be awaited after the body has been read."""
+    """Return when the client disconnects. Call it after the body has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def run_while_connected(work: Awaitable[T], receive: Receive, seconds: float) -> T:
-    """The result of `work`, which is cancelled when the client goes (ClientGone) or after `seconds`
-    (ApiError 504)."""
+    """The result of `work`. It is cancelled when the client disconnects (ClientGone) or after
+    `seconds` (ApiError 504)."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(wait_for_disconnect(receive))
     both: set[asyncio.Future] = {task, gone}
@@ -108,8 +108,8 @@ async def run_while_connected(work: Awaitable[T], receive: Receive, seconds: flo
     finally:
         for future in both:
             future.cancel()
-        # The error of a task has a traceback with this frame: a frame that names the task would
-        # keep both, and the image that could not be decoded, until the garbage collector comes.
+        # The error of a task refers to this frame. A frame that refers to the task makes a cycle:
+        # it keeps the damaged image until the garbage collector runs.
         del task, both, future
 
 

@@ -1,4 +1,4 @@
-"""Around every route: who may ask at all, and one line of log per request."""
+"""Around every route: access control, and one line of log per request."""
 
 import logging
 import secrets
@@ -15,14 +15,14 @@ from llava_lite.server.limits import Body
 from llava_lite.server.settings import Settings
 
 LOG = logging.getLogger("llava_lite.server")
-OPEN_PATHS = ("/health",)  # asked by machines that have no key
+OPEN_PATHS = ("/health",)  # monitoring has no key
 MOST_REQUESTS = 1024  # at once, /health apart
 KEY = "llava_lite.record"
 
 
 @dataclass
 class Record:
-    """What the log says about a request beside its path; `tokens` in + out."""
+    """The log entry of a request. tokens: in + out."""
 
     status: int = 0
     tokens: str = ""
@@ -35,7 +35,7 @@ class Record:
 
 
 class RequestLog:
-    """Logs method, path, status, seconds and tokens: no contents, no query, no key."""
+    """Logs method, path, status, seconds and tokens, but no contents, no query and no key."""
 
     def __init__(self, app: ASGIApp, statuses: Counter[int], open_requests: set[int]) -> None:
         self.app, self.statuses, self.open_requests = app, statuses, open_requests
@@ -60,7 +60,7 @@ class RequestLog:
             else:
                 await self.app(scope, receive, note_status)
         except Exception:
-            record.status = record.status or 500  # which is sent outside of here
+            record.status = record.status or 500  # an outer layer sends it
             raise
         finally:
             self.open_requests.discard(id(record))
@@ -72,8 +72,9 @@ class RequestLog:
 
 
 class Gate:
-    """Refuses requests without the key (401), and those of a browser that was led here under
-    another name (403)."""
+    """Refuses requests without the key (401) and with a host name that is not allowed (403).
+
+    The host name protects against a web page whose own domain points to this server."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.settings = app, settings
@@ -88,7 +89,7 @@ class Gate:
         await self.app(scope, receive, send)
 
     def refusal(self, scope: Scope) -> ApiError | None:
-        """Why this request is refused, None where it is not."""
+        """The error for a request that is refused, or None."""
         headers, settings = Headers(scope=scope), self.settings
         allowed = settings.allowed_hosts
         if allowed is not None and host_name(headers.get("host", "")) not in allowed:

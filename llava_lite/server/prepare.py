@@ -1,7 +1,7 @@
-"""From a request's bytes to a job for the worker: all that needs no model, in threads of its own.
+"""The bytes of a request become a job for the worker, in threads beside the event loop.
 
-Two pools: one for work of this machine, so that never more than a few images are decoded at once,
-and one for waiting on others, so that a slow host delays no other request.
+There are two pools. One works: only a few images are decoded at once. One fetches images: a slow
+host delays no other request.
 """
 
 import asyncio
@@ -26,13 +26,13 @@ from llava_lite.server.protocol import ChatRequest, parse_request
 from llava_lite.server.settings import Settings
 from llava_lite.server.worker import Job
 
-FETCHES = 8  # at once
+FETCHES = 8  # images that are fetched at once
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is kept of a request: no field that was not asked for, no image as it was sent."""
+    """The parts of a request that are needed later."""
 
     conversation: Conversation
     options: GenerationOptions
@@ -41,14 +41,14 @@ class Wanted:
 
 
 class Preparer:
-    """Makes jobs of requests."""
+    """Turns requests into jobs."""
 
     def __init__(self, model: Model, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self.work = ThreadPoolExecutor(settings.image_workers, "llava-lite-prepare")
         self.fetching = ThreadPoolExecutor(FETCHES, "llava-lite-fetch")
-        self.fetched = asyncio.Semaphore(FETCHES)  # so many wait at most to be decoded
-        self.tokenizing = threading.Lock()  # the model's table of prefixes is of one thread
+        self.fetched = asyncio.Semaphore(FETCHES)  # bounds fetched images that wait for decoding
+        self.tokenizing = threading.Lock()  # the prefixes of the model are not thread-safe
         self.longest_piece = max(map(len, (*model.tokenizer.pieces, IMAGE_MARKER)))
 
     async def prepare(self, body: bytes) -> tuple[Job, bool]:
@@ -64,7 +64,7 @@ class Preparer:
         return Job(prompt, options, wanted.stream), wanted.include_usage
 
     def read(self, body: bytes) -> Wanted:
-        """Everything about a request that can be said before its images are there."""
+        """Check everything that needs no image. Raises ApiError, PromptError."""
         request = parse_request(body)
         served = self.settings.model_name
         if request.model not in (None, served):
@@ -78,13 +78,13 @@ class Preparer:
         return Wanted(conversation, options, bool(request.stream), request.include_usage)
 
     def options(self, request: ChatRequest) -> GenerationOptions:
-        """How to answer. Raises ApiError."""
+        """The options of the answer. Raises ApiError."""
         wanted, limit = request.max_completion_tokens, self.settings.max_new_tokens
         wanted = request.max_tokens if wanted is None else wanted
         if wanted is not None and wanted > limit:
             raise ApiError(400, f"max_tokens {wanted}: at most {limit} are allowed", "max_tokens")
         temperature, top_p = request.temperature or 0.0, request.top_p
-        if top_p == 0:  # the smallest set of best tokens: the best
+        if top_p == 0:  # only the best token is left
             temperature, top_p = 0.0, None
         try:
             options = GenerationOptions(
@@ -97,34 +97,34 @@ class Preparer:
                 reduction=request.reduction or self.settings.reduction,
             )
             self.model.reduction_for([], options.reduction)
-        except CheckpointError:  # its thresholds; the message names a file
+        except CheckpointError:  # of the thresholds; its message names a file
             message = f"reduction {request.reduction!r} is not available for this model"
             raise ApiError(400, message, "reduction") from None
-        except ValueError as error:  # only here: elsewhere it is a bug
+        except ValueError as error:  # in other places a ValueError is a bug
             raise ApiError(400, one_line(error)) from None
         return options
 
     async def image(self, number: int, source: str) -> Image.Image:
-        """The picture of a source. Raises ImageError naming its number."""
+        """The picture of a source. Raises ImageError with the number of the image."""
         try:
             if not is_remote(source):
-                return await self.opened(source)
+                return await self.open(source)
             async with self.fetched:
                 found = await in_pool(self.fetching, lambda: fetch_image(source, self.settings))
-                return await self.opened(found)
+                return await self.open(found)
         except ImageError as error:
             raise ImageError(f"image {number}: {error}") from error
 
-    async def opened(self, found: str | bytes) -> Image.Image:
-        """The picture in a data URL, a file or bytes."""
+    async def open(self, found: str | bytes) -> Image.Image:
+        """Open a data URL, a file or bytes in the working pool."""
         config, exif = self.model.config, self.model.exif
         return await in_pool(self.work, lambda: open_image(found, self.settings, config, exif))
 
     def prompt(
         self, conversation: Conversation, images: list[Image.Image], options: GenerationOptions
     ) -> Request:
-        """The conversation in ids. Raises PromptError, and ContextError where it is too long.
-        Where the request says nothing its answer is as long as the server and the context allow."""
+        """The request for the model. Without a length, the answer is as long as the server and the
+        context allow. Raises PromptError, ContextError."""
         limit = self.model.config.text.max_positions
         length = sum(len(text or "") for turn in conversation.turns for text in turn)
         length += len(conversation.system or "")
@@ -139,11 +139,11 @@ class Preparer:
         return replace(request, max_new_tokens=most)
 
     def close(self) -> None:
-        """End the threads; what has not begun is dropped."""
+        """End the threads. Waiting work is dropped."""
         for pool in (self.work, self.fetching):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 async def in_pool(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    """The result of `work`, done by one of the pool's threads."""
+    """Run `work` in a thread of the pool and return its result."""
     return await asyncio.get_running_loop().run_in_executor(pool, work)

@@ -1,8 +1,8 @@
-"""Requests and responses as OpenAI's clients write and read them.
+"""Requests and responses in the format of OpenAI.
 
-Unknown fields are accepted, as OpenAI's own servers do for most, and forgotten. Those that ask for
-something that would change the answer, and that is not there, are refused rather than ignored.
-Lists are bounded, and end at their first error: a small body must not cost much.
+Unknown fields are accepted and ignored. A known field that would change the answer, but is not
+supported, is refused. Lists are bounded and stop at the first error: a small body must not cost
+much time.
 """
 
 import time
@@ -15,12 +15,12 @@ from llava_lite.generation.answer import Answer
 from llava_lite.server.errors import ApiError
 
 MOST_MESSAGES, MOST_PARTS = 1000, 256
-MOST_TOOL_CALLS = 128  # none is supported; the list is only looked at
+MOST_TOOL_CALLS = 128  # tool calls are refused
 MOST_STOPS, LONGEST_STOP = 16, 1000
 
 
 class ImageUrl(BaseModel):
-    """`detail` is accepted and means nothing here."""
+    """`detail` is accepted and ignored."""
 
     url: str
 
@@ -42,14 +42,15 @@ class Message(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream has beside the text."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
 
 
 class ChatRequest(BaseModel):
-    """The body of /v1/chat/completions. `top_k` and `reduction` are extensions. Of what is not
-    supported it has what must ask for nothing (`SAYS_NOTHING`)."""
+    """The body of /v1/chat/completions. `top_k` and `reduction` are extensions.
+
+    Unsupported fields are listed to refuse them, unless they have a neutral value (`NEUTRAL`)."""
 
     messages: list[Message] = Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)
     model: str | None = None
@@ -99,16 +100,16 @@ def parse_request(body: bytes) -> ChatRequest:
 
 
 def depth(error: Any) -> int:
-    """How far inside the body an error is: of a union's errors the deepest says most."""
+    """The depth of an error in the body. The deepest error of a union is the most specific."""
     return len(error["loc"])
 
 
 def refuse_unsupported(request: ChatRequest) -> None:
-    """Raise ApiError (400) for what cannot be done here."""
+    """Raise ApiError (400) for unsupported values."""
     if request.n not in (None, 1):
         raise ApiError(400, f"n {request.n}: only one answer per request is supported", "n")
-    for name, says_nothing in SAYS_NOTHING.items():
-        if getattr(request, name) not in says_nothing:
+    for name, neutral in NEUTRAL.items():
+        if getattr(request, name) not in neutral:
             raise ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
     form = request.response_format
     if form is not None and not (isinstance(form, dict) and form.get("type") == "text"):
@@ -121,8 +122,8 @@ def refuse_unsupported(request: ChatRequest) -> None:
         )
 
 
-# Fields that are not supported, and the values with which they ask for nothing.
-SAYS_NOTHING: dict[str, tuple[Any, ...]] = {
+# Unsupported fields, with the values that request nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "functions": (None, []),
     "tool_choice": (None, "none", "auto"),
@@ -142,7 +143,7 @@ SAYS_NOTHING: dict[str, tuple[Any, ...]] = {
 
 
 def count_usage(answer: Answer) -> dict[str, Any]:
-    """Tokens in front of the answer, image tokens included, and those of the answer."""
+    """Tokens before the answer, image tokens included, and tokens of the answer."""
     image, new = answer.usage["image_tokens"], answer.usage["completion_tokens"]
     prompt = answer.usage["prompt_tokens"] + image
     return {
@@ -158,7 +159,7 @@ def count_usage(answer: Answer) -> dict[str, Any]:
 
 
 class Completion:
-    """The frame of one response: its id, its time and its model, the same in every chunk."""
+    """One response: id, time and model are the same in every chunk."""
 
     def __init__(self, model_name: str, include_usage: bool) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -166,7 +167,7 @@ class Completion:
         self.model_name, self.include_usage = model_name, include_usage
 
     def whole(self, answer: Answer) -> dict[str, Any]:
-        """The response that is not streamed; `timings` in seconds is an extension."""
+        """The response without streaming. `timings`, in seconds, is an extension."""
         message = {"role": "assistant", "content": str(answer), "refusal": None}
         choice = {
             "index": 0,
@@ -188,7 +189,7 @@ class Completion:
         return {**self.head("chat.completion.chunk"), "choices": [choice], **usage}
 
     def usage_chunk(self, answer: Answer) -> dict[str, Any]:
-        """The last event of a stream whose client asked for it."""
+        """The last event of a stream with `include_usage`."""
         head = self.head("chat.completion.chunk")
         return {**head, "choices": [], "usage": count_usage(answer)}
 

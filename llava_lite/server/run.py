@@ -1,4 +1,4 @@
-"""The process: a socket, uvicorn, and a shutdown that finishes what runs."""
+"""The process: a socket, uvicorn, and a shutdown that finishes running requests."""
 
 import asyncio
 import ipaddress
@@ -15,14 +15,14 @@ from llava_lite.errors import LlavaLiteError, one_line
 from llava_lite.server.settings import Settings
 
 POLL_SECONDS = 0.05
-CLOSE_SECONDS = 5  # for the model's last step, and for what is left of responses after it
+CLOSE_SECONDS = 5  # for the last step of the model, and then for the open responses
 BACKLOG = 1024
-MOST_CONNECTIONS = 16_384  # most of them idle: of requests the app takes fewer
+MOST_CONNECTIONS = 16_384  # most of them idle; the app accepts fewer requests
 LOG = logging.getLogger("llava_lite.server")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens there."""
+    """Whether only this machine can reach a server on this host name."""
     if host == "localhost":
         return True
     try:
@@ -32,7 +32,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises LlavaLiteError."""
+    """A listening socket; port 0 picks a free port. Raises LlavaLiteError."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
@@ -41,7 +41,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_server(app: FastAPI) -> uvicorn.Server:
-    """uvicorn with our log in place of its own."""
+    """uvicorn without its own log."""
     return uvicorn.Server(
         uvicorn.Config(
             app,
@@ -51,7 +51,7 @@ def make_server(app: FastAPI) -> uvicorn.Server:
             ws="none",
             proxy_headers=False,
             server_header=False,
-            limit_concurrency=MOST_CONNECTIONS,  # with its own 503; the app refuses before it
+            limit_concurrency=MOST_CONNECTIONS,  # the app refuses earlier
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )
     )
@@ -60,15 +60,17 @@ def make_server(app: FastAPI) -> uvicorn.Server:
 def serve(
     app: FastAPI, settings: Settings, sock: socket.socket, on_ready: Callable[[], None]
 ) -> int | None:
-    """Answer until a signal ends it; returns that signal. `on_ready` is called when requests are
-    taken."""
+    """Answer until a signal; returns the signal. `on_ready` is called when the server is ready."""
     return asyncio.run(Process(app, settings).serve(sock, on_ready))
 
 
 class Process:
-    """A server that ends in two steps: on SIGTERM or Ctrl-C it refuses what is new and finishes
-    what runs; on a second signal it just ends. A model's step cannot be interrupted: where it
-    keeps the process from ending, that ends with the status 128 + signal."""
+    """A server with a graceful shutdown.
+
+    SIGTERM or Ctrl-C refuses new requests and finishes running ones; a second signal exits at once.
+
+    A step of the model cannot be interrupted. If it takes too long, the process exits with the
+    status 128 + signal."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         self.app, self.settings = app, settings
@@ -82,7 +84,7 @@ class Process:
         while not self.server.started and not running.done():
             await asyncio.sleep(POLL_SECONDS)
         if not running.done():
-            self.take_signals()  # after uvicorn has taken them
+            self.take_signals()  # uvicorn installs its handlers before
             on_ready()
         await running
         return self.signal
@@ -92,11 +94,11 @@ class Process:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 loop.add_signal_handler(number, self.end, number)
-            except NotImplementedError:  # Windows: uvicorn's own way remains
+            except NotImplementedError:  # Windows: uvicorn's handlers remain
                 return
 
     def end(self, number: int) -> None:
-        """A signal."""
+        """Handle a signal."""
         self.signal = number
         if self.ending is None:
             self.ending = asyncio.create_task(self.drain())
@@ -104,7 +106,7 @@ class Process:
             os._exit(128 + number)
 
     async def drain(self) -> None:
-        """Refuse new requests with 503, let those that run finish for a while, then stop."""
+        """Refuse new requests with 503, wait for running ones until a timeout, then stop."""
         service = self.app.state.service
         service.draining = True
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""What a server allows, and how much of it."""
+"""The limits and permissions of a server."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from llava_lite.inputs.images import MAX_PIXELS
 from llava_lite.reduction import Reduction
 
-# JPEG's own limit. A strip of 1 x 1,000,000 pixels is within any limit of pixels, but no picture.
+# The limit of JPEG. It refuses strips such as 1 x 1,000,000, which have few pixels.
 MAX_SIDE = 65_535
 
 
@@ -14,16 +14,19 @@ MAX_SIDE = 65_535
 class Settings:
     """One server. Bytes, pixels and counts are upper limits, times are seconds.
 
-    max_queue: requests that may wait, those being prepared included; with more, status 429, as
-    where bodies of more than max_queue * max_body_bytes together are being sent. max_batch_size:
-    requests that the model runs at once. request_timeout: from the first byte of a request to the
-    last of its answer. shutdown_timeout: for running requests to finish. max_pixels: of an image,
-    and of the square that it is padded to; what would need a larger one is made small first.
-    image_workers: images that are decoded at once. image_cache: encoded images that are kept for
-    the next turns of their chats.
-    url_domains: hosts that images may be fetched from ("*.example.org" is all below it); none by
-    default. media_root: folder that images may be read from; none by default. allowed_hosts: names
-    under which browsers may reach the server, None for any. Raises ValueError."""
+    max_queue: waiting requests, including those in preparation. A request above it gets status 429.
+        Also bounds the bodies in transfer: max_queue * max_body_bytes in all.
+    max_batch_size: requests that the model runs at once.
+    request_timeout: from the first byte of a request to the last byte of its answer.
+    shutdown_timeout: for running requests to finish.
+    max_pixels: of an image and of its padded square. A larger square is resized before padding.
+    image_workers: images that are decoded at once.
+    image_cache: encoded images that are kept for the next messages of a chat.
+    url_domains: hosts for image URLs, none by default; "*.example.org" is all below it.
+    media_root: folder for image files, none by default.
+    allowed_hosts: host names of the server that browsers may use, None for any.
+
+    Raises ValueError."""
 
     model_name: str
     api_key: str | None = field(default=None, repr=False)
@@ -52,8 +55,8 @@ class Settings:
         if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
             raise ValueError("the API key must be printable ASCII without spaces, and not empty")
         if self.media_root is not None and not self.media_root.is_dir():
-            raise ValueError(f"{self.media_root}: the media root is no folder")
+            raise ValueError(f"{self.media_root}: the media root is not a folder")
         for domain in self.url_domains:
             name = domain.removeprefix("*.")
             if not name or not set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-."):
-                raise ValueError(f"{domain!r} is no domain: give names such as images.example.org")
+                raise ValueError(f"{domain!r} is not a domain such as images.example.org")

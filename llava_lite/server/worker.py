@@ -1,7 +1,7 @@
-"""The one thread that runs the model.
+"""The one thread that runs the model, with continuous batching.
 
-Continuous batching: between two steps, jobs that are done or whose client is gone leave the batch,
-and those that wait take their places. Nothing that happens to one job reaches another.
+Between two steps, finished and cancelled jobs leave the batch and waiting jobs join. An error of
+one job does not affect the others.
 """
 
 import logging
@@ -19,41 +19,42 @@ from llava_lite.server.image_cache import ImageCache
 
 LOG = logging.getLogger("llava_lite.server")
 
-# What a job hears: pieces of text, then its answer or the error that ended it.
+# The events of a job: pieces of text, then the answer or an error.
 Event: TypeAlias = str | Answer | BaseException
 
 
 class Stopped(Exception):
-    """The worker ended before the job did."""
+    """The worker ended before the job."""
 
 
-def nobody(event: Event) -> None:
-    """Hears nothing."""
+def ignore(event: Event) -> None:
+    """Ignore an event."""
 
 
 @dataclass(eq=False)
 class Job:
-    """One request for the worker. `deliver` is called on its thread; pieces only if wanted, an
-    `Answer` or an exception at the end. `Worker.cancel` ends it within a step."""
+    """One request for the worker.
+
+    `deliver` is called on the worker's thread: with pieces if wanted, and with an `Answer` or an
+    exception at the end. `Worker.cancel` ends the job within a step."""
 
     request: Request
     options: GenerationOptions
     wants_pieces: bool = False
-    deliver: Callable[[Event], None] = nobody
+    deliver: Callable[[Event], None] = ignore
     cancelled: bool = False
 
 
 @dataclass(eq=False)
 class Member:
-    """A job in the batch, and its row."""
+    """A job in the batch with its row."""
 
     job: Job
     row: Row
 
 
 class Worker:
-    """Runs jobs in batches of at most `max_batch_size`, first come, first served. Keeps what it
-    saw in as many images as `image_cache` says."""
+    """Runs jobs in order, at most `max_batch_size` at once. Keeps `image_cache` encoded images."""
 
     def __init__(self, model: Model, max_batch_size: int, image_cache: int = 0) -> None:
         self.model, self.max_batch_size = model, max_batch_size
@@ -65,12 +66,12 @@ class Worker:
         self.thread = threading.Thread(target=self.run, name="llava-lite-model", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self.thread.start()
 
     def stop(self, seconds: float | None = None) -> bool:
-        """End after the current step; jobs that are not done hear `Stopped`. Waits so long at most;
-        whether it has ended."""
+        """End after the current step; unfinished jobs get `Stopped`. Waits at most `seconds`;
+        returns whether the thread has ended."""
         with self.condition:
             self.stopping = True
             self.condition.notify()
@@ -84,7 +85,7 @@ class Worker:
 
     @property
     def num_waiting(self) -> int:
-        """Jobs that have not begun."""
+        """Jobs that have not started."""
         return len(self.waiting)
 
     def submit(self, job: Job) -> None:
@@ -96,7 +97,7 @@ class Worker:
             self.condition.notify()
 
     def cancel(self, job: Job) -> None:
-        """Nobody wants it any more: it leaves the queue now, or the batch after a step."""
+        """Cancel a job: it leaves the queue now, or the batch after the current step."""
         with self.condition:
             job.cancelled = True
             if job in self.waiting:
@@ -121,7 +122,7 @@ class Worker:
         self.num_running = 0
 
     def next_jobs(self, count: int, wait: bool) -> list[Job]:
-        """Up to `count` jobs that wait; with `wait` not before there is one, or an end."""
+        """Take up to `count` waiting jobs. `wait`: block until there is one, or until `stop`."""
         with self.condition:
             while wait and not self.waiting and not self.stopping:
                 self.condition.wait()
@@ -133,7 +134,7 @@ class Worker:
             return taken
 
     def begin(self, jobs: Sequence[Job]) -> list[Member]:
-        """Look at the images of jobs together, or one by one if that fails."""
+        """Encode the images of jobs together, or one by one if that fails."""
         if not jobs:
             return []
         try:
@@ -148,7 +149,7 @@ class Worker:
         return [member for job in jobs for member in self.begin([job])]
 
     def advance(self, batch: Sequence[Member]) -> list[Member]:
-        """One token for each member whose client is there; returns those that go on."""
+        """One token for each member that is not cancelled. Returns the unfinished members."""
         present = [member for member in batch if not member.job.cancelled]
         return [
             member
@@ -157,7 +158,7 @@ class Worker:
         ]
 
     def step(self, members: Sequence[Member]) -> list[Member]:
-        """Step members together, or one by one if that fails; returns those that made it."""
+        """Step members together, or one by one if that fails. Returns the successful members."""
         if not members:
             return []
         steps = [member.row.steps for member in members]
@@ -175,15 +176,15 @@ class Worker:
             if member.row.steps > before:
                 made.append(member)
                 continue
-            # Rows keep their state until a step has succeeded, so a failed one can be repeated;
-            # only their random numbers may have moved on.
+            # A failed step leaves the state of a row unchanged, so the step can be repeated. Only
+            # the random numbers may have advanced.
             if member.row.generator is not None and random_state is not None:
                 member.row.generator.set_state(random_state)
             made += self.step([member])
         return made
 
     def report(self, member: Member) -> bool:
-        """Tell a job what its step gave; whether it goes on."""
+        """Deliver the result of a step. Returns whether the job goes on."""
         job, row = member.job, member.row
         try:
             if job.wants_pieces and row.piece:
@@ -197,7 +198,7 @@ class Worker:
 
 
 def tell(job: Job, event: Event) -> None:
-    """Deliver an event; who cannot be reached any more is left alone."""
+    """Deliver an event. A job that cannot be reached is cancelled."""
     try:
         job.deliver(event)
     except Exception as error:

@@ -29,7 +29,7 @@ from helpers.models import ROOT, TINY_CONFIG, random_llava
 from llava_lite import load
 from llava_lite.checkpoints.checkpoint import load_model, load_tokenizer, save_model
 from llava_lite.checkpoints.convert import convert
-from llava_lite.checkpoints.download import download, plan_download, resolve, wanted_files
+from llava_lite.checkpoints.download import choose_files, download, plan_download, resolve
 from llava_lite.checkpoints.names import hf_name
 from llava_lite.checkpoints.opening import open_source
 from llava_lite.checkpoints.source import Source
@@ -332,7 +332,7 @@ def test_verify_finds_a_byte_that_did_not_reach_the_disk(
 def test_two_runs_at_once_share_no_folder(source: Path, llava: Llava, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(CheckpointError, match="not empty"):
-        with llava_lite.checkpoints.tensors.staged(out) as slower:
+        with llava_lite.checkpoints.tensors.stage_folder(out) as slower:
             (slower / "model.safetensors").write_text("half")
             assert slower.parent.parent == tmp_path
             assert slower.parent.name.startswith(".out.partial-")
@@ -792,4 +792,4 @@ def test_only_one_copy_of_the_weights_is_wanted() -> None:
         ".gitattributes",
         "onnx/model.safetensors",
     ]
-    assert wanted_files(names) == sorted(names[:4] + ["tokenizer.model"])
+    assert choose_files(names) == sorted(names[:4] + ["tokenizer.model"])

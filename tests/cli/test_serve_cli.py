@@ -138,9 +138,9 @@ def test_wrong_usage(arguments: list[str], reason: str, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--media-root", "no/such/folder"], "no/such/folder: the media root is no folder"),
+        (["--media-root", "no/such/folder"], "no/such/folder: the media root is not a folder"),
         (["--api-key", ""], "the API key must be printable ASCII"),
-        (["--allow-url-domain", "http://a.test"], "'http://a.test' is no domain"),
+        (["--allow-url-domain", "http://a.test"], "'http://a.test' is not a domain"),
         (["--host", "127.0.0.1", "--port", "PORT"], "cannot listen on 127.0.0.1, port "),
     ],
 )

@@ -129,6 +129,18 @@ def test_any_pair_can_be_continued() -> None:
     assert same(append(draw(5), *draw(2, 1)), joined(draw(5), draw(2, 1)))
 
 
+@pytest.mark.parametrize("past", [None, draw(5), append(None, *draw(5))])
+def test_attention_continues_any_pair(past: tuple[Tensor, Tensor] | None) -> None:
+    """A plain tuple, a pair of ours, or nothing: the new queries see the past and themselves."""
+    (k, v), (q, _) = draw(3, 1), draw(3, 2)
+    pair = (k, v) if past is None else joined(past, (k, v))
+    mixed, grown = LayerCache.wrap(past, k).attend(q, k, v, None)
+    assert same(grown, pair)
+    ahead = torch.ones(3, pair[0].shape[2], dtype=torch.bool).triu(pair[0].shape[2] - 2)
+    scores = (q @ pair[0].mT / D**0.5).masked_fill(ahead, -torch.inf)
+    assert torch.allclose(mixed, scores.softmax(-1) @ pair[1], atol=1e-6)
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_across_inference_mode(inside: bool) -> None:
     """What was cached in inference mode goes on outside of it, and the other way round."""

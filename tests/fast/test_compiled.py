@@ -33,7 +33,7 @@ from llava_lite.fast.compiled import (
     SlotCache,
     StaticDecoder,
     decode_step,
-    resized,
+    resize_buffer,
 )
 from llava_lite.fast.kernels import Choice, ChosenLinear, matrix_vector
 from llava_lite.fast.quantize import quantize
@@ -189,9 +189,9 @@ def test_memory_that_runs_out_halfway_breaks_nothing(
         calls += 1
         if calls == call:
             raise torch.OutOfMemoryError("out of memory")
-        return resized(buffer, num_slots, capacity)
+        return resize_buffer(buffer, num_slots, capacity)
 
-    monkeypatch.setattr(static_decode, "resized", lacking)
+    monkeypatch.setattr(static_decode, "resize_buffer", lacking)
     large = [make_state(seed, [length] * LAYERS) for seed in range(count)]
     with pytest.raises(torch.OutOfMemoryError):
         decoder.advance(large)

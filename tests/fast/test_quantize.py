@@ -257,14 +257,14 @@ def test_float16_sums_do_not_overflow() -> None:
 def test_int4_packing_and_back() -> None:
     codes = torch.randint(0, 256, (192, 128), dtype=torch.uint8)
     out = torch.empty(256, 192)
-    module.packed_order(CPU).unpack(module.pack(codes), out)
+    module.find_order(CPU).unpack(module.pack(codes), out)
     assert torch.equal(out.T + 8, module.unpack_bytes(codes).float())
 
 
 @pytest.fixture
 def forget_what_was_found_out() -> Iterator[None]:
     yield
-    module.packed_order.cache_clear()
+    module.find_order.cache_clear()
     module.check_operator.cache_clear()
 
 
@@ -285,8 +285,8 @@ def test_any_order_in_tiles_is_found_out(
 
     monkeypatch.setattr(module, "pack", shuffled)
     monkeypatch.setattr(module, "TILES", {"cpu": ((64, 1), tile)})
-    module.packed_order.cache_clear()
-    found = module.packed_order(CPU)
+    module.find_order.cache_clear()
+    found = module.find_order(CPU)
     assert (found.rows, found.columns) == tile
     codes = torch.randint(0, 256, (192, 128), dtype=torch.uint8)
     out = torch.empty(256, 192)
@@ -302,9 +302,9 @@ def test_an_unknown_order_is_said(
         return codes.flatten()[order].view(codes.shape)
 
     monkeypatch.setattr(module, "pack", shuffled)
-    module.packed_order.cache_clear()
+    module.find_order.cache_clear()
     with pytest.raises(ValueError, match="in an unknown order"):
-        module.packed_order(CPU)
+        module.find_order(CPU)
 
 
 def with_capability(capability: str, script: str) -> None:
@@ -671,6 +671,14 @@ def folder(plain: Path, method: str, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp(method) / "model"
     convert(plain, folder, quantize=method, verify=True)
     return folder
+
+
+def test_a_loaded_model_that_refuses_a_move_stays_where_it_is(folder: Path) -> None:
+    llava = load_source(open_source(folder))
+    with pytest.raises(ValueError, match="does not run here"):
+        llava.to(torch.float64)
+    tensors = [*llava.parameters(), *llava.buffers()]
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.bfloat16}
 
 
 def copied(folder: Path, tmp_path: Path) -> Path:

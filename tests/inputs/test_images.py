@@ -497,7 +497,7 @@ def test_unreachable_and_malformed_urls(server: str) -> None:
         refused(f"http://127.0.0.1:{port}/", "cannot be fetched", allow_private=True)
     refused("http://[::1", "Invalid IPv6")
     refused("http://host:99999/", "Port out of range")
-    refused("http:///path", "no http")
+    refused("http:///path", "not an http")
     refused("ftp://host/a.png", "unsupported URL scheme 'ftp'")
     refused("file:///etc/passwd", "unsupported URL scheme 'file'")
     refused(f"{server}/ok.png", "switched off", allow_private=True, allow_urls=False)

@@ -224,7 +224,7 @@ def test_samples_that_kill_their_actor_cost_no_other(
     peer("ray")
     local = LocalRay(tiny_model, deadly=lambda sample: sample.id == "deadly")
     monkeypatch.setattr(ray_batch, "map_blocks", local)
-    monkeypatch.setattr(ray_eval, "connected", nullcontext)
+    monkeypatch.setattr(ray_eval, "connect", nullcontext)
     monkeypatch.setattr(ray_eval, "pool", lambda *_: (1, 1, 0))
     samples = [Sample("a", "star?"), Sample("deadly", "ring"), Sample("b", "circle square")]
     ask = asking_actors(source, TWO, GenerationOptions(**OPTIONS), batch_size=1)
@@ -288,7 +288,7 @@ class FakeRay:
 def fake_ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
     monkeypatch.setitem(sys.modules, "ray", fake)
-    monkeypatch.setattr(ray_batch, "connected", nullcontext)
+    monkeypatch.setattr(ray_batch, "connect", nullcontext)
     monkeypatch.setattr(ray_batch, "pool", lambda *_: (3, 1, 0))
     return fake
 
@@ -593,7 +593,7 @@ def test_samples_travel_whatever_their_images_are(
                 yield cloudpickle.loads(cloudpickle.dumps(result))
 
     monkeypatch.setattr(ray_batch, "map_blocks", Travelling(tiny_model))
-    monkeypatch.setattr(ray_eval, "connected", nullcontext)
+    monkeypatch.setattr(ray_eval, "connect", nullcontext)
     monkeypatch.setattr(ray_eval, "pool", lambda *_: (8, 1, 0))
     red = (folder / "red.png").read_bytes()
     samples = [

@@ -470,8 +470,8 @@ def test_urls_of_allowed_domains_and_where_they_lead(
             (f"{elsewhere}/to?http://169.254.169.254/x", "non-public address 169.254.169.254"),
             (f"{other}/scene.png", "other.test, a domain that is not allowed"),
             (f"{elsewhere}/to?{other}/scene.png", "other.test, a domain that is not allowed"),
-            (f"{elsewhere}/to?file:///etc/passwd", "no http"),
-            (f"{elsewhere}/to?data:image/png;base64,AAAA", "no http"),
+            (f"{elsewhere}/to?file:///etc/passwd", "not an http"),
+            (f"{elsewhere}/to?data:image/png;base64,AAAA", "not an http"),
             (f"{elsewhere}/loop", "more than 5 redirects"),
             (f"{elsewhere}/much", "more than 100000 bytes"),
         ):
@@ -796,7 +796,7 @@ def test_few_fetched_images_wait_to_be_decoded(
             await decoding.wait()
             return Image.new("RGB", (8, 8))
 
-        monkeypatch.setattr(preparer, "opened", opened)
+        monkeypatch.setattr(preparer, "open", opened)
         names = [f"https://images.example.org/{number}.png" for number in range(20)]
         tasks = [asyncio.create_task(preparer.image(1, name)) for name in names]
         await asyncio.sleep(0.2)

@@ -88,7 +88,7 @@ def test_memory_is_flat(load_server: ModuleType, model: Model, host: Any) -> Non
     answered = [case for case in cases if case.status == 200 and "scene" in case.name][:24]
     leaving = [case for case in cases if case.leaves]
     cheap += answered + leaving
-    with load_server.own_server(1) as (url, process):  # the tests' own process holds much else
+    with load_server.start_server(1) as (url, process):  # this process holds much else
         sizes = []
         for _ in range(4):
             outcome = asyncio.run(load_server.run(url, cheap, 16))

@@ -429,12 +429,12 @@ def test_names_of_hosts(host: str, allowed: bool) -> None:
 
 @pytest.mark.parametrize("domain", ["http://a.test", "a.test/x", "*", "*.", "", "a b", "a.test:80"])
 def test_domains_that_are_none(domain: str) -> None:
-    with pytest.raises(ValueError, match="is no domain"):
+    with pytest.raises(ValueError, match="is not a domain"):
         Settings("tiny", url_domains=(domain,))
 
 
 def test_settings_that_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the media root is no folder"):
+    with pytest.raises(ValueError, match="the media root is not a folder"):
         Settings("tiny", media_root=tmp_path / "nowhere")
     for key in ("", "a b", "\u00e9", "a\n", " a"):  # none of these survives the way to here
         with pytest.raises(ValueError, match="the API key must be printable ASCII"):

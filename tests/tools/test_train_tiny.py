@@ -58,7 +58,7 @@ from training.scenes import (
 from training.seeing import FEW_PATCHES, choose_patches, few_patches, see, see_patches
 from training.start import carry_places, fit_heads, start_local
 from training.trainer import Trainer, initialize
-from training.work import ORDER, misplaced
+from training.work import ORDER, find_conflict
 
 # As the embedded model, but narrow and of few layers: its stages take seconds.
 MINIATURE = replace(
@@ -536,7 +536,7 @@ def test_what_a_stage_needs_is_said(
     assert not list(tmp_path.glob("scenes_*"))
     if not there:
         args = SimpleNamespace(work=tmp_path, start_from=llava_lite.embedded_model(), scene_seed=9)
-        assert misplaced(args, [stage]) is None
+        assert find_conflict(args, [stage]) is None
 
 
 def test_weights_that_cannot_be_read_are_one_line(

@@ -29,7 +29,7 @@ def has_begun(work: Path, stage: str) -> bool:
     return (work / f"{stage}.state.pt").exists()
 
 
-def misplaced(args: argparse.Namespace, stages: Sequence[str]) -> str | None:
+def find_conflict(args: argparse.Namespace, stages: Sequence[str]) -> str | None:
     """The reason why the stages must not run in this work folder, or None. They must not resume
     from other weights or scenes, follow an unfinished stage, or precede a stage that has begun."""
     begun = [name for name in ORDER if has_begun(args.work, name)]
