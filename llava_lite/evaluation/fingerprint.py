@@ -1,9 +1,9 @@
-"""Which files an answer depends on, by content: the same on every machine, whatever their dates.
+"""Hashes of the files that an answer depends on. They depend on content only, not on dates.
 
-A converted model's manifest holds the sha256 of all its tensors, so the manifest stands for them.
-Any other checkpoint is known by its small files, and of each large one by its size and 64 blocks of
-64 KiB spread over it: training moves every tensor, and reading all of a 7B model would take as long
-as loading it.
+A converted model's manifest holds the sha256 of all its tensors, so the manifest is hashed instead.
+For any other checkpoint, small files are hashed whole, and large files by their size and 64 blocks
+of 64 KiB spread over the file. That is enough, because training changes every tensor. Reading all
+of a 7B model would take as long as loading it.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def file_hash(path: Path) -> str:
 
 
 def model_hash(sources: Iterable[Path]) -> str:
-    """sha256 over what makes a model: its folder or file, and those that it is completed with."""
+    """sha256 over a model's folder or file, and over its base and vision tower if given."""
     digest = hashlib.sha256()
     try:
         for source in sources:
@@ -44,7 +44,7 @@ def model_hash(sources: Iterable[Path]) -> str:
 
 
 def model_files(source: Path) -> list[Path]:
-    """The files that decide what a checkpoint is."""
+    """The files to hash for a checkpoint."""
     if not source.is_dir():
         return [source]
     if (source / "manifest.json").is_file():

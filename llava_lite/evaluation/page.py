@@ -1,4 +1,4 @@
-"""A report as one page that holds all it shows: no scripts, nothing from the network."""
+"""A report as one HTML page, without scripts and without anything from the network."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
@@ -72,7 +72,7 @@ def page(content: Mapping[str, Any]) -> str:
 
 
 def heading(content: Mapping[str, Any]) -> str:
-    """What was asked, with the settings that people compare first."""
+    """The title, with the most important settings."""
     settings, samples = content["settings"], content["samples"]
     names = ("dtype", "reduction", "template")
     facts = [f"{name} {settings.get(name)}" for name in names]
@@ -87,7 +87,7 @@ def heading(content: Mapping[str, Any]) -> str:
 
 
 def cards(content: Mapping[str, Any]) -> str:
-    """The metrics, the headline first, and how fast it went."""
+    """The metrics, the main one first, and the speed."""
     shown = [
         card(name, value_text(metric), interval_text(metric), first=not position)
         for position, (name, metric) in enumerate(content["scores"].items())
@@ -106,7 +106,7 @@ def cards(content: Mapping[str, Any]) -> str:
 def card(name: str, value: str, note: str, first: bool = False) -> str:
     kind = "card first" if first else "card"
     return (
-        f'<div class="{kind}"><span>{escape(spaced(name))}</span><b>{escape(value)}</b>'
+        f'<div class="{kind}"><span>{escape(spell(name))}</span><b>{escape(value)}</b>'
         f'<span class="soft">{escape(note) or "&nbsp;"}</span></div>'
     )
 
@@ -142,7 +142,7 @@ def group_section(kind: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
     full = max(1.0, *(metric["value"] for metric in known.values()))
     shown = list(known.items())[:MOST_BARS]
     rows = "".join(
-        f'<tr><td class="name">{escape(spaced(name))}</td>'
+        f'<tr><td class="name">{escape(spell(name))}</td>'
         f'<td class="bar">{bar(metric, full)}</td>'
         f'<td class="number">{value_text(metric)}</td>'
         f'<td class="number soft">{escape(interval_text(metric))}</td>'
@@ -153,7 +153,7 @@ def group_section(kind: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
     rest = f'<p class="soft">and {more} more in the JSON report</p>' if more else ""
     head = '<tr><th></th><th></th><th></th><th class="number">95 % interval</th>'
     return (
-        f'<h2>{escape(spaced(kind))}</h2><table>{head}<th class="number">of</th></tr>{rows}</table>'
+        f'<h2>{escape(spell(kind))}</h2><table>{head}<th class="number">of</th></tr>{rows}</table>'
         + rest
     )
 
@@ -175,7 +175,7 @@ def bar(metric: Mapping[str, Any], full: float) -> str:
 
 
 def svg(parts: Iterable[str], height: int) -> str:
-    """Drawn parts, 100 wide, stretched to the width there is."""
+    """SVG parts, 100 units wide, stretched to the available width."""
     return (
         f'<svg viewBox="0 0 100 {height}" height="{height}" preserveAspectRatio="none" '
         f'role="img">{"".join(parts)}</svg>'
@@ -186,7 +186,7 @@ def svg(parts: Iterable[str], height: int) -> str:
 
 
 def speed_section(measured: Mapping[str, Any]) -> str:
-    """Seconds of an image by phase, as parts of one bar."""
+    """Seconds per image and phase, as parts of one bar."""
     seconds = {name: time for name, time in measured["seconds_per_image"].items() if time}
     if not seconds:
         return ""
@@ -208,7 +208,7 @@ def speed_section(measured: Mapping[str, Any]) -> str:
 
 
 def token_section(tokens: Mapping[str, float]) -> str:
-    """What becomes of the tokens of an average question, as bars on one scale."""
+    """Tokens of an average question per stage, as bars on one scale."""
     if not tokens:
         return ""
     full = max(1.0, *tokens.values())
@@ -224,7 +224,7 @@ def token_section(tokens: Mapping[str, float]) -> str:
 
 
 def settings_section(settings: Mapping[str, Any]) -> str:
-    """Everything that changes a score."""
+    """All settings that change a score."""
     rows = [(name, value) for name, value in settings.items() if name not in NESTED]
     rows += [(f"file {entry['name']}", entry["sha256"]) for entry in settings.get("files", [])]
     rows += list(settings.get("suite_settings", {}).items())
@@ -235,11 +235,11 @@ def setting_row(name: str, value: object) -> str:
     words = "yes" if value is True else "no" if value is False else str(value)
     if value is None or value == []:
         words = "-"
-    return f"<div><dt>{escape(spaced(name))}</dt><dd>{escape(words)}</dd></div>"
+    return f"<div><dt>{escape(spell(name))}</dt><dd>{escape(words)}</dd></div>"
 
 
 def runs_section(runs: Iterable[Mapping[str, Any]]) -> str:
-    """One line for every run that answered something."""
+    """One line per run with answers."""
     rows = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in run_cells(run))}</tr>"
         for run in runs
@@ -265,7 +265,7 @@ def run_cells(run: Mapping[str, Any]) -> Iterator[str]:
 
 
 def interval_text(metric: Mapping[str, Any]) -> str:
-    """A metric's interval, nothing where it has none."""
+    """A metric's interval; "" without one."""
     if metric["interval"] is None:
         return ""
     low, high = metric["interval"]
@@ -280,6 +280,6 @@ def swatch(color: str) -> str:
     return f'<i style="background:{color}"></i>'
 
 
-def spaced(name: str) -> str:
+def spell(name: str) -> str:
     """A name as words."""
     return str(name).replace("_", " ")

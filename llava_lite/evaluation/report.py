@@ -1,7 +1,8 @@
-"""What an evaluation found: scores, the settings behind them, speed, tokens, memory, failures.
+"""The report of an evaluation: scores, settings, speed, tokens, memory, failures.
 
-`report` makes plain types, ready for json, from a suite and predictions; `table` says the same in
-lines, page.py as a page. Only "measured" and "runs" differ between two runs of the same settings.
+`report` makes plain types for JSON from a suite and predictions. `table` makes text,
+page.py a page.
+Two runs with the same settings differ only in "measured" and "runs".
 """
 
 import math
@@ -29,7 +30,7 @@ USAGE = {
     "completion_tokens": "tokens of the answer",
 }
 EXAMPLES = 5  # ids named for each reason of a failure
-REASONS = 10  # reasons that are told apart; all others are one
+REASONS = 10  # reasons that are listed; all others are counted together
 COLUMNS = "<32 >9 >20 >8"
 NOT_ASKED = "not asked yet"
 OTHER_REASONS = "other reasons"
@@ -37,8 +38,9 @@ OTHER_REASONS = "other reasons"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions of one suite, from one file or the files of several shards, and the samples that
-    any of their runs was to ask: so every answer counts, and the seconds of all runs with it."""
+    """Predictions of one suite, from one file or from several shards.
+
+    `samples`: the samples that any run was to ask. All answers and the times of all runs count."""
 
     suite: Suite
     samples: Sequence[Sample]
@@ -48,8 +50,8 @@ class Evaluation:
 
     @classmethod
     def of(cls, suite: Suite, parts: Sequence[tuple[str, Predictions]]) -> "Evaluation":
-        """From named predictions. Raises EvaluationError where their settings differ, or where the
-        suite's files are not those that were asked about."""
+        """From named predictions. Raises EvaluationError if their settings differ, or if the files
+        of the suite have changed."""
         first_name, first = parts[0]
         for name, part in parts[1:]:
             different = differences(first.settings, part.settings)
@@ -67,12 +69,12 @@ class Evaluation:
             [sample for sample in samples if sample.id in asked],
             first.settings,
             [run for _, part in parts for run in part.runs],
-            merged([part.records for _, part in parts]),
+            merge_records([part.records for _, part in parts]),
         )
 
     @property
     def asked_records(self) -> list[JsonObject]:
-        """The lines of the samples, in their order, without those that have none."""
+        """The lines of the samples, in the samples' order. Samples without a line are left out."""
         return [self.records[s.id] for s in self.samples if s.id in self.records]
 
     @property
@@ -84,19 +86,20 @@ class Evaluation:
 
     @property
     def part(self) -> Suite:
-        """The suite of the samples that were to be asked."""
+        """The suite reduced to the samples that were to be asked."""
         if len(self.samples) == len(self.suite.samples()):
             return self.suite
         return self.suite.select({sample.id for sample in self.samples})
 
     def scores(self) -> Scores:
-        """Of all samples, or of a part as a suite of its own."""
+        """The scores of `part`."""
         return self.part.score(self.answers)
 
 
 def refuse_other_files(suite: Suite, settings: Mapping[str, Any]) -> None:
-    """Raise EvaluationError where a file has another content than the predictions say, or stands in
-    another place: the order of the samples follows that of the files."""
+    """Raise EvaluationError if a file's content or the order of the files has changed.
+
+    The samples follow the order of the files."""
     if suite.name != settings.get("suite"):
         raise EvaluationError(f"the predictions are of {settings.get('suite')}, not {suite.name}")
     known = settings.get("files", [])
@@ -109,12 +112,12 @@ def refuse_other_files(suite: Suite, settings: Mapping[str, Any]) -> None:
         if file_hash(path) != before["sha256"]:
             name = before["name"]
             raise EvaluationError(
-                f"{path}: is not the file that the questions were asked from, {name}"
+                f"{path} differs from the file that the questions were asked from, {name}"
             )
 
 
-def merged(parts: Sequence[Mapping[str, JsonObject]]) -> dict[str, JsonObject]:
-    """All lines by sample id; where several parts have one, an answer before an error."""
+def merge_records(parts: Sequence[Mapping[str, JsonObject]]) -> dict[str, JsonObject]:
+    """All lines by sample id. An answer replaces an error of another part."""
     records: dict[str, JsonObject] = {}
     for part in parts:
         for name, record in part.items():
@@ -123,11 +126,8 @@ def merged(parts: Sequence[Mapping[str, JsonObject]]) -> dict[str, JsonObject]:
     return records
 
 
-# ---- report --------------------------------------------------------------------------------------
-
-
 def report(evaluation: Evaluation) -> dict[str, Any]:
-    """Everything as plain types, ready for json."""
+    """The report as plain types for JSON."""
     part, records = evaluation.part, evaluation.asked_records
     scores = part.score(evaluation.answers)
     answered = sum("answer" in record for record in records)
@@ -154,7 +154,7 @@ def report(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def metric_dict(metric: Metric) -> dict[str, Any]:
-    """A metric as plain types; NaN, which JSON lacks, is null."""
+    """A metric as plain types. NaN becomes null, because JSON has no NaN."""
     interval = metric.interval
     return {
         "value": None if math.isnan(metric.value) else metric.value,
@@ -164,8 +164,9 @@ def metric_dict(metric: Metric) -> dict[str, Any]:
 
 
 def failures(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Reasons why samples have no answer, the most frequent first, with a few ids of each; beyond
-    some, for errors name files, the rest is one reason."""
+    """Reasons why samples have no answer, most frequent first, with a few ids each.
+
+    Errors name files, so there may be many reasons: the rarest are counted together."""
     ids: dict[str, list[str]] = {}
     for sample in evaluation.samples:
         record = evaluation.records.get(sample.id, {"error": NOT_ASKED})
@@ -182,7 +183,7 @@ def failures(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def tokens(records: Sequence[JsonObject]) -> dict[str, float]:
-    """Mean tokens of an answered question by stage."""
+    """Mean number of tokens per answered question, by stage."""
     usages = [record["usage"] for record in records if "answer" in record]
     total: Counter[str] = Counter()
     for usage in usages:
@@ -191,8 +192,9 @@ def tokens(records: Sequence[JsonObject]) -> dict[str, float]:
 
 
 def measured(evaluation: Evaluation) -> dict[str, Any]:
-    """Seconds, rates and memory, of all runs together. A run ends with its last line; shards that
-    ran side by side count one after the other."""
+    """Seconds, rates and memory of all runs together.
+
+    A run ends with its last line. The times of parallel shards are added."""
     records = evaluation.asked_records
     wall = sum(run.get("seconds", 0.0) for run in evaluation.runs)
     done = {record["id"] for record in records}
@@ -214,11 +216,8 @@ def measured(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-# ---- table ---------------------------------------------------------------------------------------
-
-
 def table(content: Mapping[str, Any]) -> Iterator[str]:
-    """Lines for people: scores, groups, then what they cost."""
+    """The lines of the table: scores, groups, then time and memory."""
     samples = content["samples"]
     yield headline(content)
     if samples["asked"] < samples["total"]:
@@ -240,13 +239,13 @@ def table(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def part_text(samples: Mapping[str, int]) -> str:
-    """What a report of a part must say first."""
+    """The warning of a report about a part of the data set."""
     asked, total = samples["asked"], samples["total"]
     return f"only {asked:,} of {total:,} samples of the data set: no score of the whole"
 
 
 def headline(content: Mapping[str, Any]) -> str:
-    """The settings that people compare first."""
+    """The most important settings in one line."""
     settings = content["settings"]
     shown = ("model", "dtype", "reduction", "template", "max_new_tokens")
     words = [f"{name} {settings.get(name)}" for name in shown]
@@ -260,14 +259,14 @@ def metric_row(name: str, metric: Mapping[str, Any]) -> str:
 
 
 def value_text(metric: Mapping[str, Any]) -> str:
-    """A share in per cent, where it has an interval; any other number as it is."""
+    """A share with an interval in percent; any other number unchanged."""
     if metric["value"] is None:
         return "-"
     return f"{metric['value']:.3f}" if metric["interval"] is None else f"{metric['value']:.1%}"
 
 
 def speed_lines(content: Mapping[str, Any]) -> Iterator[str]:
-    """Rates, seconds of an image by phase, tokens by stage, memory."""
+    """Rates, seconds per image and phase, tokens per stage, memory."""
     measured, used = content["measured"], content["tokens"]
     if measured["questions_per_second"] is not None:
         yield (
@@ -286,5 +285,5 @@ def speed_lines(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def paths(folder: Path) -> tuple[Path, Path]:
-    """Where the JSON and the page of a folder of predictions are."""
+    """The paths of the JSON report and the page in a folder."""
     return folder / JSON_NAME, folder / PAGE_NAME

@@ -1,5 +1,6 @@
-"""Everything that changes an answer or a score, as plain types: the header of predictions, and part
-of every report."""
+"""All settings that change an answer or a score, as plain types.
+
+They are the header of the predictions, and part of every report."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from llava_lite.version import __version__
 
 @dataclass(frozen=True)
 class Origin:
-    """How a model was loaded: the hash of its files (fingerprint.py), how its weights were rounded
-    while loading, and whether its steps are compiled."""
+    """How a model was loaded: the hash of its files (fingerprint.py), the quantization while
+    loading, and whether its decode steps are compiled."""
 
     hash: str
     quantize: str | None = None
@@ -28,8 +29,8 @@ class Origin:
 
     @classmethod
     def of(cls, source: str, options: Mapping[str, Any]) -> "Origin":
-        """That of `llava_lite.load(source, **options)`, once it is loaded: a hub id is then on this
-        disk. Raises CheckpointError, EvaluationError."""
+        """The origin of `llava_lite.load(source, **options)`. Call it after `load`: a hub id is
+        then on this disk. Raises CheckpointError, EvaluationError."""
         base, tower = options.get("base"), options.get("vision_tower")
         path = resolve(
             source,
@@ -43,7 +44,7 @@ class Origin:
 
 
 def model_settings(model: Model, origin: Origin, options: GenerationOptions) -> dict[str, Any]:
-    """The settings that only who has the model knows."""
+    """The settings of the model."""
     template = options.template or model.config.template
     return {
         "model": model.config.name,
@@ -59,7 +60,7 @@ def model_settings(model: Model, origin: Origin, options: GenerationOptions) -> 
 
 
 def answer_settings(suite: Suite, options: GenerationOptions) -> dict[str, Any]:
-    """All other settings of one evaluation, in the order in which people read them."""
+    """All other settings of one evaluation, the most interesting first."""
     return {
         "suite": suite.name,
         "files": [{"name": path.name, "sha256": file_hash(path)} for path in suite.files],
@@ -73,9 +74,11 @@ def answer_settings(suite: Suite, options: GenerationOptions) -> dict[str, Any]:
 
 
 def images_folder(suite: Suite) -> str | None:
-    """The name of the folder that holds the images, "." for that of the data set's file; None where
-    the file holds them. Not its path, which may differ between machines, nor its content: a machine
-    may have a part of it."""
+    """The name of the folder of the images, "." for the folder of the data set's file. None if the
+    file itself holds the images.
+
+    Not the path, which differs between machines; not the content, because a machine may have a part
+    of the images only."""
     images = getattr(suite, "folder", None)
     if not isinstance(images, ImageFolder):
         return None
@@ -84,7 +87,7 @@ def images_folder(suite: Suite) -> str | None:
 
 
 def decoding_settings(options: GenerationOptions) -> Mapping[str, Any]:
-    """How tokens are chosen, and where an answer ends."""
+    """How tokens are sampled, and where an answer ends."""
     return {
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,

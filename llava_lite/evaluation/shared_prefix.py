@@ -1,8 +1,8 @@
-"""Several questions about the same images: what their prompts begin with runs once for all of them.
+"""Prefix caching for several questions about the same images.
 
-Most of a prompt are the words in front of the image, and the image. With the cache of these behind
-it every question only runs its own words, as in a chat: the answers are the same up to rounding,
-several times sooner. What prunes cannot do that, since FastV chooses by the end of the prompt.
+The text before the image and the image itself are most of a prompt. They are prefilled once, and
+every question runs only its own words on that cache, as in a chat. The answers are the same up to
+rounding. Pruning excludes this: FastV scores image tokens by the last token of the prompt.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,9 @@ from llava_lite.generation.state import Request, State
 
 @dataclass(frozen=True)
 class Beginning:
-    """What the requests of one group share: `state` with all of it pending, `length` ids of which
-    `num_images` are images. `states`: each request's own, begun with the cache of its template."""
+    """The shared beginning of one group's requests: `length` ids, of which `num_images` are images.
+
+    `states`: each request's state, started with the cached prefix of its template."""
 
     requests: Sequence[Request]
     states: Sequence[State]
@@ -28,7 +29,7 @@ class Beginning:
 
     @classmethod
     def of(cls, model: Model, requests: Sequence[Request]) -> "Beginning":
-        """The longest one that leaves every request something to run. Their images are encoded."""
+        """The longest beginning that leaves every request at least one id. Images are encoded."""
         states = [model.apply_prefix(request) for request in requests]
         shared = commonprefix([state.pending_ids for state in states])  # of any sequences
         shared = shared[: min(len(state.pending_ids) for state in states) - 1]
@@ -36,7 +37,7 @@ class Beginning:
 
     @property
     def is_worth_it(self) -> bool:
-        """Whether running it once saves an image, in a reduction that allows it."""
+        """Whether sharing saves at least one image, and the reduction allows sharing."""
         several = len(self.requests) > 1 and self.num_images > 0
         return several and self.requests[0].state.reduction.fastv is None
 
@@ -47,17 +48,17 @@ class Beginning:
         return replace(first, pending_ids=first.pending_ids[: self.length], images=images)
 
     def rest(self, after: State) -> list[Request]:
-        """The requests, to go on `after` the beginning."""
+        """The requests without the beginning, continued from the state `after` it."""
         return [
-            continued(request, before, after, self.length, self.num_images)
+            continue_request(request, before, after, self.length, self.num_images)
             for request, before in zip(self.requests, self.states, strict=True)
         ]
 
 
-def continued(
+def continue_request(
     request: Request, before: State, after: State, length: int, num_images: int
 ) -> Request:
-    """What is left of a request when `length` ids and `num_images` of its images have run."""
+    """The rest of a request after `length` ids and `num_images` of its images."""
     seen, left = request.images[:num_images], request.images[num_images:]
     return replace(
         request,
@@ -69,10 +70,10 @@ def continued(
 
 @torch.inference_mode()
 def after_shared_prefixes(model: Model, groups: Sequence[Sequence[Request]]) -> list[list[Request]]:
-    """Run the beginnings of all groups in one forward. Returns for each group requests for the rest
-    of each of its prompts, or the same requests where there is nothing to share.
+    """Prefill the beginnings of all groups in one forward pass.
 
-    The requests of a group show the same images, encoded, in the same order."""
+    Returns the requests for the rest of each prompt, or the same requests if nothing is shared.
+    The requests of a group have the same encoded images in the same order."""
     beginnings = [Beginning.of(model, group) if group else None for group in groups]
     shared = [one for one in beginnings if one is not None and one.is_worth_it]
     if not shared:

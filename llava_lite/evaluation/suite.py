@@ -1,8 +1,8 @@
-"""What a data set is to the engine: samples to ask, and scores from the answers.
+"""The interface of a data set: samples to ask, and scores from the answers.
 
     suite.samples() -> engine asks the model -> {sample id: answer} -> suite.score(answers)
 
-A suite knows a file format, the official prompts and the official scoring, and nothing of models.
+A suite knows a file format, the official prompts and the official scoring. It knows no model.
 """
 
 import math
@@ -17,11 +17,10 @@ from typing import Any, Protocol
 class Sample:
     """One question, ready to ask.
 
-    `id` is unique in the suite. `prompt` is the text that the model gets, `<image>` included only
-    where its place matters (otherwise images go first). `images` are whatever `Model.generate`
-    takes, or functions that return it, called when it is needed. Samples with the same `image_key`
-    show the same images, which then are encoded once. `error` says why a row cannot be asked at
-    all."""
+    id: unique in the suite. prompt: the text for the model; without `<image>` markers images go
+    first. images: as for `Model.generate`, or functions that return an image when it is needed.
+    image_key: samples with the same key have the same images, which are encoded once. error: why
+    the sample cannot be asked."""
 
     id: str
     prompt: str
@@ -32,8 +31,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Metric:
-    """One number: `value` as the field prints it (accuracies 0..1), over `count` items; `interval`
-    the 95 % interval where there is one."""
+    """One number: `value` over `count` items (accuracies 0..1). `interval`: its 95 % interval."""
 
     value: float
     count: int
@@ -41,7 +39,7 @@ class Metric:
 
     @classmethod
     def share(cls, right: float, count: int) -> "Metric":
-        """An accuracy with its Wilson interval; NaN of nothing."""
+        """An accuracy with its Wilson interval; NaN if `count` is 0."""
         if not count:
             return cls(math.nan, 0)
         return cls(right / count, count, wilson_interval(right, count))
@@ -49,8 +47,9 @@ class Metric:
 
 @dataclass(frozen=True)
 class Scores:
-    """`metrics` of the whole suite, the headline first; `groups` the same by, say, category:
-    {kind of group: {group: metric}}."""
+    """`metrics` of the whole suite, the main one first.
+
+    `groups`: metrics by, for example, category: {kind of group: {group: metric}}."""
 
     metrics: Mapping[str, Metric]
     groups: Mapping[str, Mapping[str, Metric]] = field(default_factory=dict)
@@ -63,7 +62,7 @@ def accuracy(outcomes: Iterable[float]) -> Metric:
 
 
 def accuracy_by_group(outcomes: Iterable[tuple[str, float]]) -> dict[str, Metric]:
-    """The same of every group from (group, outcome) pairs, by name; no group is the empty name."""
+    """The accuracy of each group, from (group, outcome) pairs. Empty group names are left out."""
     groups: dict[str, list[float]] = {}
     for group, outcome in outcomes:
         if group:
@@ -72,8 +71,9 @@ def accuracy_by_group(outcomes: Iterable[tuple[str, float]]) -> dict[str, Metric
 
 
 def settings_of(given: Mapping[str, Any], computed: Mapping[str, Any]) -> dict[str, Any]:
-    """A suite's settings: those `computed` from its samples, without what there is none of (None or
-    0), and those `given`. A part of a suite is given the whole one's, and computes its own."""
+    """A suite's settings: those `computed` from its samples (without None and 0) and the `given`.
+
+    A part of a suite is given the settings of the whole, and computes some of them again."""
     kept = {name: value for name, value in given.items() if name not in computed}
     return {**{name: value for name, value in computed.items() if value not in (None, 0)}, **kept}
 
@@ -82,16 +82,16 @@ class Suite(Protocol):
     """A data set with its official prompts and scoring."""
 
     name: str
-    files: Sequence[Path]  # whose content the score depends on
-    max_new_tokens: int  # the official one
-    settings: Mapping[str, Any]  # whatever else changes a score: language, tokeniser, ...
+    files: Sequence[Path]  # the score depends on their content
+    max_new_tokens: int  # the official limit
+    settings: Mapping[str, Any]  # all else that changes a score: language, tokenizer, ...
 
     def samples(self) -> Sequence[Sample]:
         """All questions, in the order of the files."""
         ...
 
     def score(self, answers: Mapping[str, str]) -> Scores:
-        """Scores from the answers by sample id. A missing id failed: it counts as wrong."""
+        """Scores from the answers by sample id. A missing answer counts as wrong."""
         ...
 
     def select(self, ids: Collection[str]) -> "Suite":
@@ -100,12 +100,12 @@ class Suite(Protocol):
 
 
 def wilson_interval(right: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a share (E. B. Wilson, JASA 22, 1927); NaNs of nothing."""
+    """Wilson score interval of a share (E. B. Wilson, JASA 22, 1927); NaNs if `count` is 0."""
     if not count:
         return math.nan, math.nan
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     p = right / count
     middle = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    # At 0 and at 1 the interval ends where the accuracy is: not beyond it by rounding.
+    # At 0 and 1 the interval must end at the accuracy, whatever the rounding.
     return min(middle - half, p) if p else 0.0, max(middle + half, p) if p < 1 else 1.0

@@ -236,8 +236,8 @@ def test_a_report_of_moved_files(
     assert json.loads(capsys.readouterr().out)["samples"]["answered"] == 6
     moved.write_text(moved.read_text() + "\n")
     assert run_eval("report", tmp_path / "run", "--files", moved) == console.FAILED
-    said = "is not the file that the questions were asked from, own.jsonl"
-    assert capsys.readouterr().err == f"error: {moved}: {said}\n"
+    said = "differs from the file that the questions were asked from, own.jsonl"
+    assert capsys.readouterr().err == f"error: {moved} {said}\n"
 
 
 def test_answers_in_the_format_of_the_server(model_folder: Path, tmp_path: Path) -> None:

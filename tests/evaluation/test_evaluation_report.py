@@ -483,10 +483,10 @@ def test_what_does_not_belong_together_is_refused(suite: FakeSuite, tmp_path: Pa
     files = answer_settings(replace(suite, files=both), GenerationOptions())["files"]
     of_both = replace(part, settings={**part.settings, "files": files})
     Evaluation.of(replace(suite, files=both), [("both", of_both)])
-    with pytest.raises(EvaluationError, match="others.txt: is not the file .* from, questions.txt"):
+    with pytest.raises(EvaluationError, match="others.txt differs .* from, questions.txt"):
         Evaluation.of(replace(suite, files=both[::-1]), [("both", of_both)])
     suite.files[0].write_text("changed")
-    with pytest.raises(EvaluationError, match="questions.txt: is not the file that the questions"):
+    with pytest.raises(EvaluationError, match="questions.txt differs from the file that"):
         Evaluation.of(suite, parts[:1])
 
 

@@ -1,10 +1,10 @@
-"""How often a model answers questions about fresh scenes rightly, by family of question.
+"""Accuracy of a model on fresh scenes, by family of question.
 
     tallies = evaluate_scenes(model, fresh_scenes(2000), reduction="hybrid-72-36")
     tallies["count"].accuracy, tallies["count"].interval(), overall(tallies).accuracy
 
-The intervals take questions for independent. Those about one scene are not quite, so over all
-families the true interval is a little wider.
+The intervals assume independent questions. Questions about one scene are not fully independent, so
+the true interval over all families is a little wider.
 """
 
 import math
@@ -42,7 +42,7 @@ MAX_NEW_TOKENS = 128  # the longest description takes fewer
 
 @dataclass
 class Tally:
-    """Right and asked answers of one family, and the wrong ones as (question, right, given)."""
+    """Counts of right and all answers of one family, and mistakes as (question, right, given)."""
 
     right: int = 0
     asked: int = 0
@@ -50,7 +50,7 @@ class Tally:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers, 0..1 (NaN when none was asked)."""
+        """Share of right answers, 0..1 (NaN without any question)."""
         return self.right / self.asked if self.asked else math.nan
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
@@ -58,14 +58,14 @@ class Tally:
         return wilson_interval(self.right, self.asked, confidence)
 
     def add(self, question: Question, answer: str) -> None:
-        """Count one answer; it is right when it is exactly the expected text."""
+        """Count one answer. It is right if it is exactly the expected text."""
         self.asked += 1
         self.right += answer == question.answer
         if answer != question.answer:
             self.mistakes.append((question.text, question.answer, answer))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, ready for json: counts, and if any were asked accuracy and interval."""
+        """Plain types for JSON: counts, and accuracy and interval if any question was asked."""
         content: dict[str, Any] = {"right": self.right, "asked": self.asked}
         if self.asked:
             content |= {"accuracy": self.accuracy, "interval": list(self.interval())}
@@ -73,17 +73,14 @@ class Tally:
 
 
 def overall(tallies: Mapping[str, Tally]) -> Tally:
-    """All questions of all families together; its mistakes are left out."""
+    """The tally of all families together, without mistakes."""
     families = tallies.values()
     return Tally(sum(tally.right for tally in families), sum(tally.asked for tally in families))
 
 
 def macro_accuracy(tallies: Mapping[str, Tally]) -> float:
-    """Mean of the families' accuracies, each counting the same (NaN without any)."""
+    """Mean of the families' accuracies, with equal weights (NaN without any)."""
     return mean(tally.accuracy for tally in tallies.values()) if tallies else math.nan
-
-
-# ---- scenes --------------------------------------------------------------------------------------
 
 
 def fresh_rng(seed: int, index: int) -> np.random.Generator:
@@ -113,9 +110,6 @@ def fresh_scenes(
         yield scene, [one for one in picked if families is None or one.family in families]
 
 
-# ---- answers -------------------------------------------------------------------------------------
-
-
 def evaluate_scenes(
     model: Model,
     scenes: Iterable[AskedScene],
@@ -127,11 +121,11 @@ def evaluate_scenes(
     reuse_prefix: bool = False,
     on_answer: Callable[[], object] | None = None,
 ) -> dict[str, Tally]:
-    """Ask every question of every scene; an answer is right when it is exactly the expected text.
-    Returns a tally per family. Raises as `Model.generate`.
+    """Ask every question of every scene. An answer is right if it is exactly the expected text.
 
-    Every image is drawn ahead of time and encoded once, `batch_size` questions are answered at
-    once; `reuse_prefix` as in `answer_questions`. `on_answer` is called after each."""
+    Returns a tally per family. Images are drawn ahead of time and encoded once. `batch_size`:
+    questions at once. `reuse_prefix`: as in `answer_questions`. `on_answer` is called after each
+    answer. Raises as `Model.generate`."""
     asked = dict(enumerate_questions(scenes))
     options = GenerationOptions(max_new_tokens=max_new_tokens, reduction=reduction)
     engine = Engine(model, options, batch_size, reuse_prefix=reuse_prefix)
@@ -147,7 +141,7 @@ def evaluate_scenes(
 def answers_of(
     engine: Engine, samples: Iterable[Sample], on_answer: Callable[[], object] | None = None
 ) -> dict[str, str]:
-    """The answers by sample id. Raises the error of a sample that has none."""
+    """The answers by sample id. Raises the error of a failed sample."""
     answers: dict[str, str] = {}
     for outcome in engine.answer(samples):
         if isinstance(outcome.error, Exception):
@@ -161,7 +155,7 @@ def answers_of(
 def enumerate_questions(
     asked: Iterable[tuple[Shown, Sequence[Question]]],
 ) -> Iterator[tuple[str, tuple[Shown, Question]]]:
-    """Every question with its scene or image, under a name "scene/question" of their numbers."""
+    """Yield (name, (scene or image, question)). The name is "scene number/question number"."""
     for number, (shown, own) in enumerate(asked):
         for index, question in enumerate(own):
             yield f"{number}/{index}", (shown, question)
@@ -170,7 +164,7 @@ def enumerate_questions(
 def samples_of(
     asked: Mapping[str, tuple[Shown, Question]], image_of: Callable[[Shown], Any]
 ) -> list[Sample]:
-    """Samples of named questions, with the image of what they are about."""
+    """Samples of named questions with their images."""
     return [
         Sample(name, question.text, (image_of(shown),), name.partition("/")[0])
         for name, (shown, question) in asked.items()
@@ -201,10 +195,9 @@ def answer_questions(
 ) -> list[tuple[Question, str]]:
     """Every question of every image, in order, with the model's greedy answer.
 
-    Most of a prompt are the words in front of the image, and the image. With `reuse_prefix` these
-    run once for all questions about it and stay in the KV cache, as in a chat: the answers are the
-    same up to rounding, several times sooner. What prunes cannot do that, since FastV chooses by
-    the end of the prompt: there, the whole prompt runs for every question all the same."""
+    `reuse_prefix`: the text before the image and the image are prefilled once for all questions
+    about the image (see shared_prefix.py). Answers are the same up to rounding. With pruning the
+    whole prompt still runs for every question."""
     wish = Reduction.of(reduction)  # None asks for none, whatever the images were encoded with
     options = GenerationOptions(max_new_tokens=max_new_tokens, reduction=wish)
     named = dict(enumerate_questions(zip(images, asked, strict=True)))
@@ -213,13 +206,10 @@ def answer_questions(
     return [(question, answers[name]) for name, (_, question) in named.items()]
 
 
-# ---- llava-lite eval -----------------------------------------------------------------------------
-
-
 def report(
     tallies: Mapping[str, Tally], settings: Mapping[str, Any], mistakes: int
 ) -> dict[str, Any]:
-    """Everything as plain types, ready for json; `mistakes` of every family at most."""
+    """The report as plain types for JSON. `mistakes`: the most to list per family."""
     content = {
         **settings,
         "families": {name: tally.to_dict() for name, tally in in_order(tallies)},
@@ -236,7 +226,7 @@ def report(
 
 
 def table(tallies: Mapping[str, Tally], mistakes: int) -> Iterator[str]:
-    """Lines for people: a family each, with `mistakes` at most, then all of them."""
+    """The lines of the table: each family with at most `mistakes`, then all families."""
     yield table_row(COLUMNS, "family", "right", "95 % interval", "questions")
     for name, tally in in_order(tallies):
         yield tally_row(name, tally)
@@ -253,5 +243,5 @@ def tally_row(name: str, tally: Tally) -> str:
 
 
 def in_order(tallies: Mapping[str, Tally]) -> list[tuple[str, Tally]]:
-    """As the families are listed everywhere else."""
+    """The tallies in the order of FAMILIES."""
     return sorted(tallies.items(), key=lambda item: FAMILIES.index(item[0]))

@@ -1,4 +1,4 @@
-"""The drawn scenes once more, by other means: what a model says should not depend on who drew them.
+"""A second renderer of the scenes: a model's answers should not depend on the drawing code.
 
 Nothing here is shared with `draw_scene` but the description of a scene. Every shape is a signed
 distance, in pixels from its outline and negative inside; how much of a pixel it covers follows from

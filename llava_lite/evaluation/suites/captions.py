@@ -53,11 +53,11 @@ TWO_WORDS = {
 
 
 def tokenize(caption: str) -> list[str]:
-    """Words much as the Penn Treebank tokeniser of the COCO evaluation makes them.
+    """Words much as the Penn Treebank tokenizer of the COCO evaluation makes them.
 
     Lower case; n't, 's and their kind are tokens; numbers, hyphenated words and abbreviations stay
     whole; quotes and . ? ! , : ; - are dropped; brackets become -lrb- and so on, which the
-    reference tokeniser in fact keeps. Rarer rules of that tokeniser are left out."""
+    reference tokenizer in fact keeps. Rarer rules of that tokenizer are left out."""
     tokens: list[str] = []
     for token in TOKEN.findall(caption.translate(QUOTES).lower()):
         tokens += split_word(token)

@@ -1,12 +1,12 @@
-"""A list of images with captions, or of questions with answers, as scripts of the field write it.
+"""A JSON list of images with captions, or of questions with answers.
 
     [{"image": "a.jpg", "captions": ["a cat", "the cat"]}, ...]
     [{"image": "a.jpg", "prompt": "What is it?", "answer": "a cat"}, ...]
 
-There is no standard for such files, so each field goes by several names (the tables below). The
-list may also stand at one of LIST_KEYS in an object, and COCO's own annotation formats are taken as
-they are. All entries of a file have captions, or none has. Images are relative to the file unless a
-folder is given. Without a prompt the caption prompt is asked.
+There is no standard for such files, so each field has several names (the tables below). The list
+may also be the value of one of LIST_KEYS in an object. COCO's annotation formats are accepted, too.
+All entries of a file have captions, or none has. Image paths are relative to the file or to a given
+folder. The default prompt asks for a caption.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from llava_lite.evaluation.suites.coco import (
     image_id_of,
 )
 from llava_lite.evaluation.suites.images import ImageFolder
-from llava_lite.evaluation.suites.own_data import OwnDataSuite, listed
+from llava_lite.evaluation.suites.own_data import OwnDataSuite, as_list
 from llava_lite.evaluation.suites.records import Record, read_json, records_of
 
 NAME = "data-file"
@@ -51,7 +51,7 @@ def open_data_file(
         return caption_suite(content, path, folder, name=NAME)
     records = entries(content, path)
     if has_captions(records, path):
-        images = [captioned(record, number) for number, record in enumerate(records, start=1)]
+        images = [captioned_image(record, number) for number, record in enumerate(records, start=1)]
         settings = {"prompt": prompt_setting(records)}
         return CaptionSuite(images, ImageFolder(folder), [path], settings, NAME)
     questions = [
@@ -90,9 +90,9 @@ def has(record: Record, names: Sequence[str]) -> bool:
 
 
 def has_captions(records: Sequence[Record], path: Path) -> bool:
-    """Whether the entries are images to caption rather than questions.
+    """Whether the entries are images to caption, not questions.
 
-    Raises EvaluationError where some are one and some the other."""
+    Raises EvaluationError for a mixture of both."""
     captions = [record for record in records if has(record, CAPTION_NAMES)]
     questions = [record for record in records if has(record, (*ANSWER_NAMES, *CHOICE_NAMES))]
     if captions and questions:
@@ -111,7 +111,7 @@ def prompt_setting(records: Sequence[Record]) -> str:
     return OWN_PROMPTS if own == len(records) else f"{OWN_PROMPTS}, else: {CAPTION_PROMPT}"
 
 
-def captioned(record: Record, number: int) -> CaptionedImage:
+def captioned_image(record: Record, number: int) -> CaptionedImage:
     """One image with its reference captions."""
     names = own_data.texts_of(record, IMAGE_NAMES)
     if len(names) != 1:
@@ -127,8 +127,8 @@ def captioned(record: Record, number: int) -> CaptionedImage:
 
 
 def caption_texts(record: Record) -> list[str]:
-    """Captions given as texts or as objects that hold one."""
-    values = listed(record.get(*CAPTION_NAMES, default=[]))
+    """Captions given as texts, or as objects with a text."""
+    values = as_list(record.get(*CAPTION_NAMES, default=[]))
     texts = [
         Record(value, record.where).get("caption", "raw") if isinstance(value, dict) else value
         for value in values

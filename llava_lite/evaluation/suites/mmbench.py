@@ -39,7 +39,7 @@ EXTRACTION = "rules only, no judge model: what they cannot tell is wrong"
 
 @dataclass(frozen=True)
 class RowImage:
-    """An encoded image file, or why there is none. The key is the same for the same bytes."""
+    """An encoded image file, or the error. The key is the same for the same bytes."""
 
     content: bytes = b""
     key: str = ""
@@ -48,8 +48,8 @@ class RowImage:
 
 @dataclass(frozen=True)
 class Row:
-    """One question. `answer` is a letter, None where it is not known; `made` rows are rotations
-    that the file does not have."""
+    """One question. `answer`: a letter, None if unknown. `made`: a rotation that is not in the
+    file."""
 
     id: str
     question: str
@@ -64,17 +64,17 @@ class Row:
 
     @property
     def index(self) -> int | None:
-        """Its number, None for a row whose index is none."""
+        """The row's number; None for a bad index."""
         return index_of(self.id)
 
     @property
     def group(self) -> str:
-        """What all rotations of one question share."""
+        """The key that all rotations of one question share."""
         return self.id if self.index is None else str(self.index % ROTATION_OFFSET)
 
     @property
     def is_rotation(self) -> bool:
-        """Whether its options stand in another order than the question's first row has them."""
+        """Whether the options are rotated against the question's first row."""
         return self.index is not None and self.index >= ROTATION_OFFSET
 
     def sample(self, language: str) -> Sample:
@@ -88,10 +88,10 @@ class Row:
 
 @dataclass
 class MMBenchSuite:
-    """MMBench, English or Chinese. A failed row, and one without a clear letter, is wrong.
+    """MMBench, English or Chinese. A failed row, and an answer without a clear letter, is wrong.
 
-    `incomplete` are questions of which a part of the suite lacks rotations: circular accuracy would
-    flatter them, and leaves them out."""
+    `incomplete`: questions without all their rotations, in a part of the suite. Circular accuracy
+    leaves them out, because it would be too high for them."""
 
     rows: Sequence[Row]
     files: Sequence[Path]
@@ -112,7 +112,7 @@ class MMBenchSuite:
         self.settings = settings_of(self.settings, computed)
 
     def samples(self) -> Sequence[Sample]:
-        """All rows in the order of the file, made rotations behind the row that they rotate."""
+        """All rows in the order of the file. Made rotations follow their row."""
         return [row.sample(self.language) for row in self.rows]
 
     def select(self, ids: Collection[str]) -> "MMBenchSuite":
@@ -125,7 +125,7 @@ class MMBenchSuite:
         return replace(self, rows=chosen, incomplete=frozenset(incomplete))
 
     def score(self, answers: Mapping[str, str]) -> Scores:
-        """Circular and vanilla accuracy, by category as well; no metrics without known answers."""
+        """Circular and vanilla accuracy, also by category; no metrics without known answers."""
         scored = [row for row in self.rows if row.answer or row.error]
         if not any(row.answer for row in scored):
             return Scores({})
@@ -156,10 +156,10 @@ class MMBenchSuite:
         return Scores(metrics, {name: shares for name, shares in groups.items() if shares})
 
     def export(self, answers: Mapping[str, str], path: Path) -> None:
-        """Write the columns of the official submission, tab-separated: index, question, the
-        options, prediction (the answer as it is), one row for each of the file.
+        """Write the official submission as a tab-separated file: index, question, options,
+        prediction (the unchanged answer), for each row of the file.
 
-        The server takes the same table as .xlsx, which any spreadsheet program makes of this."""
+        The server takes the same table as .xlsx; a spreadsheet program can convert the file."""
         rows = [row for row in self.rows if not row.made]
         columns = letters(max((len(row.options) for row in rows), default=0))
         with open(path, "w", encoding="utf-8", newline="") as file:
@@ -171,7 +171,7 @@ class MMBenchSuite:
 
 
 def is_right(row: Row, answers: Mapping[str, str]) -> bool:
-    """Whether the row's answer is there and means the right option."""
+    """Whether the row has an answer and the answer names the right option."""
     answer = answers.get(row.id)
     return (
         answer is not None
@@ -194,9 +194,9 @@ def describe_rotations(rows: Iterable[Row]) -> str:
 
 
 def with_rotations(rows: Sequence[Row]) -> list[Row]:
-    """Every row followed by its rotations, as many in all as it has options.
+    """Every row followed by its rotations: as many rows as the question has options.
 
-    Raises EvaluationError if there are rotated rows already."""
+    Raises EvaluationError if the file has rotated rows."""
     rotated = next((row for row in rows if row.is_rotation), None)
     if rotated is not None:
         raise EvaluationError(
@@ -206,7 +206,7 @@ def with_rotations(rows: Sequence[Row]) -> list[Row]:
 
 
 def rotations(row: Row) -> Iterator[Row]:
-    """The row with its options moved up by 1, 2, ... places, the first ones last."""
+    """The row with its options rotated by 1, 2, ... places."""
     if row.index is None or row.error:
         return
     for turn in range(1, len(row.options)):
@@ -221,7 +221,7 @@ def rotations(row: Row) -> Iterator[Row]:
 
 
 def rotated_letter(letter: str, turn: int, count: int) -> str:
-    """The letter that an option of so many gets when all move up by `turn` places."""
+    """The new letter of an option after a rotation of `count` options by `turn` places."""
     return ascii_uppercase[(ascii_uppercase.index(letter) - turn) % count]
 
 
@@ -231,7 +231,7 @@ def rotated_letter(letter: str, turn: int, count: int) -> str:
 def open_mmbench(
     files: Sequence[Path], language: str = "en", circular: bool = False
 ) -> MMBenchSuite:
-    """The suite of a TSV file; `circular` makes rotations for a file that has none.
+    """The suite of a TSV file. `circular` makes rotations for a file without them.
 
     A row with a broken image, a bad index or too few options is a sample with an error. Raises
     EvaluationError naming file and line for what is wrong with the file."""
@@ -262,7 +262,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def row_of(record: Record) -> Row:
-    """One row, its image still to come."""
+    """One row, without its image."""
     index = index_of(cell(record, "index"))
     options = tuple(options_of(record))
     answer = cell(record, "answer").upper() or None
@@ -291,19 +291,18 @@ def row_of(record: Record) -> Row:
 
 
 def text(record: Record, column: str) -> str:
-    """The text of a cell as it stands, for prompts are compared by the letter; nothing where it is
-    missing."""
+    """The unchanged text of a cell, because prompts must match exactly; "" for an empty cell."""
     content = str(record.get(column, default=""))
     return "" if is_missing(content) else content
 
 
 def cell(record: Record, column: str) -> str:
-    """The same without blanks around it, where they mean nothing."""
+    """The text of a cell without surrounding blanks."""
     return text(record, column).strip()
 
 
 def options_of(record: Record) -> Iterator[str]:
-    """The options up to the first that is missing."""
+    """The options before the first empty cell."""
     for letter in ascii_uppercase:
         option = text(record, letter)
         if not option:
@@ -338,7 +337,7 @@ def image_or_reference(said: str) -> RowImage | str:
 
 
 def follow(index: str, images: Mapping[str, RowImage | str]) -> RowImage:
-    """The image of a row, through as many references as it takes."""
+    """The image of a row. Follows references to other rows."""
     seen: list[str] = []
     found: RowImage | str = index
     while isinstance(found, str):

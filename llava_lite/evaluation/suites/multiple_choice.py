@@ -1,4 +1,4 @@
-"""Multiple choice: how options are asked, and which one an answer means.
+"""Multiple choice: the prompt, and the option that an answer names.
 
 multiple_choice_prompt("Which fruit?", ["apple", "pear"])   # ... A. apple / B. pear / Answer ...
 chosen_letter("The answer is B.", ["apple", "pear"])        # "B"
@@ -13,8 +13,7 @@ LETTER_INSTRUCTIONS = {
     "en": "Answer with the option's letter from the given choices directly.",
     "cn": "请直接回答选项字母。",
 }
-# What pandas takes for an empty cell: by it the official scripts read tables, so an option "None"
-# is none there.
+# Empty cells for pandas. The official scripts use pandas, so an option "None" is missing.
 MISSING = frozenset(
     ("", "nan", "NaN", "-nan", "-NaN", "NAN", "None", "null", "NULL", "NA", "N/A", "n/a", "<NA>")
     + ("#NA", "#N/A", "#N/A N/A", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN")
@@ -32,12 +31,12 @@ MOST_OPTIONS = len(ascii_uppercase)
 
 
 def letters(count: int) -> str:
-    """The letters of so many options, A first."""
+    """The letters of `count` options, from A on."""
     return ascii_uppercase[:count]
 
 
 def is_missing(text: str) -> bool:
-    """Whether a cell holds nothing: options end at the first such cell."""
+    """Whether a cell is empty. The options end at the first empty cell."""
     return text.strip() in MISSING
 
 
@@ -52,13 +51,13 @@ def multiple_choice_prompt(
 
 
 def chosen_letter(answer: str, options: Sequence[str]) -> str | None:
-    """The option that an answer means by rules, None if that is not clear.
+    """The letter of the option that an answer names; None if that is unclear.
 
-    The one capital letter of an option among the last five words, or else the one option whose text
-    is the answer or stands in it. An "A" with words behind it may be the article: there the text
-    comes first, and the letter counts among three words at most. Of several letters the one that
-    labels a text with an article counts, or else the text. The official kits ask a judge
-    model about what rules cannot tell; here it is wrong."""
+    First rule: the only option letter, if it is among the last five words. Second rule: the only
+    option whose text is the answer, or is in the answer. An "A" before other words may be the
+    article: then the text comes first, and the letter counts only among at most three words. With
+    several letters, the letter that labels a text with an article counts, else the text. The
+    official kits ask a judge model about unclear answers; here they are wrong."""
     words = WORD.findall(answer)
     named = {word for word in words if len(word) == 1 and word in letters(len(options))}
     by_text = chosen_by_text(answer, options)
@@ -75,9 +74,9 @@ def chosen_letter(answer: str, options: Sequence[str]) -> str | None:
 
 
 def chosen_by_text(answer: str, options: Sequence[str]) -> str | None:
-    """The letter of the one option whose words are the answer's, else of the one that they hold."""
-    said = folded(answer)
-    texts = [folded(option) for option in options]
+    """The letter of the only option that equals the answer, else of the only one in the answer."""
+    said = fold(answer)
+    texts = [fold(option) for option in options]
     for fits in (
         [text == said for text in texts],
         [holds(said, text) for text in texts],
@@ -93,12 +92,12 @@ def chosen_by_text(answer: str, options: Sequence[str]) -> str | None:
 
 
 def holds(said: str, text: str) -> bool:
-    """Whether the text stands in what was said, not as a part of a longer word.
+    """Whether the text is in the answer, and not a part of a longer word.
 
-    Words of a script without spaces, such as Chinese, may begin and end anywhere."""
+    In a script without spaces, such as Chinese, words may begin and end anywhere."""
     return bool(re.search(rf"(?<![a-z0-9]){re.escape(text)}(?![a-z0-9])", said))
 
 
-def folded(text: str) -> str:
+def fold(text: str) -> str:
     """Words in lower case with single spaces between them, punctuation left out."""
     return " ".join(WORD.findall(text.casefold()))

@@ -1,12 +1,12 @@
-"""Questions of one's own, a line of JSON for each.
+"""Your own questions, one JSON object per line.
 
     {"id"?, "image" | "images"?, "question" | "prompt" | "text", "answer" | "answers"?, "choices"?}
 
-An image is a path, relative to the file unless a folder is given, a URL or a data URL. The text is
-asked as it is; with choices, their lines and LLaVA's instruction to answer with a letter follow.
-Choices are scored by the letter, ten answers by VQA accuracy, others by equality with one of them
-after normalizing. The right choice is given as its text, its letter or its index from 0.
-`category`, where it is given, groups.
+An image is a URL, a data URL, or a path relative to the file or to a given folder. The text is
+asked unchanged; choices and LLaVA's instruction to answer with a letter follow, if given. Choices
+are scored by the letter, ten answers by VQA accuracy, other answers by equality with one of them
+after normalizing. The right choice is given as its text, its letter or its index from 0. Scores are
+also grouped by `category`, if given.
 """
 
 import re
@@ -45,8 +45,8 @@ CHOICE_NAMES = ("choices",)
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `references` are right answers, of a question with choices the letter; none:
-    not scored."""
+    """One question. `references`: right answers; with choices the right letter. Without references
+    the question is not scored."""
 
     id: str
     text: str
@@ -58,19 +58,19 @@ class Question:
 
     @property
     def scoring(self) -> str:
-        """How its answer is compared."""
+        """How the answer is scored."""
         if self.choices:
             return "choice"
         return "vqa" if len(self.references) == PEOPLE else "exact"
 
     def prompt(self, short_answer: bool) -> str:
-        """What is asked; `short_answer` adds LLaVA's instruction for short answers."""
+        """The prompt. `short_answer` adds LLaVA's instruction for short answers."""
         if self.choices:
             return multiple_choice_prompt(self.text, self.choices)
         return short_answer_prompt(self.text) if short_answer else self.text
 
     def outcome(self, answer: str | None) -> float:
-        """How right an answer is, 0..1; nothing if there is none."""
+        """The score of an answer, 0..1; 0 without an answer."""
         if answer is None:
             return 0.0
         if self.choices:
@@ -82,7 +82,7 @@ class Question:
 
 @dataclass
 class OwnDataSuite:
-    """Own questions. A failed one counts as wrong."""
+    """Your own questions. A failed question counts as wrong."""
 
     questions: Sequence[Question]
     folder: ImageFolder
@@ -103,7 +103,7 @@ class OwnDataSuite:
         return [self.sample(question) for question in self.questions]
 
     def sample(self, question: Question) -> Sample:
-        """One question, with an error if one of its images is no file."""
+        """One question, with an error if one of its images does not exist."""
         prompt = question.prompt(self.short_answer)
         sources: list[str | Path] = []
         error = None
@@ -122,7 +122,7 @@ class OwnDataSuite:
         return replace(self, questions=chosen)
 
     def score(self, answers: Mapping[str, str]) -> Scores:
-        """Accuracy, by category and by way of scoring as well; no metrics without right answers."""
+        """Accuracy, also by category and by kind of scoring; no metrics without references."""
         outcomes = [
             (question, question.outcome(answers.get(question.id)))
             for question in self.questions
@@ -167,7 +167,7 @@ def question_of(
     answer_names: Sequence[str] = ANSWER_NAMES,
     choice_names: Sequence[str] = CHOICE_NAMES,
 ) -> Question:
-    """One question, its fields under any of the names given."""
+    """One question. Each field may have any of the given names."""
     choices = texts_of(record, choice_names)
     if len(choices) == 1 or len(choices) > MOST_OPTIONS:
         raise EvaluationError(
@@ -175,7 +175,7 @@ def question_of(
         )
     answers = record.get(*answer_names, default=[])
     if choices:
-        references = tuple(letter_of(answer, choices, record) for answer in listed(answers))
+        references = tuple(letter_of(answer, choices, record) for answer in as_list(answers))
     else:
         references = texts_of(record, answer_names)
     known = any(not record.lacks(name) for name in id_names)
@@ -190,16 +190,16 @@ def question_of(
     )
 
 
-def listed(value: Any) -> list[Any]:
-    """A list as it is, anything else as the only item of one."""
+def as_list(value: Any) -> list[Any]:
+    """A list unchanged; any other value as a list of one."""
     return value if isinstance(value, list) else [value]
 
 
 def texts_of(record: Record, names: Sequence[str]) -> tuple[str, ...]:
-    """The texts in a field that holds one or a list of them; numbers are taken as written.
+    """The texts of a field that holds a text or a list. Numbers become texts.
 
-    Raises EvaluationError naming the field for anything else, and for an empty text."""
-    values = listed(record.get(*names, default=[]))
+    Raises EvaluationError naming the field for other values, and for an empty text."""
+    values = as_list(record.get(*names, default=[]))
     texts = tuple(
         str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
         for value in values
@@ -211,10 +211,10 @@ def texts_of(record: Record, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def letter_of(answer: Any, choices: Sequence[str], record: Record) -> str:
-    """The letter of a right choice, given as text, letter or index from 0: a number that is one of
-    the choices is meant as such.
+    """The letter of a right choice, given as its text, its letter or its index from 0.
 
-    Raises EvaluationError for anything that is no choice."""
+    A number that equals a choice's text means that choice. Raises EvaluationError for any other
+    value."""
     is_known = isinstance(answer, str | int | float) and not isinstance(answer, bool)
     if is_known and str(answer) in choices:
         return ascii_uppercase[choices.index(str(answer))]

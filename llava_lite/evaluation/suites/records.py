@@ -1,4 +1,4 @@
-"""Rows of data sets from JSON, JSON lines and tab-separated files; errors name file and line.
+"""Read rows of data sets from JSON, JSON lines and tab-separated files. Errors name file and line.
 
 for record in read_json_lines(path):
     record.get("question", "text"), record.where
@@ -16,7 +16,7 @@ from typing import Any
 
 from llava_lite.errors import EvaluationError
 
-# csv refuses fields of over 128 KiB unless told otherwise, for the whole process at once.
+# csv refuses fields of over 128 KiB by default. The limit is global to the process.
 LARGEST_FIELD = 2**31 - 1
 FIELD_LIMIT = threading.Lock()
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -24,13 +24,13 @@ SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 @dataclass(frozen=True)
 class Record:
-    """One row or object, and `where` it stands for error messages."""
+    """One row or object. `where`: its place, for error messages."""
 
     fields: Mapping[str, Any]
     where: str
 
     def get(self, *names: str, default: Any = None) -> Any:
-        """The first field of these names that is there and not null."""
+        """The first of these fields that is present and not null."""
         return next((self.fields[name] for name in names if not self.lacks(name)), default)
 
     def lacks(self, name: str) -> bool:
@@ -38,14 +38,14 @@ class Record:
         return self.fields.get(name) is None
 
     def text(self, *names: str) -> str:
-        """As `get`, where there must be a text. Raises EvaluationError naming the field."""
+        """As `get`, but the value must be a text. Raises EvaluationError naming the field."""
         value = self.get(*names)
         if not isinstance(value, str) or not value.strip():
             raise EvaluationError(f"{self.where}: needs a text in {' or '.join(map(repr, names))}")
         return value
 
     def id(self, *names: str) -> str:
-        """As `get`, where there must be a string or an integer. Raises EvaluationError."""
+        """As `get`, but the value must be a string or an integer. Raises EvaluationError."""
         value = self.get(*names)
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
             raise EvaluationError(f"{self.where}: needs an id in {' or '.join(map(repr, names))}")
@@ -64,26 +64,27 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """The content of a JSON text. Halves of characters, which JSON can escape and UTF-8 cannot
-    hold, become replacement characters. Raises ValueError and RecursionError."""
+    """The content of a JSON text. Raises ValueError and RecursionError.
+
+    Lone surrogates, which UTF-8 cannot hold, become replacement characters."""
     content = json.loads(text)
-    return without_half_characters(content) if SURROGATE_ESCAPE.search(text) else content
+    return replace_surrogates(content) if SURROGATE_ESCAPE.search(text) else content
 
 
-def without_half_characters(content: Any) -> Any:
-    """The same with every lone surrogate replaced, in keys too."""
+def replace_surrogates(content: Any) -> Any:
+    """The content with every lone surrogate replaced, in keys too."""
     if isinstance(content, str):
         return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(content, list):
-        return [without_half_characters(item) for item in content]
+        return [replace_surrogates(item) for item in content]
     if isinstance(content, dict):
-        clean = without_half_characters
+        clean = replace_surrogates
         return {clean(name): clean(value) for name, value in content.items()}
     return content
 
 
 def read_json_lines(path: Path) -> list[Record]:
-    """One record a line, blank lines left out. Raises EvaluationError naming file and line."""
+    """One record per line without blank lines. Raises EvaluationError naming file and line."""
     records = []
     # Not str.splitlines: JSON strings may hold other line separators unescaped.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -105,13 +106,13 @@ def parse_line(line: str, where: str) -> Record:
 
 def read_text(path: Path) -> str:
     """A whole UTF-8 file, with or without a byte order mark. Raises EvaluationError."""
-    with reading(path):
+    with reading_errors(path):
         return path.read_text(encoding="utf-8-sig")
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what can go wrong with a file into an EvaluationError that names it."""
+def reading_errors(path: Path) -> Iterator[None]:
+    """Turn errors of reading a file into an EvaluationError that names the file."""
     try:
         yield
     except OSError as error:
@@ -131,9 +132,9 @@ def as_record(fields: Any, where: str) -> Record:
 
 
 def records_of(content: Any, path: Path, key: str | None = None) -> list[Record]:
-    """The objects of a list, or of the list at `key` of an object, `where` counted from 1.
+    """The objects of a list, or of the list at `key` of an object. `where` counts from 1.
 
-    Raises EvaluationError where there is no such list, where it is empty, or holds no objects."""
+    Raises EvaluationError if there is no such list, or if it is empty or holds no objects."""
     place = f"{path}: {key}" if key else str(path)
     inside = content.get(key) if isinstance(content, dict) else None
     found = inside if key else content
@@ -145,7 +146,7 @@ def records_of(content: Any, path: Path, key: str | None = None) -> list[Record]
 
 
 def refuse_repeated_ids(ids: Iterable[tuple[str, str]]) -> None:
-    """Raise EvaluationError naming both places of an id that (id, where) pairs hold twice."""
+    """Raise EvaluationError naming both places of a repeated id. `ids`: pairs (id, where)."""
     first: dict[str, str] = {}
     for sample_id, where in ids:
         if sample_id in first:
@@ -157,12 +158,12 @@ def refuse_repeated_ids(ids: Iterable[tuple[str, str]]) -> None:
 
 
 def read_tab_separated(path: Path, needed: Sequence[str]) -> Iterator[Record]:
-    """The rows of a TSV file with a header, quoted as csv does; short rows lack their last fields.
+    """The rows of a TSV file with a header and csv quotes. Short rows lack their last fields.
 
-    Raises EvaluationError for a missing column, and naming the line for a row with more fields than
-    the header or for anything that csv cannot read."""
-    with reading(path), open(path, encoding="utf-8-sig", newline="") as file:
-        # Strict: without it a quote that nobody closes would swallow the rows behind it.
+    Raises EvaluationError for a missing column, for a row with more fields than the header, and for
+    a row that csv cannot read."""
+    with reading_errors(path), open(path, encoding="utf-8-sig", newline="") as file:
+        # strict, because an unclosed quote would otherwise swallow the following rows.
         reader = csv.reader(file, delimiter="\t", strict=True)
         line = 1
         try:
@@ -195,7 +196,7 @@ def check_header(header: Sequence[str], needed: Sequence[str], path: Path) -> No
 
 
 def next_row(reader: Iterator[list[str]]) -> list[str] | None:
-    """The next row with fields of any size, None at the end; the limit of others stays."""
+    """The next row with fields of any size, None at the end. Restores csv's global limit."""
     with FIELD_LIMIT:
         before = csv.field_size_limit(LARGEST_FIELD)
         try:

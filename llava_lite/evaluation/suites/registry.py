@@ -1,4 +1,4 @@
-"""The data sets that can be evaluated, by name.
+"""All data sets that can be evaluated, by name.
 
 suite = open_suite("mmbench", [Path("MMBench_DEV_EN.tsv")], language="en")
 suite.samples(), suite.score({"241": "B", ...}).metrics["circular"]
@@ -22,7 +22,7 @@ from llava_lite.evaluation.suites.vqa import open_vqa
 
 @runtime_checkable
 class Exporting(Protocol):
-    """A suite whose answers others score, too."""
+    """A suite with an official file format for answers."""
 
     def export(self, answers: Mapping[str, str], path: Path) -> None:
         """Write the answers in the official format for results."""
@@ -31,10 +31,10 @@ class Exporting(Protocol):
 
 @dataclass(frozen=True)
 class SuiteKind:
-    """How one kind of data set is opened.
+    """How to open one kind of data set.
 
-    `usage` names its positional paths, `options` what each option means. It takes `fewest` to
-    `most` files, and a folder of images: it must, it may, or it must not (True, None, False)."""
+    `usage` names the paths, `options` explains the options. The data set has `fewest` to `most`
+    files. `folder`: it needs a folder of images (True), may have one (None) or has none (False)."""
 
     usage: str
     summary: str
@@ -103,11 +103,10 @@ SUITES: dict[str, SuiteKind] = {
 
 
 def open_suite(name: str, paths: Sequence[Path], **options: Any) -> Suite:
-    """The suite of this name over these files and folder of images, in any order.
+    """Open a suite by name, with its files and its folder of images in any order.
 
-    An option that is None is as if it were not given. Raises EvaluationError for an unknown name or
-    option, for files that are missing, too few or too many, and naming file and line of whatever is
-    wrong with their content."""
+    An option that is None counts as not given. Raises EvaluationError for an unknown name or
+    option, for missing, too few or too many files, and for bad content, naming file and line."""
     if name not in SUITES:
         raise EvaluationError(f"unknown suite {name!r}, known are {', '.join(SUITES)}")
     kind = SUITES[name]
@@ -124,7 +123,7 @@ def open_suite(name: str, paths: Sequence[Path], **options: Any) -> Suite:
 
 
 def split_paths(name: str, paths: Sequence[Path]) -> tuple[list[Path], Path | None]:
-    """The files and the folder among the paths. Raises EvaluationError if the kind has others."""
+    """The files and the folder among the paths. Raises EvaluationError for a wrong number."""
     kind = SUITES[name]
     paths = [Path(path) for path in paths]
     for path in paths:

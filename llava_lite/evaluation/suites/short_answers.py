@@ -1,4 +1,4 @@
-"""Short answers: the standard VQA normaliser and the two ways of comparing with references.
+"""Short answers: the standard VQA normalizer and the two ways of comparing with references.
 
 normalize_answer("Two dogs, a cat.")          # "2 dogs cat"
 vqa_accuracy("2", ["two"] * 3 + ["3"] * 7)     # 0.9
@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import combinations
 
 SHORT_ANSWER_INSTRUCTION = "Answer the question using a single word or phrase."
-AGREEING = 3  # so many people giving an answer make it wholly right
+AGREEING = 3  # an answer that this many people gave is fully right
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -38,7 +38,7 @@ CONTRACTIONS = """
 
 
 def without_some_apostrophes(word: str) -> Iterable[str]:
-    """Every form of the word with at least one apostrophe left out."""
+    """Every form of the word without one or more of its apostrophes."""
     places = [place for place, character in enumerate(word) if character == "'"]
     for count in range(1, len(places) + 1):
         for dropped in combinations(places, count):
@@ -55,11 +55,11 @@ REPAIRED = {
 
 @lru_cache(maxsize=2**16)  # references say the same few words again and again
 def normalize_answer(answer: str) -> str:
-    """The standard VQA normaliser: punctuation, case, number words, articles, contractions.
+    """The standard VQA normalizer: punctuation, case, number words, articles, contractions.
 
-    A mark goes where it stands next to a space, or anywhere if the answer holds a number with a
-    comma; else it becomes a space. A period goes unless a digit follows. TextVQA's own evaluation
-    differs in commas and question marks between letters, which it drops, and splits 's off."""
+    A mark is removed if it is next to a space somewhere, or if the answer has a number with a
+    comma. Otherwise the mark becomes a space. A period is removed unless a digit follows. TextVQA's
+    own evaluation differs: it drops commas and question marks between letters, splits off 's."""
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     number_with_comma = COMMA_IN_NUMBER.search(text) is not None
     clean = text
@@ -72,7 +72,7 @@ def normalize_answer(answer: str) -> str:
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """VQA accuracy: over all ways to leave one reference out, the mean of min(agreeing / 3, 1)."""
+    """VQA accuracy: the mean of min(agreeing / 3, 1) over all ways to leave one reference out."""
     said = normalize_answer(answer)
     agree = [normalize_answer(reference) == said for reference in references]
     total = sum(agree)
@@ -81,9 +81,9 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def exact_match(answer: str, references: Sequence[str]) -> bool:
-    """Whether the answer is one of the references after normalizing.
+    """Whether the answer equals one of the references after normalizing.
 
-    What normalizing leaves nothing of, such as the letter A, is compared but for its case."""
+    A text that normalizing empties, such as the letter A, is compared without regard to case."""
     return comparable(answer) in {comparable(reference) for reference in references}
 
 

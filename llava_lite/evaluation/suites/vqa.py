@@ -9,8 +9,8 @@ GQA       {question id: {"imageId", "question", "answer", "types": {"structural"
 LLaVA     lines of {"question_id", "image", "text"}, with or without an annotation file; of an id
           that several lines have, which TextVQA's do, the second becomes "id/2" and so on
 
-Ten answers are scored by VQA accuracy, a single one by equality after normalizing. An image is
-COCO_val2014_000000000042.jpg, 000000000042.jpg, 42.jpg or 42.png, or what `image` says.
+Ten answers are scored by VQA accuracy, a single answer by equality after normalizing. An image is
+COCO_val2014_000000000042.jpg, 000000000042.jpg, 42.jpg or 42.png, or the value of `image`.
 """
 
 import json
@@ -39,14 +39,15 @@ from llava_lite.evaluation.suites.short_answers import (
 )
 
 MAX_NEW_TOKENS = 128
-PEOPLE = 10  # so many answered every question of VQA
+PEOPLE = 10  # people who answered each question of VQA
 DEFAULT_SUBTYPE = "val2014"
 OCR_LINE = "Reference OCR token: "
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question; `image_names` are the names its file may have. No references: not scored."""
+    """One question. `image_names`: possible names of the image file. Without references the
+    question is not scored."""
 
     id: str
     text: str
@@ -56,7 +57,7 @@ class Question:
     question_id: str | int
     groups: Mapping[str, str] = field(default_factory=dict)
     ocr_tokens: tuple[str, ...] | None = None
-    result_key: str = "question_id"  # what a result file calls its id
+    result_key: str = "question_id"  # the id's name in a result file
 
     def prompt(self, ocr: bool) -> str:
         """The question, its OCR tokens if wanted and known, the official instruction."""
@@ -65,7 +66,7 @@ class Question:
         return short_answer_prompt(f"{self.text}\n{OCR_LINE}{', '.join(self.ocr_tokens)}")
 
     def outcome(self, answer: str | None) -> float:
-        """How right an answer is, 0..1; nothing if there is none."""
+        """The score of an answer, 0..1; 0 without an answer."""
         if answer is None:
             return 0.0
         if len(self.references) == 1:
@@ -104,8 +105,7 @@ class VqaSuite:
         return replace(self, questions=chosen)
 
     def score(self, answers: Mapping[str, str]) -> Scores:
-        """Accuracy, and by whatever types the file gives its questions; no metrics without
-        references."""
+        """Accuracy, also by each kind of group in the file; no metrics without references."""
         outcomes = [
             (question, question.outcome(answers.get(question.id)))
             for question in self.questions
@@ -123,8 +123,8 @@ class VqaSuite:
         return Scores({"accuracy": accuracy(outcome for _, outcome in outcomes)}, groups)
 
     def export(self, answers: Mapping[str, str], path: Path) -> None:
-        """Write what the VQA servers take: [{"question_id", "answer"}], answers normalized;
-        VizWiz has "image" for the id."""
+        """Write the format of the VQA servers: [{"question_id", "answer"}] with normalized answers.
+        For VizWiz the id is "image"."""
         results = [
             {
                 question.result_key: question.question_id,
@@ -136,9 +136,9 @@ class VqaSuite:
 
 
 def scoring_of(questions: Iterable[Question]) -> str:
-    """How the answers are compared, for the settings of a report.
+    """How answers are scored, for the settings of a report.
 
-    Raises EvaluationError for a number of references that no standard scores."""
+    Raises EvaluationError for a number of references other than 0, 1 and 10."""
     counts = set()
     for question in questions:
         count = len(question.references)
@@ -147,8 +147,7 @@ def scoring_of(questions: Iterable[Question]) -> str:
                 f"{question.where}: has {count} answers; VQA accuracy needs {PEOPLE}, equality 1"
             )
         counts.add(count)
-    equality = "equality after normalising"  # codespell:ignore normalising
-    names = {PEOPLE: "VQA accuracy of 10 answers", 1: equality}
+    names = {PEOPLE: "VQA accuracy of 10 answers", 1: "equality after normalising"}
     return " and ".join(names[count] for count in names if count in counts) or "none"
 
 
@@ -157,7 +156,7 @@ def scoring_of(questions: Iterable[Question]) -> str:
 
 @dataclass(frozen=True)
 class Beside:
-    """What second files say: annotations by question, OCR tokens by image."""
+    """The content of second files: annotations by question, OCR tokens by image."""
 
     annotations: Mapping[str, Record]
     ocr_tokens: Mapping[str, tuple[str, ...]]
@@ -190,7 +189,7 @@ def read_any(path: Path) -> Any:
 
 
 def asks(content: Any) -> bool:
-    """Whether the content has questions rather than what goes with them."""
+    """Whether the content has questions, not annotations or OCR tokens."""
     if not isinstance(content, dict):
         return True
     if "questions" in content:
@@ -220,7 +219,7 @@ def read_questions(path: Path, content: Any, beside: Beside) -> list[Question]:
     """All questions of a file of any of the formats."""
     if isinstance(content, list) and content and isinstance(content[0], Record):
         questions = [line_question(record, beside) for record in content]
-        return with_own_ids(questions, beside)
+        return number_repeated_ids(questions, beside)
     if not isinstance(content, dict):
         records = records_of(content, path)
         return [question_of(record, DEFAULT_SUBTYPE, beside) for record in records]
@@ -240,7 +239,7 @@ def read_questions(path: Path, content: Any, beside: Beside) -> list[Question]:
 
 
 def question_of(record: Record, subtype: str, beside: Beside) -> Question:
-    """A question of VQAv2, TextVQA or VizWiz, whose questions go by their image."""
+    """A question of VQAv2, TextVQA or VizWiz. In VizWiz the image is the id."""
     question_id = record.id("question_id", "image")
     source = beside.of(question_id, record)
     kinds = ("question_type", "answer_type")
@@ -274,9 +273,9 @@ def line_question(record: Record, beside: Beside) -> Question:
     )
 
 
-def with_own_ids(questions: Sequence[Question], beside: Beside) -> list[Question]:
-    """The same, repeated ids numbered. An annotation of such an id could be of any of them: then
-    they stay, to be refused."""
+def number_repeated_ids(questions: Sequence[Question], beside: Beside) -> list[Question]:
+    """The questions with repeated ids numbered. An id with an annotation stays, to be refused: the
+    annotation could belong to any of its questions."""
     seen: Counter[str] = Counter()
     unique = []
     for question in questions:
