@@ -60,14 +60,13 @@ class Report:
             f"{done} {self.tensors} tensors, {self.parameters:,} parameters, {kind}, "
             f"{self.size / 1e9:.2f} GB as {self.to} to {self.destination or '(nowhere)'}",
             f"left out {len(self.unused)} tensors of the vision tower that LLaVA never runs "
-            f"and {len(self.ignored)} that are no weights of the model",
+            f"and {len(self.ignored)} that are not weights of the model",
         ]
         if self.files:
             lines.append(f"files: {', '.join(self.files)}")
         if self.verified:
-            codes = ", the decoder's codes what it was rounded to" if self.quantized else ""
-            read = f"verified: every tensor read back equals what was read from the source{codes}"
-            lines.append(read)
+            rounded = " (the decoder's after quantization)" if self.quantized else ""
+            lines.append(f"verified: every tensor read back equals the source{rounded}")
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 

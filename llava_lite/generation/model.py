@@ -1,4 +1,4 @@
-"""`Model`: the calls of a user. `generate` collects what the loop yields, `stream` passes it on,
+"""`Model`: the calls of a user. `generate` returns answers, `stream` their pieces as they come,
 `chat` keeps a conversation, `score` rates a given answer.
 
 Shapes: V vocabulary, T prompt ids, S image side.

@@ -67,7 +67,7 @@ class Prefix:
     def fingerprint(self) -> int:
         """A number that changes when weights are replaced, moved, or written to."""
         decoder = self.llava.decoder
-        weights = chain(decoder.parameters(), decoder.buffers())  # quantised weights are buffers
+        weights = chain(decoder.parameters(), decoder.buffers())  # quantized weights are buffers
         versions = ((id(w), w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
         return hash(tuple(versions))
 

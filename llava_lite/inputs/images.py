@@ -85,7 +85,7 @@ def _load(source: Any, name: str, limits: Limits, exif: bool, max_pixels: int) -
         _check_size(image, name, max_pixels)
         image.load()
         if exif:
-            image = _turn_upright(image)  # a line of its own: frees the image as it was
+            image = _turn_upright(image)  # not nested: the first image is freed here
         image = to_rgb(image)
         image.info.clear()
         return image

@@ -25,7 +25,7 @@ from helpers.examples import examples
 from helpers.models import TINY_CONFIG, TINY_TEXT, random_llava
 from helpers.waits import Watch, cuda_waits, dispatched_waits
 from llava_lite.bench import run as bench
-from llava_lite.fast import compiled as static_decode
+from llava_lite.fast import compiled as module
 from llava_lite.fast.compiled import (
     BUCKET,
     CompiledModel,
@@ -191,7 +191,7 @@ def test_memory_that_runs_out_halfway_breaks_nothing(
             raise torch.OutOfMemoryError("out of memory")
         return resize_buffer(buffer, num_slots, capacity)
 
-    monkeypatch.setattr(static_decode, "resize_buffer", lacking)
+    monkeypatch.setattr(module, "resize_buffer", lacking)
     large = [make_state(seed, [length] * LAYERS) for seed in range(count)]
     with pytest.raises(torch.OutOfMemoryError):
         decoder.advance(large)
@@ -509,7 +509,7 @@ def test_a_step_can_be_recorded_and_replayed(
     """With operators replayed instead of Python run, answers are the same: no value of one step is
     fixed in the next, nothing is read from memory that has moved."""
     recorded: list[Tape] = []
-    monkeypatch.setattr(static_decode, "record", tape_recorder(recorded))
+    monkeypatch.setattr(module, "record", tape_recorder(recorded))
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: (0, 1))
     compiled = CompiledModel(tiny_model, "eager")
     compiled.static.way = "graph"
@@ -527,7 +527,7 @@ def test_a_step_can_be_recorded_and_replayed(
 
 
 def test_steps_are_recorded_once_and_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static_decode, "MOST_STEPS", 2)
+    monkeypatch.setattr(module, "MOST_STEPS", 2)
     decoder = StaticDecoder(LLAVA, "eager")
     states = [make_state(seed, (5,) * LAYERS) for seed in range(4)]
     first = [decoder.advance(states[:n])[0] for n in (4, 2, 1, 2)]
