@@ -157,18 +157,29 @@ def free_bytes(device: str) -> int | None:
     unknown. The page cache counts as available."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    known = [proc_bytes("meminfo", "MemAvailable"), *map(free_in_container, CGROUP_FILES)]
+    known = [proc_bytes("meminfo", "MemAvailable"), *map(free_in_group, control_groups())]
     return min((value for value in known if value is not None), default=None)
 
 
-def free_in_container(folder: str) -> int | None:
-    """Memory left within the limit in a folder of `CGROUP_FILES`; None without a limit. Cached
-    files count as used there, but the system reclaims their pages when needed."""
-    limit, used = (read_text(CGROUP / folder / name).strip() for name in CGROUP_FILES[folder])
+def control_groups() -> list[tuple[str, Path]]:
+    """The groups that may limit this process, each with the root folder that its files are in.
+    The limit of an outer group holds for the inner ones."""
+    lines = read_text(PROC / "self/cgroup").splitlines()
+    own = [line.split(":", 2)[2].strip("/") for line in lines if line.count(":") >= 2]
+    inner = [Path(path) for path in own if ".." not in path]
+    paths = {Path(): None} | {p: None for path in inner for p in (path, *path.parents)}
+    return [(root, path) for root in CGROUP_FILES for path in paths]
+
+
+def free_in_group(group: tuple[str, Path]) -> int | None:
+    """Memory left within the limit of a control group; None without a limit. Cached files count as
+    used there, but the system reclaims their pages when needed."""
+    root, path = group
+    folder = CGROUP / root / path
+    limit, used = (read_text(folder / name).strip() for name in CGROUP_FILES[root])
     if not limit.isdigit() or not used.isdigit():  # "max": no limit
         return None
-    stat = read_text(CGROUP / folder / "memory.stat")
-    files = re.findall(r"^(?:in)?active_file (\d+)$", stat, re.MULTILINE)
+    files = re.findall(r"^(?:in)?active_file (\d+)$", read_text(folder / "memory.stat"), re.M)
     return max(0, int(limit) - max(0, int(used) - sum(map(int, files))))
 
 

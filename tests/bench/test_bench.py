@@ -592,17 +592,21 @@ def test_memory_where_the_system_does_not_say(
         ),
         (
             {
-                "memory/memory.limit_in_bytes": "4000000",
-                "memory/memory.usage_in_bytes": "1000000",
+                "app/inner/memory.max": "max",
+                "app/inner/memory.current": "1",
+                "app/memory.max": "5000000",
+                "app/memory.current": "1000000",
             },
-            3_000_000,
+            4_000_000,
         ),
         (
             {
+                "memory/app/inner/memory.limit_in_bytes": "4000000",
+                "memory/app/inner/memory.usage_in_bytes": "1000000",
                 "memory/memory.limit_in_bytes": "9223372036854771712",
                 "memory/memory.usage_in_bytes": "1000000",
             },
-            7000 * 1024,
+            3_000_000,
         ),
     ],
 )
@@ -611,8 +615,9 @@ def test_free_memory_is_that_of_a_container(
 ) -> None:
     monkeypatch.setattr(hardware, "PROC", tmp_path / "proc")
     monkeypatch.setattr(hardware, "CGROUP", tmp_path / "sys")
-    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemAvailable:  7000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("4:memory:/app/inner\n0::/app/inner\n")
     for name, content in files.items():
         file = tmp_path / "sys" / name
         file.parent.mkdir(parents=True, exist_ok=True)

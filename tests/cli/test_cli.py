@@ -777,6 +777,7 @@ class Screen:
         return seen
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 def test_ctrl_c_stops_the_answer_then_the_program(model_folder: str) -> None:
     screen = Screen(SLOW_CHAT, "chat", "-m", model_folder, "-n", "200", "--threads", "1")

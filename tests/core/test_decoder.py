@@ -65,8 +65,8 @@ def attention_oracle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def layer_norm_oracle(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight + bias
 
 
 def heads(x: Tensor, num_heads: int) -> Tensor:

@@ -498,7 +498,7 @@ def test_pope(
 
 @dataclass(frozen=True)
 class Vqa:
-    """A question of VQAv2, an answer to it, and what the answer is after normalising, by hand."""
+    """A question of VQAv2, an answer to it, and what the answer is after normalizing, by hand."""
 
     image: int
     text: str

@@ -303,7 +303,7 @@ def pixels(image: Image.Image) -> NDArray[np.float64]:
 
 
 def inner_point(scene_object: SceneObject) -> tuple[int, int]:
-    """Row and column of a pixel that has the object's colour: its centre, but beside the hole of a
+    """Row and column of a pixel that has the object's color: its center, but beside the hole of a
     ring and the digit of a circle or square."""
     away = {"ring": 0.78}.get(scene_object.shape, 0.0)
     if scene_object.digit is not None:

@@ -37,7 +37,7 @@ from llava_lite.evaluation.scenes.world import (
 )
 
 COUNTS = ["zero", "one", "two", "three", "four", "five", "six"]
-GREY = (128, 128, 128)
+GRAY = (128, 128, 128)
 
 seeds = st.integers(0, 2**32 - 1)
 scenes = st.builds(
@@ -63,7 +63,7 @@ def many_scenes(count: int, seed: int = 0, **options: float) -> list[Scene]:
 def one_object(shape: str, **changes: object) -> Scene:
     rotation, radius = 0.3, 60.0
     lone = SceneObject(shape, "red", COLORS["red"], 203.0, 198.5, radius, rotation)
-    return Scene(400, 400, GREY, (replace(lone, **changes),))  # type: ignore[arg-type]
+    return Scene(400, 400, GRAY, (replace(lone, **changes),))  # type: ignore[arg-type]
 
 
 def pixels_of(scene: Scene, supersample: int = 2) -> NDArray[np.int64]:
@@ -205,7 +205,7 @@ MIDDLE = {"star": 0.425, "ring": 0.53, "cross": 0.335}
 @pytest.mark.parametrize("rotation", [0.0, 0.4, 2.5])
 def test_drawn_area_is_that_of_the_shape(shape: str, rotation: float) -> None:
     scene = one_object(shape, radius=150.0, rotation=rotation)
-    covered = (pixels_of(scene) != GREY).any(axis=2)
+    covered = (pixels_of(scene) != GRAY).any(axis=2)
     expected = AREAS[shape](MIDDLE.get(shape, 0.0)) * 150**2
     assert full_size_instances(scene).sum() == pytest.approx(expected, rel=0.03)
     assert covered.sum() == pytest.approx(expected, rel=0.06)  # soft edges count fully
@@ -235,7 +235,7 @@ def test_round_shapes_have_no_polygon(shape: str) -> None:
 
 def test_a_ring_shows_the_background_in_its_hole() -> None:
     scene = one_object("ring")
-    assert tuple(pixels_of(scene)[198, 203]) == GREY
+    assert tuple(pixels_of(scene)[198, 203]) == GRAY
     assert draw_instances(scene, 336)[round(198.5 * 0.84), round(203 * 0.84)] == 0
 
 
@@ -260,7 +260,7 @@ def test_drawing_matches_the_instance_map(scene: Scene) -> None:
 
 
 def eroded(mask: NDArray[np.bool_], margin: int) -> NDArray[np.bool_]:
-    """The pixels whose neighbours up to `margin` away all exist and belong to the mask."""
+    """The pixels whose neighbors up to `margin` away all exist and belong to the mask."""
     padded = np.pad(mask, margin)
     height, width = mask.shape
     offsets = range(2 * margin + 1)
@@ -301,11 +301,11 @@ def test_the_gradient_runs_from_corner_to_corner() -> None:
 
 @pytest.mark.parametrize("sigma", [3.0, 12.0])
 def test_noise_is_gaussian_of_the_given_size(sigma: float) -> None:
-    noise = pixels_of(Scene(300, 300, GREY, (), noise_sigma=sigma, noise_seed=5)) - 128
+    noise = pixels_of(Scene(300, 300, GRAY, (), noise_sigma=sigma, noise_seed=5)) - 128
     assert noise.std() == pytest.approx(math.hypot(sigma, 12**-0.5), rel=0.01)
     assert abs(noise.mean()) < 0.1
     assert (np.abs(noise) > 2 * sigma).mean() == pytest.approx(0.0455, abs=0.02)
-    other = pixels_of(Scene(300, 300, GREY, (), noise_sigma=sigma, noise_seed=6)) - 128
+    other = pixels_of(Scene(300, 300, GRAY, (), noise_sigma=sigma, noise_seed=6)) - 128
     assert abs(np.corrcoef(noise.ravel(), other.ravel())[0, 1]) < 0.02
 
 
@@ -476,7 +476,7 @@ def row_of_objects(*places: tuple[str, str, float, float]) -> Scene:
     objects = [
         SceneObject(shape, color, COLORS[color], x, y, 20.0, 0.0) for color, shape, x, y in places
     ]
-    return Scene(300, 300, GREY, tuple(objects))
+    return Scene(300, 300, GRAY, tuple(objects))
 
 
 def test_descriptions_word_for_word() -> None:
@@ -504,7 +504,7 @@ def test_places_are_thirds_of_the_image(index: int) -> None:
 
 
 def test_thirds_are_of_the_image_and_not_of_its_padding() -> None:
-    low = Scene(600, 300, GREY, row_of_objects(("red", "star", 300.0, 50.0)).objects)
+    low = Scene(600, 300, GRAY, row_of_objects(("red", "star", 300.0, 50.0)).objects)
     assert low.place(low.objects[0]) == "top"
 
 

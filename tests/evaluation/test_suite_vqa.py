@@ -25,7 +25,7 @@ def picture(path: Path) -> Path:
     return path
 
 
-# ---- normalising -------------------------------------------------------------------------------
+# ---- normalizing -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,8 @@ def test_gqa_is_scored_by_equality(tmp_path: Path) -> None:
         "obj": Metric.share(1, 1),
     }
     assert scores.groups["accuracy by structural"] == {"query": Metric.share(1, 3)}
-    assert suite.settings["scoring"] == "equality after normalising"
+    said = "equality after normalising"  # codespell:ignore normalising
+    assert suite.settings["scoring"] == said
 
 
 def test_lines_of_llava_with_annotations(tmp_path: Path) -> None:

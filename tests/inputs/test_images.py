@@ -137,10 +137,10 @@ def test_jpegs_of_very_many_scans_are_refused() -> None:
 def test_arrays_and_tensors() -> None:
     assert same(load_image(PIXELS))
     assert same(load_image(PIXELS[:, ::-1]), PIXELS[:, ::-1])  # not contiguous
-    grey = PIXELS[:, :, 0]
-    replicated = np.stack([grey] * 3, axis=-1)
-    assert same(load_image(grey), replicated)
-    assert same(load_image(grey[:, :, None]), replicated)
+    gray = PIXELS[:, :, 0]
+    replicated = np.stack([gray] * 3, axis=-1)
+    assert same(load_image(gray), replicated)
+    assert same(load_image(gray[:, :, None]), replicated)
     assert same(load_image(noise(9, 5, 4)), noise(9, 5, 4)[:, :, :3])
     tensor = torch.from_numpy(PIXELS).permute(2, 0, 1)
     assert same(load_image(tensor))
@@ -186,8 +186,8 @@ def test_grey_is_replicated_and_alpha_dropped_not_composited() -> None:
     transparent[:, :, 3] = 0
     assert same(load_image(encoded(Image.fromarray(transparent))), transparent[:, :, :3])
     grey_alpha = Image.fromarray(transparent).convert("LA")
-    grey = np.asarray(grey_alpha)[:, :, 0]
-    assert same(load_image(encoded(grey_alpha)), np.stack([grey] * 3, axis=-1))
+    gray = np.asarray(grey_alpha)[:, :, 0]
+    assert same(load_image(encoded(grey_alpha)), np.stack([gray] * 3, axis=-1))
 
 
 def test_deep_grey_is_clipped() -> None:
@@ -631,19 +631,19 @@ def test_shape_dtype_and_values(pad: bool) -> None:
 
 
 def test_other_modes_are_converted_first() -> None:
-    grey = Image.fromarray(noise(30, 20)[:, :, 0])
-    assert torch.equal(preprocess(grey), preprocess(grey.convert("RGB")))
-    assert to_rgb(grey).mode == "RGB"
+    gray = Image.fromarray(noise(30, 20)[:, :, 0])
+    assert torch.equal(preprocess(gray), preprocess(gray.convert("RGB")))
+    assert to_rgb(gray).mode == "RGB"
 
 
 @pytest.mark.parametrize("size", [(1, 300_000), (300_000, 1), (40_000, 20)])
 def test_extreme_shapes_need_no_giant_canvas(size: tuple[int, int]) -> None:
     strip = Image.new("RGB", size, (200, 30, 90))
-    colour = preprocess(Image.new("RGB", (2, 2), (200, 30, 90)), size=56)
-    assert torch.equal(preprocess(strip, size=56, pad=False), colour)
+    color = preprocess(Image.new("RGB", (2, 2), (200, 30, 90)), size=56)
+    assert torch.equal(preprocess(strip, size=56, pad=False), color)
     padded = preprocess(strip, size=56)
-    assert torch.equal(padded[..., 27, 27], colour[..., 27, 27])
-    assert not torch.equal(padded[..., 0, 0], colour[..., 0, 0])
+    assert torch.equal(padded[..., 27, 27], color[..., 27, 27])
+    assert not torch.equal(padded[..., 0, 0], color[..., 0, 0])
 
 
 def test_both_ways_around_the_canvas_limit_agree(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ PARAPHRASES: dict[str, tuple[str, ...]] = {
         "What color is the {shape}?",
         "What is the color of the {shape}?",
         "Which color does the {shape} have?",
-        "What colour is the {shape}?",
+        "What colour is the {shape}?",  # codespell:ignore colour
     ),
     "shape": (
         "What shape is the {color} object?",

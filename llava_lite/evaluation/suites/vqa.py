@@ -147,7 +147,8 @@ def scoring_of(questions: Iterable[VqaQuestion]) -> str:
                 f"{question.where}: has {count} answers; VQA accuracy needs {PEOPLE}, equality 1"
             )
         counts.add(count)
-    names = {PEOPLE: "VQA accuracy of 10 answers", 1: "equality after normalising"}
+    equality = "equality after normalising"  # codespell:ignore normalising
+    names = {PEOPLE: "VQA accuracy of 10 answers", 1: equality}
     return " and ".join(names[count] for count in names if count in counts) or "none"
 
 
