@@ -12,11 +12,11 @@ from llava_lite.errors import LlavaLiteError
 JsonObject = dict[str, Any]
 
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems without
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # no locks there
 
 
 def check_output(path: Path, error_type: type[LlavaLiteError], force: bool = True) -> None:
-    """Raise the given error, before any work, where a file cannot be written to `path`.
+    """Raise the given error, before any work, if no file can be written to `path`.
 
     Without `force` an existing file is refused, too."""
     folder = path.absolute().parent
@@ -42,8 +42,9 @@ def parse_object(line: str | bytes, where: str, error_type: type[LlavaLiteError]
 
 
 def lock(file: BinaryIO, path: Path, error_type: type[LlavaLiteError]) -> None:
-    """Take a file that is open for writing for this process, where the system has locks, until it
-    is closed. Raises the given error where another one has it, and OSError."""
+    """Lock an open file for this process until the file is closed, if the system has locks.
+
+    Raises the given error if another process holds the lock, and OSError."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -58,7 +59,7 @@ def lock(file: BinaryIO, path: Path, error_type: type[LlavaLiteError]) -> None:
 
 
 def lines_of(*objects: JsonObject) -> bytes:
-    """The objects as lines, to write in one piece."""
+    """The objects as JSON lines, to be written in one piece."""
     # Escaped to ASCII: no reader splits a line at a Unicode line separator in an answer.
     return "".join(json.dumps(one) + "\n" for one in objects).encode()
 
@@ -73,7 +74,7 @@ def replace_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file that is at every moment, even after a crash, the old one or the new one."""
+    """Replace a file at once: even after a crash it is the old or the new file, never a mixture."""
     path = path.resolve()  # replace what a link points to, not the link
     staging = path.with_name(f".{path.name}.new")
     try:

@@ -138,8 +138,8 @@ def plural(shape: str) -> str:
 def questions(scene: Scene, rng: np.random.Generator, paraphrase: float = 0.3) -> list[Question]:
     """All questions worth asking about a scene, each reworded with probability `paraphrase`.
 
-    "exists" and "relation" have as many yes as no; about a quarter of the counts by color or
-    shape are zero; colors and shapes are asked for only where one object fits.
+    "exists" and "relation" have as many yes as no. About a quarter of the counts by color or shape
+    are zero. Colors and shapes are asked for only if exactly one object fits.
     """
     asker = _Asker(rng, paraphrase)
     asker.ask("count", COUNT_WORDS[len(scene.objects)])
@@ -157,7 +157,7 @@ def questions(scene: Scene, rng: np.random.Generator, paraphrase: float = 0.3) -
 
 
 class _Asker:
-    """Collects questions, choosing the wording of each."""
+    """Collects questions and chooses the wording of each."""
 
     def __init__(self, rng: np.random.Generator, paraphrase: float) -> None:
         self.rng = rng
@@ -212,8 +212,8 @@ def _ask_existence(asker: _Asker, scene: Scene) -> None:
 def _absent_identities(rng: np.random.Generator, present: set[Identity]) -> list[Identity]:
     """As many absent objects as there are present ones, four in five of them confusable.
 
-    Best are those whose color and shape are both present, on different objects; where these run
-    out, those that share the color or the shape.
+    First choice: color and shape are both present, on different objects. Second choice: the color
+    or the shape is present.
     """
     colors = {color for color, _ in present}
     shapes = {shape for _, shape in present}
@@ -264,8 +264,8 @@ def _ask_relation(
 def describe(scene: Scene) -> str:
     """One sentence: the count, then each object with its place, in the order of COLORS and SHAPES.
 
-    That order is strict, as no two objects share both, and it hangs on nothing that a hair's
-    breadth decides: who has named one object knows which may come next."""
+    The order is unique, because no two objects share color and shape. It does not depend on small
+    differences of position, so a model can learn it."""
     ordered = sorted(
         scene.objects, key=lambda o: (tuple(COLORS).index(o.color), SHAPES.index(o.shape))
     )

@@ -100,8 +100,10 @@ _PROPORTIONS = {"star": (0.39, 0.46), "ring": (0.48, 0.58), "cross": (0.29, 0.38
 
 @dataclass(frozen=True)
 class DigitStyle:
-    """How a digit is drawn, in the face that comes with Pillow: ink height in pixels, width of a
-    stroke around the face as a part of the font size, width stretch, ink color."""
+    """How a digit is drawn, in Pillow's default font.
+
+    height: of the ink, pixels. weight: width of an extra stroke, as a part of the font size.
+    stretch: of the width. ink: color."""
 
     height: float
     weight: float = _DIGIT_WEIGHTS[1]
@@ -130,7 +132,7 @@ class SceneObject:
 
     @property
     def name(self) -> str:
-        """The color and shape, which no other object of the scene shares: "red circle"."""
+        """Color and shape, unique in the scene: "red circle"."""
         return f"{self.color} {self.shape}"
 
 
@@ -224,7 +226,7 @@ def _place_object(
     placed: Sequence[SceneObject],
     confusable: float,
 ) -> SceneObject | None:
-    """Find room for one more object by rejection; None when it cannot be found."""
+    """Find a place for one more object by rejection sampling; None without a place."""
     low, high = RADIUS_RANGE
     wanted = rng.uniform(low, high)
     for attempt in range(_PLACEMENT_TRIES):
