@@ -29,9 +29,9 @@ from torch import Tensor
 class Layout:
     """The new rows of one item.
 
-    position_ids (N,), ascending; mapping_indices (N,), the row at each position (None: row i at
-    position i, so N = U); image_spans, the rows (start, stop) of each image; next_position, where
-    the next row will stand."""
+    position_ids (N,), ascending; mapping_indices (N,), the row at each position (None: row i has
+    position_ids[i], so N = U); image_spans, the rows (start, stop) of each image; next_position,
+    where the next row will stand."""
 
     num_rows: int
     position_ids: Tensor
@@ -71,8 +71,8 @@ class PackedLayout:
     """The layouts of a batch, concatenated.
 
     position_ids (S,); per item its number of rows and of positions; mapping_indices (S,) into the
-    packed rows; row_sizes (R,), the number of positions of each row. The last two are None if row i
-    stands at position i in every item."""
+    packed rows; row_sizes (R,), the number of positions of each row. The last two are None if every
+    row has one position."""
 
     position_ids: Tensor
     num_rows: tuple[int, ...]
@@ -182,7 +182,7 @@ class Placement:
     keeps_length: bool
 
     def num_positions(self, num_patches: int, num_tokens: int) -> int:
-        """By how many positions the image moves the text behind it."""
+        """The distance from the first position of the image to the text behind it."""
         return num_patches if self.keeps_length else num_tokens
 
 

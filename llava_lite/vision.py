@@ -44,8 +44,8 @@ KEY_BLOCK = 32  # fused kernels are faster if the number of keys is a multiple o
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, merged: Merged | None) -> Tensor:
-    """Fused attention, q, k, v (B, H, T, D) -> (B, H, T, D). Tokens weigh as much as their patches
-    (None: one patch each)."""
+    """Fused attention, q, k, v (B, H, T, D) -> (B, H, T, D). A token of s patches counts s times
+    (None: every token is one patch)."""
     if merged is None:
         return F.scaled_dot_product_attention(q, k, v)
     padding = -k.shape[2] % KEY_BLOCK

@@ -22,9 +22,9 @@ PURPOSES = {
     "tome-72": "merge; attention still sees every position",
     "tome-72-logical": "merge; attention sees only what is left",
     "dymu-72": "merge plain images more, busy ones less",
-    "fastv-50": "drop the half that the prompt looks at least",
+    "fastv-50": "drop the half with the least attention",
     "hybrid-72-36": "merge, then prune: the fast one",
-    "hybrid-vtu-72-36": "the same over every position: the careful one",
+    "hybrid-vtu-72-36": "the same over every position: slower, more accurate",
 }
 
 

@@ -137,8 +137,8 @@ class Model(Loop):
     def encode(self, image: Any, reduction: Reduction | str | None = None) -> EncodedImage:
         """Run the vision tower on one image now, to ask about the image many times later.
 
-        Tokens merge here. Positions and FastV of the reduction hold for calls without a reduction.
-        An image that is encoded already can change only these two. Raises ImageError and
+        Tokens merge here. Later calls that name no reduction use its positions and its FastV. For
+        an image that is encoded already, only these two can change. Raises ImageError and
         ValueError."""
         checked = self.reduction_for([image], reduction)
         [encoded], _ = self.encode_images([(image, checked)], DEFAULT_BATCH_SIZE)

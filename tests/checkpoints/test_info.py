@@ -153,7 +153,7 @@ def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
     for name, parts in (
         ("none", "- - - plain LLaVA: every image token"),
         ("dymu-72", "thresholds vtu - merge plain images more, busy ones less"),
-        ("fastv-50", "- - drop 50 %, layer 3 drop the half that the prompt looks at least"),
+        ("fastv-50", "- - drop 50 %, layer 3 drop the half with the least attention"),
         ("hybrid-72-36", "keep 72 logical keep 36, layer 3 merge, then prune: the fast one"),
     ):
         assert " ".join(rows[name].split()) == f"{name} {parts}"
