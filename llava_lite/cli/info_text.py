@@ -24,7 +24,7 @@ PURPOSES = {
     "dymu-72": "merge plain images more, busy ones less",
     "fastv-50": "drop the half with the least attention",
     "hybrid-72-36": "merge, then prune: the fast one",
-    "hybrid-vtu-72-36": "the same over every position: slower, more accurate",
+    "hybrid-vtu-72-36": "the same over every position: more accurate",
 }
 
 
