@@ -987,12 +987,12 @@ def private():
     text = Path("/proc/self/smaps_rollup").read_text()
     return 1024 * int(re.search(r"Anonymous: +(\\d+)", text)[1])
 q.check_operator(sys.argv[2], torch.device("cpu"), torch.bfloat16)
-seen, original = [], q.rounded
+seen, original = [], q.round_weight
 def measured(*args):
     result = original(*args)
     seen.append(private())
     return result
-q.rounded = measured
+q.round_weight = measured
 before = private()
 model = q.load_source(q.open_source(sys.argv[1]), method=sys.argv[2])
 print(max(seen) - before, private() - before, sum(b.nbytes for b in model.buffers()))
