@@ -361,10 +361,20 @@ def test_vision_tower_and_projector_equal_the_formulas(
     assert features.shape == (num_images, TINY_VISION.num_patches, TINY_VISION.hidden_size)
     for index in range(num_images):
         expected = vision_oracle(llava, pixel_values[index])
-        close(features[index], expected, 2e-5 if dtype == torch.float32 else 1e-10)
+        # Rounding alone reaches 2.6e-5 in about one of 400 random images.
+        close(features[index], expected, 5e-5 if dtype == torch.float32 else 1e-10)
         projected = projector_oracle(llava, expected)
         # Outputs of about 10; some are small differences of such.
         close(embeds[index].image_embeds, projected, 1e-4 if dtype == torch.float32 else 1e-10)
+
+
+def test_a_mask_replaces_the_causal_one_behind_a_cache() -> None:
+    """Three queries against five keys, all of which they may see."""
+    q, k, v = draw(1, 1, 2, 3, 4), draw(2, 1, 2, 5, 4), draw(3, 1, 2, 5, 4)
+    everything = torch.ones(3, 5, dtype=torch.bool)
+    weights = (q @ k.mT / 2).softmax(-1)
+    close(attend(q, k, v, everything), weights @ v, 1e-12)
+    assert not torch.allclose(attend(q, k, v, None), weights @ v)
 
 
 def test_feature_layer_counts_blocks() -> None:

@@ -414,6 +414,7 @@ def test_schedules() -> None:
 
 @many
 @given(st.integers(0, 2000), st.integers(1, 60), st.sampled_from(SCHEDULES))
+@example(17, 5, "linear")  # the line would not end within the blocks
 def test_schedules_spend_everything(total: int, num_layers: int, schedule: str) -> None:
     counts = spread(total, num_layers, schedule)
     assert len(counts) == num_layers and min(counts) >= 0 and sum(counts) == total
