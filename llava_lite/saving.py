@@ -15,16 +15,22 @@ JsonObject = dict[str, Any]
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # no locks there
 
 
-def check_output(path: Path, error_type: type[LlavaLiteError], force: bool = True) -> None:
+def check_output(
+    path: Path, error_type: type[LlavaLiteError], force: bool = True, appends: bool = False
+) -> None:
     """Raise the given error, before any work, if no file can be written to `path`.
 
-    Without `force` an existing file is refused, too."""
+    Without `force` an existing file is refused, too. With `appends` an existing file is written in
+    place, so that its folder may be read-only."""
     folder = path.absolute().parent
     if path.is_dir():
         raise error_type(f"{path}: is a folder, the output must be a file")
     if not folder.is_dir():
         raise error_type(f"{path}: the folder {folder} does not exist")
-    if not os.access(folder, os.W_OK):
+    if appends and path.exists():
+        if not os.access(path, os.W_OK):
+            raise error_type(f"{path}: cannot be written to")
+    elif not os.access(folder, os.W_OK):
         raise error_type(f"{path}: the folder {folder} cannot be written to")
     if path.exists() and not force:
         raise error_type(f"{path} already exists (use --force to overwrite)")

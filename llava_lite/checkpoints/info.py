@@ -143,11 +143,7 @@ def describe_source(
             for stored, entry in entries.items()
         ]
     skipped = len(source.ignored) + len({entry.stored for entry in source.unused.values()})
-    thresholds, error = None, None
-    try:
-        thresholds = OwnThresholds.of(source).read()
-    except CheckpointError as found:  # the rest of the checkpoint can still be described
-        error = str(found)
+    own = OwnThresholds.of(source)  # with an error the rest can still be described
     return Info(
         source.config,
         tuple(tensors),
@@ -155,8 +151,8 @@ def describe_source(
         source.layout,
         source.revision,
         skipped,
-        thresholds,
-        error,
+        own.values,
+        own.error,
         source.method if isinstance(source, QuantizedSource) else None,
     )
 

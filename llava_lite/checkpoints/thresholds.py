@@ -90,31 +90,47 @@ def read_dymu(path: Path) -> list[float]:
 
 @dataclass(frozen=True)
 class OwnThresholds:
-    """The thresholds of a checkpoint, before they are read: most calls never need them.
+    """The thresholds of a checkpoint, as they were when it was opened.
 
-    file: the thresholds.json of the checkpoint, if it has one. vision: the tower they are for."""
+    file: the thresholds.json of the checkpoint, if it has one. error: why it cannot be used, which
+    matters only to calls that need the thresholds."""
 
     file: Path | None
-    vision: VisionConfig
+    values: tuple[float, ...] | None
+    error: str | None = None
 
     @staticmethod
     def of(source: "Source") -> "OwnThresholds":
-        return OwnThresholds(find_thresholds_file(source), source.config.vision)
+        """Read the file. Without a file: DyMU's list for a tower with the sizes of OpenAI's
+        CLIP-L/336, and no thresholds for any other tower."""
+        file, vision = find_thresholds_file(source), source.config.vision
+        try:
+            return OwnThresholds(file, read_fitting(file, vision) if file else known_list(vision))
+        except CheckpointError as error:
+            return OwnThresholds(file, None, str(error))
 
     def read(self) -> tuple[float, ...] | None:
-        """The thresholds of the file. Without a file: DyMU's list for a tower with the sizes of
-        OpenAI's CLIP-L/336, and None for any other tower.
+        """The thresholds, if any. Raises CheckpointError for a damaged file and for a file that
+        does not fit the tower."""
+        if self.error is not None:
+            raise CheckpointError(self.error)
+        return self.values
 
-        Raises CheckpointError for a damaged file and for one that does not fit the tower."""
-        if self.file is not None:
-            thresholds = read_thresholds(self.file)
-            check_length(self.file, thresholds, self.vision)
-            return thresholds
-        vision, openai = self.vision, VisionConfig()
-        depth = {"num_layers": openai.num_layers, "feature_layer": openai.feature_layer}
-        if replace(vision, **depth) == openai and vision.num_layers <= openai.num_layers:
-            return OPENAI_CLIP_L_336[: vision.num_layers]
-        return None
+
+def read_fitting(file: Path, vision: VisionConfig) -> tuple[float, ...]:
+    """The thresholds of a file, which must fit the tower. Raises CheckpointError."""
+    thresholds = read_thresholds(file)
+    check_length(file, thresholds, vision)
+    return thresholds
+
+
+def known_list(vision: VisionConfig) -> tuple[float, ...] | None:
+    """DyMU's published list, if the tower has the sizes of OpenAI's CLIP-L/336."""
+    openai = VisionConfig()
+    depth = {"num_layers": openai.num_layers, "feature_layer": openai.feature_layer}
+    if replace(vision, **depth) == openai and vision.num_layers <= openai.num_layers:
+        return OPENAI_CLIP_L_336[: vision.num_layers]
+    return None
 
 
 def find_thresholds_file(source: "Source") -> Path | None:

@@ -130,7 +130,7 @@ class QuantizedLinear(nn.Module):
         # The codes are in this machine's order, which no loader could read elsewhere.
         raise ValueError(
             f"an {self.method} model cannot be saved: `llava-lite convert --quantize` (or "
-            "convert.convert) writes one"
+            "checkpoints.convert.convert) writes one"
         )
 
 

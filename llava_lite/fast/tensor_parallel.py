@@ -3,8 +3,8 @@
 Every rank (ranks.py) runs the whole program on its share of the decoder's weights:
 
     q, k, v, gate, up     rows of the weight: whole heads, and channels of the MLP
-    o, down               the columns for these heads and channels; results are summed over ranks,
-                          which are the only two sums in a layer
+    o, down               the columns for these heads and channels; the results are summed over
+                          ranks. A layer has these two sums and no other.
     lm_head               rows; the logits are gathered
     embed_tokens, norms   whole on every rank: a token reads one row, so cutting saves no time
     tower, projector      whole on every rank; each rank encodes its share of the images of a batch

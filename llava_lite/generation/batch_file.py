@@ -228,7 +228,7 @@ def plan(
     batch, and if it answers another question with the same id."""
     output = Path(output)
     rows = [replace(row, reduction=reduction_name(reduction)) for row in rows]
-    check_output(output, BatchError)
+    check_output(output, BatchError, appends=True)
     if not output.exists() or not output.stat().st_size:
         return Plan(list(rows))
     if not resume:

@@ -16,7 +16,7 @@ from llava_lite.errors import PromptError
 from llava_lite.generation.answer import Answer, Score, score_tokens
 from llava_lite.generation.chat import Chat
 from llava_lite.generation.loop import DEFAULT_BATCH_SIZE, Loop, check_batch_size
-from llava_lite.generation.sampling import GenerationOptions, Options, PromptOptions
+from llava_lite.generation.sampling import GenerationOptions, Options, PromptOptions, check_names
 from llava_lite.generation.state import Request, as_list
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
@@ -101,6 +101,7 @@ class Model(Loop):
         """Check the arguments of a call, before any computation: requests, options, batch size.
 
         `single` allows one prompt only. Raises as `generate`."""
+        check_names("Model.stream" if single else "Model.generate", options, Options)
         wishes = GenerationOptions(**options)
         if single and not isinstance(prompt, str):
             kind = type(prompt).__name__
@@ -132,6 +133,7 @@ class Model(Loop):
 
         A later image gets the reduction of the one before it. Raises ValueError for options that
         the model does not allow."""
+        check_names("Model.chat", options, Options)
         return Chat(self, image, GenerationOptions(**options))
 
     def encode(self, image: Any, reduction: Reduction | str | None = None) -> EncodedImage:
@@ -214,8 +216,7 @@ class Model(Loop):
         batch_size: int | None,
     ) -> tuple[list[Request], list[tuple[int, ...]], int]:
         """Check the arguments of `score`: requests, ids of the continuations, the batch size."""
-        for name in options.keys() - PromptOptions.__annotations__.keys():
-            raise TypeError(f"score() got an unexpected keyword argument {name!r}")
+        check_names("Model.score", options, PromptOptions)
         items = pair(image, prompt)
         texts = pair_continuations(prompt, continuation, len(items))
         targets = [

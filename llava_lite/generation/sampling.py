@@ -4,7 +4,7 @@ Shapes: B items, V vocabulary.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -34,6 +34,12 @@ class Options(PromptOptions, total=False):
     seed: int | None
     stop: str | Sequence[str] | None
     trace: bool
+
+
+def check_names(call: str, options: Mapping[str, Any], known: type) -> None:
+    """Raise TypeError, as Python does, for an option that the TypedDict `known` does not have."""
+    for name in options.keys() - known.__annotations__.keys():
+        raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
 
 
 @dataclass(frozen=True)

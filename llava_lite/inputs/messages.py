@@ -37,22 +37,23 @@ class Conversation:
 
 
 def fold_messages(
-    messages: Sequence[Message], write: Callable[[Sequence[Part]], str]
+    messages: Sequence[Message], write: Callable[[Sequence[Message]], str]
 ) -> Conversation:
-    """Fold messages into turns. Neighbors with the same role become one message.
+    """Fold messages into turns. Neighbors with the same role become one question or answer.
 
-    `write` makes one text of the parts of a message, with an `<image>` marker for each image.
+    `write` makes one text of such neighbors, with an `<image>` marker for each image. The images
+    are in the order of the prompt: those of system messages first.
     Raises PromptError, which names the message by its number from 0."""
-    system: list[Part] = []
-    turns: list[tuple[list[Part], list[Part] | None]] = []
+    system: list[Message] = []
+    turns: list[tuple[list[Message], list[Message] | None]] = []
     for number, message in enumerate(messages):
         question, answer = turns[-1] if turns else ([], [])
         if message.role == "system":
-            system.extend(message.parts)
+            system.append(message)
         elif message.role == "user" and answer is not None:
-            turns.append((list(message.parts), None))
+            turns.append(([message], None))
         elif message.role == "user":
-            question.extend(message.parts)
+            question.append(message)
         elif message.role != "assistant":
             role = message.role[:40]
             raise PromptError(f"messages.{number}: the role {role!r} is not supported here")
@@ -61,12 +62,13 @@ def fold_messages(
                 f"messages.{number}: an assistant message needs a user message before it"
             )
         else:
-            turns[-1] = question, [*(answer or []), *message.parts]
+            turns[-1] = question, [*(answer or []), message]
     if not turns or turns[-1][1] is not None:
         raise PromptError("messages: the last message must have the role 'user'")
-    parts = [*system, *(part for q, a in turns for part in [*q, *(a or [])])]
+    ordered = [*system, *(message for q, a in turns for message in [*q, *(a or [])])]
+    parts = [part for message in ordered for part in message.parts]
     return Conversation(
         tuple((write(q), None if a is None else write(a)) for q, a in turns),
         tuple(part.image for part in parts if isinstance(part, ImagePart)),
-        write(system) if any(message.role == "system" for message in messages) else None,
+        write(system) if system else None,
     )

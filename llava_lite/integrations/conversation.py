@@ -30,7 +30,12 @@ def read_conversation(messages: Sequence[Message], template: str) -> Conversatio
     markers = sum(part.count(IMAGE_MARKER) for part in parts if isinstance(part, str))
     images = sum(isinstance(part, ImagePart) for part in parts)
     keep_markers = 0 < markers == images
-    return fold_messages(messages, partial(write_parts, template=template, keep=keep_markers))
+    return fold_messages(messages, partial(write_messages, template=template, keep=keep_markers))
+
+
+def write_messages(messages: Sequence[Message], template: str, keep: bool) -> str:
+    """Neighbors with the same role as one text, each message on a line."""
+    return "\n".join(write_parts(message.parts, template, keep) for message in messages)
 
 
 def write_parts(parts: Sequence[Part], template: str, keep: bool) -> str:

@@ -24,7 +24,7 @@ def read_messages(messages: Sequence[protocol.Message], template: str) -> Conver
         for number, message in enumerate(messages)
     ]
     try:
-        conversation = fold_messages(read, partial(write_parts, template=template))
+        conversation = fold_messages(read, partial(write_messages, template=template))
     except PromptError as error:
         raise ApiError(400, str(error), "messages") from None
     questions = "\n".join(question for question, _ in conversation.turns)
@@ -85,9 +85,10 @@ def read_text(message: protocol.Message, number: int) -> str:
     return text
 
 
-def write_parts(parts: Sequence[Part], template: str) -> str:
+def write_messages(messages: Sequence[Message], template: str) -> str:
     """One text with a marker per image. Images before or after all text go first, as the model was
     trained; images between texts stay there."""
+    parts = [part for message in messages for part in message.parts]
     images = [isinstance(part, ImagePart) for part in parts]
     count = sum(images)
     if not any(images[count:]) or not any(images[: len(parts) - count]):

@@ -682,3 +682,19 @@ def test_nothing_is_cut_off_that_another_run_wrote_since_the_plan(tmp_path: Path
     with pytest.raises(batch_file.BatchError, match="another run has changed it"):
         batch_file.append_records(output, work, [], None)
     assert output.read_bytes() == before
+
+
+def test_an_existing_output_is_appended_to_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder may be read-only; a new file needs the folder, and an old one its own mode."""
+    output, denied = tmp_path / "out.jsonl", {tmp_path}
+    output.write_text("")
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) not in denied)
+    saving.check_output(output, BatchError, appends=True)
+    for path in (output, tmp_path / "new.jsonl"):
+        with pytest.raises(BatchError, match="the folder .* cannot be written to"):
+            saving.check_output(path, BatchError)
+    denied.add(output)
+    with pytest.raises(BatchError, match="out.jsonl: cannot be written to"):
+        saving.check_output(output, BatchError, appends=True)

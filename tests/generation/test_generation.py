@@ -424,7 +424,8 @@ def test_an_unknown_option_is_named_at_the_call(tiny_model: Model, call: str) ->
         "score": lambda: tiny_model.score(None, "star?", "red", **wrong),
         "front door": lambda: llava_lite.generate(None, "star?", tiny_model, **wrong),
     }
-    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+    name = "generate" if call == "front door" else call
+    with pytest.raises(TypeError, match=rf"Model\.{name}\(\) got .* argument 'temprature'"):
         calls[call]()
 
 

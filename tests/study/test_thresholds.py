@@ -885,3 +885,12 @@ def test_a_plain_scene_has_fewer_tokens_than_a_busy_one(embedded: Model) -> None
         busy = sample_scene(np.random.default_rng([51_000, index]), 6, (500, 500))
         plain = replace(busy, objects=())
         assert num_tokens(embedded, plain) < num_tokens(embedded, busy)
+
+
+def test_thresholds_are_those_of_the_folder_when_it_was_loaded(folder: Path) -> None:
+    """Another file, or none, does not change a model that is loaded."""
+    file = folder / "thresholds.json"
+    file.write_text(json.dumps([0.5] * 2))
+    model = llava_lite.load(folder, device="cpu")
+    file.unlink()
+    assert list(model.thresholds or ()) == [0.5] * 2
