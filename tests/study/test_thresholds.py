@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -767,7 +768,7 @@ def test_resume(
 
 KILLED = """
 import os, signal, sys
-import llava_lite
+import llava_lite, torch
 from llava_lite.cli.thresholds import run
 from llava_lite.study import find_thresholds
 from helpers.thresholds_command import parse
@@ -779,13 +780,18 @@ def dying(*args):
     return real(*args)
 
 find_thresholds.batch_thresholds = dying
+torch.set_num_threads(1)  # rounding depends on the number of threads
 run(parse(*sys.argv[2:]), llava_lite.load(sys.argv[1], device="cpu"))
 """
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_resume_after_kill(folder: Path, pictures: Path, tmp_path: Path) -> None:
+def test_resume_after_kill(
+    folder: Path, pictures: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Killed in the 12th of 14 batches; 8 were saved."""
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(1)
     output, expected = tmp_path / "t.json", tmp_path / "expected.json"
     ended = Fork(KILLED, folder, *options(pictures, output))
     assert ended.wait() == -signal.SIGKILL
