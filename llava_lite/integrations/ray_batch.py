@@ -167,8 +167,9 @@ def map_blocks(
     """Yield `work(model, block)` of every block, in order; a LostBlock for one that killed two
     actors. Blocks, `work` and results are pickled with cloudpickle.
 
-    Raises RayError if Ray is missing or too small, a model does not load, or `work` raises, and
-    DyingActors for more than MOST_LOST lost blocks."""
+    Raises RayError if Ray is missing or too small, a model does not load, or `work` raises.
+    Raises DyingActors for more than MOST_LOST lost blocks. Before that, finished blocks are
+    yielded, with a LostBlock for each unfinished one between them."""
     if not blocks:
         return
     import_ray()
@@ -177,7 +178,13 @@ def map_blocks(
     with connect(cluster), closing(finish_blocks(blocks, work, source, cluster)) as results:
         for number in range(len(blocks)):
             while number not in done:
-                finished, result = next(results)
+                try:
+                    finished, result = next(results)
+                except DyingActors:
+                    # Finished blocks may wait for an earlier one: hand them on before the error.
+                    for waiting in range(number, max(done, default=-1) + 1):
+                        yield done.get(waiting, LostBlock())
+                    raise
                 done[finished] = result
             result = done.pop(number)
             if isinstance(result, RayError) and not isinstance(result, LostBlock):

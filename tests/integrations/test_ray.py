@@ -323,6 +323,23 @@ def test_a_run_ends_where_actors_always_die(fake_ray: FakeRay, loading: bool) ->
         list(map_blocks(range(20), double, ModelSource(), TWO))
 
 
+def test_blocks_behind_a_slow_one_are_handed_on_before_a_run_ends(
+    fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first block never ends. Those behind it died, and would else die in every resumed run."""
+
+    def wait(tasks: list[Any]) -> tuple[list[Any], list[Any]]:
+        return [[task for task in tasks if task[1:] != (0,)][-1]], []
+
+    monkeypatch.setattr(fake_ray, "wait", wait)
+    fake_ray.deadly = range(3, 12)
+    found: list[Any] = []
+    with pytest.raises(DyingActors):
+        for one in map_blocks(range(20), double, ModelSource(), TWO):
+            found.append("lost" if isinstance(one, LostBlock) else one)
+    assert found == ["lost", 2, 4, *["lost"] * 8]
+
+
 @pytest.mark.parametrize("retry", [False, True])
 def test_what_cannot_start_touches_no_file(
     monkeypatch: pytest.MonkeyPatch,
