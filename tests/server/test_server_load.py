@@ -95,7 +95,8 @@ def test_memory_is_flat(load_server: ModuleType, model: Model, host: Any) -> Non
             assert outcome.wrong == [] and outcome.lost == []
             sizes.append(load_server.memory_of(process))
     assert len(cheap) * 4 > 1700
-    assert sizes[3] - sizes[2] < 20 * 1024  # KiB
+    # A leak grows in every round; the heap may take another page or two in one of them.
+    assert min(sizes[2] - sizes[1], sizes[3] - sizes[2]) < 20 * 1024  # KiB
 
 
 def test_nothing_of_a_request_waits_for_the_garbage_collector(
