@@ -169,7 +169,7 @@ def map_blocks(
 
     Raises RayError if Ray is missing or too small, a model does not load, or `work` raises.
     Raises DyingActors for more than MOST_LOST lost blocks. Before that, finished blocks are
-    yielded, with a LostBlock for each unfinished one between them."""
+    yielded, with the DyingActors in place of each unfinished one between them."""
     if not blocks:
         return
     import_ray()
@@ -180,16 +180,15 @@ def map_blocks(
             while number not in done:
                 try:
                     finished, result = next(results)
-                except DyingActors:
+                except DyingActors as error:
                     # Finished blocks may wait for an earlier one: hand them on before the error.
                     for waiting in range(number, max(done, default=-1) + 1):
-                        yield done.get(waiting, LostBlock())
+                        yield done.get(waiting, error)
                     raise
+                if isinstance(result, RayError) and not isinstance(result, LostBlock):
+                    raise result  # at once, also if an earlier block is unfinished
                 done[finished] = result
-            result = done.pop(number)
-            if isinstance(result, RayError) and not isinstance(result, LostBlock):
-                raise result
-            yield result
+            yield done.pop(number)
 
 
 def finish_blocks(
@@ -246,18 +245,19 @@ def answer_blocks(
     try:
         with closing(map_blocks(blocks, work, source, cluster)) as results:
             for block, result in zip(blocks, results, strict=True):
-                if not isinstance(result, LostBlock):
-                    yield result
-                elif not block:
+                if isinstance(result, LostBlock | DyingActors) and not block:
                     raise result
-                else:
+                if isinstance(result, LostBlock):
                     lost.extend(block)
+                elif not isinstance(result, DyingActors):  # a resumed run asks unfinished blocks
+                    yield result
     except DyingActors as error:
         broken = error  # record the lost items first, or a resumed run would end here again
     alone = [[item] for item in lost]
     with closing(map_blocks(alone, work, source, cluster)) as results:
         for item, result in zip(lost, results, strict=True):
-            yield [fail(item, result)] if isinstance(result, LostBlock) else result
+            if not isinstance(result, DyingActors):
+                yield [fail(item, result)] if isinstance(result, LostBlock) else result
     if broken is not None:
         raise broken
 

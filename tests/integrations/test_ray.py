@@ -336,8 +336,67 @@ def test_blocks_behind_a_slow_one_are_handed_on_before_a_run_ends(
     found: list[Any] = []
     with pytest.raises(DyingActors):
         for one in map_blocks(range(20), double, ModelSource(), TWO):
-            found.append("lost" if isinstance(one, LostBlock) else one)
-    assert found == ["lost", 2, 4, *["lost"] * 8]
+            found.append(type(one) if isinstance(one, RayError) else one)
+    assert found == [DyingActors, 2, 4, *[LostBlock] * 8]
+
+
+@pytest.mark.parametrize("unfinished", [0, 1])
+def test_an_unfinished_block_is_neither_lost_nor_answered(
+    monkeypatch: pytest.MonkeyPatch, unfinished: int
+) -> None:
+    """Its actor lives, so a resumed run answers the items. Also where items run alone."""
+    passes: list[int] = []
+
+    def map_some(blocks: Sequence[Any], *_: Any) -> Iterator[Any]:
+        passes.append(len(blocks))
+        error = DyingActors()
+        if unfinished == len(passes) - 1:
+            yield from [error, LostBlock(), [3]]
+            raise error
+        yield from [LostBlock()] * len(blocks)
+
+    monkeypatch.setattr(ray_batch, "map_blocks", map_some)
+    found: list[Any] = []
+    blocks = [[0], [1], [2]]
+    with pytest.raises(DyingActors):
+        for one in ray_batch.answer_blocks(
+            blocks, double, ModelSource(), TWO, lambda item, _: f"failed {item}"
+        ):
+            found.extend(one)
+    assert found == ([3, "failed 1"] if unfinished == 0 else ["failed 1", 3])
+    assert passes == ([3, 1] if unfinished == 0 else [3, 3])
+
+
+def test_an_unfinished_block_without_items_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation would take the next block's answers for the model's settings."""
+
+    def map_some(blocks: Sequence[Any], *_: Any) -> Iterator[Any]:
+        if blocks:
+            yield from [DyingActors(), [1]]
+            raise DyingActors
+
+    monkeypatch.setattr(ray_batch, "map_blocks", map_some)
+    results = ray_batch.answer_blocks([[], [1]], double, ModelSource(), TWO, lambda *_: None)
+    with pytest.raises(DyingActors):
+        next(results)
+
+
+def test_an_error_of_the_work_ends_the_run_before_a_slow_block_does(
+    fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def wait(tasks: list[Any]) -> tuple[list[Any], list[Any]]:
+        return [[task for task in tasks if task[1:] != (0,)][-1]], []
+
+    def work(_: Any, block: int) -> Any:
+        asked.append(block)
+        return RayError("broken") if block == 3 else block
+
+    monkeypatch.setattr(fake_ray, "wait", wait)
+    with pytest.raises(RayError, match="broken"):
+        list(map_blocks(range(20), work, ModelSource(), TWO))
+    assert asked == [1, 2, 3]
 
 
 @pytest.mark.parametrize("retry", [False, True])
@@ -654,7 +713,9 @@ def test_both_actors_work_and_a_failure_ends_it(ray_here: Any, source: ModelSour
     with pytest.raises(RayError, match="^a Ray actor failed: TypeError: [^\n]*$"):
         for process in map_blocks([0.3] * 8 + ["text"], work, source, TWO):
             processes.append(process)
-    assert len(processes) == 8 and len(set(processes)) == 2 and os.getpid() not in processes
+    # The other actor may still work on the eighth block when the ninth fails.
+    assert len(processes) in (7, 8)
+    assert len(set(processes)) == 2 and os.getpid() not in processes
 
 
 @pytest.mark.slow
