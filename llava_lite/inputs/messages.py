@@ -18,6 +18,10 @@ class ImagePart:
 Part = str | ImagePart
 
 
+class MessageError(PromptError):
+    """A message has a role or a place that no conversation allows. Names its number from 0."""
+
+
 @dataclass(frozen=True)
 class Message:
     """One message of "system", "user" or "assistant": its texts and images in order."""
@@ -43,7 +47,7 @@ def fold_messages(
 
     `write` makes one text of such neighbors, with an `<image>` marker for each image. The images
     are in the order of the prompt: those of system messages first.
-    Raises PromptError, which names the message by its number from 0."""
+    Raises MessageError, and the errors of `write`."""
     system: list[Message] = []
     turns: list[tuple[list[Message], list[Message] | None]] = []
     for number, message in enumerate(messages):
@@ -56,15 +60,15 @@ def fold_messages(
             question.append(message)
         elif message.role != "assistant":
             role = message.role[:40]
-            raise PromptError(f"messages.{number}: the role {role!r} is not supported here")
+            raise MessageError(f"messages.{number}: the role {role!r} is not supported here")
         elif not turns:
-            raise PromptError(
+            raise MessageError(
                 f"messages.{number}: an assistant message needs a user message before it"
             )
         else:
             turns[-1] = question, [*(answer or []), message]
     if not turns or turns[-1][1] is not None:
-        raise PromptError("messages: the last message must have the role 'user'")
+        raise MessageError("messages: the last message must have the role 'user'")
     ordered = [*system, *(message for q, a in turns for message in [*q, *(a or [])])]
     parts = [part for message in ordered for part in message.parts]
     return Conversation(

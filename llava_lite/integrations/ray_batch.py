@@ -215,6 +215,8 @@ def finish_blocks(
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             result, lost = LostBlock(), lost + 1
             if number < 0 or lost > MOST_LOST:
+                if number >= 0:
+                    yield number, result
                 raise DyingActors() from error
         except ray.exceptions.RayError as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -4,8 +4,14 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import takewhile
 
-from llava_lite.errors import PromptError
-from llava_lite.inputs.messages import Conversation, ImagePart, Message, Part, fold_messages
+from llava_lite.inputs.messages import (
+    Conversation,
+    ImagePart,
+    Message,
+    MessageError,
+    Part,
+    fold_messages,
+)
 from llava_lite.inputs.prompt import IMAGE_MARKER, check_images, place_images
 from llava_lite.server import protocol
 from llava_lite.server.errors import ApiError
@@ -24,12 +30,9 @@ def read_messages(messages: Sequence[protocol.Message], template: str) -> Conver
         for number, message in enumerate(messages)
     ]
     try:
-        conversation = fold_messages(read, partial(write_messages, template=template))
-    except PromptError as error:
+        return fold_messages(read, partial(write_messages, template=template))
+    except MessageError as error:
         raise ApiError(400, str(error), "messages") from None
-    questions = "\n".join(question for question, _ in conversation.turns)
-    check_images(questions, len(conversation.images))  # already here, before images are fetched
-    return conversation
 
 
 def refusal(number: int, reason: str) -> ApiError:
@@ -93,5 +96,8 @@ def write_messages(messages: Sequence[Message], template: str) -> str:
     count = sum(images)
     if not any(images[count:]) or not any(images[: len(parts) - count]):
         texts = [part for part in parts if isinstance(part, str)]
-        return place_images("\n".join(texts), count, template)
-    return "\n".join(IMAGE_MARKER if isinstance(part, ImagePart) else part for part in parts)
+        text = place_images("\n".join(texts), count, template)
+    else:
+        text = "\n".join(IMAGE_MARKER if isinstance(part, ImagePart) else part for part in parts)
+    check_images(text, count)  # in every turn: its images must not stand in another one
+    return text

@@ -337,7 +337,7 @@ def test_blocks_behind_a_slow_one_are_handed_on_before_a_run_ends(
     with pytest.raises(DyingActors):
         for one in map_blocks(range(20), double, ModelSource(), TWO):
             found.append(type(one) if isinstance(one, RayError) else one)
-    assert found == [DyingActors, 2, 4, *[LostBlock] * 8]
+    assert found == [DyingActors, 2, 4, *[LostBlock] * 9]
 
 
 @pytest.mark.parametrize("unfinished", [0, 1])

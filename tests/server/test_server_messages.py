@@ -244,6 +244,16 @@ def test_markers_without_images(parts: list[dict[str, Any]]) -> None:
         conversation({"role": "user", "content": parts})
 
 
+def test_markers_fit_the_images_of_their_own_turn() -> None:
+    """Three markers and three images in all, but an image would stand in another turn."""
+    with pytest.raises(PromptError, match="2 <image> markers, but 1 image was given"):
+        conversation(
+            {"role": "user", "content": [text_part("<image> and <image>?"), image_part()]},
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": [text_part("<image>?"), image_part(), image_part()]},
+        )
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner, max_size=4),
