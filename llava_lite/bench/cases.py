@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_lite.bench.machine import Prepared, Run
+from llava_lite.bench.machine import Case, Prepared
 from llava_lite.cache import KVCache, attend
 from llava_lite.config import IMAGE_TOKEN_ID, LlavaConfig, TextConfig
 from llava_lite.errors import CheckpointError
@@ -47,27 +47,6 @@ PARTS = (
     *("tower", "prefill", "first token", "first token, cold", "decode", "batch"),
     *("growing prefill", "growing decode", "growing attention"),
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    """A run to time. `run` makes `steps` steps; tokens, operations and bytes read are per step
-    (0: not counted)."""
-
-    contender: str
-    part: str
-    setting: str
-    run: Run
-    steps: int = 1
-    tokens: int = 0
-    flops: int = 0
-    bytes: int = 0
-    image_tokens: int | None = None
-    kv_bytes: int | None = None
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.contender, self.part, self.setting
 
 
 def stored_bytes(module: nn.Module) -> int:

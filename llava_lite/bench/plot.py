@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_lite.bench.cases import OURS, TRANSFORMERS
+from llava_lite.bench.machine import Measurement
 from llava_lite.bench.report import precision
-from llava_lite.bench.run import BenchError, Measurement, Report
+from llava_lite.bench.run import BenchError, Report
 from llava_lite.bench.targets import FAST
 from llava_lite.saving import check_output, replace_file
 

@@ -32,7 +32,6 @@ from llava_lite.bench.cases import (
     TRANSFORMERS,
     WORDS_AFTER,
     WORDS_BEFORE,
-    Case,
     Contender,
     Work,
     decode,
@@ -44,17 +43,8 @@ from llava_lite.bench.cases import (
     stored_bytes,
     walk_all,
 )
-from llava_lite.bench.machine import (
-    READ_BYTES,
-    Limit,
-    MemoryWatch,
-    Run,
-    free_bytes,
-    limit_runs,
-    private_bytes,
-    quartiles,
-    time_in_turns,
-)
+from llava_lite.bench.machine import READ_BYTES, Case, Measurement, time_cases
+from llava_lite.bench.memory import MemoryWatch, free_bytes, private_bytes
 from llava_lite.bench.profile import Profile, profile_cases
 from llava_lite.bench.transformers_peer import Peer, import_transformers
 from llava_lite.checkpoints.checkpoint import load_tokenizer
@@ -150,27 +140,6 @@ class Footprint:
     answering: int | None
     method: str | None = None
     loads: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A timed case: median seconds of a step, quartiles and all rounds; rates per second (None: not
-    counted), and their shares of the machine's limits."""
-
-    contender: str
-    part: str
-    setting: str
-    seconds: float
-    quartiles: tuple[float, float]
-    rounds: tuple[float, ...]
-    tokens_per_second: float | None
-    flops_per_second: float | None = None
-    matmul_share: float | None = None
-    bytes_per_second: float | None = None
-    read_share: float | None = None
-    bytes: int = 0
-    image_tokens: int | None = None
-    kv_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -524,24 +493,12 @@ def time_contenders(settings: Settings, contenders: Sequence[Contender]) -> Phas
             found, logits[one.name], reasons = make_our_cases(settings, one)
             skipped |= reasons
         cases += found
+    cases.sort(key=lambda case: PARTS.index(case.part))
     hidden = settings.quiet or not sys.stderr.isatty()
     dtype = contenders[0].work.dtype
     rates, measured = time_cases(cases, settings.repeat, dtype, settings.device, hidden)
     profiles = profile_cases(cases, settings.device) if settings.profile else []
     return Phase(rates, measured, skipped, logits, profiles)
-
-
-def time_cases(
-    cases: Sequence[Case], repeat: int, dtype: torch.dtype, device: str, hidden: bool
-) -> tuple[dict[str, float], list[Measurement]]:
-    """Time cases and the machine in turns, `repeat` rounds. Returns the machine's rates (see
-    `limit_rates`) and a measurement of every case."""
-    limits = limit_runs(dtype, device)
-    runs: dict[tuple[str, ...], Run] = {(limit.kind, limit.way): limit.run for limit in limits}
-    runs |= {case.key: case.run for case in sorted(cases, key=lambda case: PARTS.index(case.part))}
-    seconds = time_in_turns(runs, repeat, device, hidden)
-    rates = limit_rates(limits, seconds)
-    return rates, [measure(case, seconds[case.key], rates) for case in cases]
 
 
 def make_our_cases(settings: Settings, one: Contender) -> tuple[list[Case], Tensor, dict[str, str]]:
@@ -554,38 +511,3 @@ def make_our_cases(settings: Settings, one: Contender) -> tuple[list[Case], Tens
     too_long = {f"{n} words": f"the context is {context} positions" for n in lengths if n > context}
     cases = our_cases(one, walks, settings.batch_sizes, lengths)
     return cases, walks["none"].logits, reasons | too_long
-
-
-def limit_rates(
-    limits: Sequence[Limit], seconds: Mapping[tuple[str, ...], list[float]]
-) -> dict[str, float]:
-    """Operations ("matmul") and bytes per second (the fastest "read", and each way to read)."""
-    rates: dict[str, float] = {}
-    for limit in limits:
-        rate = limit.amount / statistics.median(seconds[limit.kind, limit.way])
-        rates[limit.kind] = max(rate, rates.get(limit.kind, 0.0))
-        if limit.kind == "read":
-            rates[f"read, {limit.way}"] = rate
-    return rates
-
-
-def measure(case: Case, rounds: Sequence[float], rates: Mapping[str, float]) -> Measurement:
-    """The measurement of a case, from its seconds in every round and the machine's rates."""
-    steps = [seconds / case.steps for seconds in rounds]
-    median = statistics.median(steps)
-    flops = case.flops / median if case.flops else None
-    read = case.bytes / median if case.bytes else None
-    return Measurement(
-        *case.key,
-        median,
-        quartiles(steps),
-        tuple(steps),
-        case.tokens / median if case.tokens else None,
-        flops,
-        None if flops is None else flops / rates["matmul"],
-        read,
-        None if read is None else read / rates["read"],
-        case.bytes,
-        case.image_tokens,
-        case.kv_bytes,
-    )

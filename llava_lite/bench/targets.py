@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llava_lite.bench.cases import OURS, PARTS, SHARED_WORDS, TRANSFORMERS
-from llava_lite.bench.run import PEER_FOOTPRINT, Measurement, Report
+from llava_lite.bench.machine import Measurement
+from llava_lite.bench.run import PEER_FOOTPRINT, Report
 from llava_lite.config import LLAVA_1_5_7B, LlavaConfig
 
 FAST = "hybrid-72-36"

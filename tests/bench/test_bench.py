@@ -25,12 +25,12 @@ from helpers.models import random_llava
 from helpers.peers import peer
 from llava_lite.bench import cases as bench_cases
 from llava_lite.bench import machine as hardware
-from llava_lite.bench import plot, targets, transformers_peer
+from llava_lite.bench import memory, plot, targets, transformers_peer
 from llava_lite.bench import report as bench_report
 from llava_lite.bench import run as bench
 from llava_lite.bench.cases import OURS, TRANSFORMERS, Work, stored_bytes, word_ids
-from llava_lite.bench.machine import Prepared, time_in_turns
-from llava_lite.bench.run import BenchError, Footprint, Measurement, Report, Settings
+from llava_lite.bench.machine import Measurement, Prepared, time_in_turns
+from llava_lite.bench.run import BenchError, Footprint, Report, Settings
 from llava_lite.bench.targets import Row
 from llava_lite.bench.transformers_peer import Peer, PeerError
 from llava_lite.checkpoints.convert import convert
@@ -552,10 +552,10 @@ def test_runs_take_turns_and_the_first_round_does_not_count() -> None:
 def test_memory_of_this_process() -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("this system has no /proc")
-    private = hardware.private_bytes()
+    private = memory.private_bytes()
     assert private is None or 10_000_000 < private < 64e9
-    assert 0 < (hardware.free_bytes("cpu") or 0)
-    with hardware.MemoryWatch() as watch:
+    assert 0 < (memory.free_bytes("cpu") or 0)
+    with memory.MemoryWatch() as watch:
         before = watch.resident
         # Fresh pages: an allocator could have kept some that were counted before.
         with mmap.mmap(-1, 100_000_000) as block:
@@ -569,14 +569,14 @@ def test_memory_of_this_process() -> None:
 def test_memory_where_the_system_does_not_say(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hardware, "PROC", tmp_path)
-    monkeypatch.setattr(hardware, "CGROUP", tmp_path / "nowhere")
-    assert hardware.private_bytes() is None and hardware.free_bytes("cpu") is None
-    with hardware.MemoryWatch() as watch:
+    monkeypatch.setattr(memory, "PROC", tmp_path)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "nowhere")
+    assert memory.private_bytes() is None and memory.free_bytes("cpu") is None
+    with memory.MemoryWatch() as watch:
         pass
     assert watch.resident is watch.anonymous is None
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  7 kB\n")
-    assert hardware.free_bytes("cpu") == 7 * 1024
+    assert memory.free_bytes("cpu") == 7 * 1024
 
 
 @pytest.mark.parametrize(
@@ -618,8 +618,8 @@ def test_memory_where_the_system_does_not_say(
 def test_free_memory_is_that_of_a_container(
     files: dict[str, str], free: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hardware, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(hardware, "CGROUP", tmp_path / "sys")
+    monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "sys")
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemAvailable:  7000 kB\n")
     (tmp_path / "proc/self/cgroup").write_text("4:memory:/app/inner\n0::/app/inner\n")
@@ -627,7 +627,7 @@ def test_free_memory_is_that_of_a_container(
         file = tmp_path / "sys" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content + "\n")
-    assert hardware.free_bytes("cpu") == free
+    assert memory.free_bytes("cpu") == free
 
 
 def test_on_a_gpu_memory_is_what_torch_allocated_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -639,10 +639,10 @@ def test_on_a_gpu_memory_is_what_torch_allocated_there(monkeypatch: pytest.Monke
         mem_get_info=lambda device: (11, 99),
     )
     monkeypatch.setattr(torch, "cuda", fake)
-    with hardware.MemoryWatch("cuda:0") as watch:
+    with memory.MemoryWatch("cuda:0") as watch:
         pass
     assert watch.resident == watch.anonymous in (7, 9)
-    assert hardware.free_bytes("cuda:0") == 11
+    assert memory.free_bytes("cuda:0") == 11
 
 
 def test_weights_count_in_whatever_form_they_are_kept() -> None:

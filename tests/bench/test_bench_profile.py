@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from llava_lite.bench import profile as bench_profile
-from llava_lite.bench.cases import OURS, Case
-from llava_lite.bench.machine import Prepared, Run
+from llava_lite.bench.cases import OURS
+from llava_lite.bench.machine import Case, Prepared, Run
 from llava_lite.bench.profile import ATTENTION, OTHERS, PRODUCTS, kind, profile_case, profile_cases
 from llava_lite.bench.report import profile_cells
 from llava_lite.tables import table_lines

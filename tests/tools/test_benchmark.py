@@ -12,8 +12,9 @@ import torch
 from helpers.models import TINY_TEXT, load_tool, random_llava
 from llava_lite.bench import machine as hardware
 from llava_lite.bench import run as bench
-from llava_lite.bench.cases import OURS, Case
-from llava_lite.bench.run import BenchError, Measurement, Report, Settings
+from llava_lite.bench.cases import OURS
+from llava_lite.bench.machine import Case, Measurement
+from llava_lite.bench.run import BenchError, Report, Settings
 from llava_lite.config import TINY
 
 
@@ -59,7 +60,7 @@ def test_verdicts(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, bound:
 def test_bounds_are_those_of_their_parts(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, judged: bool
 ) -> None:
-    monkeypatch.setattr(bench, "time_in_turns", lambda runs, *_: {key: [1.0] for key in runs})
+    monkeypatch.setattr(hardware, "time_in_turns", lambda runs, *_: {key: [1.0] for key in runs})
     monkeypatch.setattr(hardware, "READ_BYTES", 1 << 20)
     monkeypatch.setattr(benchmark, "extrapolate", lambda layers: {})
     model = bench.open_model(Settings(size="tiny", layers=4))
