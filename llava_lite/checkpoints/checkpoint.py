@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llava_lite.checkpoints.configs import parse_vision
 from llava_lite.checkpoints.names import SHARD_SIZE, is_unused
 from llava_lite.checkpoints.opening import find_tokenizer, open_source, tower_from_shapes
+from llava_lite.checkpoints.quantized import QuantizedSource
 from llava_lite.checkpoints.skeleton import meta_model
 from llava_lite.checkpoints.source import Inventory, Source, check_finite
 from llava_lite.checkpoints.tensors import (
@@ -28,6 +29,15 @@ from llava_lite.checkpoints.tensors import (
 )
 from llava_lite.config import LlavaConfig, VisionConfig
 from llava_lite.errors import CheckpointError
+from llava_lite.fast.quantize import (
+    QuantizedLinear,
+    QuantizedLlava,
+    check_operator,
+    check_shapes,
+    decoder_linears,
+    get_method,
+    round_weight,
+)
 from llava_lite.llava import Llava
 from llava_lite.saving import write_json
 
@@ -63,14 +73,83 @@ def load_model(
 
 
 def load_source(
-    source: Source, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+    source: Source,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    method: str | None = None,
 ) -> Llava:
-    """Build the model on the meta device, and give it one tensor after the other."""
-    model = meta_model(source.config)
-    wanted = parse_dtype(dtype)
-    state = {name: tensor.to(device) for name, tensor in source.tensors(wanted)}
+    """Build the model on the meta device, and give it one tensor after the other. With a `method`,
+    or from a quantized source, the decoder's linear layers are quantized.
+
+    Raises ValueError as `quantize`, and CheckpointError if the source has another method."""
+    stored = source.method if isinstance(source, QuantizedSource) else None
+    if stored and method not in (None, stored):
+        raise CheckpointError(f"{source.path}: is {stored} already, it cannot become {method}")
+    method = method or stored
+    device, wanted = torch.device(device), parse_dtype(dtype) or source.dtype
+    model = meta_model(source.config, QuantizedLlava if method else Llava)
+    done = set_quantized(model, source, get_method(method), device, wanted) if method else []
+    names = [name for name in source.names() if name not in done]
+    state = {name: source.read(name, wanted).to(device) for name in names}
     model.load_state_dict(state, strict=True, assign=True)
-    return model.requires_grad_(False)
+    return model.eval().requires_grad_(False)
+
+
+def set_quantized(
+    model: Llava,
+    source: Source,
+    kind: type[QuantizedLinear],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[str]:
+    """Replace the decoder's linear layers by quantized ones. Returns the names of their weights.
+    One weight is quantized, or packed, at a time."""
+    shapes = decoder_linears(model)
+    check_shapes(shapes, kind)
+    check_operator(kind.method, device, dtype)
+    linears = [name for name in source.names() if name.removesuffix(".weight") in shapes]
+    for name in linears:
+        parts = make_parts(source, name, kind, device, dtype)
+        own = not isinstance(source, QuantizedSource)
+        model.set_submodule(name.removesuffix(".weight"), kind(parts, own=own))
+    # Pages that were read count as this process's memory while the file is mapped. So unmap it, and
+    # map it again for the tensors that stay in it, such as the embeddings.
+    source.unmap()
+    return linears
+
+
+def make_parts(
+    source: Source,
+    name: str,
+    kind: type[QuantizedLinear],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The codes and scales of one weight: as stored, or quantized now."""
+    if isinstance(source, QuantizedSource):
+        parts = source.read_parts(name)
+        check_cast(name, parts, dtype)
+        wide = {part: tensor.is_floating_point() for part, tensor in parts.items()}
+        return {part: t.to(device, dtype if wide[part] else t.dtype) for part, t in parts.items()}
+    # Read the stored dtype: a cast would round twice.
+    weight = source.read(name, source.entries[name].dtype).to(device)
+    try:
+        return round_weight(name.removesuffix(".weight"), weight, kind, dtype)
+    except ValueError as error:
+        raise CheckpointError(f"{source.entries[name].file}: {error}") from None
+
+
+def check_cast(name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Raise CheckpointError if `dtype` changes a stored scale or zero by more than 1/32 of the
+    scale, as float16 can do, whose range is smaller than bfloat16's."""
+    most = parts["scales"].float() / 32
+    for part, stored in parts.items():
+        moved = (stored.to(dtype).float() - stored.float()).abs()
+        if stored.is_floating_point() and not (moved <= most).all():
+            raise CheckpointError(
+                f"{name.removesuffix('.weight')}.{part}: stored in {stored.dtype}, out of the "
+                f"range of {dtype}: load it in the dtype that it was written in"
+            )
 
 
 def load_tokenizer(path: str | Path, config: LlavaConfig) -> "Tokenizer":

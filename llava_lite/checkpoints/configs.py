@@ -5,6 +5,29 @@ from typing import Any
 
 from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
 
+# Our fields -> the published fields.
+TEXT_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "rms_norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "max_positions": "max_position_embeddings",
+    "bos_id": "bos_token_id",
+    "eos_id": "eos_token_id",
+}
+VISION_FIELDS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "layer_norm_eps": "layer_norm_eps",
+}
+
 
 def family(raw: dict[str, Any]) -> str:
     """The family of a config.json: "llava_lite", "llava-hf" (nested) or "official" (flat, also
@@ -94,19 +117,11 @@ def parse_text(raw: dict[str, Any]) -> TextConfig:
     for name, (value, supported) in refused.items():
         if value != supported:
             raise ValueError(f"unsupported {name} {value!r} (supported: {supported!r})")
-    vocab_size = raw.get("vocab_size", 32000)
-    return TextConfig(
-        vocab_size=vocab_size,
-        hidden_size=raw.get("hidden_size", 4096),
-        intermediate_size=raw.get("intermediate_size", 11008),
-        num_layers=raw.get("num_hidden_layers", 32),
-        num_heads=heads,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-5),
-        rope_theta=float(raw.get("rope_theta", rope.get("rope_theta", 10000.0))),
-        max_positions=raw.get("max_position_embeddings", 4096),
-        sampled_vocab_size=min(vocab_size, 32000),
-        bos_id=raw.get("bos_token_id", 1),
-        eos_id=raw.get("eos_token_id", 2),
+    config = TextConfig(**rename_fields(raw, TEXT_FIELDS))
+    return replace(
+        config,
+        rope_theta=float(raw.get("rope_theta", rope.get("rope_theta", config.rope_theta))),
+        sampled_vocab_size=min(config.vocab_size, config.sampled_vocab_size),
     )
 
 
@@ -115,12 +130,9 @@ def parse_vision(raw: dict[str, Any]) -> VisionConfig:
     raw = raw.get("vision_config", raw)
     if raw.get("hidden_act", "quick_gelu") != "quick_gelu":
         raise ValueError(f"unsupported vision hidden_act {raw['hidden_act']!r} (need quick_gelu)")
-    return VisionConfig(
-        image_size=raw.get("image_size", 336),
-        patch_size=raw.get("patch_size", 14),
-        hidden_size=raw.get("hidden_size", 1024),
-        intermediate_size=raw.get("intermediate_size", 4096),
-        num_layers=raw.get("num_hidden_layers", 24),
-        num_heads=raw.get("num_attention_heads", 16),
-        layer_norm_eps=raw.get("layer_norm_eps", 1e-5),
-    )
+    return VisionConfig(**rename_fields(raw, VISION_FIELDS))
+
+
+def rename_fields(raw: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """The published fields by our names. A missing field is left out: it has our default."""
+    return {ours: raw[theirs] for ours, theirs in names.items() if theirs in raw}

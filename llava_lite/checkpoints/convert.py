@@ -98,7 +98,7 @@ def convert(
     An error or interrupt leaves nothing behind. Raises CheckpointError that names file and tensor,
     and ValueError."""
     from llava_lite.checkpoints.checkpoint import parse_dtype
-    from llava_lite.checkpoints.quantized import open_source
+    from llava_lite.checkpoints.opening import open_source
 
     if shard_size is None:
         shard_size = QUANTIZED_SHARD_SIZE if quantize else SHARD_SIZE
@@ -151,8 +151,8 @@ def write_output(
 
 def make_output(opened: "Source", dtype: "torch.dtype", to: str, quantize: str | None) -> "Output":
     """Plan the tensors and documents to write."""
-    from llava_lite.checkpoints.export import hf_output, own_output
-    from llava_lite.checkpoints.quantized import QuantizedSource, quantized_output
+    from llava_lite.checkpoints.export import hf_output, own_output, quantized_output
+    from llava_lite.checkpoints.quantized import QuantizedSource
 
     if quantize is not None:
         return quantized_output(opened, dtype, quantize)

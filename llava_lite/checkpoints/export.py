@@ -8,20 +8,25 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llava_lite.checkpoints.checkpoint import load_tokenizer
+from llava_lite.checkpoints.checkpoint import load_tokenizer, make_parts
+from llava_lite.checkpoints.configs import TEXT_FIELDS, VISION_FIELDS
 from llava_lite.checkpoints.names import hf_name
+from llava_lite.checkpoints.quantized import QuantizedSource, document
+from llava_lite.checkpoints.skeleton import meta_model
 from llava_lite.checkpoints.source import Source
 from llava_lite.checkpoints.tensors import Spec, num_bytes, read_json_value
 from llava_lite.checkpoints.thresholds import FILE_NAME, OwnThresholds
 from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
 from llava_lite.errors import CheckpointError
+from llava_lite.fast.quantize import check_shapes, decoder_linears, get_method
+from llava_lite.inputs.pixels import MEAN, STD
 from llava_lite.saving import write_json
 
 HF_TOKENIZER_FILES = (
@@ -107,6 +112,45 @@ def own_output(opened: Source, dtype: torch.dtype) -> Output:
     )
 
 
+def quantized_output(opened: Source, dtype: torch.dtype, method: str) -> Output:
+    """Plan a folder in our format with quantized decoder weights; everything else, scales too, is
+    in `dtype`.
+
+    Raises ValueError if the decoder does not divide into groups, and CheckpointError for a
+    quantized source."""
+    if isinstance(opened, QuantizedSource):
+        raise CheckpointError(
+            f"{opened.path}: is {opened.method} already: quantize its source instead"
+        )
+    kind, plain = get_method(method), own_output(opened, dtype)
+    shapes = decoder_linears(meta_model(opened.config))
+    check_shapes(shapes, kind)
+    specs: dict[str, Spec] = {}
+    for name, spec in plain.specs.items():
+        module = name.removesuffix(".weight")
+        parts = kind.specs(spec[0], dtype) if module in shapes else None
+        specs |= {f"{module}.{part}": s for part, s in parts.items()} if parts else {name: spec}
+    last: dict[str, dict[str, Tensor]] = {}  # the parts of the weight that is being written
+
+    def read(name: str) -> Tensor:
+        module, _, part = name.rpartition(".")
+        if module not in shapes:
+            return plain.read(name)
+        if module not in last:
+            last.clear()
+            last[module] = make_parts(opened, f"{module}.weight", kind, torch.device("cpu"), dtype)
+        return last[module][part]
+
+    config = plain.documents["config.json"] | document(method)
+    return replace(
+        plain,
+        specs=specs,
+        read=read,
+        documents=plain.documents | {"config.json": config},
+        weights=opened.num_parameters,
+    )
+
+
 def hf_output(opened: Source, dtype: torch.dtype) -> Output:
     """Plan a folder in llava-hf's format, with the old names, which all its versions read."""
     config, notes = opened.config, []
@@ -181,10 +225,9 @@ def hf_documents(
     config: LlavaConfig, whole_tower: bool, rows: int, dtype: torch.dtype
 ) -> dict[str, dict[str, Any]]:
     """The JSON files of a llava-hf folder, except the tokenizer's."""
-    vision, text = config.vision, config.text
-    image_id, precision = text.sampled_vocab_size, str(dtype).removeprefix("torch.")
+    vision, text, image_id = config.vision, config.text, config.text.sampled_vocab_size
+    precision = {"torch_dtype": str(dtype).removeprefix("torch.")}
     ids = {"bos_token_id": text.bos_id, "eos_token_id": text.eos_id, "pad_token_id": image_id + 1}
-    blocks = vision.num_layers if whole_tower else vision.num_blocks
     model_config: dict[str, Any] = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -192,52 +235,35 @@ def hf_documents(
         "image_seq_length": vision.num_patches,
         "pad_token_id": image_id + 1,
         "projector_hidden_act": "gelu",
-        "text_config": hf_text_config(text, rows) | ids | {"torch_dtype": precision},
-        "vision_config": hf_vision_config(vision, blocks) | {"torch_dtype": precision},
+        "text_config": hf_text_config(text) | ids | precision | {"vocab_size": rows},
+        "vision_config": hf_vision_config(vision, whole_tower) | precision,
         "vision_feature_layer": vision.feature_layer if whole_tower else -1,
         "vision_feature_select_strategy": "default",
         "vocab_size": rows,
         "tie_word_embeddings": False,
-        "torch_dtype": precision,
+        **precision,
     }
-    documents: dict[str, dict[str, Any]] = {
-        "config.json": model_config,
-        "generation_config.json": ids,
-    }
+    documents = {"config.json": model_config, "generation_config.json": ids}
     return documents | hf_processor_documents(config)
 
 
-def hf_text_config(text: TextConfig, rows: int) -> dict[str, Any]:
-    """The decoder in transformers' words."""
-    return {
+def hf_text_config(text: TextConfig) -> dict[str, Any]:
+    """The config of the decoder, with transformers' names."""
+    fields = {theirs: getattr(text, ours) for ours, theirs in TEXT_FIELDS.items()}
+    return fields | {
         "model_type": "llama",
-        "vocab_size": rows,
-        "hidden_size": text.hidden_size,
-        "intermediate_size": text.intermediate_size,
-        "num_hidden_layers": text.num_layers,
-        "num_attention_heads": text.num_heads,
         "num_key_value_heads": text.num_heads,
         "hidden_act": "silu",
-        "rms_norm_eps": text.rms_norm_eps,
-        "rope_theta": text.rope_theta,
-        "max_position_embeddings": text.max_positions,
         "tie_word_embeddings": False,
     }
 
 
-def hf_vision_config(vision: VisionConfig, blocks: int) -> dict[str, Any]:
+def hf_vision_config(vision: VisionConfig, whole: bool) -> dict[str, Any]:
     """The config of the CLIP tower, with transformers' names."""
-    return {
-        "model_type": "clip_vision_model",
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.intermediate_size,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": vision.num_heads,
-        "layer_norm_eps": vision.layer_norm_eps,
-        "hidden_act": "quick_gelu",
-    }
+    fields = {theirs: getattr(vision, ours) for ours, theirs in VISION_FIELDS.items()}
+    blocks = vision.num_layers if whole else vision.num_blocks
+    kind = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu"}
+    return fields | kind | {"num_hidden_layers": blocks}
 
 
 def hf_processor_documents(config: LlavaConfig) -> dict[str, dict[str, Any]]:
@@ -255,8 +281,8 @@ def hf_processor_documents(config: LlavaConfig) -> dict[str, dict[str, Any]]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
     }
     processor = {
         "processor_class": "LlavaProcessor",

@@ -127,7 +127,8 @@ def describe_source(
     vision_tower: str | Path | None = None,
 ) -> Info:
     """Describe a checkpoint of any layout, from its files' headers. Raises CheckpointError."""
-    from llava_lite.checkpoints.quantized import QuantizedSource, open_source
+    from llava_lite.checkpoints.opening import open_source
+    from llava_lite.checkpoints.quantized import QuantizedSource
     from llava_lite.checkpoints.skeleton import expected_shapes
     from llava_lite.checkpoints.thresholds import OwnThresholds
 

@@ -110,7 +110,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a checkpoint and check it, without reading its weights. Raises CheckpointError."""
     from llava_lite.checkpoints.checkpoint import load_tokenizer, parse_dtype
-    from llava_lite.checkpoints.quantized import open_source
+    from llava_lite.checkpoints.opening import open_source
     from llava_lite.checkpoints.thresholds import OwnThresholds
     from llava_lite.fast.device import pick_dtype
 
@@ -138,7 +138,7 @@ def load_whole(
     compile: bool,
 ) -> "Model":
     """Load a model in one process."""
-    from llava_lite.checkpoints.quantized import load_source
+    from llava_lite.checkpoints.checkpoint import load_source
     from llava_lite.fast.compiled import CompiledModel, check_way
     from llava_lite.fast.device import pick_device
     from llava_lite.fast.kernels import choose_kernels

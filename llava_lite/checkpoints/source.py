@@ -6,7 +6,7 @@ unexpected or misshapen tensor. A tensor's values are read only when the tensor 
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -206,11 +206,6 @@ class Source:
         if not self.trusted:
             check_finite(result, f"{entry.file}: tensor {entry.stored!r}")
         return result
-
-    def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) pairs in the order of `names`."""
-        for name in self.names():
-            yield name, self.read(name, dtype)
 
     def unmap(self) -> None:
         """Unmap the last file. The next tensor maps its file again."""

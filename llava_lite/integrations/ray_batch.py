@@ -123,16 +123,23 @@ class Predictor:
         self.model, self.options = load(model, **(load_options or {})), options
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch with its answers."""
+        """The batch with its answers: asked together, and one by one if that fails. Raises an
+        accelerator's failure."""
         prompts = [str(prompt) for prompt in batch["prompt"]]
-        images = [images_of(cell) for cell in batch.get("image", [None] * len(prompts))]
-        answers = answer_each(self.model, images, prompts, self.options)
+        cells = batch.get("image", [None] * len(prompts))
+        pairs = list(zip(map(images_of, cells), prompts, strict=True))
+        answers = try_together(pairs, self.answer, lambda _, error: error.with_traceback(None))
         return {
             **batch,
-            "answer": ["" if isinstance(one, BaseException) else str(one) for one in answers],
+            "answer": ["" if isinstance(one, Exception) else str(one) for one in answers],
             "finish_reason": [getattr(one, "finish_reason", "error") for one in answers],
-            "error": [one_line(one) if isinstance(one, BaseException) else "" for one in answers],
+            "error": [one_line(one) if isinstance(one, Exception) else "" for one in answers],
         }
+
+    def answer(self, pairs: Sequence[tuple[list[Any], str]]) -> "list[Answer | Exception]":
+        """The answers to pairs of images and a prompt, as one batch."""
+        images, prompts = zip(*pairs, strict=True)
+        return [*self.model.generate(images, prompts, batch_size=len(pairs), **self.options)]
 
 
 def images_of(cell: Any) -> list[Any]:
@@ -141,21 +148,6 @@ def images_of(cell: Any) -> list[Any]:
         return []  # a block that holds only nulls arrives as numbers
     is_list = getattr(getattr(cell, "dtype", None), "kind", "") in ("O", "U", "S")
     return list(cell) if is_list or isinstance(cell, list | tuple) else [cell]
-
-
-def answer_each(
-    model: "Model", images: Sequence[Any], prompts: Sequence[str], options: Mapping[str, Any]
-) -> "list[Answer | BaseException]":
-    """Each prompt's answer or error. Asks all prompts as one batch, and one by one if that fails.
-    An image that is a function is called. Raises an accelerator's failure."""
-
-    def answer(pairs: Sequence[tuple[Any, str]]) -> "list[Answer | BaseException]":
-        opened = [[image() if callable(image) else image for image in some] for some, _ in pairs]
-        texts = [text for _, text in pairs]
-        return [*model.generate(opened, texts, batch_size=len(pairs), **options)]
-
-    pairs = list(zip(images, prompts, strict=True))
-    return try_together(pairs, answer, lambda _, error: error.with_traceback(None))
 
 
 # ---- blocks of work ------------------------------------------------------------------------------
@@ -168,66 +160,62 @@ def map_blocks(
     actors. Blocks, `work` and results are pickled with cloudpickle.
 
     Raises RayError if Ray is missing or too small, a model does not load, or `work` raises.
-    Raises DyingActors for more than MOST_LOST lost blocks. Before that, finished blocks are
-    yielded, with the DyingActors in place of each unfinished one between them."""
+    More than MOST_LOST lost blocks start no further block: the results of the started blocks are
+    yielded, then DyingActors is raised."""
     if not blocks:
         return
-    import_ray()
+    ray = import_ray()
     check_device(source)
-    done: dict[int, Any] = {}
-    with connect(cluster), closing(finish_blocks(blocks, work, source, cluster)) as results:
-        for number in range(len(blocks)):
-            while number not in done:
-                try:
-                    finished, result = next(results)
-                except DyingActors as error:
-                    # Finished blocks may wait for an earlier one: hand them on before the error.
-                    for waiting in range(number, max(done, default=-1) + 1):
-                        yield done.get(waiting, error)
-                    raise
-                if isinstance(result, RayError) and not isinstance(result, LostBlock):
-                    raise result  # at once, also if an earlier block is unfinished
-                done[finished] = result
-            yield done.pop(number)
+    with connect(cluster):
+        todo, done, lost, following = deque(enumerate(blocks)), {}, 0, 0
+        tasks = start_actors(len(blocks), work, source, cluster)
+        while todo or any(number is not None for _, number in tasks.values()):
+            [task], _ = ray.wait([*tasks])
+            actor, number = tasks.pop(task)
+            result = get_result(task)
+            if isinstance(result, LostBlock):
+                lost += 1 if number is not None else 1 + MOST_LOST  # no model can be loaded
+                if lost > MOST_LOST:
+                    todo.clear()
+            elif isinstance(result, RayError):
+                raise result  # at once, also if an earlier block is unfinished
+            if number is not None:
+                done[number] = result
+            if todo:
+                number, block = todo.popleft()
+                tasks[actor.run.remote(block)] = actor, number
+            while following in done:
+                yield done.pop(following)
+                following += 1
+        if lost > MOST_LOST:
+            raise DyingActors
 
 
-def finish_blocks(
-    blocks: Sequence[Any], work: Work, source: ModelSource, cluster: Cluster
-) -> Generator[tuple[int, Any], None, None]:
-    """Yield (number, result) of each block as soon as an actor has it. Needs a connection.
+def start_actors(
+    most: int, work: Work, source: ModelSource, cluster: Cluster
+) -> dict[Any, tuple[Any, int | None]]:
+    """Start the pool, at most `most` actors. Returns a task for each actor, which ends when its
+    model is loaded: task -> (actor, no block).
 
-    An actor gets its first block when its model is loaded, so an actor without room in the cluster
-    delays no block. It has one block at a time, so its death loses no other block."""
-    import ray
-
+    An actor gets its first block after that, so an actor without room in the cluster delays no
+    block. It has one block at a time, so its death loses no other block."""
     actors, cpus, gpus = pool(cluster, source)
     options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": MOST_RESTARTS}
-    start = ray.remote(Actor).options(**options, max_task_retries=1).remote
-    started = [start(work, source.everywhere(), cpus) for _ in range(min(actors, len(blocks)))]
-    tasks: dict[Any, tuple[Any, int]] = {actor.check.remote(): (actor, -1) for actor in started}
-    del started  # Ray ends an actor when its last handle is gone
-    todo, lost = deque(enumerate(blocks)), 0
-    while tasks:
-        [task], _ = ray.wait([*tasks])
-        actor, number = tasks.pop(task)
-        try:
-            result = ray.get(task)
-        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-            result, lost = LostBlock(), lost + 1
-            if number < 0 or lost > MOST_LOST:
-                if number >= 0:
-                    yield number, result
-                raise DyingActors() from error
-        except ray.exceptions.RayError as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise RayError(f"Ray failed: {lines[-1]}") from error
-        if number < 0 and result is not None:
-            raise result  # no model
-        if todo:
-            following, block = todo.popleft()
-            tasks[actor.run.remote(block)] = actor, following
-        if number >= 0:
-            yield number, result
+    start = import_ray().remote(Actor).options(**options, max_task_retries=1).remote
+    started = [start(work, source.everywhere(), cpus) for _ in range(min(actors, most))]
+    return {actor.check.remote(): (actor, None) for actor in started}
+
+
+def get_result(task: Any) -> Any:
+    """The result of a finished task; a LostBlock if its actor died. Raises RayError."""
+    ray = import_ray()
+    try:
+        return ray.get(task)
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
+        return LostBlock()
+    except ray.exceptions.RayError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise RayError(f"Ray failed: {lines[-1]}") from error
 
 
 def answer_blocks(
@@ -247,19 +235,17 @@ def answer_blocks(
     try:
         with closing(map_blocks(blocks, work, source, cluster)) as results:
             for block, result in zip(blocks, results, strict=True):
-                if isinstance(result, LostBlock | DyingActors) and not block:
-                    raise result
-                if isinstance(result, LostBlock):
-                    lost.extend(block)
-                elif not isinstance(result, DyingActors):  # a resumed run asks unfinished blocks
+                if not isinstance(result, LostBlock):
                     yield result
+                elif block:
+                    lost.extend(block)
+                else:
+                    raise result
     except DyingActors as error:
         broken = error  # record the lost items first, or a resumed run would end here again
-    alone = [[item] for item in lost]
-    with closing(map_blocks(alone, work, source, cluster)) as results:
+    with closing(map_blocks([[item] for item in lost], work, source, cluster)) as results:
         for item, result in zip(lost, results, strict=True):
-            if not isinstance(result, DyingActors):
-                yield [fail(item, result)] if isinstance(result, LostBlock) else result
+            yield [fail(item, result)] if isinstance(result, LostBlock) else result
     if broken is not None:
         raise broken
 

@@ -5,15 +5,17 @@
     from llava_lite.integrations.vlmevalkit import LLaVALite
     supported_VLM["llava_lite"] = partial(LLaVALite, model_path="weights/llava-1.5-7b")
 
-before `run.py` of the kit looks for `--model llava_lite`. No package index has the kit. Without the
-kit, `LLaVALite` uses a small base class with the documented helpers.
+before `run.py` of the kit looks for `--model llava_lite`. No package index has the kit.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import takewhile
 from string import ascii_uppercase
 from typing import Any
+
+from vlmeval.dataset import DATASET_TYPE
+from vlmeval.vlm.base import BaseModel
 
 from llava_lite.errors import LlavaLiteError
 from llava_lite.evaluation.suites.coco import CAPTION_PROMPT
@@ -21,74 +23,17 @@ from llava_lite.evaluation.suites.multiple_choice import is_missing, multiple_ch
 from llava_lite.evaluation.suites.short_answers import short_answer_prompt
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
-from llava_lite.inputs.messages import Conversation, ImagePart, Message, Part
+from llava_lite.inputs.messages import ImagePart, Message, Part
 from llava_lite.integrations.conversation import answer_conversations, read_conversation
 
 MAX_NEW_TOKENS = 1024  # of LLaVA's scripts for multiple choice and long answers
 
-# Data sets by the start of their names, for use without the kit.
-YES_OR_NO = ("MME", "POPE", "HallusionBench", "AMBER")
-CAPTIONS = ("COCO",)
+# The kit calls all free answers VQA; the starts of these names tell which are short.
 SHORT_ANSWERS = ("TextVQA", "DocVQA", "InfoVQA", "ChartQA", "OCRVQA", "GQA", "VQAv2", "VizWiz")
-CHOICES = (
-    *("MMBench", "CCBench", "SEEDBench", "ScienceQA", "AI2D", "MMMU", "MMStar", "RealWorldQA"),
-    *("BLINK", "A-OKVQA", "MMT-Bench", "TaskMeAnything", "Q-Bench"),
-)
-OTHER_NAMES = ("MMBench-Video", "MMMU_Pro_V", "MME-RealWorld")  # other kinds with such names
+OTHER_NAMES = ("MMBench-Video", "MMMU_Pro_V", "MME-RealWorld")  # LLaVA has no prompt for these
 
 
-class StandInBase:
-    """`vlmeval.vlm.base.BaseModel` as in VLMEvalKit's guide for developers."""
-
-    INTERLEAVE = False
-
-    def __init__(self) -> None:
-        self.dump_image_func: Callable[[Any], Any] | None = None
-
-    def set_dump_image(self, dump_image_func: Callable[[Any], Any]) -> None:
-        self.dump_image_func = dump_image_func
-
-    def dump_image(self, line: Any, dataset: str | None) -> Any:
-        """The paths of the images of a line. Raises LlavaLiteError before `set_dump_image`."""
-        if self.dump_image_func is None:
-            raise LlavaLiteError("the data set's dump_image is needed: call set_dump_image first")
-        return self.dump_image_func(line)
-
-    def message_to_promptimg(
-        self, message: Sequence[Mapping[str, str]], dataset: str | None = None
-    ) -> tuple[str, str | None]:
-        """All texts, each on a line, and the first image."""
-        texts = [part["value"] for part in message if part["type"] == "text"]
-        images = [part["value"] for part in message if part["type"] == "image"]
-        return "\n".join(texts), images[0] if images else None
-
-    def generate(self, message: Any, dataset: str | None = None) -> str:
-        """An answer to a text, or to texts and images in order."""
-        parts = [message] if isinstance(message, str | Mapping) else message
-        whole = [as_part(part) for part in parts]
-        answer: str = self.generate_inner(whole, dataset)  # type: ignore[attr-defined]
-        return answer
-
-    def chat(self, messages: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
-        """An answer to a conversation that ends with the user's message."""
-        answer: str = self.chat_inner(messages, dataset)  # type: ignore[attr-defined]
-        return answer
-
-
-def as_part(part: Any) -> Mapping[str, str]:
-    return {"type": "text", "value": part} if isinstance(part, str) else part
-
-
-def base_class() -> type:
-    """The base class of VLMEvalKit if it is installed."""
-    try:
-        from vlmeval.vlm.base import BaseModel
-    except ImportError:
-        return StandInBase
-    return BaseModel
-
-
-class LLaVALite(base_class()):  # type: ignore[misc]
+class LLaVALite(BaseModel):
     """llava_lite behind VLMEvalKit's interface. `message` is [{"type": "image" | "text", "value"}].
 
     model_path, load_options: of `llava_lite.load`, but with exif=False by default, as in LLaVA's
@@ -132,20 +77,16 @@ class LLaVALite(base_class()):  # type: ignore[misc]
 
     def generate_inner(self, message: Any, dataset: str | None = None) -> str:
         """The answer to texts and images in order."""
-        return self.answer([{"role": "user", "content": message}])
+        return self.chat_inner([{"role": "user", "content": message}])
 
     def chat_inner(self, message: Any, dataset: str | None = None) -> str:
-        """The answer to a conversation: [{"role", "content": text or parts}]."""
-        return self.answer(message)
+        """The answer to a conversation: [{"role", "content": text or parts}].
 
-    def answer(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Raises as `Model.generate`."""
-        [answer] = answer_conversations(self.model, [self.read(messages)], [self.options])
-        return str(answer)
-
-    def read(self, messages: Sequence[Mapping[str, Any]]) -> Conversation:
+        Raises as `Model.generate`."""
         template = self.options.template or self.model.config.template
-        return read_conversation([read_message(one) for one in messages], template)
+        conversation = read_conversation([read_message(one) for one in message], template)
+        [answer] = answer_conversations(self.model, [conversation], [self.options])
+        return str(answer)
 
 
 def read_message(message: Mapping[str, Any]) -> Message:
@@ -153,7 +94,7 @@ def read_message(message: Mapping[str, Any]) -> Message:
     content = message["content"]
     parts: list[Part] = []
     for part in [content] if isinstance(content, str | Mapping) else content:
-        part = as_part(part)
+        part = {"type": "text", "value": part} if isinstance(part, str) else part
         if part["type"] == "image":
             parts.append(ImagePart(part["value"]))
         elif part["type"] == "text":
@@ -167,22 +108,13 @@ def read_message(message: Mapping[str, Any]) -> Message:
 
 
 def find_kind(dataset: str | None) -> str | None:
-    """ "choice", "yes or no", "short" or "caption"; None for data sets with other kinds of answers.
-
-    The kit calls all free answers VQA; the name tells which are short."""
+    """ "choice", "yes or no", "short" or "caption"; None for other kinds of answers."""
     if not dataset or dataset.startswith(OTHER_NAMES):
         return None
     if dataset.startswith(SHORT_ANSWERS):
         return "short"
     by_kit = {"MCQ": "choice", "Y/N": "yes or no", "Caption": "caption"}
-    try:
-        from vlmeval.dataset import DATASET_TYPE
-    except ImportError:
-        pass
-    else:
-        return by_kit.get(DATASET_TYPE(dataset))
-    names = (("choice", CHOICES), ("yes or no", YES_OR_NO), ("caption", CAPTIONS))
-    return next((kind for kind, starts in names if dataset.startswith(starts)), None)
+    return by_kit.get(DATASET_TYPE(dataset))
 
 
 def official_prompt(kind: str, line: Any, dataset: str) -> str:

@@ -34,7 +34,7 @@ from helpers.models import ROOT, TINY_CONFIG, random_llava
 from helpers.pictures import noise
 from llava_lite.checkpoints.checkpoint import save_model
 from llava_lite.checkpoints.convert import convert
-from llava_lite.checkpoints.quantized import open_source
+from llava_lite.checkpoints.opening import open_source
 from llava_lite.checkpoints.share import check_divides, load_share
 from llava_lite.checkpoints.source import Source
 from llava_lite.cli import console
