@@ -23,7 +23,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,9 +33,9 @@ from typing import Any
 import torch
 
 from llava_lite.bench.cases import OURS, Contender, Work, prompt_cases, random_pixels, walk_all
-from llava_lite.bench.machine import Run, quartiles, time_in_turns
-from llava_lite.bench.report import FEWEST_ROUNDS, Row
+from llava_lite.bench.machine import Case, Measurement, time_cases
 from llava_lite.bench.run import BenchError, Settings, open_model
+from llava_lite.bench.targets import FEWEST_ROUNDS, Row
 from llava_lite.cli import program as cli
 from llava_lite.cli.arguments import positive
 from llava_lite.config import LLAVA_1_5_7B
@@ -44,6 +44,7 @@ from llava_lite.fast.quantize import check_operator
 from llava_lite.generation.model import Model
 from llava_lite.reduction import REDUCTIONS, ToMe
 from llava_lite.saving import check_output
+from llava_lite.tables import table_lines
 
 TITLES = {"tower": "vision tower", "prefill": "decoder prefill", "decode": "one decoded token"}
 MERGES = {"keep=288": ToMe(keep=288), "keep=144": ToMe(keep=144), "r=21": ToMe(r=21)}
@@ -56,67 +57,42 @@ BOUNDS = {
 }
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One setting of one part: median seconds, quartiles, ratio to no reduction, the bound on the
-    ratio (None: no bound), the decoder's image tokens, and the bytes of the cache."""
-
-    part: str
-    setting: str
-    seconds: float
-    quartiles: tuple[float, float]
-    ratio: float
-    bound: float | None = None
-    image_tokens: int | None = None
-    kv_bytes: int | None = None
-
-    @property
-    def verdict(self) -> str:
-        """PASS or SHORT beside a bound."""
-        if self.bound is None:
-            return ""
-        verdict = Row("", self.ratio, self.bound, at_least=False).verdict
-        return f"{verdict} (at most {self.bound:.2f})"
-
-
 # ---- token reduction ---------------------------------------------------------------------------
+
+
+def make_cases(model: Model) -> list[Case]:
+    """Every setting of the tower, the prefill and a decoded token."""
+    one = Contender(OURS, model, Work.of(model.llava))
+    tower = partial(model.llava.vision, random_pixels(one.work, model.llava.device))
+    steps = {name: merge.steps(model.config.vision) for name, merge in MERGES.items()}
+    cases = [Case(OURS, "tower", "none", tower)]
+    cases += [Case(OURS, "tower", name, partial(tower, merged)) for name, merged in steps.items()]
+    walks, _ = walk_all(model, [name for name in REDUCTIONS if name != "dymu-72"])
+    prompts = [case for name, walked in walks.items() for case in prompt_cases(one, name, walked)]
+    return cases + [case for case in prompts if case.part in ("prefill", "decode")]
 
 
 def measure_reduction(
     model: Model, repeat: int, judged: bool
-) -> tuple[list[Measurement], dict[str, float]]:
-    """Every setting, and the prefill ratios extrapolated to all layers. judged: bounds hold."""
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The figures of every setting, and the prefill ratios extrapolated to all layers. judged:
+    bounds hold."""
     llava, device = model.llava, str(model.llava.device)
-    work = Work.of(llava)
-    pixels = random_pixels(work, llava.device)
     timer = LayerTimer(llava.decoder.layers, device)
-    walks, _ = walk_all(model, [name for name in REDUCTIONS if name != "dymu-72"])
-    runs: dict[tuple[str, str], Run] = {("tower", "none"): partial(llava.vision, pixels)}
-    for name, merge in MERGES.items():
-        runs["tower", name] = partial(llava.vision, pixels, merge.steps(llava.config.vision))
-    cases = {}
-    for part in ("prefill", "decode"):
-        for name, walked in walks.items():
-            made = prompt_cases(Contender(OURS, model, work), model, name, walked)
-            [case] = [case for case in made if case.part == part]
-            cases[part, name] = case
-            runs[part, name] = case.run
-            if part == "prefill":
-                runs[part, name] = partial(
-                    timer.watch, name, partial(model.advance, [walked.state])
-                )
-    seconds = time_in_turns(runs, repeat, device)
-    rows = []
-    for (part, name), rounds in seconds.items():
-        found = cases.get((part, name))
-        values = [value / (found.steps if found else 1) for value in rounds]
-        ratio = statistics.median(rounds) / statistics.median(seconds[part, "none"])
-        counts = (found.image_tokens, found.kv_bytes) if found else ()
-        bound = BOUNDS.get((part, name)) if judged else None
-        median = statistics.median(values)
-        rows.append(Measurement(part, name, median, quartiles(values), ratio, bound, *counts))
+    cases = [timer.watch(case) if case.part == "prefill" else case for case in make_cases(model)]
+    _, measured = time_cases(cases, repeat, llava.dtype, device, hidden=False)
+    full = {row.part: row.seconds for row in measured if row.setting == "none"}
+    figures = [make_figure(row, row.seconds / full[row.part], judged) for row in measured]
     layers = {name: rounds[1:] for name, rounds in timer.seconds().items()}  # as time_in_turns
-    return rows, extrapolate(layers)
+    return figures, extrapolate(layers)
+
+
+def make_figure(row: Measurement, ratio: float, judged: bool) -> dict[str, Any]:
+    """A measurement, its ratio to no reduction, the bound on the ratio (None: no bound), and the
+    verdict."""
+    bound = BOUNDS.get((row.part, row.setting)) if judged else None
+    verdict = f"{Row('', ratio, bound, False).verdict} (at most {bound:.2f})" if bound else ""
+    return {**asdict(row), "ratio": ratio, "bound": bound, "verdict": verdict}
 
 
 class LayerTimer:
@@ -125,24 +101,28 @@ class LayerTimer:
 
     def __init__(self, layers: Sequence[torch.nn.Module], device: str) -> None:
         self.layers, self.on_gpu = layers, device.startswith("cuda")
-        self.marks: list[Any] = []
         self.rounds: dict[str, list[list[Any]]] = {}
 
-    def mark(self, *_: object) -> None:
-        if self.on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        self.marks.append(event if self.on_gpu else perf_counter())
+    def watch(self, case: Case) -> Case:
+        """The case with a run whose marks are kept under its setting."""
+        rounds = self.rounds[case.setting] = []
+        return replace(case, run=partial(self.run, case.run, rounds))
 
-    def watch(self, name: str, run: Callable[[], Any]) -> None:
-        """Run one forward and keep its marks under `name`."""
-        self.marks = []
-        hooks = [layer.register_forward_pre_hook(self.mark) for layer in self.layers]
-        hooks += [layer.register_forward_hook(self.mark) for layer in self.layers]
+    def run(self, run: Callable[[], Any], rounds: list[list[Any]]) -> None:
+        """Run one forward and add its marks to `rounds`."""
+        rounds.append([])
+        mark = partial(self.mark, rounds[-1])
+        hooks = [layer.register_forward_pre_hook(mark) for layer in self.layers]
+        hooks += [layer.register_forward_hook(mark) for layer in self.layers]
         run()
         for hook in hooks:
             hook.remove()
-        self.rounds.setdefault(name, []).append(self.marks)
+
+    def mark(self, marks: list[Any], *_: object) -> None:
+        now: Any = torch.cuda.Event(enable_timing=True) if self.on_gpu else perf_counter()
+        if self.on_gpu:
+            now.record()
+        marks.append(now)
 
     def seconds(self) -> dict[str, list[list[float]]]:
         """By name: seconds of each layer in each watched forward. The GPU must be idle."""
@@ -170,21 +150,27 @@ def extrapolate(layers: dict[str, list[list[float]]]) -> dict[str, float]:
     return {name: total / totals["none"] for name, total in totals.items()}
 
 
-def table(rows: list[Measurement], extrapolated: dict[str, float]) -> Iterator[str]:
+def table(figures: list[dict[str, Any]], extrapolated: dict[str, float]) -> Iterator[str]:
     """The lines to print."""
-    part = ""
-    for row in rows:
-        if row.part != part:
-            part = row.part
-            yield f"\n{TITLES[part]:<20}{'ms':>9}{'quartiles':>17}{'ratio':>8}"
-        low, high = (1000 * value for value in row.quartiles)
-        line = f"  {row.setting:<18}{1000 * row.seconds:>9.1f}{f'{low:.1f}-{high:.1f}':>17}"
-        line += f"{row.ratio:>8.3f}"
-        if row.part == "prefill":
-            line += f"   {extrapolated[row.setting]:.3f} extrapolated to 32 layers"
-        if row.part == "decode" and row.kv_bytes is not None:
-            line += f"   KV cache {row.kv_bytes / 2**20:.1f} MiB"
-        yield f"{line}   {row.verdict}".rstrip()
+    for part in dict.fromkeys(row["part"] for row in figures):
+        yield f"\n{TITLES[part]}"
+        rows = [row for row in figures if row["part"] == part]
+        yield from table_lines([make_cells(row, extrapolated) for row in rows], ("", "verdict"))
+
+
+def make_cells(figure: dict[str, Any], extrapolated: dict[str, float]) -> dict[str, str]:
+    """The cells of a figure, by title of the column."""
+    low, high = (1000 * value for value in figure["quartiles"])
+    part, setting = figure["part"], figure["setting"]
+    return {
+        "": f"  {setting}",
+        "ms": f"{1000 * figure['seconds']:.1f}",
+        "quartiles": f"{low:.1f}-{high:.1f}",
+        "ratio": f"{figure['ratio']:.3f}",
+        "of 32 layers": f"{extrapolated[setting]:.3f}" if part == "prefill" else "",
+        "KV cache": f"{figure['kv_bytes'] / 2**20:.1f} MiB" if part == "decode" else "",
+        "verdict": figure["verdict"],
+    }
 
 
 def bench_reduction(args: argparse.Namespace) -> int:
@@ -196,22 +182,22 @@ def bench_reduction(args: argparse.Namespace) -> int:
         model = open_model(settings)
         here = args.size, args.dtype, args.device
         judged = here == ("7b", "bfloat16", "cpu") and args.repeat >= FEWEST_ROUNDS
-        rows, extrapolated = measure_reduction(model, args.repeat, judged)
+        figures, extrapolated = measure_reduction(model, args.repeat, judged)
     facts = machine(args.device, torch.get_num_threads())
     name = model.config.name
     print(f"{name} widths, {args.layers} layers, {args.dtype}, medians of {args.repeat} on")
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print("\n".join(table(rows, extrapolated)))
+    print("\n".join(table(figures, extrapolated)))
     if args.json:
         content = {
             "machine": facts,
             "settings": {"size": args.size, "layers": args.layers, "dtype": args.dtype},
             "repeat": args.repeat,
-            "measurements": [{**asdict(row), "verdict": row.verdict} for row in rows],
+            "measurements": figures,
             "extrapolated_prefill_ratios": extrapolated,
         }
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return int(args.strict and any(row.verdict.startswith("SHORT") for row in rows))
+    return int(args.strict and any(row["verdict"].startswith("SHORT") for row in figures))
 
 
 # ---- everything --------------------------------------------------------------------------------

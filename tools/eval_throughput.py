@@ -31,9 +31,8 @@ import torch
 
 import llava_lite
 from llava_lite.bench.machine import time_in_turns
-from llava_lite.bench.report import Row
-from llava_lite.bench.run import SIZES, random_model
-from llava_lite.checkpoints.checkpoint import load_tokenizer, parse_dtype
+from llava_lite.bench.run import SIZES, Settings, open_model
+from llava_lite.bench.targets import Row
 from llava_lite.config import TINY
 from llava_lite.evaluation.engine import Engine
 from llava_lite.evaluation.scenes.accuracy import fresh_scenes
@@ -45,6 +44,7 @@ from llava_lite.fast.device import machine
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.saving import replace_json
+from llava_lite.tables import table_lines
 
 BOUNDS = {1: 1.5, 4: 2.5}  # by questions per image: times as many questions per second
 WAYS = ONE_BY_ONE, BATCHED = "one by one", "batched"
@@ -96,15 +96,13 @@ def scene_samples(images: int, questions: int, seed: int) -> Iterator[Sample]:
 def make_model(args: argparse.Namespace) -> Model:
     """The named model, the embedded one, or random weights with the embedded tokenizer's ids."""
     if not args.size:
-        source = args.model or llava_lite.embedded_model()
-        return llava_lite.load(source, device=args.device, dtype=args.dtype)
-    config = SIZES[args.size]
-    layers = args.layers or config.text.num_layers
-    text = replace(config.text, num_layers=layers, sampled_vocab_size=TINY.text.sampled_vocab_size)
-    dtype = parse_dtype("bfloat16" if args.dtype == "auto" else args.dtype) or torch.bfloat16
+        source = args.model or str(llava_lite.embedded_model())
+        return open_model(Settings(source, device=args.device, dtype=args.dtype))
     device = "cpu" if args.device == "auto" else args.device
-    llava = random_model(replace(config, text=text), dtype, device).eval()
-    return Model(llava, load_tokenizer(llava_lite.embedded_model(), TINY))
+    named = {name: getattr(args, name) for name in ("size", "layers", "dtype")}
+    model = open_model(Settings(device=device, **named))
+    text = replace(model.config.text, sampled_vocab_size=TINY.text.sampled_vocab_size)
+    return Model(model.llava, model.tokenizer, replace(model.config, text=text))
 
 
 def measure(args: argparse.Namespace, model: Model) -> list[dict[str, Any]]:
@@ -147,15 +145,21 @@ def summarize(
 def table(content: Mapping[str, Any]) -> Iterator[str]:
     """The lines to print."""
     yield ", ".join(f"{name} {value}" for name, value in content["settings"].items())
-    yield f"{'questions':>9}{ONE_BY_ONE:>14}{BATCHED:>12}{'ratio':>8}{'bound':>8}"
+    yield from table_lines([cells(row) for row in content["rows"]], ("verdict",))
     for row in content["rows"]:
-        one, other = (row["questions_per_second"][way] for way in WAYS)
-        yield (
-            f"{row['questions_per_image']:>9}{one:>12.2f}/s{other:>10.2f}/s"
-            f"{row['ratio']:>8.2f}{row['bound'] or '-':>8}  {row['verdict']}"
-        )
         if row["different_answers"]:
             yield f"  {row['different_answers']} of {row['questions']} answers differ"
+
+
+def cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """The cells of a row, by title of the column."""
+    return {
+        "questions": str(row["questions_per_image"]),
+        **{way: f"{row['questions_per_second'][way]:.2f}/s" for way in WAYS},
+        "ratio": f"{row['ratio']:.2f}",
+        "bound": str(row["bound"] or "-"),
+        "verdict": row["verdict"],
+    }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

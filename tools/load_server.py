@@ -29,9 +29,10 @@ import sys
 import threading
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ PUBLIC_HOSTS = ("images.test", "other.test")  # names of the local image host
 # The last three are allowed by name, but refused because of their addresses.
 ALLOWED_DOMAINS = ("images.test", "127.0.0.1", "localhost", "169.254.169.254")
 INSIDE = "/inside.png"  # the server must not fetch it
+PATH, LEAVING = "/chat/completions", httpx.Timeout(300, read=0.05)  # after so many seconds
 MARKS = (200, 500, 1000, 1500, 2000)  # numbers of requests after which to read the memory
 
 
@@ -109,14 +111,9 @@ def png(image: Image.Image) -> bytes:
 
 def png_of_size(width: int, height: int) -> bytes:
     """A PNG that claims a size but has almost no pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checksum = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    pixels = chunk(b"IDAT", zlib.compress(bytes(1000)))
-    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+    data = png(Image.new("RGB", (10, 10)))
+    header = data[12:16] + struct.pack(">II", width, height) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
 
 
 # ---- a host of images --------------------------------------------------------------------------
@@ -204,12 +201,10 @@ def good_cases(model: Model, folder: Path) -> list[Case]:
             options: dict[str, Any] = {"reduction": reduction} if reduction else {}
             if number == 3:
                 options |= {"temperature": 1.5, "top_p": 0.9, "seed": 7}
-            answer = model.generate(data, question, max_new_tokens=MOST_TOKENS, **options)
-            name, image = f"{example}: {question}", data_url(data)
-            body = body_of(question, image, **options)
-            cases.append(Case(name, body, str(answer)))
-            body = body_of(question, image, stream=True, **options)
-            cases.append(Case(name, body, str(answer), stream=True))
+            answer = str(model.generate(data, question, max_new_tokens=MOST_TOKENS, **options))
+            name, ask = f"{example}: {question}", partial(body_of, question, data_url(data))
+            cases.append(Case(name, ask(**options), answer))
+            cases.append(Case(name, ask(stream=True, **options), answer, stream=True))
     answer = model.generate(None, QUESTIONS[0], max_new_tokens=MOST_TOKENS)
     cases.append(Case("text only", body_of(QUESTIONS[0]), str(answer)))
     return cases
@@ -256,27 +251,30 @@ def leaving_cases(folder: Path) -> list[Case]:
 
 def malformed_cases() -> list[Case]:
     """Requests that are malformed or not supported."""
-    nested = b'{"messages":' + b"[" * 100_000
-    fields: tuple[tuple[str, Any, int], ...] = (
-        ("n", 2, 400),
-        ("tools", [{"type": "function"}], 400),
-        ("logprobs", True, 400),
-        ("response_format", {"type": "json_schema"}, 400),
-        ("temperature", -1, 400),
-        ("max_tokens", 10**9, 400),
-        ("reduction", "much", 400),
-        ("model", "gpt-4o", 404),
-        ("messages", [], 400),
-        ("messages", [{"role": "tool", "content": "x"}], 400),
+    fields: tuple[tuple[str, Any], ...] = (
+        ("n", 2),
+        ("tools", [{"type": "function"}]),
+        ("logprobs", True),
+        ("response_format", {"type": "json_schema"}),
+        ("temperature", -1),
+        ("max_tokens", 10**9),
+        ("reduction", "much"),
+        ("messages", []),
+        ("messages", [{"role": "tool", "content": "x"}]),
     )
-    cases = [Case(name, body_of("x", **{name: value}), status=s) for name, value, s in fields]
-    cases.append(Case("no JSON", b"{nothing", status=400))
-    cases.append(Case("deep JSON", nested, status=400))
-    cases.append(Case("text", body_of("x"), status=415, content_type="text/plain"))
-    cases.append(Case("long prompt", body_of("star " * 5000), status=400))
-    cases.append(Case("very long prompt", body_of("star" * 250_000), status=400))
-    cases.append(Case("markers", body_of("<image> <image>"), status=400))
-    return cases
+    bodies = [(name, body_of("x", **{name: value})) for name, value in fields]
+    bodies += [
+        ("no JSON", b"{nothing"),
+        ("deep JSON", b'{"messages":' + b"[" * 100_000),
+        ("long prompt", body_of("star " * 5000)),
+        ("very long prompt", body_of("star" * 250_000)),
+        ("markers", body_of("<image> <image>")),
+    ]
+    return [
+        *(Case(name, body, status=400) for name, body in bodies),
+        Case("model", body_of("x", model="gpt-4o"), status=404),
+        Case("text", body_of("x"), status=415, content_type="text/plain"),
+    ]
 
 
 def hostile_cases() -> list[Case]:
@@ -331,49 +329,37 @@ async def ask(client: httpx.AsyncClient, case: Case, outcome: Outcome) -> None:
             await leave(client, case)
             outcome.kinds["left"] += 1
             return
-        status, content_type, text = await post(client, case)
+        headers = {"Content-Type": case.content_type}
+        response = await client.post(PATH, content=case.body, headers=headers)
     except httpx.HTTPError as error:
         outcome.lost.append(f"{case.name}: {type(error).__name__}: {error}")
         return
+    status, text = response.status_code, response.text
     outcome.kinds[str(status)] += 1
     if status != case.status:
         outcome.wrong.append(f"{case.name}: status {status}, not {case.status}: {text[:200]}")
     elif status != 200:
-        error = json.loads(text)["error"]
+        error = response.json()["error"]
         if set(error) != {"message", "type", "param", "code"} or not error["message"]:
             outcome.wrong.append(f"{case.name}: {text[:200]}")
     else:
-        answer = join_stream(text) if case.stream else read_answer(text)
+        if case.stream:
+            answer = join_stream(text)
+        else:
+            answer = response.json()["choices"][0]["message"]["content"]
         if answer != case.answer:
             outcome.wrong.append(f"{case.name}: {answer!r}, not {case.answer!r}")
-
-
-async def post(client: httpx.AsyncClient, case: Case) -> tuple[int, str, str]:
-    headers = {"Content-Type": case.content_type}
-    response = await client.post("/chat/completions", content=case.body, headers=headers)
-    return response.status_code, response.headers.get("content-type", ""), response.text
 
 
 async def leave(client: httpx.AsyncClient, case: Case) -> None:
     """Leave after the first piece of a stream, or shortly after the request."""
     headers = {"Content-Type": case.content_type}
-    url = "/chat/completions"
     if case.stream:
-        async with client.stream("POST", url, content=case.body, headers=headers) as response:
+        async with client.stream("POST", PATH, content=case.body, headers=headers) as response:
             async for _ in response.aiter_bytes():
                 return
-
-    async def body() -> AsyncIterator[bytes]:
-        yield case.body
-        asyncio.get_running_loop().call_later(0.05, posting.cancel)
-
-    posting = asyncio.ensure_future(client.post(url, content=body(), headers=headers))
-    with contextlib.suppress(asyncio.CancelledError):
-        await posting
-
-
-def read_answer(text: str) -> str:
-    return json.loads(text)["choices"][0]["message"]["content"]
+    with contextlib.suppress(httpx.ReadTimeout):
+        await client.post(PATH, content=case.body, headers=headers, timeout=LEAVING)
 
 
 def join_stream(text: str) -> str:

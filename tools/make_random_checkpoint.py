@@ -19,24 +19,29 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from mmap import MAP_PRIVATE, MAP_SHARED
+from mmap import MAP_SHARED
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llava_lite.checkpoints.export import hf_documents, hf_vocab_size
+from llava_lite.bench.run import SIZES
+from llava_lite.checkpoints.export import (
+    hf_documents,
+    hf_text_config,
+    hf_vision_config,
+    hf_vocab_size,
+    write_hf_index,
+)
 from llava_lite.checkpoints.names import hf_name
 from llava_lite.checkpoints.skeleton import expected_shapes
-from llava_lite.checkpoints.tensors import Spec, num_bytes, write_safetensors
-from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, LlavaConfig
+from llava_lite.checkpoints.tensors import Spec, num_bytes, plan_shards, write_shards
+from llava_lite.config import LlavaConfig
 from llava_lite.saving import write_json
 
-SIZES = {"7b": LLAVA_1_5_7B, "13b": LLAVA_1_5_13B, "tiny": TINY}
 OFFICIAL_SHARD, HF_SHARD = 10_000_000_000, 5_000_000_000
 TOWER_NAME = "clip-vit-large-patch14-336"
 
@@ -53,11 +58,10 @@ class Noise:
         """Fill in place: norms 1, biases small, matrices with variance 1 / fan-in."""
         if tensor.dtype == torch.int64:
             tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape))
-        elif tensor.ndim <= 1 and ("norm" in name or "layrnorm" in name) and "weight" in name:
+        elif tensor.ndim <= 1 and "norm" in name and "weight" in name:
             tensor.fill_(1.0)
         elif name.endswith("inv_freq"):
-            count = len(tensor)
-            tensor.copy_(10000.0 ** (-torch.arange(count) / count))
+            tensor.copy_(10000.0 ** (-torch.arange(len(tensor)) / len(tensor)))
         else:
             scale = 0.02 if tensor.ndim <= 1 else math.prod(tensor.shape[1:]) ** -0.5
             half = len(self.block) // 2
@@ -66,14 +70,10 @@ class Noise:
                 self.start = (self.start + 7919) % half
 
 
-def empty_tower_config(config: LlavaConfig) -> LlavaConfig:
-    """The config with the whole tower, last block included, as published files hold it."""
-    return replace(config, vision=replace(config.vision, feature_layer=-1))
-
-
 def hf_specs(config: LlavaConfig, rows: int) -> dict[str, Spec]:
     """llava-hf names (old style) of every published tensor, in float16."""
-    shapes = expected_shapes(empty_tower_config(config))
+    whole_tower = replace(config.vision, feature_layer=-1)  # last block included
+    shapes = expected_shapes(replace(config, vision=whole_tower))
     specs: dict[str, Spec] = {hf_name(name): (s, torch.float16) for name, s in shapes.items()}
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         specs[name] = ((rows, config.text.hidden_size), torch.float16)
@@ -113,27 +113,6 @@ def tower_specs(config: LlavaConfig) -> dict[str, Spec]:
     return specs
 
 
-def split(specs: dict[str, Spec], limit: int) -> list[dict[str, Spec]]:
-    """Shards in order, each of at most `limit` bytes."""
-    shards: list[dict[str, Spec]] = [{}]
-    for name, spec in specs.items():
-        used = sum(num_bytes(other) for other in shards[-1].values())
-        if shards[-1] and used + num_bytes(spec) > limit:
-            shards.append({})
-        shards[-1][name] = spec
-    return shards
-
-
-@contextmanager
-def shared_mapping() -> Iterator[None]:
-    """torch.load(mmap=True) writes through to the file inside this context."""
-    torch.serialization.set_default_mmap_options(MAP_SHARED)
-    try:
-        yield
-    finally:
-        torch.serialization.set_default_mmap_options(MAP_PRIVATE)
-
-
 def write_pickle(path: Path, specs: dict[str, Spec], noise: Noise) -> None:
     """A .bin file of any size in little memory: first the container with holes, then the values,
     written through a mapping."""
@@ -141,63 +120,44 @@ def write_pickle(path: Path, specs: dict[str, Spec], noise: Noise) -> None:
         holes = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in specs.items()}
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(holes, path)
-    with shared_mapping():
+    with torch.serialization.set_default_mmap_options(MAP_SHARED):
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        for name, tensor in tensors.items():
-            noise.fill(name, tensor)
+    for name, tensor in tensors.items():
+        noise.fill(name, tensor)
 
 
-def write_index(path: Path, shards: dict[str, dict[str, Spec]]) -> None:
-    total = sum(num_bytes(spec) for specs in shards.values() for spec in specs.values())
-    weight_map = {name: file for file, specs in shards.items() for name in specs}
-    write_json(path, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def write_official(config: LlavaConfig, folder: Path, noise: Noise, say: Callable) -> None:
+def write_official(config: LlavaConfig, folder: Path, noise: Noise) -> None:
     """pytorch_model-*.bin with index and config, and the CLIP tower in a folder beside it."""
-    specs, text, vision = official_specs(config), config.text, config.vision
-    total = sum(num_bytes(spec) for spec in specs.values())
-    parts = split(specs, min(OFFICIAL_SHARD, total * 3 // 4))
-    shards = {
-        f"pytorch_model-{number:05}-of-{len(parts):05}.bin": part
-        for number, part in enumerate(parts, start=1)
-    }
-    for file, part in shards.items():
-        say(f"{folder / file}: {len(part)} tensors")
-        write_pickle(folder / file, part, noise)
-    write_index(folder / "pytorch_model.bin.index.json", shards)
+    specs, vision = official_specs(config), config.vision
+    total = sum(map(num_bytes, specs.values()))
+    parts = plan_shards(specs, min(OFFICIAL_SHARD, total * 3 // 4)).values()
+    weight_map = {}
+    for number, names in enumerate(parts, start=1):
+        file = f"pytorch_model-{number:05}-of-{len(parts):05}.bin"
+        write_pickle(folder / file, {name: specs[name] for name in names}, noise)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(folder / "pytorch_model.bin.index.json", index)
     write_json(folder / "config.json", official_config(config))
     tower = folder.parent / TOWER_NAME
     tower.mkdir(exist_ok=True)
-    say(f"{tower / 'pytorch_model.bin'}")
     write_pickle(tower / "pytorch_model.bin", tower_specs(config), noise)
-    vision_config = hf_documents(config, True, text.vocab_size, torch.float32)["config.json"]
-    clip = {"model_type": "clip", "vision_config": vision_config["vision_config"]}
-    write_json(tower / "config.json", clip)
+    vision_config = hf_vision_config(vision, True) | {"torch_dtype": "float32"}
+    write_json(tower / "config.json", {"model_type": "clip", "vision_config": vision_config})
     size = {"size": vision.image_size, "crop_size": vision.image_size}
     write_json(tower / "preprocessor_config.json", size)
 
 
-def official_config(config: LlavaConfig) -> dict:
+def official_config(config: LlavaConfig) -> dict[str, Any]:
     """The flat config.json of the original release."""
     text = config.text
-    return {
+    return hf_text_config(text) | {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava",
-        "hidden_act": "silu",
-        "hidden_size": text.hidden_size,
-        "intermediate_size": text.intermediate_size,
-        "num_hidden_layers": text.num_layers,
-        "num_attention_heads": text.num_heads,
-        "num_key_value_heads": text.num_heads,
-        "max_position_embeddings": text.max_positions,
-        "rms_norm_eps": text.rms_norm_eps,
-        "vocab_size": text.vocab_size,
         "bos_token_id": text.bos_id,
         "eos_token_id": text.eos_id,
         "pad_token_id": 0,
         "rope_scaling": None,
-        "tie_word_embeddings": False,
         "torch_dtype": "float16",
         "image_aspect_ratio": "pad",
         "mm_hidden_size": config.vision.hidden_size,
@@ -210,10 +170,10 @@ def official_config(config: LlavaConfig) -> dict:
     }
 
 
-def write_llava_hf(config: LlavaConfig, folder: Path, noise: Noise, say: Callable) -> None:
+def write_llava_hf(config: LlavaConfig, folder: Path, noise: Noise) -> None:
     """model-*.safetensors with index, config and processor files."""
     rows = hf_vocab_size(config)
-    parts = split(hf_specs(config, rows), HF_SHARD)
+    specs = hf_specs(config, rows)
 
     def random_tensor(name: str) -> Tensor:
         shape, dtype = specs[name]
@@ -221,14 +181,8 @@ def write_llava_hf(config: LlavaConfig, folder: Path, noise: Noise, say: Callabl
         noise.fill(name, tensor)
         return tensor
 
-    shards = {
-        f"model-{number:05}-of-{len(parts):05}.safetensors": part
-        for number, part in enumerate(parts, start=1)
-    }
-    for file, specs in shards.items():
-        say(f"{folder / file}: {len(specs)} tensors")
-        write_safetensors(folder / file, specs, random_tensor)
-    write_index(folder / "model.safetensors.index.json", shards)
+    table = write_shards(folder, specs, random_tensor, HF_SHARD)
+    write_hf_index(folder, table, sum(map(num_bytes, specs.values())))
     for name, content in hf_documents(config, True, rows, torch.float16).items():
         write_json(folder / name, content)
 
@@ -249,7 +203,7 @@ def main() -> int:
             parser.error(f"{folder} is there and not empty, nothing is overwritten")
     args.out.mkdir(parents=True, exist_ok=True)
     write = write_official if args.layout == "official" else write_llava_hf
-    write(SIZES[args.size], args.out, Noise(args.seed), lambda line: print(line, file=sys.stderr))
+    write(SIZES[args.size], args.out, Noise(args.seed))
     if args.tokenizer:
         shutil.copyfile(args.tokenizer, args.out / args.tokenizer.name)
     print(json.dumps({"folder": str(args.out), "layout": args.layout, "size": args.size}))

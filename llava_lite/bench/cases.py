@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_lite.bench.machine import Prepared, Run
-from llava_lite.bench.transformers_peer import Peer
+from llava_lite.bench.machine import Case, Prepared
 from llava_lite.cache import KVCache, attend
 from llava_lite.config import IMAGE_TOKEN_ID, LlavaConfig, TextConfig
 from llava_lite.errors import CheckpointError
@@ -42,32 +41,12 @@ SHARED_WORDS = WORDS_BEFORE - 1  # the last word may merge with what follows it
 DECODED = 8  # tokens per timing
 ATTENTION_CALLS = 4  # per timing
 BATCHED = COLD = ("none", "hybrid-72-36")  # reductions
+Costs = dict[str, Any]
 
 PARTS = (
     *("tower", "prefill", "first token", "first token, cold", "decode", "batch"),
     *("growing prefill", "growing decode", "growing attention"),
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    """A run to time. `run` makes `steps` steps; tokens, operations and bytes read are per step
-    (0: not counted)."""
-
-    contender: str
-    part: str
-    setting: str
-    run: Run
-    steps: int = 1
-    tokens: int = 0
-    flops: int = 0
-    bytes: int = 0
-    image_tokens: int | None = None
-    kv_bytes: int | None = None
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.contender, self.part, self.setting
 
 
 def stored_bytes(module: nn.Module) -> int:
@@ -82,7 +61,7 @@ def stored_bytes(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """The cost of a pass through a model: bytes of the decoder's and the tower's weights, and
+    """The costs of each part of a model, as fields of a `Case`: bytes of weights and caches, and
     operations, two per multiply-add (trace.py counts them)."""
 
     config: LlavaConfig
@@ -97,33 +76,35 @@ class Work:
         read = stored_bytes(llava.decoder) - embeddings
         return Work(llava.config, llava.dtype, read, stored_bytes(llava.vision))
 
-    def tower(self, block_flops: int) -> int:
-        """Operations of the tower: the patch embedding and `block_flops` multiply-adds."""
+    def tower(self, tokens_per_block: Sequence[int]) -> Costs:
+        """The tower, with so many tokens after each of its blocks."""
         vision = self.config.vision
         patches = vision.num_patches * 3 * vision.patch_size**2 * vision.hidden_size
-        return 2 * (patches + block_flops)
+        share = len(tokens_per_block) / vision.num_blocks  # transformers runs one more
+        flops = 2 * (patches + tower_flops(vision, tokens_per_block))
+        return {"flops": flops, "bytes": int(share * self.tower_bytes)}
 
-    def prefill(self, layer_flops: int) -> int:
-        """Operations of a prompt: `layer_flops` multiply-adds and one row of logits."""
-        return 2 * (layer_flops + self.config.text.hidden_size * self.config.text.vocab_size)
+    def prefill(self, tokens: int, layer_flops: int) -> Costs:
+        """A prompt: `layer_flops` multiply-adds, and one row of logits."""
+        logits = self.config.text.hidden_size * self.config.text.vocab_size
+        flops = 2 * (layer_flops + logits)
+        return {"tokens": tokens, "flops": flops, "bytes": self.decoder_bytes}
 
-    def decode(self, lengths: Sequence[int]) -> int:
-        """Operations of one token after caches of these lengths, one per layer."""
-        one = [1] * len(lengths)
-        return self.prefill(decoder_flops(self.config.text, one, one, lengths))
-
-    def cache(self, lengths: Sequence[int]) -> int:
-        """Bytes of caches of these lengths, halfway through the timed tokens."""
+    def decode(self, lengths: Sequence[int], size: int = 1) -> Costs:
+        """One token after each of `size` caches of these lengths, one per layer."""
+        text, one = self.config.text, [1] * len(lengths)
+        flops = self.prefill(1, decoder_flops(text, one, one, lengths))["flops"]
         halfway = [length + 1 + DECODED // 2 for length in lengths]
-        return kv_bytes(self.config.text, halfway, self.dtype.itemsize)
+        read = self.decoder_bytes + size * kv_bytes(text, halfway, self.dtype.itemsize)
+        return {"steps": DECODED, "tokens": size, "flops": size * flops, "bytes": read}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One of our models, or transformers."""
+    """One of our models (`Model`), or transformers (`Peer`)."""
 
     name: str
-    model: Model | Peer
+    model: Any
     work: Work
 
 
@@ -189,34 +170,29 @@ def walk(model: Model, reduction: Reduction) -> Walk:
 
 
 def our_cases(
-    one: Contender,
-    model: Model,
-    walks: Mapping[str, Walk],
-    batch_sizes: Sequence[int],
-    lengths: Sequence[int],
+    one: Contender, walks: Mapping[str, Walk], batch_sizes: Sequence[int], lengths: Sequence[int]
 ) -> list[Case]:
     """All cases of one of our models: one prompt with every reduction, batches, and prompts without
     an image of all `lengths` that the model's context allows."""
     cases = []
     for setting, walked in walks.items():
-        cases += prompt_cases(one, model, setting, walked)
+        cases += prompt_cases(one, setting, walked)
         if setting in BATCHED:
-            cases += batch_cases(one, model, setting, walked, batch_sizes)
+            cases += [batch_case(one, setting, walked, size) for size in batch_sizes]
     for length in lengths:
-        if length <= model.config.text.max_positions:
-            cases += growing_cases(one, model, length)
+        if length <= one.work.config.text.max_positions:
+            cases += growing_cases(one, length)
     return cases
 
 
-def prompt_cases(one: Contender, model: Model, setting: str, walked: Walk) -> list[Case]:
+def prompt_cases(one: Contender, setting: str, walked: Walk) -> list[Case]:
     """One prompt with one reduction: prefill, first token, decode, and the tower."""
-    work, trace, reduction = one.work, walked.trace, walked.state.reduction
-    merge = reduction.merge
-    steps = merge.steps(model.config.vision) if merge else None
+    model, work, trace, reduction = one.model, one.work, walked.trace, walked.state.reduction
+    [image] = walked.state.images
     pixels = random_pixels(work, model.llava.device)
-    tokens = len(walked.state.images[0].image_embeds)
-    case = partial(Case, one.name, setting=setting, image_tokens=tokens)
-    flops = work.prefill(trace.decoder_flops["gated"].total)
+    case = partial(Case, one.name, setting=setting, image_tokens=len(image.image_embeds))
+    kept = partial(case, kv_bytes=trace.kv_bytes)
+    prefill = work.prefill(walked.lengths[0], trace.decoder_flops["gated"].total)
     first = partial(first_token, model, pixels, reduction)
 
     def first_call() -> Callable[[], Any]:
@@ -224,87 +200,42 @@ def prompt_cases(one: Contender, model: Model, setting: str, walked: Walk) -> li
         return first
 
     cases = [
-        case(
-            "prefill",
-            run=partial(model.advance, [walked.state]),
-            tokens=walked.lengths[0],
-            flops=flops,
-            bytes=work.decoder_bytes,
-            kv_bytes=trace.kv_bytes,
-        ),
+        kept("prefill", run=partial(model.advance, [walked.state]), **prefill),
         case("first token", run=first),
-        case(
-            "decode",
-            run=decoding(model, walked, 1),
-            steps=DECODED,
-            tokens=1,
-            flops=work.decode(walked.lengths),
-            bytes=work.decoder_bytes + work.cache(walked.lengths),
-            kv_bytes=trace.kv_bytes,
-        ),
+        kept("decode", run=decode_prompt(model, walked, 1), **work.decode(walked.lengths)),
     ]
     if setting in COLD:
         cases.append(case("first token, cold", run=Prepared(first_call)))
     if one.name == OURS and reduction.fastv is None and reduction.positions == "vtu":
+        steps = reduction.merge.steps(work.config.vision) if reduction.merge else None
         run = partial(model.llava.vision, pixels, steps)
-        flops = work.tower(trace.tower_flops.total)
-        cases.append(case("tower", run=run, flops=flops, bytes=work.tower_bytes))
+        cases.append(case("tower", run=run, **work.tower(image.tokens_per_block)))
     return cases
 
 
-def batch_cases(
-    one: Contender, model: Model, setting: str, walked: Walk, sizes: Sequence[int]
-) -> list[Case]:
-    """One token after each of several prompts, by number of prompts."""
-    cache = one.work.cache(walked.lengths)
-    return [
-        Case(
-            one.name,
-            "batch",
-            f"{setting} x {size}",
-            decoding(model, walked, size),
-            steps=DECODED,
-            tokens=size,
-            flops=size * one.work.decode(walked.lengths),
-            bytes=one.work.decoder_bytes + size * cache,
-            kv_bytes=size * walked.trace.kv_bytes,
-        )
-        for size in sizes
-    ]
+def batch_case(one: Contender, setting: str, walked: Walk, size: int) -> Case:
+    """One token after each of `size` prompts."""
+    run, kept = decode_prompt(one.model, walked, size), size * walked.trace.kv_bytes
+    costs = one.work.decode(walked.lengths, size)
+    return Case(one.name, "batch", f"{setting} x {size}", run, kv_bytes=kept, **costs)
 
 
-def growing_cases(one: Contender, model: Model, length: int) -> list[Case]:
+def growing_cases(one: Contender, length: int) -> list[Case]:
     """A prompt of `length` words, a token after it, and the attention in one layer."""
-    work, text = one.work, model.config.text
+    model, work, text = one.model, one.work, one.work.config.text
     lengths = (length,) * text.num_layers
     state = State(pending_ids=word_ids(text, length))
-    shape = 1, length, text.num_heads, text.head_dim
-    rows = torch.randn(3, *shape, device=model.llava.device, dtype=work.dtype).transpose(2, 3)
+    shape = 3, 1, length, text.num_heads, text.head_dim  # as the projections leave them in memory
+    rows = torch.randn(shape, device=model.llava.device, dtype=work.dtype).transpose(2, 3)
     attention = partial(attend, rows[0], rows[1], rows[2], None)
+    prefill = work.prefill(length, decoder_flops(text, lengths, lengths))
+    decode = Prepared(partial(begin_decoding, model, state, lengths, length, 1))
+    repeated, calls = partial(call_repeatedly, attention), ATTENTION_CALLS
     case = partial(Case, one.name, setting=str(length))
-    layer_flops = decoder_flops(text, lengths, lengths)
     return [
-        case(
-            "growing prefill",
-            run=partial(model.advance, [state]),
-            tokens=length,
-            flops=work.prefill(layer_flops),
-            bytes=work.decoder_bytes,
-        ),
-        case(
-            "growing decode",
-            run=Prepared(partial(begin_decoding, model, state, lengths, length, 1)),
-            steps=DECODED,
-            tokens=1,
-            flops=work.decode(lengths),
-            bytes=work.decoder_bytes + work.cache(lengths),
-        ),
-        case(
-            "growing attention",
-            run=partial(call_repeatedly, attention),
-            steps=ATTENTION_CALLS,
-            tokens=length,
-        ),
+        case("growing prefill", run=partial(model.advance, [state]), **prefill),
+        case("growing decode", run=decode, **work.decode(lengths)),
+        case("growing attention", run=repeated, steps=calls, tokens=length),
     ]
 
 
@@ -340,7 +271,7 @@ def decode(model: Model, states: Sequence[State], steps: int) -> list[State]:
     return states
 
 
-def decoding(model: Model, walked: Walk, size: int) -> Prepared:
+def decode_prompt(model: Model, walked: Walk, size: int) -> Prepared:
     """A run that decodes after `size` copies of the prompt."""
     state, lengths, position = walked.state, walked.lengths, walked.position
     return Prepared(partial(begin_decoding, model, state, lengths, position, size))
@@ -364,39 +295,22 @@ def begin_decoding(
 # ---- transformers ------------------------------------------------------------------------------
 
 
-def peer_cases(peer: Peer, work: Work) -> tuple[list[Case], Tensor]:
+def peer_cases(one: Contender) -> tuple[list[Case], Tensor]:
     """The cases of transformers, without a reduction, and its logits (1, V)."""
-    text, vision = work.config.text, work.config.vision
+    peer, work, text, vision = one.model, one.work, one.work.config.text, one.work.config.vision
     ids = peer.expand(prompt_ids(work.config))
     pixels = random_pixels(work, peer.device)
     logits, cache = peer.first_token(ids, pixels)
     length = ids.shape[1]
     lengths = (length,) * text.num_layers
-    blocks = vision.num_layers / vision.num_blocks  # transformers runs all layers
     embeds = torch.randn(1, length, text.hidden_size, device=peer.device, dtype=work.dtype)
-    case = partial(Case, TRANSFORMERS, setting="none", image_tokens=vision.num_patches)
-    cases = [
-        case(
-            "tower",
-            run=partial(peer.tower, pixels),
-            flops=work.tower(tower_flops(vision, [vision.num_patches] * vision.num_layers)),
-            bytes=int(blocks * work.tower_bytes),
-        ),
-        case(
-            "prefill",
-            run=partial(peer.prefill, embeds),
-            tokens=length,
-            flops=work.prefill(decoder_flops(text, lengths, lengths)),
-            bytes=work.decoder_bytes,
-        ),
+    tower = work.tower([vision.num_patches] * vision.num_layers)
+    prefill = work.prefill(length, decoder_flops(text, lengths, lengths))
+    decode = Prepared(partial(peer.begin_decoding, cache, length, DECODED))
+    case = partial(Case, one.name, setting="none", image_tokens=vision.num_patches)
+    return [
+        case("tower", run=partial(peer.tower, pixels), **tower),
+        case("prefill", run=partial(peer.prefill, embeds), **prefill),
         case("first token", run=partial(peer.first_token, ids, pixels)),
-        case(
-            "decode",
-            run=Prepared(partial(peer.begin_decoding, cache, length, DECODED)),
-            steps=DECODED,
-            tokens=1,
-            flops=work.decode(lengths),
-            bytes=work.decoder_bytes + work.cache(lengths),
-        ),
-    ]
-    return cases, logits
+        case("decode", run=decode, **work.decode(lengths)),
+    ], logits

@@ -1,18 +1,15 @@
-"""Time runs in turns; measure this machine's limits and a process's memory.
+"""Time runs and this machine's limits in turns.
 
 A figure of speed means little without the rates of this machine at the same moment. So the limits
-are runs too (`limit_runs`), and take turns with the runs they are compared with (`time_in_turns`).
+are runs too (`limit_cases`), and take turns with the runs they are compared with (`time_in_turns`).
 """
 
-import re
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from threading import Event, Thread
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -21,19 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from llava_lite.fast.device import PROC, synchronize
+from llava_lite.fast.device import synchronize
 
 Key = TypeVar("Key")
 
 MATMUL = (2048, 4096, 11008)  # rows, in, out: a prompt and the widest product of the 7B model
 READ_BYTES = 1_500_000_000  # more than any cache holds
-POLL_SECONDS = 0.01
-CGROUP = Path("/sys/fs/cgroup")  # a container's limits
-# By folder: files with the limit and the usage of memory. The second is cgroup v1.
-CGROUP_FILES = {
-    "": ("memory.max", "memory.current"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-}
 
 
 # ---- time --------------------------------------------------------------------------------------
@@ -88,23 +78,97 @@ def quartiles(values: list[float]) -> tuple[float, float]:
     return first, third
 
 
-# ---- limits ------------------------------------------------------------------------------------
+# ---- cases -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Limit:
-    """A run at a limit of the machine: `amount` operations (kind "matmul") or bytes ("read").
-    Several ways of one kind compete; the fastest counts."""
+class Case:
+    """A run to time. `run` makes `steps` steps; tokens, operations and bytes read are per step
+    (0: not counted)."""
 
-    kind: str
-    way: str
-    run: Callable[[], Any]
-    amount: int
+    contender: str
+    part: str
+    setting: str
+    run: Run
+    steps: int = 1
+    tokens: int = 0
+    flops: int = 0
+    bytes: int = 0
+    image_tokens: int | None = None
+    kv_bytes: int | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.contender, self.part, self.setting
 
 
-def limit_runs(dtype: torch.dtype, device: str) -> list[Limit]:
-    """A product of two large matrices in `dtype`, and several ways to read memory: matrix-vector
-    products (on a CPU with and without oneDNN), and a sum in float32."""
+@dataclass(frozen=True)
+class Measurement:
+    """A timed case: median seconds of a step, quartiles and all rounds; rates per second (None: not
+    counted), and their shares of the machine's limits."""
+
+    contender: str
+    part: str
+    setting: str
+    seconds: float
+    quartiles: tuple[float, float]
+    rounds: tuple[float, ...]
+    tokens_per_second: float | None
+    flops_per_second: float | None = None
+    matmul_share: float | None = None
+    bytes_per_second: float | None = None
+    read_share: float | None = None
+    bytes: int = 0
+    image_tokens: int | None = None
+    kv_bytes: int | None = None
+
+
+def time_cases(
+    cases: Sequence[Case], repeat: int, dtype: torch.dtype, device: str, hidden: bool
+) -> tuple[dict[str, float], list[Measurement]]:
+    """Time cases and the machine's limits in turns, `repeat` rounds. Returns a measurement of every
+    case, and the limits: operations ("matmul") and bytes per second, by each way to read and by the
+    fastest ("read")."""
+    limits = limit_cases(dtype, device)
+    runs = {case.key: case.run for case in (*limits, *cases)}
+    seconds = time_in_turns(runs, repeat, device, hidden)
+    rates = {"matmul": 0.0, "read": 0.0}
+    for limit in limits:
+        rate = (limit.flops or limit.bytes) / statistics.median(seconds[limit.key])
+        rates[limit.part] = max(rate, rates[limit.part])
+        if limit.part == "read":
+            rates[f"read, {limit.setting}"] = rate
+    return rates, [measure(case, seconds[case.key], rates) for case in cases]
+
+
+def measure(case: Case, rounds: Sequence[float], rates: Mapping[str, float]) -> Measurement:
+    """The measurement of a case, from its seconds in every round and the machine's rates."""
+    steps = [seconds / case.steps for seconds in rounds]
+    median = statistics.median(steps)
+    flops = case.flops / median if case.flops else None
+    read = case.bytes / median if case.bytes else None
+    return Measurement(
+        *case.key,
+        median,
+        quartiles(steps),
+        tuple(steps),
+        case.tokens / median if case.tokens else None,
+        flops,
+        None if flops is None else flops / rates["matmul"],
+        read,
+        None if read is None else read / rates["read"],
+        case.bytes,
+        case.image_tokens,
+        case.kv_bytes,
+    )
+
+
+# ---- limits ------------------------------------------------------------------------------------
+
+
+def limit_cases(dtype: torch.dtype, device: str) -> list[Case]:
+    """A product of two large matrices in `dtype` ("matmul"), and several ways to "read" memory:
+    matrix-vector products (on a CPU with and without oneDNN), and a sum in float32."""
     rows, width, out = MATMUL
     count = -(-READ_BYTES // (width * out * dtype.itemsize))
     # Written, not only reserved: all untouched pages of zeros share one page of memory.
@@ -116,10 +180,10 @@ def limit_runs(dtype: torch.dtype, device: str) -> list[Limit]:
     # A view of the same memory: the float32 values have no meaning.
     reads["sum"] = partial(torch.sum, matrices.flatten().view(torch.float32))
     products = matrices[:1] if device == "cpu" else matrices  # one is too short a run on a GPU
-    operations = 2 * len(products) * rows * width * out
+    multiply = partial(multiply_all, products, prompt)
     return [
-        Limit("matmul", "matrix", partial(multiply_all, products, prompt), operations),
-        *(Limit("read", way, run, matrices.nbytes) for way, run in reads.items()),
+        Case("machine", "matmul", "matrix", multiply, flops=2 * rows * products.numel()),
+        *(Case("machine", "read", way, run, bytes=matrices.nbytes) for way, run in reads.items()),
     ]
 
 
@@ -135,95 +199,3 @@ def multiply_without_onednn(matrices: Tensor, vector: Tensor) -> None:
         warnings.simplefilter("ignore")  # the switch warns about a GPU
         with torch.backends.mkldnn.flags(enabled=False):
             multiply_all(matrices, vector)
-
-
-# ---- memory ------------------------------------------------------------------------------------
-
-
-def proc_bytes(file: str, field: str) -> int | None:
-    """A field of a file in /proc, in bytes; None if the system does not have it."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", read_text(PROC / file), re.MULTILINE)
-    return 1024 * int(found[1]) if found else None
-
-
-def private_bytes() -> int | None:
-    """Memory of this process alone that the system cannot reclaim. The pages of a memory-mapped
-    checkpoint do not count."""
-    return proc_bytes("self/smaps_rollup", "Private_Dirty")
-
-
-def free_bytes(device: str) -> int | None:
-    """Memory available without swapping, on this machine and within a container's limit; None if
-    unknown. The page cache counts as available."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    known = [proc_bytes("meminfo", "MemAvailable"), *map(free_in_group, control_groups())]
-    return min((value for value in known if value is not None), default=None)
-
-
-def control_groups() -> list[tuple[str, Path]]:
-    """The groups that may limit this process, each with the root folder that its files are in.
-    The limit of an outer group holds for the inner ones."""
-    lines = read_text(PROC / "self/cgroup").splitlines()
-    own = [line.split(":", 2)[2].strip("/") for line in lines if line.count(":") >= 2]
-    inner = [Path(path) for path in own if ".." not in path]
-    paths = {Path(): None} | {p: None for path in inner for p in (path, *path.parents)}
-    return [(root, path) for root in CGROUP_FILES for path in paths]
-
-
-def free_in_group(group: tuple[str, Path]) -> int | None:
-    """Memory left within the limit of a control group; None without a limit. Cached files count as
-    used there, but the system reclaims their pages when needed."""
-    root, path = group
-    folder = CGROUP / root / path
-    limit, used = (read_text(folder / name).strip() for name in CGROUP_FILES[root])
-    if not limit.isdigit() or not used.isdigit():  # "max": no limit
-        return None
-    files = re.findall(r"^(?:in)?active_file (\d+)$", read_text(folder / "memory.stat"), re.M)
-    return max(0, int(limit) - max(0, int(used) - sum(map(int, files))))
-
-
-def read_text(path: Path) -> str:
-    """The text of a small system file; empty if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""
-
-
-class MemoryWatch:
-    """Peak memory of this process within a `with`, polled every POLL_SECONDS. resident: all pages;
-    anonymous: pages without a file behind them. On a GPU both are torch's peak allocation there.
-    None if the system does not tell."""
-
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
-        self.resident: int | None = None
-        self.anonymous: int | None = None
-        self.ended = Event()
-
-    def __enter__(self) -> "MemoryWatch":
-        if self.device.startswith("cuda"):
-            torch.cuda.init()
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self.look()
-        self.thread = Thread(target=self.poll, daemon=True)
-        self.thread.start()
-        return self
-
-    def poll(self) -> None:
-        while not self.ended.wait(POLL_SECONDS):
-            self.look()
-
-    def look(self) -> None:
-        if self.device.startswith("cuda"):
-            self.resident = self.anonymous = torch.cuda.max_memory_allocated(self.device)
-            return
-        resident, anonymous = (proc_bytes("self/status", name) for name in ("VmRSS", "RssAnon"))
-        self.resident = max(filter(None, (self.resident, resident)), default=None)
-        self.anonymous = max(filter(None, (self.anonymous, anonymous)), default=None)
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        self.thread.join()
-        self.look()

@@ -14,8 +14,7 @@ from typing import Any
 
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
-from llava_lite.bench.cases import Case
-from llava_lite.bench.machine import Prepared
+from llava_lite.bench.machine import Case, Prepared
 from llava_lite.fast.device import synchronize
 
 PARTS = ("tower", "prefill", "decode", "growing prefill")  # of cases.PARTS

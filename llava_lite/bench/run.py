@@ -8,13 +8,14 @@ after another. Load time and memory are measured in a fresh process.
 cases.py has the cases to time; report.py turns the figures into rows, a table and a plot.
 """
 
-import shutil
+import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +32,6 @@ from llava_lite.bench.cases import (
     TRANSFORMERS,
     WORDS_AFTER,
     WORDS_BEFORE,
-    Case,
     Contender,
     Work,
     decode,
@@ -43,27 +43,18 @@ from llava_lite.bench.cases import (
     stored_bytes,
     walk_all,
 )
-from llava_lite.bench.machine import (
-    READ_BYTES,
-    Limit,
-    MemoryWatch,
-    Run,
-    free_bytes,
-    limit_runs,
-    private_bytes,
-    quartiles,
-    time_in_turns,
-)
+from llava_lite.bench.machine import READ_BYTES, Case, Measurement, time_cases
+from llava_lite.bench.memory import MemoryWatch, free_bytes, private_bytes
 from llava_lite.bench.profile import Profile, profile_cases
 from llava_lite.bench.transformers_peer import Peer, import_transformers
-from llava_lite.checkpoints.checkpoint import load_tokenizer, parse_dtype
+from llava_lite.checkpoints.checkpoint import load_tokenizer
 from llava_lite.checkpoints.convert import convert
 from llava_lite.checkpoints.download import resolve
 from llava_lite.checkpoints.load import embedded_model, load
 from llava_lite.checkpoints.quantized import read_method
-from llava_lite.checkpoints.skeleton import meta_model
+from llava_lite.checkpoints.skeleton import expected_shapes, meta_model
 from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, LlavaConfig
-from llava_lite.errors import LlavaLiteError
+from llava_lite.errors import CheckpointError, LlavaLiteError
 from llava_lite.fast.allocator import keep_freed_memory
 from llava_lite.fast.compiled import CompiledModel, buckets, check_way, power_of_two
 from llava_lite.fast.device import machine
@@ -83,6 +74,7 @@ SPARE_BYTES = 1_000_000_000
 GIGA = 1e9
 
 Result = TypeVar("Result")
+Loading = tuple[float | None, int | None, int | None]  # seconds, private, loading
 
 
 class BenchError(LlavaLiteError):
@@ -115,10 +107,14 @@ class Settings:
     profile: bool = False
 
     @property
+    def ours(self) -> tuple[str, ...]:
+        """The names of our models."""
+        return (OURS, self.quantized) if self.quantize else (OURS,)
+
+    @property
     def contenders(self) -> tuple[str, ...]:
         """The names of all contenders, ours first."""
-        ours = (OURS, self.quantized) if self.quantize else (OURS,)
-        return (*ours, TRANSFORMERS) if self.against else ours
+        return (*self.ours, TRANSFORMERS) if self.against else self.ours
 
     @property
     def quantized(self) -> str:
@@ -144,27 +140,6 @@ class Footprint:
     answering: int | None
     method: str | None = None
     loads: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A timed case: median seconds of a step, quartiles and all rounds; rates per second (None: not
-    counted), and their shares of the machine's limits."""
-
-    contender: str
-    part: str
-    setting: str
-    seconds: float
-    quartiles: tuple[float, float]
-    rounds: tuple[float, ...]
-    tokens_per_second: float | None
-    flops_per_second: float | None = None
-    matmul_share: float | None = None
-    bytes_per_second: float | None = None
-    read_share: float | None = None
-    bytes: int = 0
-    image_tokens: int | None = None
-    kv_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -208,17 +183,12 @@ def bench(settings: Settings) -> Report:
     check(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    footprints = {
-        name: footprint_apart(settings, name)
-        for name in settings.contenders
-        if name != TRANSFORMERS
-    }
-    plain = footprints[OURS]
-    not_loaded: dict[str, str] = {}
+    footprints = {name: find_footprint(settings, name) for name in settings.ours}
+    plain, not_loaded = footprints[OURS], {}
     if settings.against:
         try:
-            footprints[TRANSFORMERS] = peer_footprint_apart(settings, plain)
-        except BenchError as error:
+            footprints[TRANSFORMERS] = find_peer_footprint(settings, plain)
+        except (BenchError, CheckpointError) as error:
             not_loaded[PEER_FOOTPRINT] = str(error)
     phases = plan(settings, plain, free_bytes(settings.device))
     found = [run_phase(settings, names) for names in phases]
@@ -232,18 +202,15 @@ def bench(settings: Settings) -> Report:
         footprints,
         found[0].limits,
         tuple(row for phase in found for row in phase.measurements),
-        {**found[0].skipped, **not_loaded},
+        found[0].skipped | not_loaded,
         tuple(one for phase in found for one in phase.profiles),
         import_transformers().__version__ if settings.against else None,
-        difference(logits.get(OURS), logits.get(TRANSFORMERS)),
+        difference(logits[OURS], logits[TRANSFORMERS]) if settings.against else None,
     )
 
 
 def check(settings: Settings) -> None:
     """Raise BenchError or PeerError for an impossible request, before anything slow."""
-    unknown = [name for name in settings.reductions if name not in REDUCTIONS]
-    if unknown:
-        raise BenchError(f"no reduction {unknown[0]!r}; there are {', '.join(REDUCTIONS)}")
     if settings.compile:
         check_way(None, torch.device(settings.device))
     if settings.against:
@@ -252,7 +219,8 @@ def check(settings: Settings) -> None:
         check_stored(settings, Path(settings.source).expanduser())
     else:
         config, dtype = random_config(settings), random_dtype(settings)
-        needed, free = num_parameters(config) * dtype.itemsize, free_bytes(settings.device)
+        needed = sum(map(math.prod, expected_shapes(config).values())) * dtype.itemsize
+        free = free_bytes(settings.device)
         if free is not None and needed > free:
             raise BenchError(
                 f"{config.name} with {config.text.num_layers} layers in {name_of(dtype)} needs "
@@ -276,51 +244,35 @@ def plan(settings: Settings, plain: Footprint, free: int | None) -> list[tuple[s
     """Groups of contenders that run together: all, if free memory (None: unknown) holds them; else
     the quantized weights later; else one after another."""
     names = settings.contenders
-    quantized = tuple(name for name in names if name == settings.quantized)
     others = tuple(name for name in names if name != settings.quantized)
-    plans: list[list[tuple[str, ...]]]
-    plans = [[names], [others, quantized], [(name,) for name in names]]
-    for phases in plans:
+    one_by_one: list[tuple[str, ...]] = [(name,) for name in names]
+    for phases in ([names], [others, (settings.quantized,)]):
         if free is None or max(needed_bytes(settings, plain, phase) for phase in phases) <= free:
             return phases
-    return plans[-1]
+    return one_by_one
 
 
 def needed_bytes(settings: Settings, plain: Footprint, names: Sequence[str]) -> int:
     """About how many bytes some contenders need together."""
-    text, patches = plain.config.text, plain.config.vision.num_patches
+    text, number = plain.config.text, getattr(torch, plain.dtype).itemsize
     needed = plain.weights + READ_BYTES + SPARE_BYTES
     # Quantized weights replace the plain ones, unless another contender needs these.
     if settings.quantize and settings.quantized in names and len(names) > 1:
         needed += int(SHARE_OF_PLAIN[settings.quantize] * plain.weights)
     # Caches of the largest batch, with room to grow, and of a few single prompts.
-    copies = 1.25 * max(settings.batch_sizes, default=1) + 3
-    prompt = [WORDS_BEFORE + patches + WORDS_AFTER] * text.num_layers
-    needed += int(copies * kv_bytes(text, prompt, parse_bytes(plain.dtype)))
-    ours = sum(name != TRANSFORMERS for name in names)
-    return needed + ours * static_bytes(settings, plain) if settings.compile else needed
+    largest = max(settings.batch_sizes, default=1)
+    prompt = WORDS_BEFORE + plain.config.vision.num_patches + WORDS_AFTER
+    needed += int((1.25 * largest + 3) * kv_bytes(text, [prompt] * text.num_layers, number))
+    if settings.compile:  # a slot for each item of the largest batch, as long as any prompt
+        words = [length for length in settings.lengths if length <= text.max_positions]
+        longest = buckets(max([prompt, *words]) + DECODED + 1)
+        slot = kv_bytes(text, [longest] * text.num_layers, number)
+        needed += sum(name != TRANSFORMERS for name in names) * power_of_two(largest) * slot
+    return needed
 
 
-def static_bytes(settings: Settings, plain: Footprint) -> int:
-    """Bytes of the permanent buffers of compiled steps: a slot for each item of the largest batch,
-    with as many positions as the longest prompt."""
-    text, patches = plain.config.text, plain.config.vision.num_patches
-    words = [length for length in settings.lengths if length <= text.max_positions]
-    longest = max([WORDS_BEFORE + patches + WORDS_AFTER, *words]) + DECODED + 1
-    positions = [buckets(longest)] * text.num_layers
-    slots = power_of_two(max(settings.batch_sizes, default=1))
-    return slots * kv_bytes(text, positions, parse_bytes(plain.dtype))
-
-
-def parse_bytes(dtype: str) -> int:
-    """Bytes of one number of a named dtype."""
-    return (parse_dtype(dtype) or torch.float32).itemsize
-
-
-def difference(ours: Tensor | None, theirs: Tensor | None) -> float | None:
+def difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference of logits (1, V), as a share of the largest logit."""
-    if ours is None or theirs is None:
-        return None
     ours, theirs = ours.float().cpu(), theirs.float().cpu()
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
@@ -329,16 +281,17 @@ def difference(ours: Tensor | None, theirs: Tensor | None) -> float | None:
 
 
 def open_model(settings: Settings, quantize: str | None = None) -> Model:
-    """The model to measure. quantize: only for a source, while it is loaded."""
-    if settings.source is None:
-        llava = random_model(random_config(settings), random_dtype(settings), settings.device)
-        choose_kernels(llava.decoder)  # as `load` does
-        # Any tokenizer will do: words do not matter here.
-        model = Model(llava, load_tokenizer(embedded_model(), TINY))
-        return CompiledModel(model) if settings.compile else model
-    options = {**settings.options, **({"quantize": quantize} if quantize else {})}
-    options |= {"compile": True} if settings.compile else {}
-    return load(settings.source, device=settings.device, dtype=settings.dtype, **options)
+    """The model to measure, on request with quantized weights."""
+    if settings.source is not None:
+        options = {**settings.options, "quantize": quantize, "compile": settings.compile}
+        return load(settings.source, device=settings.device, dtype=settings.dtype, **options)
+    llava = random_model(random_config(settings), random_dtype(settings), settings.device)
+    choose_kernels(llava.decoder)  # as `load` does
+    if quantize:
+        quantize_model(llava, quantize)
+    # Any tokenizer will do: words do not matter here.
+    model = Model(llava, load_tokenizer(embedded_model(), TINY))
+    return CompiledModel(model) if settings.compile else model
 
 
 def random_config(settings: Settings) -> LlavaConfig:
@@ -350,7 +303,7 @@ def random_config(settings: Settings) -> LlavaConfig:
 
 def random_dtype(settings: Settings) -> torch.dtype:
     """bfloat16, unless the settings name another dtype."""
-    return parse_dtype("bfloat16" if settings.dtype == "auto" else settings.dtype) or torch.bfloat16
+    return getattr(torch, "bfloat16" if settings.dtype == "auto" else settings.dtype)
 
 
 def random_model(config: LlavaConfig, dtype: torch.dtype, device: str) -> Llava:
@@ -368,10 +321,6 @@ def random_model(config: LlavaConfig, dtype: torch.dtype, device: str) -> Llava:
             piece.copy_(noise[start : start + len(piece)])
             start = (start + 7919) % block
     return model
-
-
-def num_parameters(config: LlavaConfig) -> int:
-    return sum(parameter.numel() for parameter in meta_model(config).parameters())
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -400,21 +349,31 @@ def apart(task: Callable[..., Result], *args: Any) -> Result:
             raise BenchError("the process of a model was killed (out of memory?)") from error
 
 
-def footprint_apart(settings: Settings, name: str) -> Footprint:
-    """The footprint of one of our models, in a fresh process. A folder is loaded
-    without further quantization in as many processes as there are rounds."""
-    first = apart(footprint, settings, name)
-    if first.load_seconds is None:
-        return first
-    more = settings.repeat - 1 if name == OURS else 0
-    return with_loads(
-        first, [first.load_seconds, *(apart(load_seconds, settings) for _ in range(more))]
-    )
+def find_footprint(settings: Settings, name: str) -> Footprint:
+    """The footprint of one of our models. A folder is loaded without further quantization in as
+    many processes as there are rounds."""
+    folder = settings.source is not None and name == OURS
+    return repeat_apart(settings.repeat if folder else 1, footprint, settings, name)
 
 
-def with_loads(first: Footprint, loads: Sequence[float]) -> Footprint:
-    """The footprint with the load times of all processes."""
-    return replace(first, loads=tuple(loads), load_seconds=statistics.median(loads))
+def find_peer_footprint(settings: Settings, plain: Footprint) -> Footprint:
+    """The footprint of `from_pretrained` of transformers, on a temporary export of the model.
+    Raises BenchError if there is no folder to export, and CheckpointError if there is no space."""
+    if settings.source is None:
+        raise BenchError("of a folder: -m MODEL")
+    with TemporaryDirectory(prefix="llava_lite-bench-") as parent:
+        folder = Path(parent) / "hf"
+        apart(export_for_peer, settings, plain.dtype, folder)
+        return repeat_apart(settings.repeat, peer_footprint, settings, plain, folder)
+
+
+def repeat_apart(count: int, task: Callable[..., Footprint], *args: Any) -> Footprint:
+    """The footprint of the first of `count` fresh processes, with the load times of all. Only the
+    first process answers."""
+    found = [apart(task, *args, number == 0) for number in range(count)]
+    loads = tuple(one.load_seconds for one in found if one.load_seconds is not None)
+    median = statistics.median(loads) if loads else None
+    return replace(found[0], loads=loads, load_seconds=median)
 
 
 def start_process(settings: Settings) -> None:
@@ -424,100 +383,64 @@ def start_process(settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
 
 
-def load_seconds(settings: Settings) -> float:
-    """Seconds to load the source. Call it in a fresh process."""
-    start_process(settings)
-    start = perf_counter()
-    open_model(settings)
-    return perf_counter() - start
-
-
-def footprint(settings: Settings, name: str) -> Footprint:
+def footprint(settings: Settings, name: str, answer: bool) -> Footprint:
     """Load one of our models, answer, and measure. Call it in a fresh process."""
     start_process(settings)
     quantize = settings.quantize if name == settings.quantized else None
-    from_source = settings.source is not None
-    with MemoryWatch(settings.device) as watch:
-        start = perf_counter()
-        model = open_model(settings, quantize if from_source else None)
-        seconds = perf_counter() - start
-    private = private_bytes()
-    if quantize and not from_source:
-        quantize_model(model.llava, quantize)
-    with torch.inference_mode(), MemoryWatch(settings.device) as answering:
+
+    def run(model: Model) -> None:
         pixels = random_pixels(Work.of(model.llava), model.llava.device)
         decode(model, first_token(model, pixels, NO_REDUCTION), DECODED)
-    return Footprint(
-        model.llava.config,
-        name_of(model.llava.dtype),
-        stored_bytes(model.llava),
-        seconds if from_source else None,
-        private if from_source else None,
-        watch.anonymous if from_source else None,
-        answering.resident,
-        find_method(model.llava),
-    )
 
-
-def peer_footprint_apart(settings: Settings, plain: Footprint) -> Footprint:
-    """The footprint of `from_pretrained` of transformers, in fresh processes, on a temporary export
-    of the model. Raises BenchError if there is no folder to export, or no space."""
+    opening = partial(open_model, settings, quantize)
+    model, loading, answering = watch(settings.device, opening, run if answer else None)
+    llava, weights = model.llava, stored_bytes(model.llava)
     if settings.source is None:
-        raise BenchError("of a folder: -m MODEL")
-    with TemporaryDirectory(prefix="llava_lite-bench-") as parent:
-        folder, size = Path(parent) / "hf", apart(export_for_peer, settings, plain.dtype, None)
-        free = shutil.disk_usage(parent).free
-        if free < size + SPARE_BYTES:
-            raise BenchError(
-                f"the copy of the weights needs {size / GIGA:.1f} GB and 1 GB to spare, "
-                f"{free / GIGA:.1f} GB are free in {Path(parent).parent}"
-            )
-        apart(export_for_peer, settings, plain.dtype, folder)
-        found = [
-            apart(peer_footprint, settings, plain, folder, not more)
-            for more in range(settings.repeat)
-        ]
-    loads = [one.load_seconds for one in found if one.load_seconds is not None]
-    return with_loads(found[0], loads)
-
-
-def export_for_peer(settings: Settings, dtype: str, folder: Path | None) -> int:
-    """Bytes of `convert --to hf` of the source. folder None: write nothing."""
-    options = settings.options
-    tower = options.get("vision_tower")
-    where = {name: options[name] for name in ("revision", "offline") if name in options}
-    path = resolve(str(settings.source), vision_tower=tower, **where)
-    made = convert(
-        path,
-        folder,
-        dtype=dtype,
-        base=options.get("base"),
-        vision_tower=tower,
-        to="hf",
-        dry_run=folder is None,
+        loading = None, None, None
+    return Footprint(
+        llava.config, name_of(llava.dtype), weights, *loading, answering, find_method(llava)
     )
-    return made.size
 
 
 def peer_footprint(settings: Settings, plain: Footprint, folder: Path, answer: bool) -> Footprint:
     """`footprint` of transformers: the same prompt and number of tokens, without its import."""
     start_process(settings)
     import_transformers()
-    dtype = parse_dtype(plain.dtype) or torch.float32
-    with MemoryWatch(settings.device) as watch:
+    dtype, size = getattr(torch, plain.dtype), plain.config.vision.image_size
+
+    def run(peer: Peer) -> None:
+        ids = peer.expand(prompt_ids(plain.config))
+        pixels = torch.zeros(1, 3, size, size, dtype=dtype, device=settings.device)
+        peer.decode(peer.first_token(ids, pixels)[1], DECODED)
+
+    opening = partial(Peer.from_folder, folder, dtype, settings.device)
+    peer, loading, answering = watch(settings.device, opening, run if answer else None)
+    return Footprint(plain.config, plain.dtype, stored_bytes(peer.model), *loading, answering)
+
+
+def watch(
+    device: str, opening: Callable[[], Result], run: Callable[[Result], None] | None
+) -> tuple[Result, Loading, int | None]:
+    """Open a model and run it. Returns the model, the seconds and memory of loading (see
+    `Footprint`), and the peak memory of the run."""
+    with MemoryWatch(device) as load_watch:
         start = perf_counter()
-        peer = Peer.from_folder(folder, plain.config, dtype, settings.device)
+        model = opening()
         seconds = perf_counter() - start
     private = private_bytes()
-    with torch.inference_mode(), MemoryWatch(settings.device) as answering:
-        if answer:
-            ids = peer.expand(prompt_ids(plain.config))
-            size = plain.config.vision.image_size
-            pixels = torch.zeros(1, 3, size, size, dtype=dtype, device=settings.device)
-            peer.decode(peer.first_token(ids, pixels)[1], DECODED)
-    weights = stored_bytes(peer.model)
-    memory = private, watch.anonymous, answering.resident
-    return Footprint(plain.config, plain.dtype, weights, seconds, *memory)
+    with torch.inference_mode(), MemoryWatch(device) as run_watch:
+        if run is not None:
+            run(model)
+    return model, (seconds, private, load_watch.anonymous), run_watch.resident
+
+
+def export_for_peer(settings: Settings, dtype: str, folder: Path) -> None:
+    """`convert --to hf` of the source."""
+    options = settings.options
+    tower = options.get("vision_tower")
+    where = {name: options[name] for name in ("revision", "offline") if name in options}
+    path = resolve(str(settings.source), vision_tower=tower, **where)
+    convert(path, folder, dtype=dtype, base=options.get("base"), vision_tower=tower, to="hf")
 
 
 # ---- contenders --------------------------------------------------------------------------------
@@ -526,17 +449,15 @@ def peer_footprint(settings: Settings, plain: Footprint, folder: Path, answer: b
 def build(settings: Settings, names: Sequence[str]) -> list[Contender]:
     """The named contenders. They share the plain weights."""
     model = open_model(settings)
-    built = {}
+    models: dict[str, Model | Peer] = {OURS: model}
+    works = dict.fromkeys(names, Work.of(model.llava))
     if TRANSFORMERS in names:
-        built[TRANSFORMERS] = Contender(TRANSFORMERS, Peer(model.llava), Work.of(model.llava))
-    for name in names:
-        if settings.quantize and name == settings.quantized:
-            copy = model if len(names) == 1 else twin(model)
-            quantize_model(copy.llava, settings.quantize)
-            built[name] = Contender(name, copy, Work.of(copy.llava))
-    if OURS in names:
-        built[OURS] = Contender(OURS, model, Work.of(model.llava))
-    return [built[name] for name in names]
+        models[TRANSFORMERS] = Peer.of(model.llava)
+    if settings.quantize and settings.quantized in names:
+        copy = model if len(names) == 1 else twin(model)
+        quantize_model(copy.llava, settings.quantize)
+        models[settings.quantized], works[settings.quantized] = copy, Work.of(copy.llava)
+    return [Contender(name, models[name], works[name]) for name in names]
 
 
 # ---- what is timed -----------------------------------------------------------------------------
@@ -566,61 +487,27 @@ def time_contenders(settings: Settings, contenders: Sequence[Contender]) -> Phas
     skipped: dict[str, str] = {}
     logits: dict[str, Tensor] = {}
     for one in contenders:
-        if isinstance(one.model, Peer):
-            found, logits[one.name] = peer_cases(one.model, one.work)
+        if one.name == TRANSFORMERS:
+            found, logits[one.name] = peer_cases(one)
         else:
-            whole = one.name == OURS
-            wanted = [name for name in settings.reductions if whole or name in WITH_QUANTIZED]
-            walks, reasons = walk_all(one.model, wanted)
-            lengths = settings.lengths if whole else ()
-            found = our_cases(one, one.model, walks, settings.batch_sizes, lengths)
-            context = one.work.config.text.max_positions
-            too_long = (length for length in lengths if length > context)
+            found, logits[one.name], reasons = make_our_cases(settings, one)
             skipped |= reasons
-            skipped |= {f"{n} words": f"the context is {context} positions" for n in too_long}
-            logits[one.name] = walks["none"].logits
         cases += found
-    limits = limit_runs(contenders[0].work.dtype, settings.device)
-    runs: dict[tuple[str, ...], Run] = {(limit.kind, limit.way): limit.run for limit in limits}
-    runs |= {case.key: case.run for case in sorted(cases, key=lambda case: PARTS.index(case.part))}
+    cases.sort(key=lambda case: PARTS.index(case.part))
     hidden = settings.quiet or not sys.stderr.isatty()
-    seconds = time_in_turns(runs, settings.repeat, settings.device, hidden)
-    rates = limit_rates(limits, seconds)
-    measured = [measure(case, seconds[case.key], rates) for case in cases]
+    dtype = contenders[0].work.dtype
+    rates, measured = time_cases(cases, settings.repeat, dtype, settings.device, hidden)
     profiles = profile_cases(cases, settings.device) if settings.profile else []
     return Phase(rates, measured, skipped, logits, profiles)
 
 
-def limit_rates(
-    limits: Sequence[Limit], seconds: Mapping[tuple[str, ...], list[float]]
-) -> dict[str, float]:
-    """Operations ("matmul") and bytes per second (the fastest "read", and each way to read)."""
-    rates: dict[str, float] = {}
-    for limit in limits:
-        rate = limit.amount / statistics.median(seconds[limit.kind, limit.way])
-        rates[limit.kind] = max(rate, rates.get(limit.kind, 0.0))
-        if limit.kind == "read":
-            rates[f"read, {limit.way}"] = rate
-    return rates
-
-
-def measure(case: Case, rounds: Sequence[float], rates: Mapping[str, float]) -> Measurement:
-    """The measurement of a case, from its seconds in every round and the machine's rates."""
-    steps = [seconds / case.steps for seconds in rounds]
-    median = statistics.median(steps)
-    flops = case.flops / median if case.flops else None
-    read = case.bytes / median if case.bytes else None
-    return Measurement(
-        *case.key,
-        median,
-        quartiles(steps),
-        tuple(steps),
-        case.tokens / median if case.tokens else None,
-        flops,
-        None if flops is None else flops / rates["matmul"],
-        read,
-        None if read is None else read / rates["read"],
-        case.bytes,
-        case.image_tokens,
-        case.kv_bytes,
-    )
+def make_our_cases(settings: Settings, one: Contender) -> tuple[list[Case], Tensor, dict[str, str]]:
+    """The cases of one of our models, its logits (1, V), and the reasons for missing cases."""
+    names, lengths = settings.reductions, settings.lengths
+    if one.name != OURS:  # fewer for quantized weights
+        names, lengths = tuple(name for name in names if name in WITH_QUANTIZED), ()
+    walks, reasons = walk_all(one.model, names)
+    context = one.work.config.text.max_positions
+    too_long = {f"{n} words": f"the context is {context} positions" for n in lengths if n > context}
+    cases = our_cases(one, walks, settings.batch_sizes, lengths)
+    return cases, walks["none"].logits, reasons | too_long

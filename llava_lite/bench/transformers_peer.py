@@ -5,11 +5,11 @@ needs little memory. Only the tower's last block is extra: LLaVA does not use it
 runs it. `transformers` is imported on first use.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,8 @@ from llava_lite.config import IMAGE_TOKEN_ID, LlavaConfig
 from llava_lite.errors import LlavaLiteError
 from llava_lite.llava import Llava
 
-TORCHVISION = {
-    "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-}
-_declared: list[torch.library.Library] = []  # operators live as long as their library
+TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")  # lives as long as its operators
+SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 class PeerError(LlavaLiteError):
@@ -36,58 +33,40 @@ class PeerError(LlavaLiteError):
 
 
 class Peer:
-    """LlavaForConditionalGeneration on the tensors of one of our models."""
+    """LlavaForConditionalGeneration. The image id is any id that no prompt uses."""
 
-    def __init__(self, llava: Llava) -> None:
-        transformers = import_transformers()
-        self.version: str = transformers.__version__
-        self.device = llava.device
-        self.image_id = llava.config.text.vocab_size - 1
-        self.num_patches = llava.config.vision.num_patches
-        state = plain_state(llava)
-        raw = hf_config(llava.config, llava.dtype, self.image_id)
-        with WithoutInit():  # reserves memory but does not touch it
-            config = transformers.LlavaConfig(**raw)
-            self.model = transformers.LlavaForConditionalGeneration(config)
-        self.model.load_state_dict(self.rename(state, llava.dtype), assign=True)
+    def __init__(self, model: Any, image_id: int, num_patches: int) -> None:
         # Weights require gradients, as after `from_pretrained`. Without gradients torch copies all
         # of lm_head to compute the last row's logits.
-        self.model.to(self.device).eval()
+        self.model = model.eval()
+        self.device: torch.device = model.device
+        self.image_ids = [image_id] * num_patches
 
     @classmethod
-    def from_folder(
-        cls, folder: Path, config: LlavaConfig, dtype: torch.dtype, device: str
-    ) -> "Peer":
-        """Load an exported folder as users of `transformers` do. config: of the original model."""
-        peer = cls.__new__(cls)
+    def of(cls, llava: Llava) -> "Peer":
+        """The peer on the tensors of one of our models."""
         transformers = import_transformers()
-        peer.version = transformers.__version__
-        transformers.utils.logging.disable_progress_bar()
-        peer.model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-        peer.model.to(device).eval()
-        peer.device = torch.device(device)
-        peer.image_id = read_json(folder / "config.json")["image_token_index"]
-        peer.num_patches = config.vision.num_patches
-        return peer
+        image_id = llava.config.text.vocab_size - 1
+        raw = hf_config(llava.config, llava.dtype, image_id)
+        with WithoutInit():  # reserves memory but does not touch it
+            config = transformers.LlavaConfig(**raw)
+            model = transformers.LlavaForConditionalGeneration(config)
+        model.load_state_dict(rename(llava, model), assign=True)
+        return cls(model.to(llava.device), image_id, llava.config.vision.num_patches)
 
-    def rename(self, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Our tensors under the names of `transformers`, and noise for tensors we do not have."""
-        theirs = {}
-        for name, tensor in self.model.state_dict().items():
-            [ours] = our_names(name)
-            noise = torch.empty_like(tensor, dtype=dtype, device=self.device)
-            theirs[name] = state[ours] if ours in state else noise.normal_(std=0.02)
-        return theirs
+    @classmethod
+    def from_folder(cls, folder: Path, dtype: torch.dtype, device: str) -> "Peer":
+        """Load an exported folder as users of `transformers` do."""
+        transformers = import_transformers()
+        transformers.utils.logging.disable_progress_bar()
+        model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        raw = read_json(folder / "config.json")
+        return cls(model.to(device), raw["image_token_index"], raw["image_seq_length"])
 
     def expand(self, input_ids: Sequence[int]) -> Tensor:
         """Ids (1, N) with an image id for every patch in place of each image slot (-200)."""
-        counts = {IMAGE_TOKEN_ID: self.num_patches}
-        wide = [
-            self.image_id if token == IMAGE_TOKEN_ID else token
-            for token in input_ids
-            for _ in range(counts.get(token, 1))
-        ]
-        return torch.tensor([wide], device=self.device)
+        wide = (self.image_ids if token == IMAGE_TOKEN_ID else [token] for token in input_ids)
+        return torch.tensor([list(chain.from_iterable(wide))], device=self.device)
 
     def tower(self, pixel_values: Tensor) -> Any:
         """Run the vision tower. LLaVA takes one of its hidden states."""
@@ -133,9 +112,19 @@ def plain_state(llava: Llava) -> dict[str, Tensor]:
     return tensors
 
 
+def rename(llava: Llava, model: Any) -> dict[str, Tensor]:
+    """Our tensors under the names of `transformers`, and noise for tensors we do not have."""
+    ours, theirs = plain_state(llava), {}
+    for name, tensor in model.state_dict().items():
+        [our_name] = our_names(name)
+        noise = torch.empty_like(tensor, dtype=llava.dtype, device=llava.device)
+        theirs[name] = ours[our_name] if our_name in ours else noise.normal_(std=0.02)
+    return theirs
+
+
 def hf_config(config: LlavaConfig, dtype: torch.dtype, image_id: int) -> dict[str, Any]:
-    """The arguments of their LlavaConfig. The image id is any id that no prompt uses. There is no
-    padding, and the dtype does not matter: every tensor is replaced."""
+    """The arguments of their LlavaConfig. There is no padding, and the dtype does not matter: every
+    tensor is replaced."""
     raw = hf_documents(config, True, config.text.vocab_size, dtype)["config.json"]
     raw["image_token_index"] = image_id
     for part in (raw, raw["text_config"], raw["vision_config"]):
@@ -144,34 +133,27 @@ def hf_config(config: LlavaConfig, dtype: torch.dtype, image_id: int) -> dict[st
     return raw
 
 
-# ---- the import --------------------------------------------------------------------------------
-
-
 def import_transformers() -> Any:
     """The module transformers. Raises PeerError if it is not installed, or too old."""
     if find_spec("transformers") is None:
         raise PeerError("comparing needs transformers: pip install 'transformers>=4.57'")
-    with usable_torchvision():
-        transformers = import_module("transformers")
-        try:
-            _ = transformers.LlavaForConditionalGeneration
-        except (AttributeError, ImportError, RuntimeError) as error:
-            version = transformers.__version__
-            raise PeerError(f"transformers {version} has no LLaVA to run: {error}") from error
+    if find_spec("torchvision") is not None:
+        make_torchvision_importable()
+    transformers = import_module("transformers")
+    try:
+        _ = transformers.LlavaForConditionalGeneration
+    except (AttributeError, ImportError, RuntimeError) as error:
+        version = transformers.__version__
+        raise PeerError(f"transformers {version} has no LLaVA to run: {error}") from error
     return transformers
 
 
-@contextmanager
-def usable_torchvision() -> Iterator[None]:
-    """Make `transformers` importable beside a torchvision that does not fit this torch. The import
-    of torchvision fails without two operators, so declare them."""
-    if find_spec("torchvision") is not None:
-        try:
-            import_module("torchvision")
-        except (ImportError, OSError, RuntimeError):
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            for name, signature in TORCHVISION.items():
-                if not hasattr(torch.ops.torchvision, name):
-                    library.define(name + signature)
-            _declared.append(library)
-    yield
+def make_torchvision_importable() -> None:
+    """Declare two operators of a torchvision that does not fit this torch. `transformers` imports
+    torchvision, which fails without them."""
+    try:
+        import_module("torchvision")
+    except (ImportError, OSError, RuntimeError):
+        for name in ("nms", "qnms"):
+            if not hasattr(torch.ops.torchvision, name):
+                TORCHVISION.define(name + SIGNATURE)

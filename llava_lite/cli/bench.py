@@ -19,6 +19,7 @@ from llava_lite.saving import check_output, replace_json
 if TYPE_CHECKING:
     from llava_lite.bench.run import Settings
 
+SOURCE_OPTIONS = ("base", "vision_tower", "revision", "offline", "download")
 BENCH_HELP = """\
 In every round, llava-lite, transformers (on the same weights) and the machine's limits take turns.
 Figures are medians. A figure with a bound (for a 7B model in bfloat16 on a CPU) gets a row with
@@ -62,37 +63,41 @@ def add_bench(commands: Any) -> None:
 
 def run_bench(args: argparse.Namespace) -> int:
     """`llava-lite bench`."""
-    if args.size and args.model:
-        args.parser.error("--size is for random weights: it does not go with --model")
-    if args.layers and not args.size:
-        args.parser.error("--layers goes with --size")
-    for option in ("base", "vision_tower", "revision", "offline", "download"):
-        if args.size and getattr(args, option):
-            name = option.replace("_", "-")
-            args.parser.error(f"--size is for random weights: it does not go with --{name}")
-    from llava_lite.bench import report as bench_report
-    from llava_lite.bench import run as bench
-    from llava_lite.bench.run import BenchError
+    check_arguments(args)
+    from llava_lite.bench.plot import check_plot, save_plot
+    from llava_lite.bench.report import table, to_dict
+    from llava_lite.bench.run import BenchError, bench
     from llava_lite.fast.allocator import keep_freed_memory
-    from llava_lite.reduction import REDUCTIONS
 
-    unknown = [name for name in args.reductions or () if name not in REDUCTIONS]
-    if unknown:
-        args.parser.error(f"no reduction {unknown[0]!r}; there are {', '.join(REDUCTIONS)}")
     if args.output:
         check_output(Path(args.output), BenchError)
     if args.plot:
-        bench_report.check_plot(Path(args.plot))
+        check_plot(Path(args.plot))
     keep_freed_memory()  # as the other commands do; transformers gains from it, too
-    report = bench.bench(bench_settings(args))
-    content = bench_report.to_dict(report)
-    print(json.dumps(content) if args.json else "\n".join(bench_report.table(report)))
+    report = bench(bench_settings(args))
+    content = to_dict(report)
+    print(json.dumps(content) if args.json else "\n".join(table(report)))
     if args.output:
         replace_json(Path(args.output), content)
     if args.plot:
-        bench_report.save_plot(report, Path(args.plot))
+        save_plot(report, Path(args.plot))
     short = any(row["verdict"] == "SHORT" for row in content["rows"])
     return FAILED if args.strict and short else OK
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """End with an error for options that exclude each other, and for an unknown reduction."""
+    from llava_lite.reduction import REDUCTIONS
+
+    for option in ("model", *SOURCE_OPTIONS):
+        if args.size and getattr(args, option):
+            name = option.replace("_", "-")
+            args.parser.error(f"--size is for random weights: it does not go with --{name}")
+    if args.layers and not args.size:
+        args.parser.error("--layers goes with --size")
+    unknown = [name for name in args.reductions or () if name not in REDUCTIONS]
+    if unknown:
+        args.parser.error(f"no reduction {unknown[0]!r}; there are {', '.join(REDUCTIONS)}")
 
 
 def bench_settings(args: argparse.Namespace) -> "Settings":
@@ -103,22 +108,15 @@ def bench_settings(args: argparse.Namespace) -> "Settings":
 
     if args.download:
         choose_download_bars(args.quiet)
-    names = "base vision_tower revision offline download"
+    same = "layers dtype threads repeat quantize quiet compile profile"
     return Settings(
         source=None if args.size else default_source(args.model),
-        options={name: getattr(args, name) for name in names.split()},
+        options={name: getattr(args, name) for name in SOURCE_OPTIONS},
         size=args.size or "",
-        layers=args.layers,
         device=str(pick_device(args.device)),
-        dtype=args.dtype,
-        threads=args.threads,
-        repeat=args.repeat,
         reductions=tuple(dict.fromkeys(args.reductions or REDUCTIONS)),
         batch_sizes=tuple(dict.fromkeys(args.batch_sizes)),
         lengths=tuple(dict.fromkeys(args.lengths)),
         against=args.against is not None,
-        quantize=args.quantize,
-        quiet=args.quiet,
-        compile=args.compile,
-        profile=args.profile,
+        **{name: getattr(args, name) for name in same.split()},
     )

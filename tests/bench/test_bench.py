@@ -6,6 +6,7 @@ Run: pytest tests/bench/test_bench.py
 import gc
 import json
 import mmap
+import shutil
 import statistics
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,18 +25,19 @@ from helpers.models import random_llava
 from helpers.peers import peer
 from llava_lite.bench import cases as bench_cases
 from llava_lite.bench import machine as hardware
+from llava_lite.bench import memory, plot, targets, transformers_peer
 from llava_lite.bench import report as bench_report
 from llava_lite.bench import run as bench
-from llava_lite.bench import transformers_peer
 from llava_lite.bench.cases import OURS, TRANSFORMERS, Work, stored_bytes, word_ids
-from llava_lite.bench.machine import Prepared, time_in_turns
-from llava_lite.bench.report import Row
-from llava_lite.bench.run import BenchError, Footprint, Measurement, Report, Settings
+from llava_lite.bench.machine import Measurement, Prepared, time_in_turns
+from llava_lite.bench.run import BenchError, Footprint, Report, Settings
+from llava_lite.bench.targets import Row
 from llava_lite.bench.transformers_peer import Peer, PeerError
 from llava_lite.checkpoints.convert import convert
 from llava_lite.checkpoints.load import embedded_model
 from llava_lite.cli import program as cli
 from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, LlavaConfig
+from llava_lite.errors import CheckpointError
 from llava_lite.generation.model import Model
 
 INT4 = f"{OURS} int4"
@@ -187,7 +189,7 @@ def test_table_has_every_line(report: Report) -> None:
     for row in report.measurements:
         shown = [line for line in lines if line.startswith(f"  {row.contender} {row.setting} ")]
         assert any(f"{1000 * row.seconds:.2f}" in line for line in shown)
-    for row in bench_report.rows(report):
+    for row in targets.rows(report):
         [line] = [line for line in lines if line.startswith(f"  {row.figure} ")]
         assert row.verdict in line
         if row.bound is not None:
@@ -215,19 +217,19 @@ def test_json_has_everything(report: Report) -> None:
     assert content["machine"]["torch"] == torch.__version__
     assert content["footprints"][OURS]["weights"] > 0
     assert [row["figure"] for row in content["rows"]] == [
-        row.figure for row in bench_report.rows(report)
+        row.figure for row in targets.rows(report)
     ]
 
 
 def test_plot(report: Report, tmp_path: Path) -> None:
     peer("matplotlib")
     file = tmp_path / "speed.png"
-    bench_report.check_plot(file)
-    bench_report.save_plot(report, file)
+    plot.check_plot(file)
+    plot.save_plot(report, file)
     assert file.stat().st_size <= 100_000
     with Image.open(file) as image:
         assert image.width > 600
-    labels = [label for _, label, _ in bench_report.bars(report, "decode")]
+    labels = [label for _, label, _ in plot.bars(report, "decode")]
     assert labels[0] == "transformers" and "int4, hybrid-72-36" in labels and len(labels) == 5
 
 
@@ -245,9 +247,14 @@ def test_verdicts(value: float, at_least: bool, verdict: str) -> None:
     assert replace(row, value=None).verdict == "not run"
 
 
+def target_line(row: Row) -> str:
+    """The line of a figure in the table."""
+    return " ".join(bench_report.target_cells(row).values()).rstrip()
+
+
 def named_rows(report: Report) -> dict[str, Row]:
     """By what stands in front of the colon, if there is one."""
-    return {row.figure.split(":")[0]: row for row in bench_report.rows(report)}
+    return {row.figure.split(":")[0]: row for row in targets.rows(report)}
 
 
 def made_up(
@@ -308,7 +315,7 @@ FOLDER = Settings("folder", quantize="int4", against=True)
 
 
 def test_good_figures_pass_every_bound() -> None:
-    rows = bench_report.rows(made_up(GOOD, footprints=LOADED, settings=FOLDER))
+    rows = targets.rows(made_up(GOOD, footprints=LOADED, settings=FOLDER))
     assert [row.verdict for row in rows if row.bound is not None] == ["PASS"] * 12
     assert rows[0].value == pytest.approx(1.4)
     assert rows[1].value == 1.0
@@ -322,14 +329,14 @@ def test_good_figures_pass_every_bound() -> None:
     assert rows[-2].value == pytest.approx(1.0)  # the attention is not counted
     assert rows[-1].value == pytest.approx(100 / 0.32 / 1000)
     whole = "width 4096 with 32 heads, 32 decoder layers, plain weights, 5 rounds"
-    assert bench_report.bound_line(rows[0]).endswith(f"PASS (cpu, bfloat16, {whole})")
+    assert target_line(rows[0]).endswith(f"PASS (cpu, bfloat16, {whole})")
 
 
 @pytest.mark.parametrize("figure", ["first token", "first token, hybrid-72-36"])
 def test_a_first_token_with_nothing_cached_is_a_figure_without_a_bound(figure: str) -> None:
     cold = named_rows(made_up(GOOD))[f"{figure}, nothing cached"]
     assert cold.bound is None and cold.verdict == ""
-    assert bench_report.bound_line(cold).endswith(f"{cold.value:.3f}")
+    assert target_line(cold).endswith(f"{cold.value:.3f}")
 
 
 def config_with(**changes: Any) -> LlavaConfig:
@@ -354,22 +361,20 @@ def config_with(**changes: Any) -> LlavaConfig:
 def test_no_verdict_where_the_bounds_do_not_hold(
     changes: dict[str, Any], still_judged: list[str], reason: str
 ) -> None:
-    rows = bench_report.rows(made_up(GOOD, **{"footprints": LOADED, "settings": FOLDER, **changes}))
+    rows = targets.rows(made_up(GOOD, **{"footprints": LOADED, "settings": FOLDER, **changes}))
     assert all(row.value is not None for row in rows)
     judged = [row.figure.split(":")[0] for row in rows if row.judged]
     assert judged == still_judged
     for row in rows:
         assert (row.verdict != "") == row.judged
         if not row.judged and row.bound is not None:
-            assert reason in row.conditions and f"({row.conditions})" in bench_report.bound_line(
-                row
-            )
+            assert reason in row.conditions and f"({row.conditions})" in target_line(row)
 
 
 def test_what_more_words_cost_a_token_has_to_be_more_than_noise() -> None:
     for seconds in (1.0, 0.9):
-        row = bench_report.rows(made_up({**GOOD, (OURS, "growing decode", "200"): seconds}))[-1]
-        assert row.value is None and "noise" in bench_report.bound_line(row)
+        row = targets.rows(made_up({**GOOD, (OURS, "growing decode", "200"): seconds}))[-1]
+        assert row.value is None and "noise" in target_line(row)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +392,7 @@ def test_what_more_words_cost_a_token_has_to_be_more_than_noise() -> None:
     ],
 )
 def test_a_slow_figure_falls_short(key: tuple[str, str, str], seconds: float, figure: str) -> None:
-    rows = bench_report.rows(made_up({**GOOD, key: seconds}, footprints=LOADED, settings=FOLDER))
+    rows = targets.rows(made_up({**GOOD, key: seconds}, footprints=LOADED, settings=FOLDER))
     short = [row.figure for row in rows if row.verdict == "SHORT"]
     assert any(name.startswith(figure) for name in short), short
     assert len(short) <= 2  # our decode is part of two
@@ -398,7 +403,7 @@ def test_load_and_memory_have_bounds() -> None:
         OURS: replace(LOADED[OURS], load_seconds=5.1, private=1_100_000_000),
         INT4: replace(LOADED[INT4], answering=5_600_000_000),
     }
-    rows = bench_report.rows(made_up(GOOD, footprints=slow, settings=FOLDER))
+    rows = targets.rows(made_up(GOOD, footprints=slow, settings=FOLDER))
     short = [row.figure for row in rows if row.verdict == "SHORT"]
     assert short == [
         "int4 peak memory",
@@ -409,14 +414,14 @@ def test_load_and_memory_have_bounds() -> None:
 
 def test_figures_that_are_not_there_say_how_to_get_them() -> None:
     plain = Settings(quiet=True)
-    rows = bench_report.rows(made_up({}, settings=plain))
+    rows = targets.rows(made_up({}, settings=plain))
     assert {row.verdict for row in rows} == {"not run"}
     missing = {row.figure.split(":")[0].split(",")[0]: row.missing for row in rows}
     assert missing["tower"] == "--against transformers"
     assert missing["int4 decode"] == missing["int4 peak memory"]
     assert missing["int4 decode"] == "--quantize int4"
     assert missing["load of a folder"] == "of a folder: -m MODEL"
-    lines = "\n".join(map(bench_report.bound_line, rows))
+    lines = "\n".join(map(target_line, rows))
     assert "not run (--against transformers)" in lines
 
 
@@ -456,7 +461,7 @@ def test_a_first_call_fills_the_cache_of_the_first_words(tiny_model: Model) -> N
         with torch.inference_mode():
             walks, _ = bench_cases.walk_all(tiny_model, [])
             contender = bench_cases.Contender(OURS, tiny_model, Work.of(tiny_model.llava))
-            cases = bench_cases.prompt_cases(contender, tiny_model, "none", walks["none"])
+            cases = bench_cases.prompt_cases(contender, "none", walks["none"])
             runs = {case.part: case.run for case in cases}
             for part in ("first token, cold", "first token"):
                 run = runs[part]
@@ -484,7 +489,7 @@ def test_random_weights_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPa
 def test_the_peer_shares_our_tensors() -> None:
     peer("transformers")
     llava = bench.random_model(TINY, torch.bfloat16, "cpu")
-    other = Peer(llava)
+    other = Peer.of(llava)
     theirs = {tensor.data_ptr() for tensor in other.model.state_dict().values()}
     assert {tensor.data_ptr() for tensor in llava.state_dict().values()} <= theirs
     assert {tensor.dtype for tensor in other.model.state_dict().values()} == {torch.bfloat16}
@@ -547,10 +552,10 @@ def test_runs_take_turns_and_the_first_round_does_not_count() -> None:
 def test_memory_of_this_process() -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("this system has no /proc")
-    private = hardware.private_bytes()
+    private = memory.private_bytes()
     assert private is None or 10_000_000 < private < 64e9
-    assert 0 < (hardware.free_bytes("cpu") or 0)
-    with hardware.MemoryWatch() as watch:
+    assert 0 < (memory.free_bytes("cpu") or 0)
+    with memory.MemoryWatch() as watch:
         before = watch.resident
         # Fresh pages: an allocator could have kept some that were counted before.
         with mmap.mmap(-1, 100_000_000) as block:
@@ -564,14 +569,14 @@ def test_memory_of_this_process() -> None:
 def test_memory_where_the_system_does_not_say(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hardware, "PROC", tmp_path)
-    monkeypatch.setattr(hardware, "CGROUP", tmp_path / "nowhere")
-    assert hardware.private_bytes() is None and hardware.free_bytes("cpu") is None
-    with hardware.MemoryWatch() as watch:
+    monkeypatch.setattr(memory, "PROC", tmp_path)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "nowhere")
+    assert memory.private_bytes() is None and memory.free_bytes("cpu") is None
+    with memory.MemoryWatch() as watch:
         pass
     assert watch.resident is watch.anonymous is None
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  7 kB\n")
-    assert hardware.free_bytes("cpu") == 7 * 1024
+    assert memory.free_bytes("cpu") == 7 * 1024
 
 
 @pytest.mark.parametrize(
@@ -613,8 +618,8 @@ def test_memory_where_the_system_does_not_say(
 def test_free_memory_is_that_of_a_container(
     files: dict[str, str], free: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hardware, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(hardware, "CGROUP", tmp_path / "sys")
+    monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "sys")
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemAvailable:  7000 kB\n")
     (tmp_path / "proc/self/cgroup").write_text("4:memory:/app/inner\n0::/app/inner\n")
@@ -622,7 +627,7 @@ def test_free_memory_is_that_of_a_container(
         file = tmp_path / "sys" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content + "\n")
-    assert hardware.free_bytes("cpu") == free
+    assert memory.free_bytes("cpu") == free
 
 
 def test_on_a_gpu_memory_is_what_torch_allocated_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -634,10 +639,10 @@ def test_on_a_gpu_memory_is_what_torch_allocated_there(monkeypatch: pytest.Monke
         mem_get_info=lambda device: (11, 99),
     )
     monkeypatch.setattr(torch, "cuda", fake)
-    with hardware.MemoryWatch("cuda:0") as watch:
+    with memory.MemoryWatch("cuda:0") as watch:
         pass
     assert watch.resident == watch.anonymous in (7, 9)
-    assert hardware.free_bytes("cuda:0") == 11
+    assert memory.free_bytes("cuda:0") == 11
 
 
 def test_weights_count_in_whatever_form_they_are_kept() -> None:
@@ -716,15 +721,13 @@ def test_without_space_for_a_copy_the_row_says_so(monkeypatch: pytest.MonkeyPatc
     settings = Settings(str(embedded_model()), against=True)
     plain = replace(LOADED[OURS], config=TINY)
     with monkeypatch.context() as patch:
-        patch.setattr(bench.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000_000))
-        with pytest.raises(BenchError, match=r"needs 0\.0 GB and 1 GB to spare, 1\.0 GB are free"):
-            bench.peer_footprint_apart(settings, plain)
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
+        with pytest.raises(CheckpointError, match=r"hf: needs 0\.02 GB, 0\.01 GB are free"):
+            bench.find_peer_footprint(settings, plain)
     with pytest.raises(BenchError, match="of a folder"):
-        bench.peer_footprint_apart(Settings(size="tiny", against=True), plain)
+        bench.find_peer_footprint(Settings(size="tiny", against=True), plain)
     skipped = {bench.PEER_FOOTPRINT: "no space"}
-    line = bench_report.bound_line(
-        named_rows(made_up({}, skipped=skipped))["peak memory while answering"]
-    )
+    line = target_line(named_rows(made_up({}, skipped=skipped))["peak memory while answering"])
     assert line.endswith("not run (no space)")
 
 
@@ -844,9 +847,9 @@ def test_errors_come_before_anything_slow(
 
 
 def test_a_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bench_report, "find_spec", lambda name: None)
+    monkeypatch.setattr(plot, "find_spec", lambda name: None)
     with pytest.raises(BenchError, match=r"pip install 'llava-lite\[viz\]'"):
-        bench_report.check_plot(tmp_path / "speed.png")
+        plot.check_plot(tmp_path / "speed.png")
 
 
 def test_a_folder_is_loaded_once_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -870,13 +873,13 @@ def test_a_folder_is_loaded_once_in_every_process(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bench, "open_model", counted)
     monkeypatch.setattr(bench, "keep_freed_memory", lambda: kept.append(True))
     settings = Settings(str(embedded_model()), repeat=3, quantize="int8")
-    plain = bench.footprint_apart(settings, OURS)
-    assert tasks == ["footprint", "load_seconds", "load_seconds"]
+    plain = bench.find_footprint(settings, OURS)
+    assert tasks == ["footprint"] * 3
     assert len(plain.loads) == 3 and plain.load_seconds == statistics.median(plain.loads)
-    quantized = bench.footprint_apart(settings, settings.quantized)
+    quantized = bench.find_footprint(settings, settings.quantized)
     assert tasks[3:] == ["footprint"] and quantized.method == "int8"
-    assert "(median of 3 processes)" in str(bench_report.load_time(plain))
-    assert bench.footprint_apart(Settings(size="tiny", layers=2), OURS).loads == ()
+    assert "(median of 3 processes)" in bench_report.load_time(plain)
+    assert bench.find_footprint(Settings(size="tiny", layers=2), OURS).loads == ()
 
 
 def end_at_once(settings: Settings) -> Footprint:

@@ -13,10 +13,11 @@ import torch
 from torch.nn import functional as F
 
 from llava_lite.bench import profile as bench_profile
-from llava_lite.bench.cases import OURS, Case
-from llava_lite.bench.machine import Prepared, Run
+from llava_lite.bench.cases import OURS
+from llava_lite.bench.machine import Case, Prepared, Run
 from llava_lite.bench.profile import ATTENTION, OTHERS, PRODUCTS, kind, profile_case, profile_cases
-from llava_lite.bench.report import profile_lines
+from llava_lite.bench.report import profile_cells
+from llava_lite.tables import table_lines
 
 
 @pytest.mark.parametrize(
@@ -91,8 +92,8 @@ def test_lines() -> None:
     seen = bench_profile.Profile(
         OURS, "prefill", "none", 2.0, {"aten::mm": 1.0, "aten::mul": 0.5, "aten::add": 0.1}
     )
-    title, head, line = profile_lines([seen])
-    assert "where the time goes" in title and head.split()[:2] == ["ms", "products"]
+    head, line = table_lines([profile_cells(seen)])
+    assert head.split()[:2] == ["ms", "products"]
     assert line.split() == (
         "llava_lite prefill none 2000.00 50.0% 0.0% 30.0% 20.0% mul 25.0%, add 5.0%".split()
     )

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from helpers.models import TINY_TEXT, load_tool, random_llava
+from llava_lite.bench import machine as hardware
 from llava_lite.bench import run as bench
+from llava_lite.bench.cases import OURS
+from llava_lite.bench.machine import Case, Measurement
 from llava_lite.bench.run import BenchError, Report, Settings
 from llava_lite.config import TINY
 
@@ -45,22 +48,26 @@ def test_reduction(
 
 
 @pytest.mark.parametrize("bound", [0.65, 0.55])
-def test_verdicts(benchmark: ModuleType, bound: float) -> None:
-    row = benchmark.Measurement("tower", "keep=72", 1.0, (1.0, 1.0), 0.6, bound)
-    assert row.verdict == ("PASS" if bound > 0.6 else "SHORT") + f" (at most {bound:.2f})"
-    assert replace(row, bound=None).verdict == ""
+def test_verdicts(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, bound: float) -> None:
+    monkeypatch.setitem(benchmark.BOUNDS, ("tower", "keep=72"), bound)
+    row = Measurement(OURS, "tower", "keep=72", 1.0, (1.0, 1.0), (1.0,), None)
+    verdict = ("PASS" if bound > 0.6 else "SHORT") + f" (at most {bound:.2f})"
+    assert benchmark.make_figure(row, 0.6, judged=True)["verdict"] == verdict
+    assert benchmark.make_figure(row, 0.6, judged=False)["verdict"] == ""
 
 
 @pytest.mark.parametrize("judged", [True, False])
 def test_bounds_are_those_of_their_parts(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, judged: bool
 ) -> None:
-    monkeypatch.setattr(benchmark, "time_in_turns", lambda runs, *_: {key: [1.0] for key in runs})
+    monkeypatch.setattr(hardware, "time_in_turns", lambda runs, *_: {key: [1.0] for key in runs})
+    monkeypatch.setattr(hardware, "READ_BYTES", 1 << 20)
     monkeypatch.setattr(benchmark, "extrapolate", lambda layers: {})
     model = bench.open_model(Settings(size="tiny", layers=4))
     with torch.inference_mode():
         rows, _ = benchmark.measure_reduction(model, 1, judged)
-    found = {(row.part, row.setting): row.bound for row in rows if row.bound is not None}
+    bounds = {(row["part"], row["setting"]): row["bound"] for row in rows}
+    found = {name: bound for name, bound in bounds.items() if bound is not None}
     assert found == (benchmark.BOUNDS if judged else {})
 
 
@@ -134,7 +141,8 @@ def test_on_a_gpu_everything_runs_twice(
 def test_only_strict_runs_fail_beyond_a_bound(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, ratio: float, code: int
 ) -> None:
-    row = benchmark.Measurement("tower", "keep=72", 1.0, (1.0, 1.0), ratio, bound=0.65)
+    measured = Measurement(OURS, "tower", "keep=72", 1.0, (1.0, 1.0), (1.0,), None)
+    row = benchmark.make_figure(measured, ratio, judged=True)
     monkeypatch.setattr(benchmark, "measure_reduction", lambda *_: ([row], {}))
     assert benchmark.main(["--size", "tiny"]) == 0
     assert benchmark.main(["--size", "tiny", "--strict"]) == code
@@ -143,9 +151,10 @@ def test_only_strict_runs_fail_beyond_a_bound(
 def test_layers_are_timed_in_watched_forwards_only(benchmark: ModuleType) -> None:
     model, token = random_llava(), torch.tensor([[5]])
     timer = benchmark.LayerTimer(model.decoder.layers, "cpu")
+    case = timer.watch(Case(OURS, "prefill", "none", partial(model.prefill, token, None)))
     with torch.inference_mode():
         for _ in range(2):
-            timer.watch("none", partial(model.prefill, token, None))
+            case.run()
             _, cache, position = model.prefill(token, None)
             model.decode(token, position, cache)
     assert [len(layers) for layers in timer.seconds()["none"]] == [TINY_TEXT.num_layers] * 2
