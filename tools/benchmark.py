@@ -34,7 +34,7 @@ import torch
 
 from llava_lite.bench.cases import OURS, Contender, Work, prompt_cases, random_pixels, walk_all
 from llava_lite.bench.machine import Case, Measurement, time_cases
-from llava_lite.bench.run import BenchError, Settings, open_model
+from llava_lite.bench.models import BenchError, Settings, open_model
 from llava_lite.bench.targets import FEWEST_ROUNDS, Row
 from llava_lite.cli import program as cli
 from llava_lite.cli.arguments import positive

@@ -31,7 +31,7 @@ import torch
 
 import llava_lite
 from llava_lite.bench.machine import time_in_turns
-from llava_lite.bench.run import SIZES, Settings, open_model
+from llava_lite.bench.models import SIZES, Settings, open_model
 from llava_lite.bench.targets import Row
 from llava_lite.config import TINY
 from llava_lite.evaluation.engine import Engine

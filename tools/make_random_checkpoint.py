@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llava_lite.bench.run import SIZES
+from llava_lite.bench.models import SIZES
 from llava_lite.checkpoints.export import (
     hf_documents,
     hf_text_config,

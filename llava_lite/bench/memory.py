@@ -1,6 +1,7 @@
 """The memory of this machine and of this process, as far as the system tells."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Thread
 
@@ -34,30 +35,24 @@ def free_bytes(device: str) -> int | None:
     unknown. The page cache counts as available."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    known = [proc_bytes("meminfo", "MemAvailable"), *map(free_in_group, control_groups())]
+    known = [proc_bytes("meminfo", "MemAvailable"), *free_in_groups()]
     return min((value for value in known if value is not None), default=None)
 
 
-def control_groups() -> list[tuple[str, Path]]:
-    """The groups that may limit this process, each with the root folder that its files are in.
-    The limit of an outer group holds for the inner ones."""
+def free_in_groups() -> Iterator[int]:
+    """Memory left within the limit of each control group of this process; the limit of an outer
+    group holds for the inner ones. Cached files count as used there, but the system reclaims their
+    pages when needed."""
     lines = read_text(PROC / "self/cgroup").splitlines()
-    own = [line.split(":", 2)[2].strip("/") for line in lines if line.count(":") >= 2]
-    inner = [Path(path) for path in own if ".." not in path]
-    paths = {Path(): None} | {p: None for path in inner for p in (path, *path.parents)}
-    return [(root, path) for root in CGROUP_FILES for path in paths]
-
-
-def free_in_group(group: tuple[str, Path]) -> int | None:
-    """Memory left within the limit of a control group; None without a limit. Cached files count as
-    used there, but the system reclaims their pages when needed."""
-    root, path = group
-    folder = CGROUP / root / path
-    limit, used = (read_text(folder / name).strip() for name in CGROUP_FILES[root])
-    if not limit.isdigit() or not used.isdigit():  # "max": no limit
-        return None
-    files = re.findall(r"^(?:in)?active_file (\d+)$", read_text(folder / "memory.stat"), re.M)
-    return max(0, int(limit) - max(0, int(used) - sum(map(int, files))))
+    inner = [Path(line.split(":", 2)[2].strip("/")) for line in lines if line.count(":") >= 2]
+    paths = {p for path in inner if ".." not in path.parts for p in (path, *path.parents)}
+    for root, names in CGROUP_FILES.items():
+        for folder in (CGROUP / root / path for path in paths | {Path()}):
+            limit, used = (read_text(folder / name).strip() for name in names)
+            if limit.isdigit() and used.isdigit():  # "max": no limit
+                stat = read_text(folder / "memory.stat")
+                files = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", stat, re.M)))
+                yield max(0, int(limit) - max(0, int(used) - files))
 
 
 def read_text(path: Path) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 from llava_lite.bench.cases import OURS, TRANSFORMERS
 from llava_lite.bench.machine import Measurement
+from llava_lite.bench.models import BenchError
 from llava_lite.bench.report import precision
-from llava_lite.bench.run import BenchError, Report
+from llava_lite.bench.run import Report
 from llava_lite.bench.targets import FAST
 from llava_lite.saving import check_output, replace_file
 

@@ -5,9 +5,10 @@ from dataclasses import asdict
 from typing import Any
 
 from llava_lite.bench.cases import PARTS, SHARED_WORDS, TRANSFORMERS
+from llava_lite.bench.footprint import Footprint
 from llava_lite.bench.machine import Measurement
 from llava_lite.bench.profile import OTHERS, Profile, kind
-from llava_lite.bench.run import Footprint, Report
+from llava_lite.bench.run import Report
 from llava_lite.bench.targets import GIGA, Row, find_theirs, rows
 from llava_lite.tables import table_lines
 

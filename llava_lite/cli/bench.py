@@ -17,7 +17,7 @@ from llava_lite.cli.wanted import choose_download_bars, default_source
 from llava_lite.saving import check_output, replace_json
 
 if TYPE_CHECKING:
-    from llava_lite.bench.run import Settings
+    from llava_lite.bench.models import Settings
 
 SOURCE_OPTIONS = ("base", "vision_tower", "revision", "offline", "download")
 BENCH_HELP = """\
@@ -64,9 +64,10 @@ def add_bench(commands: Any) -> None:
 def run_bench(args: argparse.Namespace) -> int:
     """`llava-lite bench`."""
     check_arguments(args)
+    from llava_lite.bench.models import BenchError
     from llava_lite.bench.plot import check_plot, save_plot
     from llava_lite.bench.report import table, to_dict
-    from llava_lite.bench.run import BenchError, bench
+    from llava_lite.bench.run import bench
     from llava_lite.fast.allocator import keep_freed_memory
 
     if args.output:
@@ -102,7 +103,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def bench_settings(args: argparse.Namespace) -> "Settings":
     """The settings of the run."""
-    from llava_lite.bench.run import Settings
+    from llava_lite.bench.models import Settings
     from llava_lite.fast.device import pick_device
     from llava_lite.reduction import REDUCTIONS
 

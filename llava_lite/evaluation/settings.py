@@ -10,7 +10,6 @@ from typing import Any
 from llava_lite.checkpoints.download import resolve
 from llava_lite.evaluation.fingerprint import file_hash, model_hash
 from llava_lite.evaluation.suite import Suite
-from llava_lite.evaluation.suites.images import ImageFolder
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.inputs.prompt import ALIASES
@@ -79,10 +78,9 @@ def images_folder(suite: Suite) -> str | None:
 
     Not the path, which differs between machines; not the content, because a machine may have a part
     of the images only."""
-    images = getattr(suite, "folder", None)
-    if not isinstance(images, ImageFolder):
+    if suite.folder is None:
         return None
-    folder = images.folder.absolute()
+    folder = suite.folder.absolute()
     return "." if folder == suite.files[0].absolute().parent else folder.name
 
 

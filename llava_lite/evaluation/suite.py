@@ -70,19 +70,12 @@ def accuracy_by_group(outcomes: Iterable[tuple[str, float]]) -> dict[str, Metric
     return {group: accuracy(groups[group]) for group in sorted(groups)}
 
 
-def settings_of(given: Mapping[str, Any], computed: Mapping[str, Any]) -> dict[str, Any]:
-    """A suite's settings: those `computed` from its samples (without None and 0) and the `given`.
-
-    A part of a suite is given the settings of the whole, and computes some of them again."""
-    kept = {name: value for name, value in given.items() if name not in computed}
-    return {**{name: value for name, value in computed.items() if value not in (None, 0)}, **kept}
-
-
 class Suite(Protocol):
     """A data set with its official prompts and scoring."""
 
     name: str
     files: Sequence[Path]  # the score depends on their content
+    folder: Path | None  # of the images; None if the files hold the images
     max_new_tokens: int  # the official limit
     settings: Mapping[str, Any]  # all else that changes a score: language, tokenizer, ...
 

@@ -24,13 +24,16 @@ from torch import nn
 from helpers.models import random_llava
 from helpers.peers import peer
 from llava_lite.bench import cases as bench_cases
+from llava_lite.bench import footprint as footprints
 from llava_lite.bench import machine as hardware
-from llava_lite.bench import memory, plot, targets, transformers_peer
+from llava_lite.bench import memory, models, plot, targets, transformers_peer
 from llava_lite.bench import report as bench_report
 from llava_lite.bench import run as bench
 from llava_lite.bench.cases import OURS, TRANSFORMERS, Work, stored_bytes, word_ids
+from llava_lite.bench.footprint import Footprint, find_footprint, find_peer_footprint
 from llava_lite.bench.machine import Measurement, Prepared, time_in_turns
-from llava_lite.bench.run import BenchError, Footprint, Report, Settings
+from llava_lite.bench.models import BenchError, Settings, open_model, random_model, twin
+from llava_lite.bench.run import Report
 from llava_lite.bench.targets import Row
 from llava_lite.bench.transformers_peer import Peer, PeerError
 from llava_lite.checkpoints.convert import convert
@@ -63,7 +66,7 @@ def small_limits() -> Iterator[None]:
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process of its own for loading."""
-    monkeypatch.setattr(bench, "apart", lambda task, *args: task(*args))
+    monkeypatch.setattr(footprints, "apart", lambda task, *args: task(*args))
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +74,10 @@ def report() -> Report:
     """A narrow random model in float32, a quantized one that is none, and transformers."""
     peer("transformers")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(bench.SIZES, "tiny", NARROW)
-        patch.setattr(bench, "apart", lambda task, *args: task(*args))
+        patch.setitem(models.SIZES, "tiny", NARROW)
+        patch.setattr(footprints, "apart", lambda task, *args: task(*args))
         patch.setattr(bench, "quantize_model", lambda llava, method: None)
+        patch.setattr(models, "quantize_model", lambda llava, method: None)
         settings = Settings(
             size="tiny",
             layers=4,
@@ -488,7 +492,7 @@ def test_random_weights_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPa
 
 def test_the_peer_shares_our_tensors() -> None:
     peer("transformers")
-    llava = bench.random_model(TINY, torch.bfloat16, "cpu")
+    llava = random_model(TINY, torch.bfloat16, "cpu")
     other = Peer.of(llava)
     theirs = {tensor.data_ptr() for tensor in other.model.state_dict().values()}
     assert {tensor.data_ptr() for tensor in llava.state_dict().values()} <= theirs
@@ -646,7 +650,7 @@ def test_on_a_gpu_memory_is_what_torch_allocated_there(monkeypatch: pytest.Monke
 
 
 def test_weights_count_in_whatever_form_they_are_kept() -> None:
-    llava = bench.random_model(TINY, torch.bfloat16, "cpu")
+    llava = random_model(TINY, torch.bfloat16, "cpu")
     plain = Work.of(llava)
     assert stored_bytes(llava) == sum(tensor.nbytes for tensor in llava.state_dict().values())
     words = llava.decoder.embed_tokens.weight.nbytes
@@ -656,16 +660,16 @@ def test_weights_count_in_whatever_form_they_are_kept() -> None:
 
 
 def test_random_models_are_the_same_every_time_and_finite() -> None:
-    first, second = (bench.random_model(TINY, torch.bfloat16, "cpu") for _ in range(2))
+    first, second = (random_model(TINY, torch.bfloat16, "cpu") for _ in range(2))
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
         assert tensor.isfinite().all(), name
     assert first.decoder.norm.weight.eq(1).all()
     assert 0.015 < first.decoder.lm_head.weight.float().std() < 0.025
-    one = Model(first, bench.open_model(Settings(size="tiny")).tokenizer)
-    twin = bench.twin(one)
-    assert twin.llava is not first
-    pairs = zip(first.state_dict().values(), twin.llava.state_dict().values(), strict=True)
+    one = Model(first, open_model(Settings(size="tiny")).tokenizer)
+    other = twin(one)
+    assert other.llava is not first
+    pairs = zip(first.state_dict().values(), other.llava.state_dict().values(), strict=True)
     assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
 
 
@@ -723,9 +727,9 @@ def test_without_space_for_a_copy_the_row_says_so(monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
         with pytest.raises(CheckpointError, match=r"hf: needs 0\.02 GB, 0\.01 GB are free"):
-            bench.find_peer_footprint(settings, plain)
+            find_peer_footprint(settings, plain)
     with pytest.raises(BenchError, match="of a folder"):
-        bench.find_peer_footprint(Settings(size="tiny", against=True), plain)
+        find_peer_footprint(Settings(size="tiny", against=True), plain)
     skipped = {bench.PEER_FOOTPRINT: "no space"}
     line = target_line(named_rows(made_up({}, skipped=skipped))["peak memory while answering"])
     assert line.endswith("not run (no space)")
@@ -807,7 +811,7 @@ def test_what_needs_plain_weights_is_refused_before_anything_slow(
 ) -> None:
     if "transformers" in arguments:
         peer("transformers")
-    monkeypatch.setattr(bench, "apart", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(footprints, "apart", lambda *_: pytest.fail("started"))
     assert cli.main(["bench", "-m", str(int4_folder), *arguments]) == 1
     error = capsys.readouterr().err
     assert f"is int4 already, {wish} needs the plain weights" in error and error.count("\n") == 1
@@ -840,7 +844,7 @@ def test_errors_come_before_anything_slow(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bench, "apart", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(footprints, "apart", lambda *_: pytest.fail("started"))
     assert cli.main(["bench", "--size", "tiny", *arguments]) == 1
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
@@ -856,7 +860,6 @@ def test_a_folder_is_loaded_once_in_every_process(monkeypatch: pytest.MonkeyPatc
     tasks: list[str] = []
     alive: weakref.WeakSet = weakref.WeakSet()
     kept: list[bool] = []
-    open_model = bench.open_model
 
     def fresh(task: Callable[..., Any], *args: Any) -> Any:
         tasks.append(task.__name__)
@@ -869,17 +872,17 @@ def test_a_folder_is_loaded_once_in_every_process(monkeypatch: pytest.MonkeyPatc
         alive.add(model)
         return model
 
-    monkeypatch.setattr(bench, "apart", fresh)
-    monkeypatch.setattr(bench, "open_model", counted)
-    monkeypatch.setattr(bench, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(footprints, "apart", fresh)
+    monkeypatch.setattr(footprints, "open_model", counted)
+    monkeypatch.setattr(footprints, "keep_freed_memory", lambda: kept.append(True))
     settings = Settings(str(embedded_model()), repeat=3, quantize="int8")
-    plain = bench.find_footprint(settings, OURS)
+    plain = find_footprint(settings, OURS)
     assert tasks == ["footprint"] * 3
     assert len(plain.loads) == 3 and plain.load_seconds == statistics.median(plain.loads)
-    quantized = bench.find_footprint(settings, settings.quantized)
+    quantized = find_footprint(settings, settings.quantized)
     assert tasks[3:] == ["footprint"] and quantized.method == "int8"
     assert "(median of 3 processes)" in bench_report.load_time(plain)
-    assert bench.find_footprint(Settings(size="tiny", layers=2), OURS).loads == ()
+    assert find_footprint(Settings(size="tiny", layers=2), OURS).loads == ()
 
 
 def end_at_once(settings: Settings) -> Footprint:
@@ -892,4 +895,4 @@ def end_at_once(settings: Settings) -> Footprint:
 @pytest.mark.slow
 def test_a_process_that_is_ended_is_an_error() -> None:
     with pytest.raises(BenchError, match=r"was killed \(out of memory\?\)"):
-        bench.apart(end_at_once, Settings())
+        footprints.apart(end_at_once, Settings())

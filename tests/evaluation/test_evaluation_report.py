@@ -33,7 +33,6 @@ from llava_lite.evaluation.report import Evaluation, report, table
 from llava_lite.evaluation.runner import Ask, Files, Selection, ask_here, record_of, run
 from llava_lite.evaluation.settings import Origin, answer_settings, model_settings
 from llava_lite.evaluation.suite import Metric, Sample, Scores
-from llava_lite.evaluation.suites.images import ImageFolder
 from llava_lite.generation.answer import Answer
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
@@ -275,6 +274,7 @@ class FakeSuite:
     name: str = "fake"
     max_new_tokens: int = 4
     settings: Mapping[str, Any] = field(default_factory=lambda: {"language": "en"})
+    folder: Path | None = None
 
     def samples(self) -> list[Sample]:
         return [Sample(name, f"{name}?") for name in self.right]
@@ -317,9 +317,7 @@ def test_settings_hold_all_that_changes_an_answer(tiny_model: Model, suite: Fake
         return Model(tiny_model.llava, tiny_model.tokenizer, config, exif)
 
     def in_folder(folder: Path) -> FakeSuite:
-        found = replace(suite)
-        found.folder = ImageFolder(folder)  # type: ignore[attr-defined]  # not all suites have one
-        return found
+        return replace(suite, folder=folder)
 
     plain = settings()
     changed = [

@@ -14,10 +14,10 @@ from helpers.eval_command import write_json
 from helpers.peers import peer
 from llava_lite.errors import EvaluationError
 from llava_lite.evaluation.suite import Metric
+from llava_lite.evaluation.suites.base import QuestionSuite
 from llava_lite.evaluation.suites.captions import tokenize
 from llava_lite.evaluation.suites.coco import CaptionSuite, open_coco
 from llava_lite.evaluation.suites.data_file import open_data_file
-from llava_lite.evaluation.suites.own_data import OwnDataSuite
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 WORDS = "a the man dog cat street red blue riding bike on in with two people's sign, tree".split()
@@ -182,7 +182,7 @@ def test_karpathy_splits(tmp_path: Path, split: str | None, ids: list[str]) -> N
     if "1" in ids:
         assert [sample.error for sample in samples] == [None, None]
         assert samples[0].images[0].parent.name == "val2014"
-    assert [image.references for image in suite.images] == [(f"caption {one}",) for one in ids]
+    assert [image.references for image in suite.entries] == [(f"caption {one}",) for one in ids]
 
 
 def test_karpathy_takes_imgid_without_cocoid(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_list_of_captions(
     samples = suite.samples()
     assert [(sample.id, sample.prompt) for sample in samples] == [("42", PROMPT), ("7", "Say it.")]
     assert [sample.images for sample in samples] == [(tmp_path / "a.png",)] * 2
-    assert [image.references for image in suite.images] == [references] * 2
+    assert [image.references for image in suite.entries] == [references] * 2
     assert bool(suite.score({}).metrics) == bool(references)
     assert suite.settings["prompt"] == f"the file's own, else: {PROMPT}"
 
@@ -291,7 +291,7 @@ def test_a_list_of_questions(tmp_path: Path) -> None:
         {"path": "a.png", "instruction": "Which?", "options": ["cat", "dog"], "label": "dog"},
     ]
     suite = open_data_file([write_json(tmp_path / "a.json", entries)])
-    assert isinstance(suite, OwnDataSuite) and suite.name == "data-file"
+    assert type(suite) is QuestionSuite and suite.name == "data-file"
     assert [sample.id for sample in suite.samples()] == ["q", "2"]
     assert suite.score({"q": "2", "2": "A"}).metrics["accuracy"] == Metric.share(1, 2)
     assert suite.settings["prompt"] == suite.select({"q"}).settings["prompt"] == "the file's own"

@@ -271,4 +271,4 @@ def test_a_number_that_is_a_choice_is_meant(tmp_path: Path) -> None:
     rows = [{**numbers, "answer": answer} for answer in (1, 3, 0, "2")]
     rows.append({"question": "Which?", "choices": ["a cat", "a dog"], "answer": 1})
     suite = open_jsonl([write_lines(tmp_path / "own.jsonl", *rows)])
-    assert [one.references for one in suite.questions] == [("A",), ("C",), ("A",), ("B",), ("B",)]
+    assert [one.references for one in suite.entries] == [("A",), ("C",), ("A",), ("B",), ("B",)]

@@ -151,7 +151,7 @@ def test_vqa_scores_by_hand(vqa: VqaSuite) -> None:
 def test_the_order_of_the_files_does_not_matter(vqa: VqaSuite, tmp_path: Path) -> None:
     files = [tmp_path / "annotations.json", tmp_path / "questions.json"]
     suite = open_vqa(files, tmp_path)
-    assert suite.questions == vqa.questions and suite.files == files
+    assert suite.entries == vqa.entries and suite.files == files
 
 
 def test_vqa_export(vqa: VqaSuite, tmp_path: Path) -> None:

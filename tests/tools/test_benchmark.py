@@ -14,7 +14,8 @@ from llava_lite.bench import machine as hardware
 from llava_lite.bench import run as bench
 from llava_lite.bench.cases import OURS
 from llava_lite.bench.machine import Case, Measurement
-from llava_lite.bench.run import BenchError, Report, Settings
+from llava_lite.bench.models import BenchError, Settings, open_model
+from llava_lite.bench.run import Report
 from llava_lite.config import TINY
 
 
@@ -63,7 +64,7 @@ def test_bounds_are_those_of_their_parts(
     monkeypatch.setattr(hardware, "time_in_turns", lambda runs, *_: {key: [1.0] for key in runs})
     monkeypatch.setattr(hardware, "READ_BYTES", 1 << 20)
     monkeypatch.setattr(benchmark, "extrapolate", lambda layers: {})
-    model = bench.open_model(Settings(size="tiny", layers=4))
+    model = open_model(Settings(size="tiny", layers=4))
     with torch.inference_mode():
         rows, _ = benchmark.measure_reduction(model, 1, judged)
     bounds = {(row["part"], row["setting"]): row["bound"] for row in rows}

@@ -6,76 +6,44 @@ Karpathy: {"images": [{"filepath", "filename", "cocoid" | "imgid", "split",
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from llava_lite.errors import EvaluationError
-from llava_lite.evaluation.suite import Metric, Sample, Scores, settings_of
+from llava_lite.evaluation.suite import Metric, Scores
 from llava_lite.evaluation.suites import captions
+from llava_lite.evaluation.suites.base import Question, QuestionSuite
 from llava_lite.evaluation.suites.images import ImageFolder
-from llava_lite.evaluation.suites.records import Record, read_json, records_of, refuse_repeated_ids
+from llava_lite.evaluation.suites.records import Record, read_json, records_of
 
 # LLaVA-1.5 has no official captioning run. This is the prompt of its training data.
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
-MAX_NEW_TOKENS = 64
 DEFAULT_SPLIT = "test"
 # Karpathy's name for images of COCO's validation part that are used for training.
 RESTVAL = "restval"
 
 
-@dataclass(frozen=True)
-class CaptionedImage:
-    """One image. `image_id`: as in the file. `names`: possible names of the image file."""
-
-    image_id: str | int
-    names: tuple[str, ...]
-    references: tuple[str, ...]
-    where: str
-    prompt: str = CAPTION_PROMPT
-
-    @property
-    def id(self) -> str:
-        """The sample's id."""
-        return str(self.image_id)
-
-
 @dataclass
-class CaptionSuite:
+class CaptionSuite(QuestionSuite):
     """Captions against reference captions. A failed image counts as an empty caption."""
 
-    images: Sequence[CaptionedImage]
-    folder: ImageFolder
-    files: Sequence[Path]
-    settings: Mapping[str, Any] = field(default_factory=dict)
     name: str = "coco"
-    max_new_tokens: int = MAX_NEW_TOKENS
+    max_new_tokens: int = 64
 
-    def __post_init__(self) -> None:
-        refuse_repeated_ids((image.id, image.where) for image in self.images)
-        scored = sum(bool(image.references) for image in self.images)
-        computed = {
+    def computed_settings(self) -> Mapping[str, Any]:
+        return {
             "tokenizer": captions.TOKENIZER,
-            "idf": f"from the references of these {scored} images: CIDEr-D compares only with runs "
-            "on the same images",
+            "idf": f"from the references of these {len(self.scored)} images: CIDEr-D compares only "
+            "with runs on the same images",
         }
-        self.settings = settings_of(self.settings, computed)
-
-    def samples(self) -> Sequence[Sample]:
-        """One question for each image."""
-        return [self.folder.sample(image.id, image.prompt, *image.names) for image in self.images]
-
-    def select(self, ids: Collection[str]) -> "CaptionSuite":
-        """The suite of these images only."""
-        chosen = [image for image in self.images if image.id in ids]
-        return replace(self, images=chosen)
 
     def score(self, answers: Mapping[str, str]) -> Scores:
         """CIDEr-D (0..10), BLEU-1..4 and ROUGE-L (0..1) on the scale of the COCO scorers. No
         metrics without reference captions."""
-        scored = [image for image in self.images if image.references]
+        scored = self.scored
         if not scored:
             return Scores({})
         candidates = [captions.tokenize(answers.get(image.id, "")) for image in scored]
@@ -91,8 +59,7 @@ class CaptionSuite:
     def export(self, answers: Mapping[str, str], path: Path) -> None:
         """Write the COCO result format: [{"image_id", "caption"}], every image once."""
         results = [
-            {"image_id": image.image_id, "caption": answers.get(image.id, "").strip()}
-            for image in self.images
+            {**image.result, "caption": answers.get(image.id, "").strip()} for image in self.entries
         ]
         path.write_text(json.dumps(results, ensure_ascii=False), encoding="utf-8")
 
@@ -114,20 +81,34 @@ def caption_suite(
     """The suite of the content of a file in either format."""
     records = records_of(content, path, "images")
     settings: dict[str, Any] = {"prompt": CAPTION_PROMPT}
-    if not records[0].lacks("sentences"):
+    finder = ImageFolder(folder)
+    if records[0].has("sentences"):
         settings["split"] = split or DEFAULT_SPLIT
-        images = karpathy_images(records, settings["split"], path)
+        images = karpathy_images(records, settings["split"], path, finder)
     elif split:
         raise EvaluationError(f"{path}: has no splits to choose {split!r} from")
     else:
-        images, ignored = plain_images(records, content, path)
+        images, ignored = plain_images(records, content, path, finder)
         settings |= ignored
-    return CaptionSuite(images, ImageFolder(folder), [path], settings, name)
+    return CaptionSuite(images, [path], folder, settings, name)
+
+
+def caption_question(
+    image_id: str | int,
+    names: Sequence[str],
+    references: Iterable[str],
+    where: str,
+    finder: ImageFolder,
+    prompt: str = CAPTION_PROMPT,
+) -> Question:
+    """One image. `image_id`: as in the file. `names`: possible names of the image file."""
+    sample = finder.sample(str(image_id), prompt, names)
+    return Question(sample, where, tuple(references), result={"image_id": image_id})
 
 
 def plain_images(
-    records: Sequence[Record], content: Mapping[str, Any], path: Path
-) -> tuple[list[CaptionedImage], dict[str, int]]:
+    records: Sequence[Record], content: Mapping[str, Any], path: Path, finder: ImageFolder
+) -> tuple[list[Question], dict[str, int]]:
     """The images with captions (all images if no image has captions), and the number left out."""
     by_image: dict[str | int, list[str]] = {}
     if content.get("annotations"):
@@ -138,11 +119,11 @@ def plain_images(
     images = []
     for record in records:
         image_id = image_id_of(record, "id")
-        references = tuple(filter(str.strip, by_image.get(image_id, [])))
-        name = record.text("file_name")
-        images.append(CaptionedImage(image_id, (name,), references, record.where))
+        references = filter(str.strip, by_image.get(image_id, []))
+        names = (record.text("file_name"),)
+        images.append(caption_question(image_id, names, references, record.where, finder))
     captioned = [image for image in images if image.references]
-    without_image = set(by_image) - {image.image_id for image in images}
+    without_image = set(by_image) - {image.result["image_id"] for image in images}
     left_out = {
         "images_without_captions": len(images) - len(captioned) if captioned else 0,
         "captions_without_image": sum(len(by_image[image_id]) for image_id in without_image),
@@ -150,7 +131,9 @@ def plain_images(
     return captioned or images, {name: count for name, count in left_out.items() if count}
 
 
-def karpathy_images(records: Sequence[Record], split: str, path: Path) -> list[CaptionedImage]:
+def karpathy_images(
+    records: Sequence[Record], split: str, path: Path, finder: ImageFolder
+) -> list[Question]:
     """The images of one split. "train" includes the images moved there from COCO's validation part.
 
     Raises EvaluationError naming the known splits."""
@@ -159,10 +142,10 @@ def karpathy_images(records: Sequence[Record], split: str, path: Path) -> list[C
     chosen = [record for record in records if record.get("split") in wanted]
     if not chosen:
         raise EvaluationError(f"{path}: has no split {split!r}, only {', '.join(sorted(splits))}")
-    return [karpathy_image(record) for record in chosen]
+    return [karpathy_image(record, finder) for record in chosen]
 
 
-def karpathy_image(record: Record) -> CaptionedImage:
+def karpathy_image(record: Record, finder: ImageFolder) -> Question:
     """One image. Its file is in its `filepath` or directly in the folder."""
     image_id = image_id_of(record, "cocoid", "imgid")
     file = record.text("filename")
@@ -173,7 +156,7 @@ def karpathy_image(record: Record) -> CaptionedImage:
     if not isinstance(sentences, list) or not all(isinstance(one, dict) for one in sentences):
         raise EvaluationError(f"{where}: not a list of objects")
     raw = (caption_of(Record(sentence, where), "raw") for sentence in sentences)
-    return CaptionedImage(image_id, names, tuple(filter(str.strip, raw)), record.where)
+    return caption_question(image_id, names, filter(str.strip, raw), record.where, finder)
 
 
 def image_id_of(record: Record, *names: str) -> str | int:

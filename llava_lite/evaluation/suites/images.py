@@ -1,34 +1,49 @@
 """Find the image files of a data set in a folder. Nothing is opened here."""
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from llava_lite.evaluation.suite import Sample
 
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
+
 
 class ImageFolder:
-    """Finds image files by name. Each name is looked up once."""
+    """Makes samples about image files of a folder. Each name is looked up once.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `urls`: an image may also be a URL or a data URL."""
+
+    def __init__(self, folder: Path, urls: bool = False) -> None:
+        self.folder, self.urls = folder, urls
         self._found: dict[tuple[str, ...], Path | None] = {}
 
-    def find(self, *names: str) -> Path | None:
+    def find(self, names: Sequence[str]) -> Path | None:
         """The first of these names that is a file in the folder. A name may be an absolute path."""
-        if names not in self._found:
+        key = tuple(names)
+        if key not in self._found:
             paths = (self.folder / name for name in names)
-            self._found[names] = next((path for path in paths if is_file(path)), None)
-        return self._found[names]
+            self._found[key] = next((path for path in paths if is_file(path)), None)
+        return self._found[key]
 
-    def sample(self, sample_id: str, prompt: str, *names: str) -> Sample:
-        """A question about the first of these image files that exists, else with an error.
+    def sample(self, sample_id: str, prompt: str, *images: Sequence[str]) -> Sample:
+        """A question about images, with an error if an image does not exist.
 
-        Questions about the same names have the same image key, even if no file exists: shards and
-        reports must not depend on the files of one machine."""
-        path = self.find(*names)
-        missing = self.folder / names[0]
-        error = f"{missing}: no such image file" if path is None else None
-        return Sample(sample_id, prompt, (path or missing,), "\n".join(names), error)
+        `images`: the possible names of each image. Questions about the same names have the same
+        image key, even if no file exists: shards and reports must not depend on the files of one
+        machine."""
+        sources: list[str | Path] = []
+        error = None
+        for names in images:
+            is_url = self.urls and URL.match(names[0])
+            source = names[0] if is_url else self.find(names)
+            if source is None:
+                source = self.folder / names[0]
+                error = error or f"{source}: no such image file"
+            sources.append(source)
+        key = "\n".join(name for names in images for name in names) or None
+        return Sample(sample_id, prompt, tuple(sources), key, error)
 
 
 def is_file(path: Path) -> bool:

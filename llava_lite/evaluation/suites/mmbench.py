@@ -19,7 +19,8 @@ from string import ascii_uppercase
 from typing import Any
 
 from llava_lite.errors import EvaluationError
-from llava_lite.evaluation.suite import Sample, Scores, accuracy, accuracy_by_group, settings_of
+from llava_lite.evaluation.suite import Sample, Scores, accuracy, accuracy_by_group
+from llava_lite.evaluation.suites.base import ListSuite
 from llava_lite.evaluation.suites.multiple_choice import (
     LETTER_INSTRUCTIONS,
     chosen_letter,
@@ -27,9 +28,8 @@ from llava_lite.evaluation.suites.multiple_choice import (
     letters,
     multiple_choice_prompt,
 )
-from llava_lite.evaluation.suites.records import Record, read_tab_separated, refuse_repeated_ids
+from llava_lite.evaluation.suites.records import Record, read_tab_separated
 
-MAX_NEW_TOKENS = 1024
 ROTATION_OFFSET = 1_000_000
 LONGEST_REFERENCE = 64
 LONGEST_INDEX = 18  # digits, as many as 64-bit integers surely hold
@@ -87,46 +87,41 @@ class MMBenchRow:
 
 
 @dataclass
-class MMBenchSuite:
+class MMBenchSuite(ListSuite[MMBenchRow]):
     """MMBench, English or Chinese. A failed row, and an answer without a clear letter, is wrong.
 
     `incomplete`: questions without all their rotations, in a part of the suite. Circular accuracy
     leaves them out, because it would be too high for them."""
 
-    rows: Sequence[MMBenchRow]
-    files: Sequence[Path]
-    language: str = "en"
-    settings: Mapping[str, Any] = field(default_factory=dict)
     name: str = "mmbench"
-    max_new_tokens: int = MAX_NEW_TOKENS
+    max_new_tokens: int = 1024
+    language: str = "en"
     incomplete: frozenset[str] = frozenset()
 
-    def __post_init__(self) -> None:
-        refuse_repeated_ids((row.id, row.where) for row in self.rows)
-        computed = {
+    def computed_settings(self) -> Mapping[str, Any]:
+        return {
             "language": self.language,
             "letter_extraction": EXTRACTION,
-            "rotations": describe_rotations(self.rows),
+            "rotations": describe_rotations(self.entries),
             "questions_left_out_of_circular": len(self.incomplete),
         }
-        self.settings = settings_of(self.settings, computed)
 
     def samples(self) -> Sequence[Sample]:
         """All rows in the order of the file. Made rotations follow their row."""
-        return [row.sample(self.language) for row in self.rows]
+        return [row.sample(self.language) for row in self.entries]
 
     def select(self, ids: Collection[str]) -> "MMBenchSuite":
         """The suite of these rows only."""
-        chosen = [row for row in self.rows if row.id in ids]
-        whole = Counter(row.group for row in self.rows)
-        part = Counter(row.group for row in chosen)
+        chosen = super().select(ids)
+        whole = Counter(row.group for row in self.entries)
+        part = Counter(row.group for row in chosen.entries)
         incomplete = {group for group, count in part.items() if count < whole[group]}
         incomplete |= self.incomplete & set(part)
-        return replace(self, rows=chosen, incomplete=frozenset(incomplete))
+        return replace(chosen, incomplete=frozenset(incomplete))
 
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Circular and vanilla accuracy, also by category; no metrics without known answers."""
-        scored = [row for row in self.rows if row.answer or row.error]
+        scored = [row for row in self.entries if row.answer or row.error]
         if not any(row.answer for row in scored):
             return Scores({})
         right = {row.id: is_right(row, answers) for row in scored}
@@ -160,7 +155,7 @@ class MMBenchSuite:
         prediction (the unchanged answer), for each row of the file.
 
         The server takes the same table as .xlsx; a spreadsheet program can convert the file."""
-        rows = [row for row in self.rows if not row.made]
+        rows = [row for row in self.entries if not row.made]
         columns = letters(max((len(row.options) for row in rows), default=0))
         with open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter="\t", lineterminator="\n")
@@ -240,7 +235,7 @@ def open_mmbench(
         raise EvaluationError(f"language {language!r} is not {known}")
     [path] = files
     rows = read_rows(path)
-    return MMBenchSuite(with_rotations(rows) if circular else rows, [path], language)
+    return MMBenchSuite(with_rotations(rows) if circular else rows, [path], language=language)
 
 
 def read_rows(path: Path) -> list[MMBenchRow]:

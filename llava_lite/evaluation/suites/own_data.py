@@ -9,15 +9,14 @@ after normalizing. The right choice is given as its text, its letter or its inde
 also grouped by `category`, if given.
 """
 
-import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from llava_lite.errors import EvaluationError
-from llava_lite.evaluation.suite import Sample, Scores, accuracy, accuracy_by_group, settings_of
+from llava_lite.evaluation.suites.base import Judge, Question, QuestionSuite
 from llava_lite.evaluation.suites.images import ImageFolder
 from llava_lite.evaluation.suites.multiple_choice import (
     MOST_OPTIONS,
@@ -25,169 +24,86 @@ from llava_lite.evaluation.suites.multiple_choice import (
     letters,
     multiple_choice_prompt,
 )
-from llava_lite.evaluation.suites.records import Record, read_json_lines, refuse_repeated_ids
+from llava_lite.evaluation.suites.records import Record, read_json_lines
 from llava_lite.evaluation.suites.short_answers import (
-    exact_match,
+    PEOPLE,
     short_answer_prompt,
-    vqa_accuracy,
+    short_answer_score,
 )
 
-MAX_NEW_TOKENS = 128
-PEOPLE = 10
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
+FieldNames = Mapping[str, tuple[str, ...]]
 
-ID_NAMES = ("id", "question_id")
-PROMPT_NAMES = ("question", "prompt", "text")
-IMAGE_NAMES = ("images", "image")
-ANSWER_NAMES = ("answers", "answer")
-CHOICE_NAMES = ("choices",)
-
-
-@dataclass(frozen=True)
-class OwnQuestion:
-    """One question. `references`: right answers; with choices the right letter. Without references
-    the question is not scored."""
-
-    id: str
-    text: str
-    images: tuple[str, ...]
-    references: tuple[str, ...]
-    where: str
-    choices: tuple[str, ...] = ()
-    category: str = ""
-
-    @property
-    def scoring(self) -> str:
-        """How the answer is scored."""
-        if self.choices:
-            return "choice"
-        return "vqa" if len(self.references) == PEOPLE else "exact"
-
-    def prompt(self, short_answer: bool) -> str:
-        """The prompt. `short_answer` adds LLaVA's instruction for short answers."""
-        if self.choices:
-            return multiple_choice_prompt(self.text, self.choices)
-        return short_answer_prompt(self.text) if short_answer else self.text
-
-    def outcome(self, answer: str | None) -> float:
-        """The score of an answer, 0..1; 0 without an answer."""
-        if answer is None:
-            return 0.0
-        if self.choices:
-            return float(chosen_letter(answer, self.choices) in self.references)
-        if self.scoring == "vqa":
-            return vqa_accuracy(answer, self.references)
-        return float(exact_match(answer, self.references))
-
-
-@dataclass
-class OwnDataSuite:
-    """Your own questions. A failed question counts as wrong."""
-
-    questions: Sequence[OwnQuestion]
-    folder: ImageFolder
-    files: Sequence[Path]
-    short_answer: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    name: str = "jsonl"
-    max_new_tokens: int = MAX_NEW_TOKENS
-
-    def __post_init__(self) -> None:
-        refuse_repeated_ids((question.id, question.where) for question in self.questions)
-        unknown = sum(not question.references for question in self.questions)
-        given = {"short_answer": self.short_answer, **self.settings}
-        self.settings = settings_of(given, {"without_reference": unknown})
-
-    def samples(self) -> Sequence[Sample]:
-        """All questions in the order of the file."""
-        return [self.sample(question) for question in self.questions]
-
-    def sample(self, question: OwnQuestion) -> Sample:
-        """One question, with an error if one of its images does not exist."""
-        prompt = question.prompt(self.short_answer)
-        sources: list[str | Path] = []
-        error = None
-        for name in question.images:
-            source = name if URL.match(name) else self.folder.find(name)
-            missing = self.folder.folder / name
-            if source is None:
-                error = error or f"{missing}: no such image file"
-            sources.append(source or missing)
-        key = "\n".join(question.images) or None
-        return Sample(question.id, prompt, tuple(sources), key, error)
-
-    def select(self, ids: Collection[str]) -> "OwnDataSuite":
-        """The suite of these questions only."""
-        chosen = [question for question in self.questions if question.id in ids]
-        return replace(self, questions=chosen)
-
-    def score(self, answers: Mapping[str, str]) -> Scores:
-        """Accuracy, also by category and by kind of scoring; no metrics without references."""
-        outcomes = [
-            (question, question.outcome(answers.get(question.id)))
-            for question in self.questions
-            if question.references
-        ]
-        if not outcomes:
-            return Scores({})
-        groups = {
-            "accuracy by category": [
-                (question.category, outcome) for question, outcome in outcomes
-            ],
-            "accuracy by scoring": [(question.scoring, outcome) for question, outcome in outcomes],
-        }
-        shares = {name: accuracy_by_group(pairs) for name, pairs in groups.items()}
-        return Scores(
-            {"accuracy": accuracy(outcome for _, outcome in outcomes)},
-            {name: share for name, share in shares.items() if share},
-        )
-
-
-# ---- reading -----------------------------------------------------------------------------------
+FIELDS: FieldNames = {
+    "id": ("id", "question_id"),
+    "prompt": ("question", "prompt", "text"),
+    "image": ("images", "image"),
+    "answer": ("answers", "answer"),
+    "choices": ("choices",),
+}
 
 
 def open_jsonl(
     files: Sequence[Path], folder: Path | None = None, short_answer: bool = False
-) -> OwnDataSuite:
+) -> QuestionSuite:
     """The suite of a JSON lines file. Raises EvaluationError naming file and line."""
     [path] = files
+    return own_suite(
+        read_json_lines(path), FIELDS, path, folder or path.parent, "jsonl", short_answer
+    )
+
+
+def own_suite(
+    records: Sequence[Record],
+    names: FieldNames,
+    path: Path,
+    folder: Path,
+    suite: str,
+    short_answer: bool = False,
+    **settings: str,
+) -> QuestionSuite:
+    """The suite of records with questions. `names`: the names that each field may have."""
+    images = ImageFolder(folder, urls=True)
     questions = [
-        question_of(record, default_id=str(number))
-        for number, record in enumerate(read_json_lines(path), start=1)
+        question_of(record, str(number), names, images, short_answer)
+        for number, record in enumerate(records, start=1)
     ]
-    return OwnDataSuite(questions, ImageFolder(folder or path.parent), [path], short_answer)
+    return QuestionSuite(
+        questions, [path], folder, {"short_answer": short_answer, **settings}, suite
+    )
 
 
 def question_of(
-    record: Record,
-    default_id: str,
-    id_names: Sequence[str] = ID_NAMES,
-    prompt_names: Sequence[str] = PROMPT_NAMES,
-    image_names: Sequence[str] = IMAGE_NAMES,
-    answer_names: Sequence[str] = ANSWER_NAMES,
-    choice_names: Sequence[str] = CHOICE_NAMES,
-) -> OwnQuestion:
-    """One question. Each field may have any of the given names."""
-    choices = texts_of(record, choice_names)
+    record: Record, default_id: str, names: FieldNames, images: ImageFolder, short_answer: bool
+) -> Question:
+    """One question. With choices the reference is the right letter."""
+    choices = texts_of(record, names["choices"])
     if len(choices) == 1 or len(choices) > MOST_OPTIONS:
         raise EvaluationError(
             f"{record.where}: has {len(choices)} choices, must be 2 to {MOST_OPTIONS}"
         )
-    answers = record.get(*answer_names, default=[])
+    judge: Judge = short_answer_score
     if choices:
-        references = tuple(letter_of(answer, choices, record) for answer in as_list(answers))
+        answers = as_list(record.get(*names["answer"], default=[]))
+        references = tuple(letter_of(answer, choices, record) for answer in answers)
+        judge, scoring = partial(judge_choice, choices), "choice"
     else:
-        references = texts_of(record, answer_names)
-    known = any(not record.lacks(name) for name in id_names)
-    return OwnQuestion(
-        id=record.id(*id_names) if known else default_id,
-        text=record.text(*prompt_names),
-        images=texts_of(record, image_names),
-        references=references,
-        where=record.where,
-        choices=choices,
-        category=str(record.get("category", default="")),
-    )
+        references = texts_of(record, names["answer"])
+        scoring = "vqa" if len(references) == PEOPLE else "exact"
+    text = record.text(*names["prompt"])
+    if choices:
+        text = multiple_choice_prompt(text, choices)
+    elif short_answer:
+        text = short_answer_prompt(text)
+    sample_id = record.id(*names["id"]) if record.has(*names["id"]) else default_id
+    sources = [(name,) for name in texts_of(record, names["image"])]
+    groups = {"category": (str(record.get("category", default="")),), "scoring": (scoring,)}
+    sample = images.sample(sample_id, text, *sources)
+    return Question(sample, record.where, references, judge, groups)
+
+
+def judge_choice(choices: Sequence[str], answer: str, references: Sequence[str]) -> float:
+    """1 if the answer names the right choice."""
+    return float(chosen_letter(answer, choices) in references)
 
 
 def as_list(value: Any) -> list[Any]:
@@ -205,7 +121,7 @@ def texts_of(record: Record, names: Sequence[str]) -> tuple[str, ...]:
         for value in values
     )
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        name = next(name for name in names if not record.lacks(name))
+        name = next(name for name in names if record.has(name))
         raise EvaluationError(f"{record.where}: {name!r} must be a text or a list of texts")
     return texts
 

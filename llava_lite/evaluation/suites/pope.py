@@ -6,34 +6,21 @@ A question file has lines {"question_id", "image", "text", "label": "yes" | "no"
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from llava_lite.errors import EvaluationError
-from llava_lite.evaluation.suite import Metric, Sample, Scores, settings_of
+from llava_lite.evaluation.suite import Metric, Scores
+from llava_lite.evaluation.suites.base import Question, QuestionSuite
 from llava_lite.evaluation.suites.images import ImageFolder
-from llava_lite.evaluation.suites.records import Record, read_json_lines, refuse_repeated_ids
+from llava_lite.evaluation.suites.records import Record, read_json_lines
 from llava_lite.evaluation.suites.short_answers import short_answer_prompt
 
-MAX_NEW_TOKENS = 128
 CATEGORIES = ("random", "popular", "adversarial")
 NEGATIONS = ("No", "not", "no")
-LABELS = {"yes": True, "no": False}
-
-
-@dataclass(frozen=True)
-class PopeQuestion:
-    """One question; `label` is None where the right answer is not known."""
-
-    id: str
-    text: str
-    image: str
-    category: str
-    label: bool | None
-    where: str
 
 
 @dataclass(frozen=True)
@@ -67,50 +54,28 @@ class Confusion:
 
 
 @dataclass
-class PopeSuite:
+class PopeSuite(QuestionSuite):
     """Yes-or-no questions. A failed question counts as answered wrongly."""
 
-    questions: Sequence[PopeQuestion]
-    folder: ImageFolder
-    files: Sequence[Path]
-    settings: Mapping[str, Any] = field(default_factory=dict)
     name: str = "pope"
-    max_new_tokens: int = MAX_NEW_TOKENS
 
-    def __post_init__(self) -> None:
-        refuse_repeated_ids((question.id, question.where) for question in self.questions)
-        unknown = sum(question.label is None for question in self.questions)
-        computed = {
-            "f1": "mean over the categories, as LLaVA publishes it; the other metrics are over all",
-            "without_reference": unknown,
-        }
-        self.settings = settings_of(self.settings, computed)
-
-    def samples(self) -> Sequence[Sample]:
-        """All questions, with the official instruction to answer shortly."""
-        return [
-            self.folder.sample(question.id, short_answer_prompt(question.text), question.image)
-            for question in self.questions
-        ]
-
-    def select(self, ids: Collection[str]) -> "PopeSuite":
-        """The suite of these questions only."""
-        chosen = [question for question in self.questions if question.id in ids]
-        return replace(self, questions=chosen)
+    def computed_settings(self) -> Mapping[str, Any]:
+        f1 = "mean over the categories, as LLaVA publishes it; the other metrics are over all"
+        return {"f1": f1, **super().computed_settings()}
 
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Mean F1 of the categories, then accuracy, precision, recall and the share of yes over all
         questions; the same for each category."""
-        scored = [question for question in self.questions if question.label is not None]
-        if not scored:
+        if not self.scored:
             return Scores({})
+        members: dict[str, list[Question]] = {}
+        for question in self.scored:
+            members.setdefault(question.groups["category"][0], []).append(question)
         by_category = {
-            category: confusion(
-                (question for question in scored if question.category == category), answers
-            ).metrics()
-            for category in dict.fromkeys(question.category for question in scored)
+            category: confusion(questions, answers).metrics()
+            for category, questions in members.items()
         }
-        total = confusion(scored, answers).metrics()
+        total = confusion(self.scored, answers).metrics()
         f1 = mean(metrics["f1"].value for metrics in by_category.values())
         groups = {
             f"{name} by category": {
@@ -118,7 +83,7 @@ class PopeSuite:
             }
             for name in total
         }
-        return Scores({**total, "f1": Metric(f1, len(scored))}, groups)
+        return Scores({**total, "f1": Metric(f1, len(self.scored))}, groups)
 
 
 def says_yes(answer: str) -> bool:
@@ -127,14 +92,14 @@ def says_yes(answer: str) -> bool:
     return not any(word in NEGATIONS for word in words)
 
 
-def confusion(questions: Iterable[PopeQuestion], answers: Mapping[str, str]) -> Confusion:
+def confusion(questions: Iterable[Question], answers: Mapping[str, str]) -> Confusion:
     """Count the answers. A missing answer counts as the wrong answer."""
     counts: Counter[tuple[bool, bool]] = Counter()
     yes = answered = 0
     for question in questions:
-        answer = answers.get(question.id)
-        said = says_yes(answer) if answer is not None else not question.label
-        counts[said, bool(question.label)] += 1
+        answer, right = answers.get(question.id), question.references == ("yes",)
+        said = says_yes(answer) if answer is not None else not right
+        counts[said, right] += 1
         answered += answer is not None
         yes += answer is not None and said
     return Confusion(
@@ -148,10 +113,13 @@ def confusion(questions: Iterable[PopeQuestion], answers: Mapping[str, str]) -> 
 
 def open_pope(files: Sequence[Path], folder: Path) -> PopeSuite:
     """The suite of one or more question files. Raises EvaluationError naming file and line."""
+    images = ImageFolder(folder)
     questions = [
-        question_of(record, category_of(path)) for path in files for record in read_json_lines(path)
+        question_of(record, category_of(path), images)
+        for path in files
+        for record in read_json_lines(path)
     ]
-    return PopeSuite(questions, ImageFolder(folder), list(files))
+    return PopeSuite(questions, list(files), folder)
 
 
 def category_of(path: Path) -> str:
@@ -159,25 +127,21 @@ def category_of(path: Path) -> str:
     return next((name for name in CATEGORIES if name in path.stem.lower()), path.stem)
 
 
-def question_of(record: Record, category: str) -> PopeQuestion:
+def question_of(record: Record, category: str, images: ImageFolder) -> Question:
     """One question. Ids begin with the category, because every file of POPE counts from 1."""
     category = str(record.get("category", default=category))
-    return PopeQuestion(
-        id=f"{category}/{record.id('question_id', 'id')}",
-        text=record.text("text", "question"),
-        image=record.text("image"),
-        category=category,
-        label=label_of(record),
-        where=record.where,
-    )
+    prompt = short_answer_prompt(record.text("text", "question"))
+    question_id = f"{category}/{record.id('question_id', 'id')}"
+    sample = images.sample(question_id, prompt, (record.text("image"),))
+    return Question(sample, record.where, label_of(record), groups={"category": (category,)})
 
 
-def label_of(record: Record) -> bool | None:
-    """Whether the object is there. Raises EvaluationError for anything but yes and no."""
+def label_of(record: Record) -> tuple[str, ...]:
+    """The right answer, yes or no; none if unknown. Raises EvaluationError for any other label."""
     label = record.get("label", "answer")
     if label is None:
-        return None
-    try:
-        return LABELS[label.strip().lower()]
-    except (KeyError, AttributeError) as error:
-        raise EvaluationError(f"{record.where}: the label {label!r} is not yes or no") from error
+        return ()
+    said = label.strip().lower() if isinstance(label, str) else None
+    if said not in ("yes", "no"):
+        raise EvaluationError(f"{record.where}: the label {label!r} is not yes or no")
+    return (said,)

@@ -31,11 +31,11 @@ class Record:
 
     def get(self, *names: str, default: Any = None) -> Any:
         """The first of these fields that is present and not null."""
-        return next((self.fields[name] for name in names if not self.lacks(name)), default)
+        return next((self.fields[name] for name in names if self.has(name)), default)
 
-    def lacks(self, name: str) -> bool:
-        """Whether the field is missing or null."""
-        return self.fields.get(name) is None
+    def has(self, *names: str) -> bool:
+        """Whether one of these fields is present and not null."""
+        return any(self.fields.get(name) is not None for name in names)
 
     def text(self, *names: str) -> str:
         """As `get`, but the value must be a text. Raises EvaluationError naming the field."""

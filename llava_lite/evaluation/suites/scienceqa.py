@@ -5,101 +5,43 @@ Problems:  {id: {"choices", "answer": index, "subject", "grade", "hint", "image"
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from llava_lite.errors import EvaluationError
-from llava_lite.evaluation.suite import Sample, Scores, accuracy, accuracy_by_group
+from llava_lite.evaluation.suite import Scores, accuracy
+from llava_lite.evaluation.suites.base import Question, QuestionSuite
 from llava_lite.evaluation.suites.images import ImageFolder
 from llava_lite.evaluation.suites.multiple_choice import LETTER_INSTRUCTIONS
-from llava_lite.evaluation.suites.records import (
-    Record,
-    as_record,
-    read_json,
-    records_of,
-    refuse_repeated_ids,
-)
+from llava_lite.evaluation.suites.records import Record, as_record, read_json, records_of
 
-MAX_NEW_TOKENS = 1024
 MOST_CHOICES = 5
 THE_ANSWER_IS = re.compile(r"The answer is ([A-Z])\.")
 GRADES = {f"grade{grade}": "1-6" if grade <= 6 else "7-12" for grade in range(1, 13)}
 
 
-@dataclass(frozen=True)
-class ScienceQuestion:
-    """One question; `answer` is the index of the right choice. No image: asked as text."""
-
-    id: str
-    text: str
-    choices: int
-    answer: int
-    where: str
-    image: str | None = None
-    subject: str = ""
-    contexts: tuple[str, ...] = ()
-    grades: str = ""
-
-    @property
-    def prompt(self) -> str:
-        """The text with the official instruction, once."""
-        instruction = LETTER_INSTRUCTIONS["en"]
-        return self.text if self.text.endswith(instruction) else f"{self.text}\n{instruction}"
-
-    def is_right(self, answer: str | None) -> bool:
-        """Whether an answer names the right choice."""
-        letter = parse_letter(answer or "")
-        return letter is not None and ascii_uppercase.index(letter) == self.answer
-
-
 @dataclass
-class ScienceQaSuite:
+class ScienceQaSuite(QuestionSuite):
     """ScienceQA. A failed question, and one without a clear letter, counts as wrong."""
 
-    questions: Sequence[ScienceQuestion]
-    folder: ImageFolder
-    files: Sequence[Path]
-    settings: Mapping[str, Any] = field(default_factory=dict)
     name: str = "scienceqa"
-    max_new_tokens: int = MAX_NEW_TOKENS
-
-    def __post_init__(self) -> None:
-        refuse_repeated_ids((question.id, question.where) for question in self.questions)
-
-    def samples(self) -> Sequence[Sample]:
-        """All questions, those without an image as text only."""
-        return [self.sample(question) for question in self.questions]
-
-    def sample(self, question: ScienceQuestion) -> Sample:
-        """One question, ready to ask."""
-        if question.image is None:
-            return Sample(question.id, question.prompt)
-        return self.folder.sample(question.id, question.prompt, question.image)
-
-    def select(self, ids: Collection[str]) -> "ScienceQaSuite":
-        """The suite of these questions only."""
-        chosen = [question for question in self.questions if question.id in ids]
-        return replace(self, questions=chosen)
+    max_new_tokens: int = 1024
 
     def score(self, answers: Mapping[str, str]) -> Scores:
         """Accuracy of all questions and of questions with an image, and by subject, context and
         grade as in the paper. A question may have both text and image as context."""
-        outcomes = [(one, one.is_right(answers.get(one.id))) for one in self.questions]
-        metrics = {
-            "accuracy": accuracy(right for _, right in outcomes),
-            "image_accuracy": accuracy(right for one, right in outcomes if one.image is not None),
-        }
-        groups = {
-            "accuracy by subject": [(one.subject, right) for one, right in outcomes],
-            "accuracy by context": [
-                (context, right) for one, right in outcomes for context in one.contexts
-            ],
-            "accuracy by grades": [(one.grades, right) for one, right in outcomes],
-        }
-        return Scores(metrics, {name: accuracy_by_group(pairs) for name, pairs in groups.items()})
+        scores = super().score(answers)
+        with_image = [entry for entry in self.entries if entry.sample.images]
+        outcomes = (entry.outcome(answers.get(entry.id)) for entry in with_image)
+        return Scores({**scores.metrics, "image_accuracy": accuracy(outcomes)}, scores.groups)
+
+
+def judge_letter(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer names the right letter by the official rules."""
+    return float(parse_letter(answer) in references)
 
 
 def parse_letter(answer: str) -> str | None:
@@ -131,11 +73,12 @@ def open_scienceqa(files: Sequence[Path], folder: Path) -> ScienceQaSuite:
             f"{names}: must be a list of questions and an object of problems by id"
         )
     [path], [problems_path] = asking, problems
+    images = ImageFolder(folder)
     questions = [
-        question_of(record, problem_of(record, contents[problems_path], problems_path))
+        question_of(record, problem_of(record, contents[problems_path], problems_path), images)
         for record in records_of(contents[path], path)
     ]
-    return ScienceQaSuite(questions, ImageFolder(folder), list(files))
+    return ScienceQaSuite(questions, list(files), folder)
 
 
 def problem_of(record: Record, problems: Mapping[str, Any], path: Path) -> Record:
@@ -146,7 +89,7 @@ def problem_of(record: Record, problems: Mapping[str, Any], path: Path) -> Recor
     return as_record(problems[question_id], f"{path}, problem {question_id}")
 
 
-def question_of(record: Record, problem: Record) -> ScienceQuestion:
+def question_of(record: Record, problem: Record, images: ImageFolder) -> Question:
     """One question. Raises EvaluationError for an answer that is not one of the choices."""
     choices, answer = problem.get("choices"), problem.get("answer")
     if not isinstance(choices, list) or not choices:
@@ -155,18 +98,18 @@ def question_of(record: Record, problem: Record) -> ScienceQuestion:
         raise EvaluationError(
             f"{problem.where}: the answer {answer!r} is not in 0..{len(choices) - 1}"
         )
-    image = record.get("image")
-    return ScienceQuestion(
-        id=record.id("id"),
-        text=human_text(record),
-        choices=len(choices),
-        answer=answer,
-        where=record.where,
-        image=None if image is None else record.text("image"),
-        subject=str(problem.get("subject", default="")),
-        contexts=tuple(contexts_of(problem)),
-        grades=GRADES.get(str(problem.get("grade")), ""),
-    )
+    instruction = LETTER_INSTRUCTIONS["en"]
+    text = human_text(record)
+    prompt = text if text.endswith(instruction) else f"{text}\n{instruction}"
+    names = [(record.text("image"),)] if record.has("image") else []
+    groups = {
+        "subject": (str(problem.get("subject", default="")),),
+        "context": tuple(contexts_of(problem)),
+        "grades": (GRADES.get(str(problem.get("grade")), ""),),
+    }
+    sample = images.sample(record.id("id"), prompt, *names)
+    right = chr(ord("A") + answer)
+    return Question(sample, record.where, (right,), judge_letter, groups)
 
 
 def human_text(record: Record) -> str:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from itertools import combinations
 
 SHORT_ANSWER_INSTRUCTION = "Answer the question using a single word or phrase."
+PEOPLE = 10  # people who answered each question of VQA
 AGREEING = 3  # an answer that this many people gave is fully right
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -78,6 +79,12 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     total = sum(agree)
     shares = [min((total - own) / AGREEING, 1.0) for own in agree]
     return sum(shares) / len(shares)
+
+
+def short_answer_score(answer: str, references: Sequence[str]) -> float:
+    """VQA accuracy for the answers of ten people, else 1 for an answer that equals a reference."""
+    score = vqa_accuracy if len(references) == PEOPLE else exact_match
+    return float(score(answer, references))
 
 
 def exact_match(answer: str, references: Sequence[str]) -> bool:

@@ -15,13 +15,13 @@ COCO_val2014_000000000042.jpg, 000000000042.jpg, 42.jpg or 42.png, or the value 
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llava_lite.errors import EvaluationError
-from llava_lite.evaluation.suite import Sample, Scores, accuracy, accuracy_by_group, settings_of
+from llava_lite.evaluation.suites.base import Question, QuestionSuite
 from llava_lite.evaluation.suites.images import ImageFolder
 from llava_lite.evaluation.suites.records import (
     Record,
@@ -29,113 +29,33 @@ from llava_lite.evaluation.suites.records import (
     read_json,
     read_json_lines,
     records_of,
-    refuse_repeated_ids,
 )
-from llava_lite.evaluation.suites.short_answers import (
-    exact_match,
-    normalize_answer,
-    short_answer_prompt,
-    vqa_accuracy,
-)
+from llava_lite.evaluation.suites.short_answers import PEOPLE, normalize_answer, short_answer_prompt
 
-MAX_NEW_TOKENS = 128
-PEOPLE = 10  # people who answered each question of VQA
 DEFAULT_SUBTYPE = "val2014"
 OCR_LINE = "Reference OCR token: "
 
 
-@dataclass(frozen=True)
-class VqaQuestion:
-    """One question. `image_names`: possible names of the image file. Without references the
-    question is not scored."""
-
-    id: str
-    text: str
-    image_names: tuple[str, ...]
-    references: tuple[str, ...]
-    where: str
-    question_id: str | int
-    groups: Mapping[str, str] = field(default_factory=dict)
-    ocr_tokens: tuple[str, ...] | None = None
-    result_key: str = "question_id"  # the id's name in a result file
-
-    def prompt(self, ocr: bool) -> str:
-        """The question, its OCR tokens if wanted and known, the official instruction."""
-        if not ocr or not self.ocr_tokens:
-            return short_answer_prompt(self.text)
-        return short_answer_prompt(f"{self.text}\n{OCR_LINE}{', '.join(self.ocr_tokens)}")
-
-    def outcome(self, answer: str | None) -> float:
-        """The score of an answer, 0..1; 0 without an answer."""
-        if answer is None:
-            return 0.0
-        if len(self.references) == 1:
-            return float(exact_match(answer, self.references))
-        return vqa_accuracy(answer, self.references)
-
-
 @dataclass
-class VqaSuite:
+class VqaSuite(QuestionSuite):
     """Short answers. A failed question counts as wrong."""
 
-    questions: Sequence[VqaQuestion]
-    folder: ImageFolder
-    files: Sequence[Path]
-    ocr: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
     name: str = "vqa"
-    max_new_tokens: int = MAX_NEW_TOKENS
 
-    def __post_init__(self) -> None:
-        refuse_repeated_ids((question.id, question.where) for question in self.questions)
-        unknown = sum(not question.references for question in self.questions)
-        computed = {"scoring": scoring_of(self.questions), "without_reference": unknown}
-        self.settings = settings_of({"ocr": self.ocr, **self.settings}, computed)
-
-    def samples(self) -> Sequence[Sample]:
-        """All questions, with the official instruction to answer shortly."""
-        return [
-            self.folder.sample(question.id, question.prompt(self.ocr), *question.image_names)
-            for question in self.questions
-        ]
-
-    def select(self, ids: Collection[str]) -> "VqaSuite":
-        """The suite of these questions only."""
-        chosen = [question for question in self.questions if question.id in ids]
-        return replace(self, questions=chosen)
-
-    def score(self, answers: Mapping[str, str]) -> Scores:
-        """Accuracy, also by each kind of group in the file; no metrics without references."""
-        outcomes = [
-            (question, question.outcome(answers.get(question.id)))
-            for question in self.questions
-            if question.references
-        ]
-        if not outcomes:
-            return Scores({})
-        kinds = dict.fromkeys(kind for question, _ in outcomes for kind in question.groups)
-        groups = {
-            f"accuracy by {kind}": accuracy_by_group(
-                (question.groups.get(kind, ""), outcome) for question, outcome in outcomes
-            )
-            for kind in kinds
-        }
-        return Scores({"accuracy": accuracy(outcome for _, outcome in outcomes)}, groups)
+    def computed_settings(self) -> Mapping[str, Any]:
+        return {"scoring": scoring_of(self.entries), **super().computed_settings()}
 
     def export(self, answers: Mapping[str, str], path: Path) -> None:
         """Write the format of the VQA servers: [{"question_id", "answer"}] with normalized answers.
         For VizWiz the id is "image"."""
         results = [
-            {
-                question.result_key: question.question_id,
-                "answer": normalize_answer(answers.get(question.id, "")),
-            }
-            for question in self.questions
+            {**question.result, "answer": normalize_answer(answers.get(question.id, ""))}
+            for question in self.entries
         ]
         path.write_text(json.dumps(results, ensure_ascii=False), encoding="utf-8")
 
 
-def scoring_of(questions: Iterable[VqaQuestion]) -> str:
+def scoring_of(questions: Iterable[Question]) -> str:
     """How answers are scored, for the settings of a report.
 
     Raises EvaluationError for a number of references other than 0, 1 and 10."""
@@ -156,15 +76,33 @@ def scoring_of(questions: Iterable[VqaQuestion]) -> str:
 
 
 @dataclass(frozen=True)
+class Format:
+    """The names of fields in one kind of question file, and the fields that group questions."""
+
+    id: tuple[str, ...] = ("question_id", "image")  # in VizWiz the image is the id
+    text: tuple[str, ...] = ("question",)
+    groups: tuple[str, ...] = ("question_type", "answer_type")
+
+
+OFFICIAL = Format()
+LINES = Format(("question_id", "id"), ("text", "question"), (*OFFICIAL.groups, "category"))
+GQA = Format(groups=("structural", "semantic"))
+
+
+@dataclass(frozen=True)
 class Beside:
-    """The content of second files: annotations by question, OCR tokens by image."""
+    """All that questions need beside their records. From second files: annotations by question,
+    OCR tokens by image. `ocr`: the prompts have the OCR tokens."""
 
     annotations: Mapping[str, Record]
     ocr_tokens: Mapping[str, tuple[str, ...]]
+    images: ImageFolder
+    subtype: str
+    ocr: bool
 
-    def of(self, question_id: str, record: Record) -> Record:
-        """The record that holds the answers."""
-        return self.annotations.get(question_id, record)
+    def tokens_of(self, record: Record) -> tuple[str, ...]:
+        """The OCR tokens of the record, or of its image."""
+        return ocr_tokens_of(record) or self.ocr_tokens.get(str(record.get("image_id")), ())
 
 
 def open_vqa(files: Sequence[Path], folder: Path, ocr: bool = False) -> VqaSuite:
@@ -177,11 +115,18 @@ def open_vqa(files: Sequence[Path], folder: Path, ocr: bool = False) -> VqaSuite
         names = ", ".join(map(str, files))
         raise EvaluationError(f"{names}: {len(asking)} of these hold questions, must be 1")
     [(path, content)] = asking
-    beside = read_beside([item for item in contents if item[0] != path])
-    questions = read_questions(path, content, beside)
-    if ocr and not any(question.ocr_tokens for question in questions):
+    kind, records = read_records(path, content)
+    subtype = DEFAULT_SUBTYPE
+    if isinstance(content, dict) and "questions" in content:
+        subtype = str(content.get("data_subtype") or subtype).replace("-dev", "")
+    second = read_second([item for item in contents if item[0] != path])
+    beside = Beside(*second, ImageFolder(folder), subtype, ocr)
+    if ocr and not any(map(beside.tokens_of, records)):
         raise EvaluationError(f"{path}: no question has OCR tokens")
-    return VqaSuite(questions, ImageFolder(folder), list(files), ocr)
+    questions = [question_of(record, kind, beside) for record in records]
+    if kind is LINES:
+        questions = number_repeated_ids(questions, beside)
+    return VqaSuite(questions, list(files), folder, {"ocr": ocr})
 
 
 def read_any(path: Path) -> Any:
@@ -202,8 +147,10 @@ def asks(content: Any) -> bool:
     return "annotations" not in content
 
 
-def read_beside(contents: Iterable[tuple[Path, Any]]) -> Beside:
-    """Annotations and OCR tokens of second files."""
+def read_second(
+    contents: Iterable[tuple[Path, Any]],
+) -> tuple[dict[str, Record], dict[str, tuple[str, ...]]]:
+    """Annotations and OCR tokens of second files, by question and by image."""
     annotations: dict[str, Record] = {}
     tokens: dict[str, tuple[str, ...]] = {}
     for path, content in contents:
@@ -213,68 +160,54 @@ def read_beside(contents: Iterable[tuple[Path, Any]]) -> Beside:
         else:
             for record in records_of(content, path, "data"):
                 tokens[record.id("image_id")] = ocr_tokens_of(record) or ()
-    return Beside(annotations, tokens)
+    return annotations, tokens
 
 
-def read_questions(path: Path, content: Any, beside: Beside) -> list[VqaQuestion]:
-    """All questions of a file of any of the formats."""
+def read_records(path: Path, content: Any) -> tuple[Format, list[Record]]:
+    """The entries of a question file, and its format."""
     if isinstance(content, list) and content and isinstance(content[0], Record):
-        questions = [line_question(record, beside) for record in content]
-        return number_repeated_ids(questions, beside)
+        return LINES, content
     if not isinstance(content, dict):
-        records = records_of(content, path)
-        return [question_of(record, DEFAULT_SUBTYPE, beside) for record in records]
-    if "questions" in content:
-        subtype = str(content.get("data_subtype") or DEFAULT_SUBTYPE).replace("-dev", "")
-        records = records_of(content, path, "questions")
-        return [question_of(record, subtype, beside) for record in records]
-    if "data" in content:
-        records = records_of(content, path, "data")
-        return [question_of(record, DEFAULT_SUBTYPE, beside) for record in records]
+        return OFFICIAL, records_of(content, path)
+    for key in ("questions", "data"):
+        if key in content:
+            return OFFICIAL, records_of(content, path, key)
     if not content:
         raise EvaluationError(f"{path}: holds no items")
-    return [
-        gqa_question(question_id, as_record(item, f"{path}, question {question_id}"))
+    return GQA, [
+        gqa_record(question_id, as_record(item, f"{path}, question {question_id}"))
         for question_id, item in content.items()
     ]
 
 
-def question_of(record: Record, subtype: str, beside: Beside) -> VqaQuestion:
-    """A question of VQAv2, TextVQA or VizWiz. In VizWiz the image is the id."""
-    question_id = record.id("question_id", "image")
-    source = beside.of(question_id, record)
-    kinds = ("question_type", "answer_type")
-    return VqaQuestion(
-        id=question_id,
-        text=record.text("question"),
-        image_names=image_names(record, subtype),
-        references=references_of(source),
-        where=record.where,
-        question_id=record.get("question_id", "image"),
-        result_key="image" if record.lacks("question_id") else "question_id",
-        groups={kind: str(source.get(kind)) for kind in kinds if not source.lacks(kind)},
-        ocr_tokens=ocr_tokens_of(record) or beside.ocr_tokens.get(str(record.get("image_id"))),
+def gqa_record(question_id: str, record: Record) -> Record:
+    """An entry of GQA with the field names of the other files."""
+    image = f"{record.id('imageId')}.jpg"
+    types = {name: value for name, value in record.get("types", default={}).items() if value}
+    return replace(
+        record, fields={**types, **record.fields, "question_id": question_id, "image": image}
     )
 
 
-def line_question(record: Record, beside: Beside) -> VqaQuestion:
-    """A question of LLaVA's files."""
-    question_id = record.id("question_id", "id")
-    source = beside.of(question_id, record)
-    kinds = ("question_type", "answer_type", "category")
-    return VqaQuestion(
-        id=question_id,
-        text=record.text("text", "question"),
-        image_names=(record.text("image"),),
-        references=references_of(source),
+def question_of(record: Record, kind: Format, beside: Beside) -> Question:
+    """One question. An annotation has the answers, if there is one, else the record."""
+    question_id, text = record.id(*kind.id), record.text(*kind.text)
+    tokens = beside.tokens_of(record)
+    if beside.ocr and tokens:
+        text = f"{text}\n{OCR_LINE}{', '.join(tokens)}"
+    names = image_names(record, beside.subtype)
+    source = beside.annotations.get(question_id, record)
+    has_own_id = kind is LINES or record.has("question_id")
+    return Question(
+        sample=beside.images.sample(question_id, short_answer_prompt(text), names),
         where=record.where,
-        question_id=record.get("question_id", "id"),
-        groups={kind: str(source.get(kind)) for kind in kinds if not source.lacks(kind)},
-        ocr_tokens=ocr_tokens_of(record),
+        references=references_of(source),
+        groups={name: (str(source.get(name)),) for name in kind.groups if source.has(name)},
+        result={"question_id" if has_own_id else "image": record.get(*kind.id)},
     )
 
 
-def number_repeated_ids(questions: Sequence[VqaQuestion], beside: Beside) -> list[VqaQuestion]:
+def number_repeated_ids(questions: Sequence[Question], beside: Beside) -> list[Question]:
     """The questions with repeated ids numbered. An id with an annotation stays, to be refused: the
     annotation could belong to any of its questions."""
     seen: Counter[str] = Counter()
@@ -282,28 +215,15 @@ def number_repeated_ids(questions: Sequence[VqaQuestion], beside: Beside) -> lis
     for question in questions:
         seen[question.id] += 1
         if seen[question.id] > 1 and question.id not in beside.annotations:
-            question = replace(question, id=f"{question.id}/{seen[question.id]}")
+            sample = replace(question.sample, id=f"{question.id}/{seen[question.id]}")
+            question = replace(question, sample=sample)
         unique.append(question)
     return unique
 
 
-def gqa_question(question_id: str, record: Record) -> VqaQuestion:
-    """A question of GQA, with one answer or none."""
-    types = record.get("types", default={})
-    return VqaQuestion(
-        id=question_id,
-        text=record.text("question"),
-        image_names=(f"{record.id('imageId')}.jpg",),
-        references=references_of(record),
-        where=record.where,
-        question_id=question_id,
-        groups={kind: str(types[kind]) for kind in ("structural", "semantic") if types.get(kind)},
-    )
-
-
 def image_names(record: Record, subtype: str) -> tuple[str, ...]:
     """The names that the image may have: its own, or what COCO and others make of its number."""
-    if not record.lacks("image"):
+    if record.has("image"):
         return (record.text("image"),)
     image_id = record.id("image_id")
     plain = (f"{image_id}.jpg", f"{image_id}.png")
