@@ -271,10 +271,10 @@ class FakeSuite:
 
     right: Mapping[str, str]
     files: Sequence[Path]
-    folder: Path | None = None
     name: str = "fake"
     max_new_tokens: int = 4
     settings: Mapping[str, Any] = field(default_factory=lambda: {"language": "en"})
+    folder: Path | None = None
 
     def samples(self) -> list[Sample]:
         return [Sample(name, f"{name}?") for name in self.right]
