@@ -242,7 +242,6 @@ def train_decoder(args: argparse.Namespace) -> None:
     """Stage `decoder`: train projector and decoder on the frozen tower's features of new scenes."""
     tower, _ = trained_tower(args)
     held_out = SceneSet(args.work, HELD_OUT_SEED, HELD_OUT_SCENES)
-    held_out_features = see(tower, held_out.pixels, args.device)
     writer = Writer(load_tokenizer(args))
     projector, decoder = new_decoder(args)
     rates = {"projector": args.decoder_rate, "decoder": args.decoder_rate}
@@ -262,8 +261,7 @@ def train_decoder(args: argparse.Namespace) -> None:
             loss, _, _ = answer_loss(decoder, packed, image_embeds, args.device)
         trainer.update(loss)
         if trainer.is_due(100):
-            right = measure_answers(projector, decoder, held_out, held_out_features, writer, args)
-            trainer.log(100, **right)
+            trainer.log(100, **measure_answers(tower, projector, decoder, held_out, writer, args))
 
 
 def pack_scenes(
@@ -284,10 +282,10 @@ def pack_scenes(
 
 @torch.no_grad()
 def measure_answers(
+    tower: VisionTower,
     projector: Projector,
     decoder: LlamaDecoder,
     scenes: SceneSet,
-    features: Tensor,
     writer: Writer,
     args: argparse.Namespace,
 ) -> dict[str, float]:
@@ -302,7 +300,8 @@ def measure_answers(
         everything = [np.arange(GRID * GRID)] * len(indices)
         packed = pack(writer, blocks, everything, args.device)
         with autocast(args.device):
-            embeds = projector(features[start : start + 8].flatten(0, 1).to(args.device).float())
+            features = see(tower, scenes.pixels[start : start + 8], args.device)
+            embeds = projector(features.flatten(0, 1).float())
             _, hits, rows = answer_loss(decoder, packed, embeds, args.device)
         runs = np.split(hits.cpu().numpy(), np.flatnonzero(np.diff(rows.cpu().numpy()) > 1) + 1)
         families = [one.family for each in asked for one in each]
@@ -358,8 +357,7 @@ def train_joint(args: argparse.Namespace) -> None:
                 loss = loss + HEADS_SHARE * patch_loss(read, labels.at(patches).to(args.device))
         trainer.update(loss)
         if trainer.is_due(100):
-            seen = see(tower, held_out.pixels, args.device)
-            trainer.log(100, **measure_answers(projector, decoder, held_out, seen, writer, args))
+            trainer.log(100, **measure_answers(tower, projector, decoder, held_out, writer, args))
 
 
 def show_patches(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_lite.errors import CheckpointError
 
@@ -63,30 +63,19 @@ def load(
         get_method(quantize)  # check the name before anything is downloaded
     if tensor_parallel and (quantize is not None or compile):
         raise ValueError("tensor_parallel goes neither with quantize nor with compile")
-    find = partial(find_checkpoint, source, download, revision, offline, vision_tower)
+    place = {"revision": revision, "offline": offline, "vision_tower": vision_tower}
+    find = partial(find_checkpoint, source, download_missing=download, **place)
     read = partial(open_checkpoint, dtype=dtype, base=base, vision_tower=vision_tower, pad=pad)
     if tensor_parallel:
         return load_in_ranks(find, read, device, exif)
     return load_whole(find, read, device, exif, quantize, compile)
 
 
-def find_checkpoint(
-    source: "str | os.PathLike[str] | None",
-    download: bool,
-    revision: str | None,
-    offline: bool,
-    vision_tower: "str | Path | nn.Module | None",
-) -> Path:
-    """The folder or file of a source, downloaded if necessary. Raises CheckpointError."""
+def find_checkpoint(source: "str | os.PathLike[str] | None", **options: Any) -> Path:
+    """`resolve` the source, or without one the default model. Raises CheckpointError."""
     from llava_lite.checkpoints.download import resolve
 
-    return resolve(
-        source_or_default(source),
-        download_missing=download,
-        revision=revision,
-        offline=offline,
-        vision_tower=vision_tower,
-    )
+    return resolve(source_or_default(source), **options)
 
 
 class Checkpoint(NamedTuple):

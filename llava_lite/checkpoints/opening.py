@@ -59,9 +59,9 @@ def open_source(
         del raw[KEY]
     config = complete(inventory, raw, path, vision_tower)
     parts = fold(inventory, config, METHODS[method], path) if method else {}
-    source = finish(path, inventory, config, tokenizer_from=(path,))
-    source.family = family(raw)
-    source.trusted = source.family == "llava_lite" and (path / "manifest.json").is_file()
+    kind = family(raw)
+    trusted = kind == "llava_lite" and (path / "manifest.json").is_file()
+    source = finish(path, inventory, config, (path,), family=kind, trusted=trusted)
     if method is None:
         return source
     source.layout = f"llava_lite with {method} decoder"
@@ -104,17 +104,13 @@ def open_projector(
             f"{file or path}: holds no mm_projector tensors; give the checkpoint's folder"
         )
     inventory = Inventory()
-    base_folder = find_base(base, None, folder)
-    raw = add_folder(inventory, base_folder)
+    base_folder, raw = add_base(inventory, base, None, folder)
     inventory.add_files({file: []}, only="projector.")
-    own = folder / "config.json"
-    if own.is_file() and "hidden_size" in raw:
-        raw = {**raw, **read_json(own)}
     config = complete(inventory, raw, folder, vision_tower, base_folder)
     # A projector alone comes from the captioning stage, which has no chat prompts.
     config = replace(config, template="plain")
-    source = finish(path, inventory, config, (folder, base_folder), layout="projector over a base")
-    return replace(source, base=origin(base, None, base_folder))
+    facts = {"layout": "projector over a base", "base": origin(base, None, base_folder)}
+    return finish(path, inventory, config, (folder, base_folder), **facts)
 
 
 def open_lora(
@@ -125,21 +121,17 @@ def open_lora(
     scale = lora_scale(adapter, folder)
     inventory = Inventory()
     named = adapter.get("base_model_name_or_path")
-    base_folder = find_base(base, named, folder)
-    raw = add_folder(inventory, base_folder)
+    base_folder, raw = add_base(inventory, base, named, folder)
     for name in ("non_lora_trainables.safetensors", "non_lora_trainables.bin"):
         if (folder / name).is_file():
             inventory.add_files({folder / name: []})
             break
     safe = folder / "adapter_model.safetensors"
     inventory.add_lora(safe if safe.is_file() else folder / "adapter_model.bin")
-    if (folder / "config.json").is_file() and "hidden_size" in raw:
-        raw = {**raw, **read_json(folder / "config.json")}
     config = complete(inventory, raw, folder, vision_tower, base_folder)
     check_lora(inventory, folder)
-    source = finish(folder, inventory, config, (folder, base_folder), layout="LoRA over a base")
-    base_name = origin(base, named, base_folder)
-    return replace(source, lora=inventory.lora, lora_scale=scale, base=base_name)
+    facts = {"layout": "LoRA over a base", "base": origin(base, named, base_folder)}
+    return finish(folder, inventory, config, (folder, base_folder), lora_scale=scale, **facts)
 
 
 def lora_scale(adapter: Mapping[str, Any], folder: Path) -> float:
@@ -154,6 +146,18 @@ def lora_scale(adapter: Mapping[str, Any], folder: Path) -> float:
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise CheckpointError(f"{folder}: adapter_config.json needs r >= 1 and lora_alpha")
     return alpha / rank
+
+
+def add_base(
+    inventory: Inventory, base: str | Path | None, named: object, folder: Path
+) -> tuple[Path, dict[str, Any]]:
+    """Add the base model below the adapter or projector in `folder`. Returns the base's folder, and
+    its config with the fields of `folder`'s own."""
+    base_folder, own = find_base(base, named, folder), folder / "config.json"
+    raw = add_folder(inventory, base_folder)
+    if own.is_file() and "hidden_size" in raw:
+        raw |= read_json(own)
+    return base_folder, raw
 
 
 def find_base(base: str | Path | None, named: object, folder: Path) -> Path:
@@ -367,20 +371,21 @@ def finish(
     inventory: Inventory,
     config: LlavaConfig,
     tokenizer_from: tuple[Path, ...],
-    layout: str = "",
+    **facts: Any,
 ) -> Source:
-    """Check all tensors against the model, and make the Source."""
+    """Check all tensors against the model, and make the Source. facts: its other fields."""
     unused = check_entries(inventory.entries, config, path)
-    layout = layout or describe(inventory.stored)
+    facts = {"layout": describe(inventory.stored), **facts}
     tokenizers = (find_tokenizer(folder) for folder in tokenizer_from)
     return Source(
         path=path,
-        layout=layout,
         config=config,
         entries={name: e for name, e in inventory.entries.items() if name not in unused},
         unused=unused,
         ignored=inventory.ignored,
+        lora=inventory.lora,
         tokenizer_file=next((file for file in tokenizers if file), None),
         vision_tower=inventory.vision_tower,
         in_memory=inventory.in_memory,
+        **facts,
     )

@@ -129,24 +129,24 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def file_in(folder: Path, name: object, index: Path) -> Path:
-    """The path of a file in an index. Raises CheckpointError if it lies outside the folder."""
-    if not isinstance(name, str) or not re.fullmatch(r"[^/\\:\0]+", name) or name in (".", ".."):
-        raise CheckpointError(f"{index}: file name {name!r} leads outside the folder")
-    return folder / name
-
-
 def group_by_file(index: Path, weight_map: object) -> Files:
-    """Group a weight_map (stored name -> file name) by file. Raises CheckpointError."""
+    """Group a weight_map (stored name -> file name) by file. Raises CheckpointError for a missing
+    file, and for one outside the folder."""
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: holds no weight_map")
     files: Files = {}
-    for name, file_name in weight_map.items():
-        files.setdefault(file_in(index.parent, file_name, index), []).append(name)
-    for file, names in files.items():
-        if not file.is_file():
+    for name, file in weight_map.items():
+        if (
+            not isinstance(file, str)
+            or not re.fullmatch(r"[^/\\:\0]+", file)
+            or file in (".", "..")
+        ):
+            raise CheckpointError(f"{index}: file name {file!r} leads outside the folder")
+        files.setdefault(index.parent / file, []).append(name)
+    for path, names in files.items():
+        if not path.is_file():
             raise CheckpointError(
-                f"{file}: the shard is missing; it holds {len(names)} tensors, first {names[0]!r}"
+                f"{path}: the shard is missing; it holds {len(names)} tensors, first {names[0]!r}"
             )
     return files
 
@@ -178,8 +178,9 @@ def num_bytes(spec: Spec) -> int:
 
 def write_safetensors(
     path: Path, specs: Mapping[str, Spec], read: Callable[[str], Tensor]
-) -> dict[str, str]:
-    """Write one safetensors file, with one tensor in memory at a time. Returns each sha256.
+) -> dict[str, dict[str, Any]]:
+    """Write one safetensors file, with one tensor in memory at a time. Returns its rows in the
+    manifest's table: name -> file, shape, dtype, sha256.
 
     The library's own writer needs the whole file, 2 GB, in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -194,7 +195,7 @@ def write_safetensors(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)  # tensors start on a cache line
-    hashes = {}
+    table = {}
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, (shape, dtype) in specs.items():
@@ -202,11 +203,16 @@ def write_safetensors(
             if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
                 raise CheckpointError(f"{path}: tensor {name!r} is not the {shape} announced")
             data = tensor_bytes(tensor)
-            hashes[name] = hashlib.sha256(data).hexdigest()
             file.write(data)
+            table[name] = {
+                "file": path.name,
+                "shape": list(shape),
+                "dtype": str(dtype).removeprefix("torch."),
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
         file.flush()
         os.fsync(file.fileno())  # a full disk may be reported only here
-    return hashes
+    return table
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -237,19 +243,10 @@ def write_shards(
     read: Callable[[str], Tensor],
     shard_size: int,
 ) -> dict[str, dict[str, Any]]:
-    """Write all tensors to the files of `plan_shards`. Returns the manifest's table: name ->
-    file, shape, dtype, sha256."""
-    table = {}
+    """Write all tensors to the files of `plan_shards`. Returns the manifest's table."""
+    table: dict[str, dict[str, Any]] = {}
     for file, names in plan_shards(specs, shard_size).items():
-        hashes = write_safetensors(folder / file, {name: specs[name] for name in names}, read)
-        for name in names:
-            shape, dtype = specs[name]
-            table[name] = {
-                "file": file,
-                "shape": list(shape),
-                "dtype": str(dtype).removeprefix("torch."),
-                "sha256": hashes[name],
-            }
+        table |= write_safetensors(folder / file, {name: specs[name] for name in names}, read)
     return table
 
 

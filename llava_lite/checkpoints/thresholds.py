@@ -104,8 +104,12 @@ class OwnThresholds:
         """Read the file. Without a file: DyMU's list for a tower with the sizes of OpenAI's
         CLIP-L/336, and no thresholds for any other tower."""
         file, vision = find_thresholds_file(source), source.config.vision
+        if file is None:
+            return OwnThresholds(None, known_list(vision))
         try:
-            return OwnThresholds(file, read_fitting(file, vision) if file else known_list(vision))
+            thresholds = read_thresholds(file)
+            check_length(file, thresholds, vision)
+            return OwnThresholds(file, thresholds)
         except CheckpointError as error:
             return OwnThresholds(file, None, str(error))
 
@@ -115,13 +119,6 @@ class OwnThresholds:
         if self.error is not None:
             raise CheckpointError(self.error)
         return self.values
-
-
-def read_fitting(file: Path, vision: VisionConfig) -> tuple[float, ...]:
-    """The thresholds of a file, which must fit the tower. Raises CheckpointError."""
-    thresholds = read_thresholds(file)
-    check_length(file, thresholds, vision)
-    return thresholds
 
 
 def known_list(vision: VisionConfig) -> tuple[float, ...] | None:

@@ -136,27 +136,20 @@ def read_settings(args: argparse.Namespace, reduction: "Reduction | None") -> "S
 
     key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE) or None
     local = is_loopback(args.host)
+    limits = [flag.removeprefix("--").replace("-", "_") for flag, *_ in LIMITS]
     # A request to a local server under another name is DNS rebinding by a web page.
     hosts = (*LOCAL_NAMES, args.host, *map(str.lower, args.allow_host))
     return Settings(
         model_name=args.served_model_name or "",
         api_key=key,
-        max_queue=args.max_queue,
-        max_batch_size=args.max_batch_size,
-        request_timeout=args.request_timeout,
-        shutdown_timeout=args.shutdown_timeout,
         max_body_bytes=args.max_body_mb * 10**6,
         max_image_bytes=args.max_image_mb * 10**6,
-        max_pixels=args.max_pixels,
-        max_images=args.max_images,
-        max_new_tokens=args.max_new_tokens,
-        image_workers=args.image_workers,
-        image_cache=args.image_cache,
         url_domains=tuple(domain.lower().rstrip(".") for domain in args.allow_url_domain),
         media_root=args.media_root,
         cors_origins=tuple(args.cors_origin),
         allowed_hosts=hosts if local and key is None else None,
         reduction=reduction,
+        **{name: getattr(args, name) for name in limits if not name.endswith("_mb")},
     )
 
 

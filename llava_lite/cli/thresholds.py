@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from llava_lite.generation.model import Model
     from llava_lite.reduction import ToMe
 
-SAVE_EVERY = 8  # batches
 THRESHOLDS_HELP = """\
 A thresholds.json in the model's folder is what --merge dtome and dymu-72 use.
 
@@ -90,7 +89,9 @@ def run(args: argparse.Namespace, model: "Model") -> int:
     check_run(output, args.resume, args.force)
     folder, names = list_images(Path(args.images), args.image_folder)
     random.Random(args.seed).shuffle(names)  # neighbors in a folder are often alike
-    names = names[: check_limit(args.limit)]
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"limit {args.limit} must be at least 1")
+    names = names[: args.limit]
     settings = run_settings(args, model, names)
     if args.force:
         progress.unlink(missing_ok=True)
@@ -116,9 +117,9 @@ def find_and_save(
     found: Finding | None,
     settings: dict[str, Any],
 ) -> Finding:
-    """Run all batches after `found`. Saves every few batches, and when interrupted."""
+    """Run all batches after `found`, and save the result after each."""
     file = progress_file(Path(args.output))
-    saved = found = found or Finding((0.0,) * model.config.vision.num_blocks)
+    found = found or Finding((0.0,) * model.config.vision.num_blocks)
     with Progress("image", args.quiet) as progress:
         progress.start(len(images), found.images + found.skipped)
 
@@ -126,19 +127,13 @@ def find_and_save(
             if not args.quiet:
                 progress.write(f"warning: {one_line(error)} (left out)")
 
+        batches = find_by_batches(model, images, merge_option(args), args.batch_size, found, warn)
         try:
-            batches = find_by_batches(
-                model, images, merge_option(args), args.batch_size, found, warn
-            )
-            for number, found in enumerate(batches, start=1):
-                progress.show(found.images + found.skipped, len(images))
-                if number % SAVE_EVERY == 0:
-                    save_progress(file, settings, found)
-                    saved = found
-        except BaseException as error:
-            if found != saved:
+            for found in batches:
                 save_progress(file, settings, found)
-            if isinstance(error, KeyboardInterrupt) and not args.quiet and file.exists():
+                progress.show(found.images + found.skipped, len(images))
+        except KeyboardInterrupt:
+            if not args.quiet and file.exists():
                 progress.write(f"{file} keeps all results so far; resume with --resume")
             raise
     return found
@@ -151,13 +146,6 @@ def merge_option(args: argparse.Namespace) -> "ToMe":
     if args.r is not None:
         return ToMe(r=args.r)
     return ToMe(keep=DEFAULT_KEEP if args.keep is None else args.keep)
-
-
-def check_limit(limit: int | None) -> int | None:
-    """Raises ValueError below 1."""
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit {limit} must be at least 1")
-    return limit
 
 
 def run_settings(args: argparse.Namespace, model: "Model", names: Sequence[str]) -> dict[str, Any]:

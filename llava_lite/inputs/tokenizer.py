@@ -7,6 +7,7 @@ this file. So `tokenizer.model`, `tokenizer.json` and `train_tokenizer` follow t
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,23 +20,11 @@ if TYPE_CHECKING:
     import tokenizers
 
 SPACE = "\u2581"  # sentencepiece writes every space as this visible character
-
-
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
-
-
 SPECIAL_TOKENS = (UNK, BOS, EOS)
-
-
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
-
-
 _SPECIAL_LITERALS = re.compile("(<unk>|<s>|</s>)")
-
-
 _RESERVED = frozenset(SPECIAL_TOKENS + BYTE_TOKENS)
-
-
 After = Literal["text"]
 
 
@@ -67,25 +56,15 @@ class Tokenizer:
         The normalizer and the added tokens (`<image>`, `<pad>`) of the file are ignored: ids above
         the text vocabulary belong to the checkpoint. Raises CheckpointError.
         """
-        try:
+        with _tokenizer_errors(path, "a Llama-style tokenizer.json"):
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            vocab, merges = _read_bpe(content)
-            return cls(vocab, merges, legacy)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-        except _NOT_A_TOKENIZER as error:
-            raise CheckpointError(f"{path}: not a Llama-style tokenizer.json: {error}") from error
+            return cls(*_read_bpe(content), legacy)
 
     @classmethod
     def from_sentencepiece(cls, path: str | Path, legacy: bool = False) -> "Tokenizer":
         """Read a `tokenizer.model`, the BPE file of sentencepiece. Raises CheckpointError."""
-        try:
-            vocab, merges = read_sentencepiece(Path(path).read_bytes())
-            return cls(vocab, merges, legacy)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-        except _NOT_A_TOKENIZER as error:
-            raise CheckpointError(f"{path}: not a Llama tokenizer.model: {error}") from error
+        with _tokenizer_errors(path, "a Llama tokenizer.model"):
+            return cls(*read_sentencepiece(Path(path).read_bytes()), legacy)
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json` that `from_file` and the `tokenizers` library both load.
@@ -105,7 +84,8 @@ class Tokenizer:
             if part in self._special_ids:
                 ids.append(self._special_ids[part])
             elif part:
-                ids += self._encode_segment(part, self._has_prefix(index == 0, after))
+                prefix = self.legacy if index else after is None
+                ids += self._encode_segment(part, prefix)
         return ids
 
     def encode_prompt(self, text: str, *, after: After | None = None) -> list[int]:
@@ -133,9 +113,6 @@ class Tokenizer:
     def pieces(self) -> list[str]:
         """The text of each id of the vocabulary, with real spaces."""
         return list(self._texts)
-
-    def _has_prefix(self, is_first: bool, after: After | None) -> bool:
-        return after is None if is_first else self.legacy
 
     def _encode_segment(self, text: str, prefix: bool) -> list[int]:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -182,7 +159,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     a line break or punctuation; digits stay single. A small corpus can give fewer pieces than
     `vocab_size`. Raises ValueError if `vocab_size` leaves no room for learned pieces.
     """
-    from tokenizers import Regex, normalizers, pre_tokenizers
+    from tokenizers import Regex, pre_tokenizers
     from tokenizers import Tokenizer as Backend
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
@@ -191,9 +168,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size <= len(reserved):
         raise ValueError(f"vocab_size must exceed {len(reserved)}, got {vocab_size}")
     backend = Backend(BPE(unk_token=UNK, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
-    )
+    backend.normalizer = _normalizer()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(SPACE, "merged_with_next"),
@@ -243,7 +218,15 @@ def _decode_utf8(data: bytes) -> tuple[str, bytes]:
 # ---- vocabulary and merges ---------------------------------------------------------------------
 
 
-_NOT_A_TOKENIZER = (ValueError, KeyError, TypeError, AttributeError, IndexError)
+@contextmanager
+def _tokenizer_errors(path: str | Path, kind: str) -> Iterator[None]:
+    """Turn what a missing or damaged file raises into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path}: not {kind}: {error}") from error
 
 
 def _check_vocab(vocab: dict[str, int]) -> None:
@@ -283,15 +266,20 @@ def _bpe_model(vocab: dict[str, int], merges: list[Merge]) -> "tokenizers.Tokeni
     return Backend(bpe)
 
 
+def _normalizer() -> "tokenizers.normalizers.Normalizer":
+    """The normalizer of official files: U+2581 in front, and for every space."""
+    from tokenizers import normalizers
+
+    return normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+
+
 def _portable_tokenizer(vocab: dict[str, int], merges: list[Merge]) -> "tokenizers.Tokenizer":
     """A complete pipeline in the layout of the `tokenizer.json` of Llama repositories."""
-    from tokenizers import decoders, normalizers, processors
+    from tokenizers import decoders, processors
 
     backend = _bpe_model(vocab, merges)
     backend.add_special_tokens(list(SPECIAL_TOKENS))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
-    )
+    backend.normalizer = _normalizer()
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, vocab[BOS])]
     )

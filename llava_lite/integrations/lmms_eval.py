@@ -10,6 +10,7 @@ Tasks with messages use `LlavaLiteChat`. All other tasks, and tasks that compare
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -123,10 +124,7 @@ class LlavaLite(lmms):
             options = [job.options for job in jobs]
             return [*answer_conversations(self.model, asked, options, self.rows)]
 
-        def fail(job: Job, error: Exception) -> None:
-            warnings.warn(f"lmms-eval: {job.name}: no answer: {error}", stacklevel=2)
-
-        return try_together(jobs, answer, fail)
+        return try_together(jobs, answer, partial(warn_of, "answer", None))
 
     def options(self, wishes: dict[str, Any]) -> GenerationOptions:
         """The options for a task's generation_kwargs. Raises LlavaLiteError for beam search."""
@@ -171,11 +169,7 @@ class LlavaLite(lmms):
     ) -> list[tuple[float, bool]]:
         """The scores of some continuations, all at once, or one by one if that fails. Raises a
         failure of an accelerator."""
-
-        def fail(job: Job, error: Exception) -> tuple[float, bool]:
-            warnings.warn(f"lmms-eval: {job.name}: no score: {error}", stacklevel=2)
-            return -float("inf"), False
-
+        fail = partial(warn_of, "score", (-float("inf"), False))
         return try_together(jobs, lambda jobs: self.scores_at_once(jobs, images), fail)
 
     def scores_at_once(
@@ -211,11 +205,7 @@ class LlavaLite(lmms):
 class LlavaLiteChat(LlavaLite):
     """`LlavaLite` for tasks with messages: roles, texts and images."""
 
-    is_simple = False
-
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """lmms-eval makes these requests for simple tasks only."""
-        return super().loglikelihood(requests)
+    is_simple = False  # lmms-eval asks for likelihoods in simple tasks only
 
 
 class Job:
@@ -290,6 +280,12 @@ class Job:
     def remember(self, kind: str, result: Any) -> None:
         """Add a result to the cache of lmms-eval."""
         self.owner.cache_hook.add_partial(kind, (self.request.args[0], self.wishes), result)
+
+
+def warn_of(kind: str, result: Any, job: Job, error: Exception) -> Any:
+    """Warn that a job has no answer or score, and return `result` for it."""
+    warnings.warn(f"lmms-eval: {job.name}: no {kind}: {error}", stacklevel=2)
+    return result
 
 
 def chunks(requests: Sequence[Instance], size: int) -> Iterator[Sequence[Instance]]:

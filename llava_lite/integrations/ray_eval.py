@@ -53,6 +53,9 @@ def asking_actors(
     source = source.everywhere()
     most = BATCHES * check_batch_size(batch_size)
 
+    def fail(sample: Sample, error: LostBlock) -> JsonObject:
+        return record_of(Outcome(sample, error=error), None)
+
     def work(model: Model, samples: Sequence[Sample]) -> Any:
         engine = Engine(model, options, batch_size, workers)
         if samples:
@@ -68,17 +71,12 @@ def asking_actors(
             share = -(-len(samples) // actors)  # every actor gets work
             asked = split_groups(list(map(with_absolute_paths, samples)), max(1, min(most, share)))
             blocks: list[list[Sample]] = [[], *asked]
-            with closing(answer_blocks(blocks, work, source, cluster, record_death)) as results:
+            with closing(answer_blocks(blocks, work, source, cluster, fail)) as results:
                 settings, about_first = next(results)
                 about_all = {**about_first, "actors": min(actors, len(blocks))}
                 yield Asked(settings, about_all, chain.from_iterable(results))
 
     return ask
-
-
-def record_death(sample: Sample, error: LostBlock) -> JsonObject:
-    """The predictions line of a sample that kills its actors."""
-    return record_of(Outcome(sample, error=error), None)
 
 
 def split_groups(samples: Sequence[Sample], size: int) -> list[list[Sample]]:

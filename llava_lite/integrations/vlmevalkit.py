@@ -14,9 +14,6 @@ from itertools import takewhile
 from string import ascii_uppercase
 from typing import Any
 
-from vlmeval.dataset import DATASET_TYPE
-from vlmeval.vlm.base import BaseModel
-
 from llava_lite.errors import LlavaLiteError
 from llava_lite.evaluation.suites.coco import CAPTION_PROMPT
 from llava_lite.evaluation.suites.multiple_choice import is_missing, multiple_choice_prompt
@@ -25,6 +22,11 @@ from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.inputs.messages import ImagePart, Message, Part
 from llava_lite.integrations.conversation import answer_conversations, read_conversation
+
+try:
+    from vlmeval.vlm.base import BaseModel
+except ImportError:  # without the kit, only `generate_inner` and `chat_inner` work
+    BaseModel = object
 
 MAX_NEW_TOKENS = 1024  # of LLaVA's scripts for multiple choice and long answers
 
@@ -113,6 +115,8 @@ def find_kind(dataset: str | None) -> str | None:
         return None
     if dataset.startswith(SHORT_ANSWERS):
         return "short"
+    from vlmeval.dataset import DATASET_TYPE
+
     by_kit = {"MCQ": "choice", "Y/N": "yes or no", "Caption": "caption"}
     return by_kit.get(DATASET_TYPE(dataset))
 

@@ -8,7 +8,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from PIL import Image
@@ -30,16 +30,6 @@ FETCHES = 8  # images that are fetched at once
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """The parts of a request that are needed later."""
-
-    conversation: Conversation
-    options: GenerationOptions
-    stream: bool
-    include_usage: bool
-
-
 class Preparer:
     """Turns requests into jobs."""
 
@@ -54,16 +44,15 @@ class Preparer:
     async def prepare(self, body: bytes) -> tuple[Job, bool]:
         """The job of a request, and whether its stream ends with the usage. Raises ApiError,
         ImageError, PromptError, ContextError."""
-        wanted = await in_pool(self.work, lambda: self.read(body))
-        conversation, options = wanted.conversation, wanted.options
+        request, conversation, options = await in_pool(self.work, lambda: self.read(body))
         images = [
             await self.image(number, source)
             for number, source in enumerate(conversation.images, start=1)
         ]
         prompt = await in_pool(self.work, lambda: self.prompt(conversation, images, options))
-        return Job(prompt, options, wanted.stream), wanted.include_usage
+        return Job(prompt, options, bool(request.stream)), request.include_usage
 
-    def read(self, body: bytes) -> Wanted:
+    def read(self, body: bytes) -> tuple[ChatRequest, Conversation, GenerationOptions]:
         """Check everything that needs no image. Raises ApiError, PromptError."""
         request = parse_request(body)
         served = self.settings.model_name
@@ -75,7 +64,7 @@ class Preparer:
         count, limit = len(conversation.images), self.settings.max_images
         if count > limit:
             raise ApiError(400, f"{count} images, a request may have {limit}", "messages")
-        return Wanted(conversation, options, bool(request.stream), request.include_usage)
+        return request, conversation, options
 
     def options(self, request: ChatRequest) -> GenerationOptions:
         """The options of the answer. Raises ApiError."""

@@ -138,6 +138,16 @@ def test_an_image_and_a_question(model: Any, tiny_model: Model, images: list[str
     assert type(model.generate("star?")) is str
 
 
+def test_without_the_kit(monkeypatch: pytest.MonkeyPatch, tiny_model: Model) -> None:
+    monkeypatch.setattr("llava_lite.checkpoints.load.load", lambda *_, **__: tiny_model)
+    monkeypatch.setitem(sys.modules, "vlmeval", None)
+    sys.modules.pop(MODULE, None)
+    model = importlib.import_module(MODULE).LLaVALite(max_new_tokens=6)
+    del sys.modules[MODULE]
+    expected = tiny_model.generate(None, "star?", max_new_tokens=6)
+    assert model.generate_inner([text("star?")]) == expected
+
+
 def test_interleaved_messages_keep_their_order(
     model: Any, tiny_model: Model, images: list[str]
 ) -> None:

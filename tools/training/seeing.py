@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava_lite.evaluation.scenes.world import Scene, draw_instances
@@ -26,10 +26,14 @@ def see_crops(tower: VisionTower, pixel_values: Tensor, rng: np.random.Generator
     patches = rearrange(tower.patch_embed(pixel_values), "b c h w -> b (h w) c")
     class_token = tower.class_embed.expand(count, 1, -1)
     x = torch.cat((class_token, patches), 1) + tower.pos_embed[places.to(patches.device)]
-    x = tower.pre_norm(x)
-    for block in tower.blocks:
-        x, _ = block(x, merged=None, step=None)
-    return x[:, 1:]
+    return run_blocks(tower.blocks, tower.pre_norm(x))[:, 1:]
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, merged: Merged | None = None) -> Tensor:
+    """The tokens (B, T, C) after some blocks of a tower, none of which merges."""
+    for block in blocks:
+        x, _ = block(x, merged, step=None)
+    return x
 
 
 # The tower sees FEW_PATCHES patches of most images, which takes less than half of the time. With
@@ -80,12 +84,9 @@ def see_patches(
         return tower(pixel_values).image_features
     x = tower.embed(pixel_values)
     tokens = F.pad(patches + 1, (1, 0)).to(x.device)  # the class token first
-    # No block merges, so only the sizes are used.
     merged = Merged(tokens, F.pad(size, (1, 0), value=1.0).to(x.device))
     x = tower.pre_norm(x.gather(1, tokens[..., None].expand(-1, -1, x.shape[2])))
-    for block in tower.blocks:
-        x, _ = block(x, merged, step=None)
-    return x[:, 1:]
+    return run_blocks(tower.blocks, x, merged)[:, 1:]
 
 
 def see(tower: VisionTower, pixels: np.ndarray, device: str) -> Tensor:

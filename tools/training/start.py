@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -13,7 +12,7 @@ from llava_lite.vision import VisionTower
 from training.labels import label_scenes, to_pixel_values, whole_batch
 from training.readers import PatchHeads, patch_loss
 from training.scenes import GRID, SceneSet
-from training.seeing import see
+from training.seeing import run_blocks, see
 
 
 def start_local(tower: VisionTower, gain: float = 2.0) -> None:
@@ -126,14 +125,19 @@ def fit_places(tower: VisionTower, heads: PatchHeads, scenes: SceneSet) -> None:
         inputs.append(features[on_object])
         known = torch.cat((labels.own, labels.spot, labels.extent), dim=-1).to(features)
         targets.append(known[on_object])
-    x, wanted = torch.cat(inputs).double(), torch.cat(targets).double()
+    weight, bias = fit_linear(torch.cat(inputs).double(), torch.cat(targets).double())
+    for index, head in enumerate((heads.place, heads.spot, heads.extent)):
+        head.weight.copy_(weight[2 * index : 2 * index + 2])
+        head.bias.copy_(bias[2 * index : 2 * index + 2])
+
+
+def fit_linear(x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (M, C) and bias (M,) of the linear map from x (N, C) to `wanted` (N, M), by least
+    squares with a small ridge."""
     centered = x - x.mean(0)
     ridge = centered.T @ centered + 0.1 * torch.eye(x.shape[1]).to(x)
-    reading = torch.linalg.solve(ridge, centered.T @ (wanted - wanted.mean(0))).T  # (6, C)
-    bias = wanted.mean(0) - reading @ x.mean(0)
-    for index, head in enumerate((heads.place, heads.spot, heads.extent)):
-        head.weight.copy_(reading[2 * index : 2 * index + 2])
-        head.bias.copy_(bias[2 * index : 2 * index + 2])
+    weight = torch.linalg.solve(ridge, centered.T @ (wanted - wanted.mean(0))).T
+    return weight, wanted.mean(0) - weight @ x.mean(0)
 
 
 def measure_stream(tower: VisionTower, scenes: SceneSet) -> tuple[list[float], Tensor]:
@@ -172,17 +176,14 @@ def show_extent(tower: VisionTower, scenes: SceneSet) -> None:
     sizes = [(scene.width, scene.height) for scene in scenes.scenes]
     extents = torch.tensor([(w / max(w, h), h / max(w, h)) for w, h in sizes]).to(seen)
     wanted = (extents - extents.mean(0)) / extents.std(0).clamp(min=1e-2)
-    centered = seen - seen.mean(0)
-    ridge = centered.T @ centered + 0.1 * torch.eye(width, device=seen.device)
-    reading = torch.linalg.solve(ridge, centered.T @ wanted)  # (C, 2)
+    weight, bias = fit_linear(seen, wanted)
     last = slice(width - width // attn.num_heads, width)  # the rows of the last head
     for proj, std in ((attn.q_proj, 0.003), (attn.k_proj, 0.003), (attn.v_proj, 0.05)):
         nn.init.normal_(proj.weight[last], std=std)
         nn.init.zeros_(proj.bias[last])
     nn.init.normal_(attn.o_proj.weight[:, last], std=0.05)
     first = slice(last.start, last.start + 2)
-    attn.v_proj.weight[first] = reading.T
-    attn.v_proj.bias[first] = -seen.mean(0) @ reading
+    attn.v_proj.weight[first], attn.v_proj.bias[first] = weight, bias
     directions = torch.linalg.qr(torch.randn(width, 2, device=seen.device))[0]
     attn.o_proj.weight[:, first] = EXTENT_GAIN * spread * directions
 
@@ -193,12 +194,8 @@ def mean_patches(tower: VisionTower, scenes: SceneSet) -> tuple[Tensor, Tensor]:
     means, spread = [], []
     for start in range(0, len(scenes), 32):
         pixels = to_pixel_values(np.array(scenes.pixels[start : start + 32]))
-        pixels = pixels.to(tower.pos_embed.device)
-        class_token = tower.class_embed.expand(len(pixels), 1, -1)
-        patches = rearrange(tower.patch_embed(pixels), "b c h w -> b (h w) c")
-        x = tower.pre_norm(torch.cat((class_token, patches), 1) + tower.pos_embed)
-        for block in tower.blocks[:EXTENT_BLOCK]:
-            x, _ = block(x, merged=None, step=None)
+        x = tower.pre_norm(tower.embed(pixels.to(tower.pos_embed.device)))
+        x = run_blocks(tower.blocks[:EXTENT_BLOCK], x)
         means.append(tower.blocks[EXTENT_BLOCK].norm1(x).mean(1))
         spread.append(x.std())
     return torch.cat(means), torch.stack(spread).mean()
