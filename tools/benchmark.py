@@ -14,18 +14,19 @@ the vision tower, the prefill of a prompt with one image, one decoded token, and
 cache. Weights are random: speed does not depend on their values. Figures are medians over the
 rounds, and ratios to the same part without reduction.
 
-Four decoder layers fit anywhere. The times of the full and the pruned layers, from the same rounds,
-are extrapolated to all layers of the model. The table goes to stdout, progress to stderr.
+Four decoder layers fit anywhere. The times of the full and the pruned layers are extrapolated to
+all layers of the model. The table goes to stdout, progress to stderr.
 """
 
 import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
+from operator import sub
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -39,7 +40,7 @@ from llava_lite.bench.targets import FEWEST_ROUNDS, Row
 from llava_lite.cli import program as cli
 from llava_lite.cli.arguments import positive
 from llava_lite.config import LLAVA_1_5_7B
-from llava_lite.fast.device import machine, pick_device
+from llava_lite.fast.device import machine, pick_device, synchronize
 from llava_lite.fast.quantize import check_operator
 from llava_lite.generation.model import Model
 from llava_lite.reduction import REDUCTIONS, ToMe
@@ -77,14 +78,12 @@ def measure_reduction(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The figures of every setting, and the prefill ratios extrapolated to all layers. judged:
     bounds hold."""
-    llava, device = model.llava, str(model.llava.device)
-    timer = LayerTimer(llava.decoder.layers, device)
-    cases = [timer.watch(case) if case.part == "prefill" else case for case in make_cases(model)]
-    _, measured = time_cases(cases, repeat, llava.dtype, device, hidden=False)
+    llava, cases = model.llava, make_cases(model)
+    _, measured = time_cases(cases, repeat, llava.dtype, str(llava.device), hidden=False)
     full = {row.part: row.seconds for row in measured if row.setting == "none"}
     figures = [make_figure(row, row.seconds / full[row.part], judged) for row in measured]
-    layers = {name: rounds[1:] for name, rounds in timer.seconds().items()}  # as time_in_turns
-    return figures, extrapolate(layers)
+    prefill = [case for case in cases if case.part == "prefill"]
+    return figures, extrapolate(time_layers(llava.decoder.layers, prefill, repeat))
 
 
 def make_figure(row: Measurement, ratio: float, judged: bool) -> dict[str, Any]:
@@ -95,44 +94,27 @@ def make_figure(row: Measurement, ratio: float, judged: bool) -> dict[str, Any]:
     return {**asdict(row), "ratio": ratio, "bound": bound, "verdict": verdict}
 
 
-class LayerTimer:
-    """Marks the start and end of each decoder layer in watched forwards. On a GPU the marks are
-    events in its queue: to wait for every layer would slow down the run."""
+def time_layers(
+    layers: Sequence[torch.nn.Module], cases: Sequence[Case], repeat: int
+) -> dict[str, list[list[float]]]:
+    """By setting: seconds of each layer in `repeat` rounds, in which all cases take turns."""
+    device, marks = str(next(layers[0].parameters()).device), []
 
-    def __init__(self, layers: Sequence[torch.nn.Module], device: str) -> None:
-        self.layers, self.on_gpu = layers, device.startswith("cuda")
-        self.rounds: dict[str, list[list[Any]]] = {}
+    def mark(*_: object) -> None:
+        synchronize(device)
+        marks.append(perf_counter())
 
-    def watch(self, case: Case) -> Case:
-        """The case with a run whose marks are kept under its setting."""
-        rounds = self.rounds[case.setting] = []
-        return replace(case, run=partial(self.run, case.run, rounds))
-
-    def run(self, run: Callable[[], Any], rounds: list[list[Any]]) -> None:
-        """Run one forward and add its marks to `rounds`."""
-        rounds.append([])
-        mark = partial(self.mark, rounds[-1])
-        hooks = [layer.register_forward_pre_hook(mark) for layer in self.layers]
-        hooks += [layer.register_forward_hook(mark) for layer in self.layers]
-        run()
-        for hook in hooks:
-            hook.remove()
-
-    def mark(self, marks: list[Any], *_: object) -> None:
-        now: Any = torch.cuda.Event(enable_timing=True) if self.on_gpu else perf_counter()
-        if self.on_gpu:
-            now.record()
-        marks.append(now)
-
-    def seconds(self) -> dict[str, list[list[float]]]:
-        """By name: seconds of each layer in each watched forward. The GPU must be idle."""
-        return {
-            name: [list(map(self.subtract, marks[::2], marks[1::2])) for marks in rounds]
-            for name, rounds in self.rounds.items()
-        }
-
-    def subtract(self, start: Any, stop: Any) -> float:
-        return start.elapsed_time(stop) / 1000 if self.on_gpu else stop - start
+    hooks = [layer.register_forward_pre_hook(mark) for layer in layers]
+    hooks += [layer.register_forward_hook(mark) for layer in layers]
+    rounds: dict[str, list[list[float]]] = {case.setting: [] for case in cases}
+    for _ in range(repeat):
+        for case in cases:
+            marks.clear()
+            case.run()
+            rounds[case.setting].append(list(map(sub, marks[1::2], marks[::2])))
+    for hook in hooks:
+        hook.remove()
+    return rounds
 
 
 def extrapolate(layers: dict[str, list[list[float]]]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from time import perf_counter
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ import torch
 from llava_lite.evaluation.shared_prefix import after_shared_prefixes
 from llava_lite.evaluation.suite import Sample
 from llava_lite.fast.device import synchronize
+from llava_lite.generation import batch_file
 from llava_lite.generation.answer import Answer
 from llava_lite.generation.failures import ROW_ERRORS, is_accelerator_failure
 from llava_lite.generation.loop import check_batch_size
@@ -117,10 +119,7 @@ def select_shard(samples: Sequence[Sample], shard: tuple[int, int]) -> list[Samp
 
     The samples stay in order. All n shards together hold every sample once. Raises ValueError for
     a shard out of range."""
-    part, total = shard
-    if not 1 <= part <= total:
-        raise ValueError(f"shard {part}/{total}: must be i/n with 1 <= i <= n")
-    chosen = image_groups(samples)[part - 1 :: total]
+    chosen = batch_file.select_shard(image_groups(samples), shard)
     ids = {sample.id for group in chosen for sample in group.samples}
     return [sample for sample in samples if sample.id in ids]
 
@@ -200,14 +199,13 @@ class Engine:
             else:
                 yield Outcome(sample, error=sample.error)
         ahead = LOOK_AHEAD * self.batch_size
-        opened = prepare_ahead(longest_first(askable), self.prepare, self.workers, ahead)
+        opened = prepare_ahead(
+            longest_first(askable), partial(prepare, self.model), self.workers, ahead
+        )
         try:
             yield from self.run(Feed(self, opened))
         finally:
             opened.close()  # type: ignore[attr-defined]  # a generator: its threads end
-
-    def prepare(self, group: Group) -> Prepared:
-        return prepare(self.model, group)
 
     def run(self, feed: "Feed") -> Iterator[Outcome]:
         """Yield the outcomes of the feed's jobs. Out of memory, batches are halved."""
@@ -315,7 +313,9 @@ class Feed:
 
     def encode(self, groups: Sequence[Sequence[Job]]) -> None:
         """Encode the images of some groups, all together or, if that fails, in halves."""
-        wanted = [(image, self.engine.reduction) for jobs in groups for image in images_of(jobs)]
+        wanted = [
+            (image, self.engine.reduction) for jobs in groups for image in jobs[0].request.images
+        ]
         try:
             encoded, seconds = self.model.encode_images(wanted, self.engine.batch_size)
             # A GPU still computes after the call; that time belongs to the tower.
@@ -364,16 +364,11 @@ class Feed:
                 self.ready.append(replace(job, request=request, seconds=seconds))
 
 
-def images_of(jobs: Sequence[Job]) -> tuple[AnyImage, ...]:
-    """The images of a group's jobs. All jobs of a group have the same images."""
-    return jobs[0].request.images
-
-
 def with_images(
     jobs: Sequence[Job], encoded: Iterator[EncodedImage], seconds: dict[str, float]
 ) -> list[Job]:
     """The jobs of one group with its images from `encoded`. Each image took `seconds`."""
-    images = tuple(islice(encoded, len(images_of(jobs))))
+    images = tuple(islice(encoded, len(jobs[0].request.images)))
     own = {phase: time * len(images) / len(jobs) for phase, time in seconds.items()}
     own["preprocess"] += jobs[0].seconds["preprocess"]
     return [replace(job, request=replace(job.request, images=images), seconds=own) for job in jobs]

@@ -5,7 +5,7 @@ from datetime import timedelta
 from html import escape
 from typing import Any
 
-from llava_lite.evaluation.report import USAGE, part_text, value_text
+from llava_lite.evaluation.report import USAGE, interval_text, part_text, value_text
 
 MOST_BARS = 60  # of one kind of group
 COLORS = {"preprocess": "#94a3b8", "vision": "#0e7490", "prefill": "#65a30d", "decode": "#d97706"}
@@ -262,14 +262,6 @@ def run_cells(run: Mapping[str, Any]) -> Iterator[str]:
 
 
 # ---- words ---------------------------------------------------------------------------------------
-
-
-def interval_text(metric: Mapping[str, Any]) -> str:
-    """A metric's interval; "" without one."""
-    if metric["interval"] is None:
-        return ""
-    low, high = metric["interval"]
-    return f"{low:.1%} to {high:.1%}"
 
 
 def seconds_text(time: float) -> str:

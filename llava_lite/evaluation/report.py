@@ -17,7 +17,7 @@ from llava_lite.evaluation.engine import PHASES, image_groups
 from llava_lite.evaluation.fingerprint import file_hash
 from llava_lite.evaluation.predictions import Predictions, differences
 from llava_lite.evaluation.runner import Selection
-from llava_lite.evaluation.suite import Metric, Sample, Scores, Suite
+from llava_lite.evaluation.suite import Metric, Sample, Suite
 from llava_lite.saving import JsonObject
 from llava_lite.tables import table_row
 
@@ -90,10 +90,6 @@ class Evaluation:
         if len(self.samples) == len(self.suite.samples()):
             return self.suite
         return self.suite.select({sample.id for sample in self.samples})
-
-    def scores(self) -> Scores:
-        """The scores of `part`."""
-        return self.part.score(self.answers)
 
 
 def refuse_other_files(suite: Suite, settings: Mapping[str, Any]) -> None:
@@ -254,8 +250,7 @@ def headline(content: Mapping[str, Any]) -> str:
 
 def metric_row(name: str, metric: Mapping[str, Any]) -> str:
     """One metric as a row of the table."""
-    low_high = "" if metric["interval"] is None else "{:.1%} to {:.1%}".format(*metric["interval"])
-    return table_row(COLUMNS, name, value_text(metric), low_high, str(metric["count"]))
+    return table_row(COLUMNS, name, value_text(metric), interval_text(metric), str(metric["count"]))
 
 
 def value_text(metric: Mapping[str, Any]) -> str:
@@ -263,6 +258,11 @@ def value_text(metric: Mapping[str, Any]) -> str:
     if metric["value"] is None:
         return "-"
     return f"{metric['value']:.3f}" if metric["interval"] is None else f"{metric['value']:.1%}"
+
+
+def interval_text(metric: Mapping[str, Any]) -> str:
+    """A metric's interval; "" without one."""
+    return "" if metric["interval"] is None else "{:.1%} to {:.1%}".format(*metric["interval"])
 
 
 def speed_lines(content: Mapping[str, Any]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import os
 import platform
 import sys
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from llava_lite.errors import one_line
 from llava_lite.evaluation.engine import Engine, Outcome, select_shard
 from llava_lite.evaluation.predictions import FILE_NAME, PredictionsWriter
 from llava_lite.evaluation.suite import Sample
 from llava_lite.fast.device import machine
+from llava_lite.generation.batch_file import answer_fields, error_fields
 from llava_lite.saving import JsonObject
 
 
@@ -50,10 +50,6 @@ class Files:
     reuse: bool = False
     retry_errors: bool = False
     force: bool = False
-
-    @property
-    def predictions(self) -> Path:
-        return self.folder / FILE_NAME
 
 
 @dataclass(frozen=True)
@@ -89,8 +85,9 @@ def run(
     Raises as `PredictionsWriter` and `ask`."""
     chosen = selection.of(samples)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    with PredictionsWriter(files.predictions, files.reuse, files.force) as writer:
-        todo = missing(chosen, writer.before.done(files.retry_errors))
+    with PredictionsWriter(files.folder / FILE_NAME, files.reuse, files.force) as writer:
+        done = writer.before.done(files.retry_errors)
+        todo = [sample for sample in chosen if sample.id not in done]
         with ask(todo) as asked:
             about = {"started": started, **asdict(selection), **asked.about}
             writer.begin({**asked.settings, **settings}, {**about, "suite": dict(reopen or {})})
@@ -102,11 +99,6 @@ def run(
                 writer.append(line)
                 if on_record:
                     on_record(line)
-
-
-def missing(samples: Sequence[Sample], done: Collection[str]) -> list[Sample]:
-    """The samples that are not done, in order."""
-    return [sample for sample in samples if sample.id not in done]
 
 
 # ---- answering -----------------------------------------------------------------------------------
@@ -146,12 +138,9 @@ def record_of(outcome: Outcome, peak: int | None) -> JsonObject:
         "seconds": {phase: round(time, 6) for phase, time in outcome.seconds.items()},
         "peak_bytes": peak,
     }
-    answer, name = outcome.answer, outcome.sample.id
-    if answer is None:
-        failed = {"error": one_line(outcome.error), "finish_reason": "error", "usage": {}}
-        return {"id": name, **failed, **about}
-    answered = {"answer": str(answer), "finish_reason": answer.finish_reason, "usage": answer.usage}
-    return {"id": name, **answered, **about}
+    answer = outcome.answer
+    fields = error_fields(outcome.error) if answer is None else answer_fields(answer)
+    return {"id": outcome.sample.id, **fields, **about}
 
 
 def peak_bytes(device: torch.device) -> int | None:

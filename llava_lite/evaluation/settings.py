@@ -67,7 +67,12 @@ def answer_settings(suite: Suite, options: GenerationOptions) -> dict[str, Any]:
         "suite_settings": dict(suite.settings),
         "system": options.system,
         "reduction": str(Reduction.of(options.reduction)),
-        **decoding_settings(options),
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "seed": options.seed,
+        "stop": list(options.stop_strings),
         "llava_lite": __version__,
     }
 
@@ -82,15 +87,3 @@ def images_folder(suite: Suite) -> str | None:
         return None
     folder = suite.folder.absolute()
     return "." if folder == suite.files[0].absolute().parent else folder.name
-
-
-def decoding_settings(options: GenerationOptions) -> Mapping[str, Any]:
-    """How tokens are sampled, and where an answer ends."""
-    return {
-        "max_new_tokens": options.max_new_tokens,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "top_k": options.top_k,
-        "seed": options.seed,
-        "stop": list(options.stop_strings),
-    }

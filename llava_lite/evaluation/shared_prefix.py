@@ -49,23 +49,18 @@ class Beginning:
 
     def rest(self, after: State) -> list[Request]:
         """The requests without the beginning, continued from the state `after` it."""
+        positions = after.reduction.positions
         return [
-            continue_request(request, before, after, self.length, self.num_images)
+            replace(
+                request,
+                state=replace(after, pending_ids=before.pending_ids[self.length :]),
+                images=request.images[self.num_images :],
+                counts=request.counts.add_images(
+                    request.images[: self.num_images], None, positions
+                ),
+            )
             for request, before in zip(self.requests, self.states, strict=True)
         ]
-
-
-def continue_request(
-    request: Request, before: State, after: State, length: int, num_images: int
-) -> Request:
-    """The rest of a request after `length` ids and `num_images` of its images."""
-    seen, left = request.images[:num_images], request.images[num_images:]
-    return replace(
-        request,
-        state=replace(after, pending_ids=before.pending_ids[length:]),
-        images=left,
-        counts=request.counts.add_images(seen, None, after.reduction.positions),
-    )
 
 
 @torch.inference_mode()

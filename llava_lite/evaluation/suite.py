@@ -92,11 +92,11 @@ class Suite(Protocol):
         ...
 
 
-def wilson_interval(right: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a share (E. B. Wilson, JASA 22, 1927); NaNs if `count` is 0."""
+def wilson_interval(right: float, count: int) -> tuple[float, float]:
+    """95 % score interval of a share (E. B. Wilson, JASA 22, 1927); NaNs if `count` is 0."""
     if not count:
         return math.nan, math.nan
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    z = NormalDist().inv_cdf(0.975)
     p = right / count
     middle = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from llava_lite.errors import LlavaLiteError, one_line
 from llava_lite.generation.failures import try_together
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from llava_lite.generation.model import Model
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
 DEFAULT_BATCH_SIZE = 8
 
 RowId = str | int
+Item = TypeVar("Item")
 
 
 class BatchError(LlavaLiteError):
@@ -51,8 +53,7 @@ class Row:
     def sources(self) -> list[str]:
         """The images as URLs, or as paths that include the folder."""
         names = [self.image] if isinstance(self.image, str) else self.image or []
-        is_url = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
-        return [name if is_url.match(name) else str(self.folder / name) for name in names]
+        return [name if URL.match(name) else str(self.folder / name) for name in names]
 
     def start_record(self) -> JsonObject:
         """The part of the output line that repeats the question."""
@@ -61,21 +62,21 @@ class Row:
 
     def record_answer(self, answer: "Answer") -> JsonObject:
         """The output line of an answer."""
-        return {
-            **self.start_record(),
-            "answer": str(answer),
-            "finish_reason": answer.finish_reason,
-            "usage": answer.usage,
-        }
+        return {**self.start_record(), **answer_fields(answer)}
 
     def record_error(self, error: BaseException) -> JsonObject:
         """The output line of an error."""
-        return {
-            **self.start_record(),
-            "error": one_line(error),
-            "finish_reason": "error",
-            "usage": {},
-        }
+        return {**self.start_record(), **error_fields(error)}
+
+
+def answer_fields(answer: "Answer") -> JsonObject:
+    """The outcome in an output line, for an answer."""
+    return {"answer": str(answer), "finish_reason": answer.finish_reason, "usage": answer.usage}
+
+
+def error_fields(error: BaseException | str | None) -> JsonObject:
+    """The outcome in an output line, for an error."""
+    return {"error": one_line(error), "finish_reason": "error", "usage": {}}
 
 
 # ---- input -------------------------------------------------------------------------------------
@@ -185,14 +186,14 @@ def refuse_repeated_ids(rows: Iterable[Row], path: Path) -> None:
             raise BatchError(f"{path}: lines {line} and {row.line} have the same id {row.id!r}")
 
 
-def select_shard(rows: Sequence[Row], shard: tuple[int, int]) -> list[Row]:
-    """Every n-th row from the i-th on, for shard = (i, n) with 1 <= i <= n.
+def select_shard(items: Sequence[Item], shard: tuple[int, int]) -> list[Item]:
+    """Every n-th item from the i-th on, for shard = (i, n) with 1 <= i <= n.
 
-    All n shards together contain every row once. Raises ValueError out of range."""
+    All n shards together contain every item once. Raises ValueError out of range."""
     part, total = shard
     if not 1 <= part <= total:
         raise ValueError(f"shard {part}/{total}: must be i/n with 1 <= i <= n")
-    return list(rows[part - 1 :: total])
+    return list(items[part - 1 :: total])
 
 
 # ---- output ------------------------------------------------------------------------------------

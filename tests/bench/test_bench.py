@@ -33,6 +33,7 @@ from llava_lite.bench.cases import OURS, TRANSFORMERS, Work, stored_bytes, word_
 from llava_lite.bench.footprint import Footprint, find_footprint, find_peer_footprint
 from llava_lite.bench.machine import Measurement, Prepared, time_in_turns
 from llava_lite.bench.models import BenchError, Settings, open_model, random_model, twin
+from llava_lite.bench.profile import Profile
 from llava_lite.bench.run import Report
 from llava_lite.bench.targets import Row
 from llava_lite.bench.transformers_peer import Peer, PeerError
@@ -158,6 +159,9 @@ def test_bytes_and_caches_are_those_of_the_model(report: Report) -> None:
     eight = report.find(OURS, "batch", "none x 8")
     assert eight is not None and eight.bytes == full.bytes + 7 * halfway
     assert (full.image_tokens, pruned.image_tokens) == (576, 72)
+    ours, theirs = (report.find(name, "tower") for name in (OURS, TRANSFORMERS))
+    assert ours is not None and theirs is not None
+    assert theirs.bytes == ours.bytes * 4 // 3  # one more block, which LLaVA does not use
 
 
 def test_operations_of_decode_are_two_for_each_weight_and_cached_number(report: Report) -> None:
@@ -204,6 +208,10 @@ def test_table_has_every_line(report: Report) -> None:
         assert title in text
     assert f"transformers {report.transformers}" in text and "dymu-72: not run" in text
     assert "4096 words: not run, the context is 2048 positions" in text
+    assert "where the time goes" not in text
+    pass_ = Profile(OURS, "prefill", "none", 2.0, {"aten::mm": 1.0})
+    text = "\n".join(bench_report.table(replace(report, profiles=(pass_,))))
+    assert "where the time goes" in text and "  llava_lite prefill none  2000.00  " in text
 
 
 def test_json_has_everything(report: Report) -> None:
@@ -857,12 +865,12 @@ def test_a_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_a_folder_is_loaded_once_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks: list[str] = []
+    tasks: list[tuple[str, bool]] = []  # and whether the model answers
     alive: weakref.WeakSet = weakref.WeakSet()
     kept: list[bool] = []
 
     def fresh(task: Callable[..., Any], *args: Any) -> Any:
-        tasks.append(task.__name__)
+        tasks.append((task.__name__, args[-1]))
         return task(*args)
 
     def counted(*args: Any) -> Model:
@@ -877,10 +885,10 @@ def test_a_folder_is_loaded_once_in_every_process(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(footprints, "keep_freed_memory", lambda: kept.append(True))
     settings = Settings(str(embedded_model()), repeat=3, quantize="int8")
     plain = find_footprint(settings, OURS)
-    assert tasks == ["footprint"] * 3
+    assert tasks == [("footprint", True), ("footprint", False), ("footprint", False)]
     assert len(plain.loads) == 3 and plain.load_seconds == statistics.median(plain.loads)
     quantized = find_footprint(settings, settings.quantized)
-    assert tasks[3:] == ["footprint"] and quantized.method == "int8"
+    assert tasks[3:] == [("footprint", True)] and quantized.method == "int8"
     assert "(median of 3 processes)" in bench_report.load_time(plain)
     assert find_footprint(Settings(size="tiny", layers=2), OURS).loads == ()
 

@@ -149,16 +149,20 @@ def test_only_strict_runs_fail_beyond_a_bound(
     assert benchmark.main(["--size", "tiny", "--strict"]) == code
 
 
-def test_layers_are_timed_in_watched_forwards_only(benchmark: ModuleType) -> None:
-    model, token = random_llava(), torch.tensor([[5]])
-    timer = benchmark.LayerTimer(model.decoder.layers, "cpu")
-    case = timer.watch(Case(OURS, "prefill", "none", partial(model.prefill, token, None)))
+def test_every_layer_of_every_case_is_timed_in_turns(benchmark: ModuleType) -> None:
+    model, token, ran = random_llava(), torch.tensor([[5]]), []
+
+    def run(name: str) -> None:
+        ran.append(name)
+        model.prefill(token, None)
+
+    cases = [Case(OURS, "prefill", name, partial(run, name)) for name in ("none", "tome-72")]
     with torch.inference_mode():
-        for _ in range(2):
-            case.run()
-            _, cache, position = model.prefill(token, None)
-            model.decode(token, position, cache)
-    assert [len(layers) for layers in timer.seconds()["none"]] == [TINY_TEXT.num_layers] * 2
+        rounds = benchmark.time_layers(model.decoder.layers, cases, 2)
+    assert ran == ["none", "tome-72"] * 2 and set(rounds) == set(ran)
+    for layers in (*rounds["none"], *rounds["tome-72"]):
+        assert len(layers) == TINY_TEXT.num_layers and min(layers) > 0
+    assert not any(layer._forward_hooks for layer in model.decoder.layers)
 
 
 def test_extrapolation(benchmark: ModuleType) -> None:

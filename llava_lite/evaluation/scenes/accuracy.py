@@ -53,9 +53,9 @@ class Tally:
         """Share of right answers, 0..1 (NaN without any question)."""
         return self.right / self.asked if self.asked else math.nan
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Wilson score interval of the accuracy (E. B. Wilson, JASA 22, 1927)."""
-        return wilson_interval(self.right, self.asked, confidence)
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the accuracy (Wilson)."""
+        return wilson_interval(self.right, self.asked)
 
     def add(self, question: Question, answer: str) -> None:
         """Count one answer. It is right if it is exactly the expected text."""

@@ -93,7 +93,6 @@ PARAPHRASES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-
 _LONG_DIRECTIONS = {
     "left of": "to the left of",
     "right of": "to the right of",
@@ -101,13 +100,11 @@ _LONG_DIRECTIONS = {
     "below": "below",
 }
 
-
 _PLACE_PHRASES = {place: f"at the {place}" for place in PLACES} | {
     "left": "on the left",
     "right": "on the right",
     "center": "in the center",
 }
-
 
 _YES_NO = ("yes", "no")
 

@@ -12,17 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 RGB = tuple[int, int, int]
-
-
 Point = tuple[float, float]
-
-
 Identity = tuple[str, str]  # (color, shape)
 
-
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-
-
 COLORS: dict[str, RGB] = {
     "red": (220, 40, 40),
     "orange": (245, 130, 30),
@@ -33,8 +26,6 @@ COLORS: dict[str, RGB] = {
     "white": (245, 245, 245),
     "black": (15, 15, 15),
 }
-
-
 PLACES = (
     "top left",
     "top",
@@ -46,56 +37,25 @@ PLACES = (
     "bottom",
     "bottom right",
 )  # row by row, so that the index is 3 * row + column
-
-
 MAX_OBJECTS = 6
-
-
 DIGIT_SHAPES = ("circle", "square")
-
-
 COUNT_WORDS = ("zero", "one", "two", "three", "four", "five", "six")
-
-
 RADIUS_RANGE = (0.06, 0.15)  # of the short side
-
-
 MIN_GAP = 4.0  # pixels between circumcircles
-
-
 MIN_CONTRAST = 45.0  # in some channel
-
-
 COLOR_JITTER = 15  # per channel
-
-
 MAX_NOISE_SIGMA = 12.0  # of 255
-
-
 RELATION_GAP = 0.10  # of the short side, along the axis asked about
-
-
 DIGIT_HEIGHTS = {"circle": (0.55, 0.70), "square": (0.40, 0.55)}  # of the circumdiameter
-
-
 _MAX_BACKGROUND_SATURATION = 0.25
-
-
 _PLACEMENT_TRIES = 120
-
-
 _GRADIENT_SAMPLES = 17
-
-
 _GLYPH_SIZE = 160  # font size of the reference glyphs that every digit is scaled down from
-
-
 _DIGIT_WEIGHTS = (0.02, 0.03, 0.04)  # stroke added around the regular face, of the font size
-
-
 _DIGIT_STRETCH = (0.95, 1.15)
 # The proportions a shape may take; SceneObject.proportion runs from the first to the second.
 _PROPORTIONS = {"star": (0.39, 0.46), "ring": (0.48, 0.58), "cross": (0.29, 0.38)}
+_REGULAR = {"square": (4, math.pi / 4), "triangle": (3, -math.pi / 2)}  # corners, first direction
 
 
 @dataclass(frozen=True)
@@ -156,7 +116,8 @@ class Scene:
 
     def place(self, scene_object: SceneObject) -> str:
         """The third of the image, in each direction, that holds the object's center."""
-        row, column = cell_of(self, scene_object)
+        row = min(int(3 * scene_object.y / self.height), 2)
+        column = min(int(3 * scene_object.x / self.width), 2)
         return PLACES[3 * row + column]
 
 
@@ -325,10 +286,9 @@ def object_polygon(scene_object: SceneObject) -> list[Point]:
     All lie within the circumradius. Raises ValueError for a circle or ring, which have none.
     """
     shape = scene_object.shape
-    if shape == "square":
-        polar = [(1.0, math.pi / 4 + math.pi / 2 * corner) for corner in range(4)]
-    elif shape == "triangle":
-        polar = [(1.0, -math.pi / 2 + 2 * math.pi / 3 * corner) for corner in range(3)]
+    if shape in _REGULAR:
+        corners, first = _REGULAR[shape]
+        polar = [(1.0, first + 2 * math.pi / corners * corner) for corner in range(corners)]
     elif shape == "star":
         inner = drawn_proportion(scene_object)
         step = math.pi / 5
@@ -491,10 +451,3 @@ def _normal_quantiles() -> NDArray[np.float32]:
     normal = NormalDist()
     count = 2**16
     return np.array([normal.inv_cdf((k + 0.5) / count) for k in range(count)], np.float32)
-
-
-def cell_of(scene: Scene, scene_object: SceneObject) -> tuple[int, int]:
-    """Row and column, 0..2 each, of the third of the image that holds the object's center."""
-    row = min(int(3 * scene_object.y / scene.height), 2)
-    column = min(int(3 * scene_object.x / scene.width), 2)
-    return row, column

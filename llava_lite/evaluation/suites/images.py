@@ -1,13 +1,11 @@
 """Find the image files of a data set in a folder. Nothing is opened here."""
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava_lite.evaluation.suite import Sample
-
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
+from llava_lite.generation.batch_file import URL
 
 
 class ImageFolder:

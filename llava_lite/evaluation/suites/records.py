@@ -57,18 +57,18 @@ class Record:
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises EvaluationError naming the file."""
-    try:
-        return parse_json(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise EvaluationError(f"{path}: not valid JSON: {error}") from error
+    return parse_json(read_text(path), str(path))
 
 
-def parse_json(text: str) -> Any:
-    """The content of a JSON text. Raises ValueError and RecursionError.
+def parse_json(text: str, where: str) -> Any:
+    """The content of a JSON text. Raises EvaluationError naming `where` the text stands.
 
     Lone surrogates, which UTF-8 cannot hold, become replacement characters."""
-    content = json.loads(text)
-    return replace_surrogates(content) if SURROGATE_ESCAPE.search(text) else content
+    try:
+        content = json.loads(text)
+        return replace_surrogates(content) if SURROGATE_ESCAPE.search(text) else content
+    except (ValueError, RecursionError) as error:
+        raise EvaluationError(f"{where}: not valid JSON: {error}") from error
 
 
 def replace_surrogates(content: Any) -> Any:
@@ -89,19 +89,11 @@ def read_json_lines(path: Path) -> list[Record]:
     # Not str.splitlines: JSON strings may hold other line separators unescaped.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
-            records.append(parse_line(line, f"{path}, line {number}"))
+            where = f"{path}, line {number}"
+            records.append(as_record(parse_json(line, where), where))
     if not records:
         raise EvaluationError(f"{path}: holds no rows")
     return records
-
-
-def parse_line(line: str, where: str) -> Record:
-    """One JSON object. Raises EvaluationError."""
-    try:
-        fields = parse_json(line)
-    except (ValueError, RecursionError) as error:
-        raise EvaluationError(f"{where}: not valid JSON: {error}") from error
-    return as_record(fields, where)
 
 
 def read_text(path: Path) -> str:
