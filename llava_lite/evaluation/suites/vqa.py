@@ -225,7 +225,7 @@ def image_names(record: Record, subtype: str) -> tuple[str, ...]:
     """The names that the image may have: its own, or what COCO and others make of its number."""
     if record.has("image"):
         return (record.text("image"),)
-    image_id = record.id("image_id")
+    image_id = record.id("image", "image_id")
     plain = (f"{image_id}.jpg", f"{image_id}.png")
     if not (image_id.isascii() and image_id.isdigit()):
         return plain
