@@ -84,16 +84,10 @@ CLIP_OPENAI = {
 
 # One tensor holds q, k and v as three equal row blocks, in this order.
 PACKED_OPENAI = {
-    "visual.transformer.resblocks.{}.attn.in_proj_weight": (
-        "vision.blocks.{}.attn.q_proj.weight",
-        "vision.blocks.{}.attn.k_proj.weight",
-        "vision.blocks.{}.attn.v_proj.weight",
-    ),
-    "visual.transformer.resblocks.{}.attn.in_proj_bias": (
-        "vision.blocks.{}.attn.q_proj.bias",
-        "vision.blocks.{}.attn.k_proj.bias",
-        "vision.blocks.{}.attn.v_proj.bias",
-    ),
+    f"visual.transformer.resblocks.{{}}.attn.in_proj_{kind}": tuple(
+        f"vision.blocks.{{}}.attn.{part}_proj.{kind}" for part in "qkv"
+    )
+    for kind in ("weight", "bias")
 }
 
 IGNORED = (
@@ -122,15 +116,8 @@ def expand(table: dict[str, str]) -> dict[str, tuple[str, ...]]:
     return full
 
 
-LOOKUP = (
-    expand(LLAMA)
-    | expand(PROJECTOR_OFFICIAL)
-    | expand(PROJECTOR_HF)
-    | expand(CLIP_HF)
-    | expand(CLIP_OPENAI)
-    | PACKED_OPENAI
-)
-HF_TABLES = expand(LLAMA) | expand(PROJECTOR_HF) | expand(CLIP_HF)
+HF_TABLES = expand(LLAMA | PROJECTOR_HF | CLIP_HF)
+LOOKUP = HF_TABLES | expand(PROJECTOR_OFFICIAL | CLIP_OPENAI) | PACKED_OPENAI
 TO_HF = {ours[0]: stored for stored, ours in HF_TABLES.items()}
 HF_CONTAINERS = {
     "model": "language_model.",

@@ -14,7 +14,7 @@ from llava_lite.checkpoints.info import (
     format_count,
 )
 from llava_lite.config import PRESETS
-from llava_lite.tables import table_row
+from llava_lite.tables import table_lines
 
 # The purpose of each preset of token reduction.
 PURPOSES = {
@@ -74,13 +74,11 @@ def format_thresholds(info: Info) -> str:
 
 def parameter_lines(info: Info) -> list[str]:
     """Weights per part."""
-    return [
-        "parameters",
-        *(
-            table_row("<13 >16 >9", f"  {name}", f"{count:,}", format_count(count))
-            for name, count in info.parameters.items()
-        ),
+    rows = [
+        {"parameters": f"  {name}", "weights": f"{count:,}", "": format_count(count)}
+        for name, count in info.parameters.items()
     ]
+    return [*table_lines(rows, ["parameters"])]
 
 
 def memory_lines(info: Info) -> list[str]:
@@ -93,26 +91,32 @@ def memory_lines(info: Info) -> list[str]:
         "kv_cache_full_context": f"KV cache, full context ({tokens} tokens)",
     }
     wide, narrow = info.memory["float32"], info.memory["bfloat16"]
-    columns = "<44 >12 >12"
-    lines = [table_row(columns, "memory", "float32", "16 bit")]
-    for name, label in labels.items():
-        sizes = format_bytes(wide[name]), format_bytes(narrow[name])
-        lines.append(table_row(columns, f"  {label}", *sizes))
-    return lines
+    rows = [
+        {
+            "memory": f"  {label}",
+            "float32": format_bytes(wide[name]),
+            "16 bit": format_bytes(narrow[name]),
+        }
+        for name, label in labels.items()
+    ]
+    return [*table_lines(rows, ["memory"])]
 
 
 def tensor_lines(tensors: Sequence[TensorInfo], all_tensors: bool = False) -> list[str]:
     """The table of tensors: name, shape, dtype."""
     groups = [[tensor] for tensor in tensors] if all_tensors else list(group_blocks(tensors))
+    note = "" if all_tensors else "; blocks of equal shapes in one line, --tensors lists each"
+    title = f"tensors ({len(tensors)}{note})"
     rows = [
-        (group_name(group), " x ".join(map(str, group[0].shape)), group[0].dtype or "")
+        {
+            "name": f"  {group_name(group)}",
+            "shape": " x ".join(map(str, group[0].shape)),
+            "dtype": group[0].dtype or "",
+        }
         for group in groups
     ]
-    first, second = (max(len(row[column]) for row in rows) + 2 for column in range(2))
-    note = "" if all_tensors else "; blocks of equal shapes in one line, --tensors lists each"
-    lines = [f"tensors ({len(tensors)}{note})"]
-    columns = f"<{first + 2} <{second} <0"
-    return lines + [table_row(columns, f"  {name}", *rest) for name, *rest in rows]
+    _, *lines = table_lines(rows, ["name", "shape", "dtype"])
+    return [title, *lines]
 
 
 def group_blocks(tensors: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
@@ -143,15 +147,14 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def format_presets() -> str:
     """One line per preset: name, size, memory, context."""
-    columns = "<20 >12 >12 >12 >10"
-    lines = [table_row(columns, "model", "parameters", "16 bit", "float32", "context")]
+    rows = []
     for name in PRESETS:
         info = describe_preset(name)
-        wide, narrow = (format_bytes(info.memory[d]["weights"]) for d in ("float32", "bfloat16"))
-        total = format_count(info.parameters["total"])
-        context = str(info.config.text.max_positions)
-        lines.append(table_row(columns, name, total, narrow, wide, context))
-    return "\n".join(lines)
+        row = {"model": name, "parameters": format_count(info.parameters["total"])}
+        for title, dtype in (("16 bit", "bfloat16"), ("float32", "float32")):
+            row[title] = format_bytes(info.memory[dtype]["weights"])
+        rows.append(row | {"context": str(info.config.text.max_positions)})
+    return "\n".join(table_lines(rows, ["model"]))
 
 
 def describe_reductions() -> dict[str, dict[str, Any]]:
@@ -168,17 +171,15 @@ def format_reductions() -> str:
     """One line per preset of token reduction: name, parts, purpose."""
     from llava_lite.reduction import REDUCTIONS, ToMe
 
-    columns = "<18 <16 <11 <20 <0"
-    lines = [table_row(columns, "reduction", "merge", "positions", "fastv", "for")]
+    rows = []
     for name, reduction in REDUCTIONS.items():
+        row = {"reduction": name, "merge": "-", "positions": "-", "fastv": "-"}
         merge, fastv = reduction.merge, reduction.fastv
-        positions = reduction.positions if merge else "-"
-        merging = (
-            f"keep {merge.keep}" if isinstance(merge, ToMe) else "thresholds" if merge else "-"
-        )
-        pruning = "-"
+        if merge is not None:
+            row["merge"] = f"keep {merge.keep}" if isinstance(merge, ToMe) else "thresholds"
+            row["positions"] = reduction.positions
         if fastv is not None:
             amount = f"keep {fastv.keep}" if fastv.keep else f"drop {100 * (fastv.drop or 0):.0f} %"
-            pruning = f"{amount}, layer {fastv.layer}"
-        lines.append(table_row(columns, name, merging, positions, pruning, PURPOSES[name]))
-    return "\n".join(lines)
+            row["fastv"] = f"{amount}, layer {fastv.layer}"
+        rows.append({**row, "for": PURPOSES[name]})
+    return "\n".join(table_lines(rows, list(rows[0])))

@@ -42,17 +42,6 @@ def add_thresholds(commands: Any) -> None:
     summary = "find thresholds for merging image tokens by likeness (DToMe)"
     usage = "IMAGES -o FILE"
     parser = add_command(commands, "thresholds", run_thresholds, usage, summary, THRESHOLDS_HELP)
-    add_thresholds_arguments(parser)
-    add_model_arguments(parser)
-
-
-def run_thresholds(args: argparse.Namespace) -> int:
-    """`llava-lite thresholds`."""
-    return run(args, load_model(args))
-
-
-def add_thresholds_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments for `run`, without those of the model."""
     add = parser.add_argument
     text = (
         "folder, searched with its subfolders; or a .json list or .jsonl file of paths, or of "
@@ -77,6 +66,12 @@ def add_thresholds_arguments(parser: argparse.ArgumentParser) -> None:
     }
     add_flags(parser, flags)
     add_square_arguments(parser)
+    add_model_arguments(parser)
+
+
+def run_thresholds(args: argparse.Namespace) -> int:
+    """`llava-lite thresholds`."""
+    return run(args, load_model(args))
 
 
 def run(args: argparse.Namespace, model: "Model") -> int:

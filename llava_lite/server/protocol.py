@@ -19,6 +19,13 @@ MOST_TOOL_CALLS = 128  # tool calls are refused
 MOST_STOPS, LONGEST_STOP = 16, 1000
 
 
+class Unsupported:
+    """Marks a field that is refused, unless it is missing or has a value that requests nothing."""
+
+    def __init__(self, *neutral: Any) -> None:
+        self.neutral = (None, *neutral)
+
+
 class ImageUrl(BaseModel):
     """`detail` is accepted and ignored."""
 
@@ -48,9 +55,7 @@ class StreamOptions(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """The body of /v1/chat/completions. `top_k` and `reduction` are extensions.
-
-    Unsupported fields are listed to refuse them, unless they have a neutral value (`NEUTRAL`)."""
+    """The body of /v1/chat/completions. `top_k` and `reduction` are extensions."""
 
     messages: list[Message] = Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)
     model: str | None = None
@@ -65,19 +70,19 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     n: int | None = None
     reduction: str | None = None
-    tools: Any = None
-    functions: Any = None
-    tool_choice: Any = None
-    function_call: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
-    logit_bias: Any = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    modalities: Any = None
-    audio: Any = None
-    web_search_options: Any = None
     response_format: Any = None
+    tools: Annotated[Any, Unsupported([])] = None
+    functions: Annotated[Any, Unsupported([])] = None
+    tool_choice: Annotated[Any, Unsupported("none", "auto")] = None
+    function_call: Annotated[Any, Unsupported("none", "auto")] = None
+    logprobs: Annotated[Any, Unsupported(False)] = None
+    top_logprobs: Annotated[Any, Unsupported(0)] = None
+    logit_bias: Annotated[Any, Unsupported({})] = None
+    frequency_penalty: Annotated[Any, Unsupported(0)] = None
+    presence_penalty: Annotated[Any, Unsupported(0)] = None
+    modalities: Annotated[Any, Unsupported(["text"])] = None
+    audio: Annotated[Any, Unsupported()] = None
+    web_search_options: Annotated[Any, Unsupported()] = None
 
     @property
     def include_usage(self) -> bool:
@@ -108,8 +113,9 @@ def refuse_unsupported(request: ChatRequest) -> None:
     """Raise ApiError (400) for unsupported values."""
     if request.n not in (None, 1):
         raise ApiError(400, f"n {request.n}: only one answer per request is supported", "n")
-    for name, neutral in NEUTRAL.items():
-        if getattr(request, name) not in neutral:
+    for name, field in ChatRequest.model_fields.items():
+        marks = [mark for mark in field.metadata if isinstance(mark, Unsupported)]
+        if any(getattr(request, name) not in mark.neutral for mark in marks):
             raise ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
     form = request.response_format
     if form is not None and not (isinstance(form, dict) and form.get("type") == "text"):
@@ -120,23 +126,6 @@ def refuse_unsupported(request: ChatRequest) -> None:
         raise ApiError(
             400, f"stop: at most {MOST_STOPS} strings of {LONGEST_STOP} characters", "stop"
         )
-
-
-# Unsupported fields, with the values that request nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "functions": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "function_call": (None, "none", "auto"),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "web_search_options": (None,),
-}
 
 
 # ---- responses ---------------------------------------------------------------------------------

@@ -2,10 +2,8 @@
 
 import argparse
 
-from llava_lite.cli import thresholds as command
+from llava_lite.cli.program import build_parser
 
 
 def parse(*argv: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_thresholds_arguments(parser)
-    return parser.parse_args([str(argument) for argument in argv])
+    return build_parser().parse_args(["thresholds", *map(str, argv)])
