@@ -195,7 +195,7 @@ def question_of(record: Record, kind: Format, beside: Beside) -> Question:
     tokens = beside.tokens_of(record)
     if beside.ocr and tokens:
         text = f"{text}\n{OCR_LINE}{', '.join(tokens)}"
-    names = image_names(record, beside.subtype)
+    names = (record.text("image"),) if kind is LINES else image_names(record, beside.subtype)
     source = beside.annotations.get(question_id, record)
     has_own_id = kind is LINES or record.has("question_id")
     return Question(
@@ -225,7 +225,7 @@ def image_names(record: Record, subtype: str) -> tuple[str, ...]:
     """The names that the image may have: its own, or what COCO and others make of its number."""
     if record.has("image"):
         return (record.text("image"),)
-    image_id = record.id("image", "image_id")
+    image_id = record.id("image_id")
     plain = (f"{image_id}.jpg", f"{image_id}.png")
     if not (image_id.isascii() and image_id.isdigit()):
         return plain
