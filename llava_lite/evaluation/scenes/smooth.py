@@ -20,7 +20,6 @@ from PIL import Image
 from llava_lite.evaluation.scenes.world import (
     DIGIT_HEIGHTS,
     RGB,
-    DigitStyle,
     Scene,
     SceneObject,
     drawn_proportion,
@@ -74,10 +73,9 @@ def _blend_object(canvas: Array, scene_object: SceneObject) -> None:
     x, y = x + left - scene_object.x, y + top - scene_object.y
     _blend(part, shape_distance(scene_object, x, y), scene_object.rgb)
     if scene_object.digit is not None:
-        style = scene_object.digit_style or _default_style(scene_object)
-        x, y = x / style.height, y / style.height
-        distance = style.height * digit_distance(scene_object.digit, style.stretch, x, y)
-        _blend(part, distance, style.ink)
+        height, stretch, ink = _digit_style(scene_object)
+        distance = height * digit_distance(scene_object.digit, stretch, x / height, y / height)
+        _blend(part, distance, ink)
 
 
 def _blend(part: Array, distance: Array, rgb: RGB) -> None:
@@ -121,10 +119,13 @@ def _cornered_distance(scene_object: SceneObject, angle: Array, from_center: Arr
 # ----------------------------------------------------------------------------- digits
 
 
-def _default_style(scene_object: SceneObject) -> DigitStyle:
-    """The middle of the allowed heights, black on light shapes and white on dark ones."""
+def _digit_style(scene_object: SceneObject) -> tuple[float, float, RGB]:
+    """Height in pixels, stretch and ink: the scene's own, or the middle of what is allowed."""
+    style = scene_object.digit_style
+    if style is not None:
+        return style.height, style.stretch, style.ink
     height = scene_object.radius * sum(DIGIT_HEIGHTS[scene_object.shape])
-    return DigitStyle(height, ink=(0, 0, 0) if sum(scene_object.rgb) > 382 else (255, 255, 255))
+    return height, 1.0, (0, 0, 0) if sum(scene_object.rgb) > 382 else (255, 255, 255)
 
 
 def digit_distance(digit: int, stretch: float, x: Array, y: Array) -> Array:
