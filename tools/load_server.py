@@ -42,6 +42,7 @@ import httpx
 from PIL import Image
 
 import llava_lite
+from llava_lite.bench.memory import proc_bytes
 from llava_lite.cli import program as cli
 from llava_lite.generation.model import Model
 from llava_lite.inputs import fetch
@@ -88,7 +89,7 @@ class Outcome:
     kinds: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
-    memory: dict[int, int] = field(default_factory=dict)  # requests so far: KiB of the server
+    memory: dict[int, int] = field(default_factory=dict)  # requests so far: bytes of the server
 
     @property
     def count(self) -> int:
@@ -382,7 +383,7 @@ async def run(
 
     def look_at_memory() -> None:
         if process is not None and outcome.count in watched:
-            outcome.memory[outcome.count] = memory_of(process)
+            outcome.memory[outcome.count] = proc_bytes(f"{process}/status", "VmRSS") or 0
 
     look_at_memory()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
@@ -395,13 +396,6 @@ async def run(
 
         await asyncio.gather(*(one_after_the_other() for _ in range(concurrency)))
     return outcome
-
-
-def memory_of(process: int) -> int:
-    """Resident memory of a process, in KiB."""
-    status = Path(f"/proc/{process}/status").read_text()
-    found = re.search(r"VmRSS:\s+(\d+) kB", status)
-    return int(found[1]) if found else 0
 
 
 # ---- the program -------------------------------------------------------------------------------
@@ -456,7 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"wrong {len(outcome.wrong)}, lost {len(outcome.lost)}; afterwards {health}")
     print(f"redirects {host.visits['/to']}, of these to {INSIDE}: {host.visits[INSIDE]}")
     print("server's memory, MiB, after so many requests:")
-    print(*(f"{count}: {kib // 1024}" for count, kib in outcome.memory.items()), sep="  ")
+    print(*(f"{count}: {size >> 20}" for count, size in outcome.memory.items()), sep="  ")
     for line in (outcome.wrong + outcome.lost)[:20]:
         print(line)
     return 1 if outcome.wrong or outcome.lost or host.visits[INSIDE] else 0

@@ -39,6 +39,7 @@ class Peer:
         # Weights require gradients, as after `from_pretrained`. Without gradients torch copies all
         # of lm_head to compute the last row's logits.
         self.model = model.eval()
+        self.forward = partial(model, use_cache=True, logits_to_keep=1)
         self.device: torch.device = model.device
         self.image_ids = [image_id] * num_patches
 
@@ -74,14 +75,12 @@ class Peer:
 
     def prefill(self, inputs_embeds: Tensor) -> Any:
         """Run rows (1, N, C), image included, through the decoder."""
-        return self.model(inputs_embeds=inputs_embeds, use_cache=True, logits_to_keep=1)
+        return self.forward(inputs_embeds=inputs_embeds)
 
     def first_token(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Any]:
         """From pixels and ids (1, N) to the first token's logits (1, V) and the cache. Waits until
         the device is done."""
-        output = self.model(
-            input_ids=input_ids, pixel_values=pixel_values, use_cache=True, logits_to_keep=1
-        )
+        output = self.forward(input_ids=input_ids, pixel_values=pixel_values)
         logits = output.logits[:, -1]
         logits.argmax(-1).item()
         return logits, output.past_key_values
@@ -90,9 +89,7 @@ class Peer:
         """Decode `steps` tokens greedily; the cache grows."""
         token = torch.tensor([[5]], device=self.device)
         for _ in range(steps):
-            output = self.model(
-                input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
+            output = self.forward(input_ids=token, past_key_values=cache)
             token = torch.tensor([[output.logits[0, -1].argmax().item()]], device=self.device)
 
     def begin_decoding(self, cache: Any, length: int, steps: int) -> Callable[[], None]:

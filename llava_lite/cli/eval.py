@@ -332,9 +332,8 @@ def deliver(args: argparse.Namespace, evaluation: "Evaluation", folder: Path | N
     content = report.report(evaluation)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        json_path, page_path = report.paths(folder)
-        replace_json(json_path, content)
-        replace_file(page_path, page.page(content).encode(errors="replace"))
+        replace_json(folder / report.JSON_NAME, content)
+        replace_file(folder / report.PAGE_NAME, page.page(content).encode(errors="replace"))
     if args.report_file:
         replace_json(Path(args.report_file), content)
     part = evaluation.part

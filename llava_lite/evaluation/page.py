@@ -113,19 +113,18 @@ def card(name: str, value: str, note: str, first: bool = False) -> str:
 
 def warning(content: Mapping[str, Any]) -> str:
     """Samples that were not asked or have no answer, and answers that hit the limit of tokens."""
+    samples = content["samples"]
     lines = [
         f"{failure['count']:,} × {failure['reason']} ({', '.join(failure['ids'])}"
         f"{', …' if failure['count'] > len(failure['ids']) else ''})"
         for failure in content["failures"]
     ]
-    samples = content["samples"]
     if lines:
-        lines.insert(0, f"No answer for {content['samples']['failed']:,}:")
+        lines.insert(0, f"No answer for {samples['failed']:,}:")
     if samples["asked"] < samples["total"]:
         lines.insert(0, f"Warning: {part_text(samples)}.")
-    if content["samples"]["cut_off"]:
-        cut_off = content["samples"]["cut_off"]
-        lines.append(f"Cut off at the limit of new tokens: {cut_off:,} of the answers.")
+    if samples["cut_off"]:
+        lines.append(f"Cut off at the limit of new tokens: {samples['cut_off']:,} of the answers.")
     if not lines:
         return ""
     return f'<div class="warn">{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>'

@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from llava_lite.errors import EvaluationError
@@ -282,8 +281,3 @@ def speed_lines(content: Mapping[str, Any]) -> Iterator[str]:
         )
     if measured["peak_memory_bytes"]:
         yield f"peak memory {measured['peak_memory_bytes'] / 1e9:.2f} GB"
-
-
-def paths(folder: Path) -> tuple[Path, Path]:
-    """The paths of the JSON report and the page in a folder."""
-    return folder / JSON_NAME, folder / PAGE_NAME

@@ -397,19 +397,14 @@ def append_records(
             file.write(lines_of(*records))
             file.flush()
             for record in records:
-                count(record, summary)
+                if "error" in record:
+                    summary.failed += 1
+                    summary.first_error = summary.first_error or record
+                else:
+                    summary.answered += 1
                 if on_record:
                     on_record(record)
     return summary
-
-
-def count(record: JsonObject, summary: Summary) -> None:
-    """Count one new line."""
-    if "error" in record:
-        summary.failed += 1
-        summary.first_error = summary.first_error or record
-    else:
-        summary.answered += 1
 
 
 def answer_rows(

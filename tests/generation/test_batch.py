@@ -17,6 +17,7 @@ from helpers.models import ROOT
 from helpers.processes import Fork, start_program
 from llava_lite import saving
 from llava_lite.cli.program import main
+from llava_lite.cli.progress import Progress
 from llava_lite.errors import ImageError
 from llava_lite.generation import batch_file, failures
 from llava_lite.generation.answer import Answer
@@ -542,10 +543,10 @@ def test_command_interrupted(
 ) -> None:
     output = images / "out.jsonl"
 
-    def interrupted(record: Any, summary: Any) -> None:
+    def interrupted(progress: Progress, record: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(batch_file, "count", interrupted)
+    monkeypatch.setattr(Progress, "count", interrupted)
     arguments = ("-o", output, "-m", model_folder, "--batch-size", 2)
     assert run_main(questions(images, 3), *arguments) == 130
     assert len(read_jsonl(output)) == 2

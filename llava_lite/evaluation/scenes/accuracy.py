@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import mean
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -30,7 +30,6 @@ from llava_lite.reduction import Reduction
 from llava_lite.tables import table_row
 
 AskedScene = tuple[Scene, list[Question]]
-Shown = TypeVar("Shown")
 Draw = Callable[[Scene], Image.Image]
 
 FRESH_SEED = 20_000
@@ -126,22 +125,31 @@ def evaluate_scenes(
     Returns a tally per family. Images are drawn ahead of time and encoded once. `batch_size`:
     questions at once. `reuse_prefix`: as in `answer_questions`. `on_answer` is called after each
     answer. Raises as `Model.generate`."""
-    asked = dict(enumerate_questions(scenes))
     options = GenerationOptions(max_new_tokens=max_new_tokens, reduction=reduction)
     engine = Engine(model, options, batch_size, reuse_prefix=reuse_prefix)
     # A scene is drawn when its image is needed.
-    samples = samples_of(asked, lambda scene: partial(draw, scene))
-    answers = answers_of(engine, samples, on_answer)
+    asked = ((partial(draw, scene), about_it) for scene, about_it in scenes)
     tallies: dict[str, Tally] = {}
-    for name, (_, question) in asked.items():
-        tallies.setdefault(question.family, Tally()).add(question, answers[name])
+    for question, answer in ask(engine, asked, on_answer):
+        tallies.setdefault(question.family, Tally()).add(question, answer)
     return tallies
 
 
-def answers_of(
-    engine: Engine, samples: Iterable[Sample], on_answer: Callable[[], object] | None = None
-) -> dict[str, str]:
-    """The answers by sample id. Raises the error of a failed sample."""
+def ask(
+    engine: Engine,
+    asked: Iterable[tuple[Any, Sequence[Question]]],
+    on_answer: Callable[[], object] | None = None,
+) -> list[tuple[Question, str]]:
+    """Every question of every image, in order, with its answer. `asked`: images with questions.
+
+    Raises the error of a failed sample."""
+    samples: list[Sample] = []
+    named: dict[str, Question] = {}
+    for number, (image, about_it) in enumerate(asked):
+        for index, question in enumerate(about_it):
+            name = f"{number}/{index}"
+            samples.append(Sample(name, question.text, (image,), str(number)))
+            named[name] = question
     answers: dict[str, str] = {}
     for outcome in engine.answer(samples):
         if isinstance(outcome.error, Exception):
@@ -149,26 +157,7 @@ def answers_of(
         answers[outcome.sample.id] = str(outcome.answer)
         if on_answer:
             on_answer()
-    return answers
-
-
-def enumerate_questions(
-    asked: Iterable[tuple[Shown, Sequence[Question]]],
-) -> Iterator[tuple[str, tuple[Shown, Question]]]:
-    """Yield (name, (scene or image, question)). The name is "scene number/question number"."""
-    for number, (shown, own) in enumerate(asked):
-        for index, question in enumerate(own):
-            yield f"{number}/{index}", (shown, question)
-
-
-def samples_of(
-    asked: Mapping[str, tuple[Shown, Question]], image_of: Callable[[Shown], Any]
-) -> list[Sample]:
-    """Samples of named questions with their images."""
-    return [
-        Sample(name, question.text, (image_of(shown),), name.partition("/")[0])
-        for name, (shown, question) in asked.items()
-    ]
+    return [(question, answers[name]) for name, question in named.items()]
 
 
 def encode(
@@ -200,10 +189,8 @@ def answer_questions(
     whole prompt still runs for every question."""
     wish = Reduction.of(reduction)  # None asks for none, whatever the images were encoded with
     options = GenerationOptions(max_new_tokens=max_new_tokens, reduction=wish)
-    named = dict(enumerate_questions(zip(images, asked, strict=True)))
     engine = Engine(model, options, batch_size, workers=0, reuse_prefix=reuse_prefix)
-    answers = answers_of(engine, samples_of(named, lambda image: image))
-    return [(question, answers[name]) for name, (_, question) in named.items()]
+    return ask(engine, zip(images, asked, strict=True))
 
 
 def report(

@@ -125,15 +125,13 @@ class MMBenchSuite(ListSuite[MMBenchRow]):
         if not any(row.answer for row in scored):
             return Scores({})
         right = {row.id: is_right(row, answers) for row in scored}
-        first: dict[str, MMBenchRow] = {}
-        circular: dict[str, bool] = {}
+        rotations_of: dict[str, list[MMBenchRow]] = {}
         for row in scored:
-            first.setdefault(row.group, row)
-            circular[row.group] = circular.get(row.group, True) and right[row.id]
+            rotations_of.setdefault(row.group, []).append(row)
         by_kind = {
             "circular": [
-                (first[group], outcome)
-                for group, outcome in circular.items()
+                (rows[0], all(right[row.id] for row in rows))
+                for group, rows in rotations_of.items()
                 if group not in self.incomplete
             ],
             "vanilla": [(row, right[row.id]) for row in scored if not row.is_rotation],
@@ -167,12 +165,8 @@ class MMBenchSuite(ListSuite[MMBenchRow]):
 
 def is_right(row: MMBenchRow, answers: Mapping[str, str]) -> bool:
     """Whether the row has an answer and the answer names the right option."""
-    answer = answers.get(row.id)
-    return (
-        answer is not None
-        and row.answer is not None
-        and chosen_letter(answer, row.options) == row.answer
-    )
+    chosen = chosen_letter(answers.get(row.id, ""), row.options)
+    return chosen is not None and chosen == row.answer
 
 
 def describe_rotations(rows: Iterable[MMBenchRow]) -> str:

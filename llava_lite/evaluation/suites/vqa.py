@@ -195,7 +195,7 @@ def question_of(record: Record, kind: Format, beside: Beside) -> Question:
     tokens = beside.tokens_of(record)
     if beside.ocr and tokens:
         text = f"{text}\n{OCR_LINE}{', '.join(tokens)}"
-    names = image_names(record, beside.subtype)
+    names = (record.text("image"),) if kind is LINES else image_names(record, beside.subtype)
     source = beside.annotations.get(question_id, record)
     has_own_id = kind is LINES or record.has("question_id")
     return Question(
