@@ -16,6 +16,8 @@ from llava_lite.server.errors import ApiError
 from llava_lite.server.middleware import Gate, RequestLog
 from llava_lite.server.settings import Settings
 
+COUNTED = ("answers", "prompt_tokens", "completion_tokens")
+
 
 def create_app(model: Model, settings: Settings) -> FastAPI:
     """The application. `app.state` has the `service`, the counts of HTTP `statuses`, and the
@@ -96,9 +98,7 @@ def counters_text(app: FastAPI) -> str:
         for status, count in sorted(app.state.statuses.items())
     ]
     figures = {
-        "answers_total": service.totals.answers,
-        "prompt_tokens_total": service.totals.prompt_tokens,
-        "completion_tokens_total": service.totals.completion_tokens,
+        **{f"{name}_total": service.totals[name] for name in COUNTED},
         "queue": service.num_waiting,
         "running": service.worker.num_running,
     }

@@ -5,8 +5,8 @@ When the client disconnects, its job is cancelled.
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
@@ -34,15 +34,6 @@ CLIENT_GONE = 499  # for the log only
 DONE = b"data: [DONE]\n\n"
 
 
-@dataclass
-class Totals:
-    """Counts of all answers so far."""
-
-    answers: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
 class ChatService:
     """The model behind the routes: admits requests, prepares them, answers them."""
 
@@ -54,7 +45,7 @@ class ChatService:
         self.memory = Memory(settings.max_queue * settings.max_body_bytes)
         self.preparing = 0
         self.draining = False
-        self.totals = Totals()
+        self.totals: Counter[str] = Counter()  # of all answers so far
 
     def start(self) -> None:
         """Start the worker."""
@@ -179,10 +170,9 @@ class ChatService:
     def book(self, answer: Answer, scope: Scope) -> None:
         """Count an answer. Its tokens go to the log."""
         usage = count_usage(answer)
-        self.totals.answers += 1
-        self.totals.prompt_tokens += usage["prompt_tokens"]
-        self.totals.completion_tokens += usage["completion_tokens"]
-        Record.of(scope).tokens = f"{usage['prompt_tokens']}+{usage['completion_tokens']}"
+        prompt, new = usage["prompt_tokens"], usage["completion_tokens"]
+        self.totals.update(answers=1, prompt_tokens=prompt, completion_tokens=new)
+        Record.of(scope).tokens = f"{prompt}+{new}"
 
 
 class Events:
