@@ -11,6 +11,7 @@ from helpers.eval_command import write_lines
 from llava_lite.errors import EvaluationError, LlavaLiteError
 from llava_lite.evaluation.engine import select_shard
 from llava_lite.evaluation.suite import Metric, Suite
+from llava_lite.evaluation.suites.images import ImageFolder
 from llava_lite.evaluation.suites.own_data import open_jsonl
 from llava_lite.evaluation.suites.registry import SUITES, Exporting, open_suite
 
@@ -272,3 +273,18 @@ def test_a_number_that_is_a_choice_is_meant(tmp_path: Path) -> None:
     rows.append({"question": "Which?", "choices": ["a cat", "a dog"], "answer": 1})
     suite = open_jsonl([write_lines(tmp_path / "own.jsonl", *rows)])
     assert [one.references for one in suite.entries] == [("A",), ("C",), ("A",), ("B",), ("B",)]
+
+
+def test_only_own_data_may_name_urls(tmp_path: Path) -> None:
+    """A published data set never makes this machine open a URL."""
+    url = "http://example.org/x.jpg"
+    [own] = ImageFolder(tmp_path, urls=True).sample("1", "?", (url,)).images
+    assert own == url
+    sample = ImageFolder(tmp_path).sample("1", "?", (url,))
+    assert sample.images == (tmp_path / url,)
+    assert sample.error == f"{tmp_path / url}: no such image file"
+
+
+def test_the_first_missing_image_is_named(tmp_path: Path) -> None:
+    sample = ImageFolder(tmp_path).sample("1", "?", ("a.png",), ("b.png",))
+    assert sample.error == f"{tmp_path / 'a.png'}: no such image file"
