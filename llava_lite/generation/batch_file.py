@@ -96,7 +96,10 @@ def read_rows(path: str | os.PathLike[str], prompt: str | None = None) -> list[R
         raise BatchError(f"{path}: no such file or folder")
     else:
         read = read_csv if path.suffix.lower() == ".csv" else read_jsonl
-        rows = [parse_row(fields, path, line, prompt) for line, fields in read(path)]
+        try:
+            rows = [parse_row(fields, path, line, prompt) for line, fields in read(path)]
+        except UnicodeDecodeError as error:
+            raise BatchError(f"{path}: is not UTF-8 text: {error.reason}") from error
     if not rows:
         what = "images" if path.is_dir() else "rows"
         raise BatchError(f"{path}: contains no {what}")
@@ -125,12 +128,9 @@ def image_names(folder: Path) -> list[str]:
 def read_jsonl(path: Path) -> Iterator[tuple[int, JsonObject]]:
     """(line number, object) of every line that is not blank."""
     with open(path, encoding="utf-8-sig") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, parse_object(line, f"{path}, line {number}", BatchError)
-        except UnicodeDecodeError as error:
-            raise BatchError(f"{path}: is not UTF-8 text: {error.reason}") from error
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, parse_object(line, f"{path}, line {number}", BatchError)
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, JsonObject]]:
@@ -147,8 +147,6 @@ def read_csv(path: Path) -> Iterator[tuple[int, JsonObject]]:
                 yield reader.line_num, {name.strip(): cell for name, cell in cells.items() if cell}
         except csv.Error as error:
             raise BatchError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from error
-        except UnicodeDecodeError as error:
-            raise BatchError(f"{path}: is not UTF-8 text: {error.reason}") from error
 
 
 def parse_row(fields: JsonObject, path: Path, line: int, prompt: str | None) -> Row:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from operator import attrgetter
 
 import numpy as np
 
@@ -176,16 +177,12 @@ class _Asker:
 
 
 def _ask_counts(asker: _Asker, scene: Scene) -> None:
-    colors = [o.color for o in scene.objects]
-    absent = [color for color in COLORS if color not in colors]
-    present = sorted(set(colors))
-    for color in present + asker.some(absent, len(present) / 3):
-        asker.ask("count_color", COUNT_WORDS[colors.count(color)], color=color)
-    shapes = [o.shape for o in scene.objects]
-    absent = [shape for shape in SHAPES if shape not in shapes]
-    present = sorted(set(shapes))
-    for shape in present + asker.some(absent, len(present) / 3):
-        asker.ask("count_shape", COUNT_WORDS[shapes.count(shape)], shapes=plural(shape))
+    colors, shapes = [o.color for o in scene.objects], [o.shape for o in scene.objects]
+    for family, seen, known in (("count_color", colors, COLORS), ("count_shape", shapes, SHAPES)):
+        present = sorted(set(seen))
+        absent = [name for name in known if name not in seen]
+        for name in present + asker.some(absent, len(present) / 3):
+            asker.ask(family, COUNT_WORDS[seen.count(name)], color=name, shapes=plural(name))
 
 
 def _ask_attributes(asker: _Asker, scene: Scene) -> None:
@@ -231,13 +228,12 @@ def _absent_identities(rng: np.random.Generator, present: set[Identity]) -> list
 
 def _ask_relations(asker: _Asker, scene: Scene) -> None:
     least = RELATION_GAP * scene.short_side
-    for first, second in combinations(scene.objects, 2):
-        if abs(first.x - second.x) >= least:
-            near, far = (first, second) if first.x < second.x else (second, first)
-            _ask_relation(asker, near, far, ("left of", "right of"))
-        if abs(first.y - second.y) >= least:
-            near, far = (first, second) if first.y < second.y else (second, first)
-            _ask_relation(asker, near, far, ("above", "below"))
+    axes = (("x", ("left of", "right of")), ("y", ("above", "below")))
+    for pair in combinations(scene.objects, 2):
+        for axis, directions in axes:
+            near, far = sorted(pair, key=attrgetter(axis))
+            if getattr(far, axis) - getattr(near, axis) >= least:
+                _ask_relation(asker, near, far, directions)
 
 
 def _ask_relation(
