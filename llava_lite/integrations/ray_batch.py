@@ -167,15 +167,17 @@ def map_blocks(
     ray = import_ray()
     check_device(source)
     with connect(cluster):
-        todo, done, lost, following = deque(enumerate(blocks)), {}, 0, 0
+        todo, done, following = deque(enumerate(blocks)), {}, 0
+        lost, broken = 0, False
         tasks = start_actors(len(blocks), work, source, cluster)
         while todo or any(number is not None for _, number in tasks.values()):
             [task], _ = ray.wait([*tasks])
             actor, number = tasks.pop(task)
             result = get_result(task)
             if isinstance(result, LostBlock):
-                lost += 1 if number is not None else 1 + MOST_LOST  # no model can be loaded
-                if lost > MOST_LOST:
+                lost += 1
+                broken = broken or number is None or lost > MOST_LOST  # None: died while loading
+                if broken:
                     todo.clear()
             elif isinstance(result, RayError):
                 raise result  # at once, also if an earlier block is unfinished
@@ -187,7 +189,7 @@ def map_blocks(
             while following in done:
                 yield done.pop(following)
                 following += 1
-        if lost > MOST_LOST:
+        if broken:
             raise DyingActors
 
 
