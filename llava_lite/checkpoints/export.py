@@ -76,10 +76,7 @@ def write_side_files(
     for name, content in output.documents.items():
         write_json(folder / name, content)
     if to == "hf":
-        files = {name: row["file"] for name, row in table.items()}
-        if len(set(files.values())) > 1:
-            index = {"metadata": {"total_size": output.size}, "weight_map": files}
-            write_json(folder / "model.safetensors.index.json", index)
+        write_hf_index(folder, table, output.size)
         write_hf_tokenizer(folder, opened)
         return
     if opened.tokenizer_file is not None:
@@ -297,6 +294,14 @@ def hf_processor_documents(config: LlavaConfig) -> dict[str, dict[str, Any]]:
     if config.pad:
         image_processor["do_pad"] = True
     return {"preprocessor_config.json": image_processor, "processor_config.json": processor}
+
+
+def write_hf_index(folder: Path, table: Mapping[str, Mapping[str, Any]], size: int) -> None:
+    """Write model.safetensors.index.json if there is more than one shard."""
+    weight_map = {name: row["file"] for name, row in table.items()}
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_hf_tokenizer(folder: Path, opened: Source) -> None:
