@@ -3,22 +3,26 @@
 A batch is packed: the rows of all items are concatenated, without padding. Linear layers run on all
 rows at once, attention runs per item. Items may differ in length, and no padding mask is needed.
 
-With merged image tokens, one row may stand at several positions (layout.py). Attention then runs
-over positions and everything else over rows (virtual token unmerging, DyMU, arXiv 2504.17040):
+With merged image tokens, one row may stand at several positions (layout.py). Attention runs over
+keys and everything else over rows. With virtual token unmerging (DyMU, arXiv 2504.17040) every
+position is a key:
 
     q, k, v = projections          R rows
-    unmerge                        S positions: every patch shows the row of its token
-    rotate, attend, cache          each position with its own angle
-    remerge                        R rows: the mean over the positions of each row
+    unmerge                        S keys: every patch shows the row of its token
+    rotate, attend, cache          each key with its own angle
+    remerge                        R rows: the mean over the keys of each row
     o_proj                         R rows
 
-If every row stands at one position, unmerge and remerge are the identity and cost nothing.
+With folded positions a row is one key: cos and sin are means over the positions of the row, and
+log_sizes make the key count as often as it has positions (proportional attention, ToMe, arXiv
+2210.09461, section 3). If every row stands at one position, all of this is the identity and costs
+nothing.
 
 The module keeps no state: caches go in and come out. Keys are cached rotated, so later tokens need
 no earlier position. After pruning (fastv.py), caches differ in length from layer to layer. For a
-smaller cache, prune or use `logical` positions.
+smaller cache, prune or use `folded` positions.
 
-Shapes: R packed rows, S packed positions, n positions of one item, H heads, D head dim, C width.
+Shapes: R packed rows, S packed keys, n keys of one item, H heads, D head dim, C width.
 """
 
 from collections.abc import Sequence
@@ -58,21 +62,21 @@ class HybridAttention(nn.Module):
     ) -> tuple[Tensor, list[LayerCache], list[Tensor]]:
         """Attend within each item.
 
-        x (R, C) packed rows; cos and sin (S, D) of the layout's positions; per item the cache of
-        this layer, and a mask (n, keys), bool (True = may attend) or additive (None = causal).
-        Returns (R, C), and per item the longer cache and the query (1, H, 1, D) of the last
-        position, which FastV needs."""
+        x (R, C) packed rows; cos and sin (S, D) of the layout's keys; per item the cache of this
+        layer, and a mask (n, keys), bool (True = may attend) or additive (None = causal). Returns
+        (R, C), and per item the longer cache and the last query (1, H, 1, D), which FastV needs."""
         q, k, v = (
             layout.unmerge(rearrange(proj(x), "r (h d) -> r h d", d=self.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (S, H, D)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         mixed, caches, queries = [], [], []
-        for past, mask, new in zip(
-            past_key_values, masks, split_items((q, k, v), layout.num_positions), strict=True
+        items = split_items((q, k, v), layout.num_keys)  # (1, H, n, D) each
+        for past, mask, log_sizes, (item_q, item_k, item_v) in zip(
+            past_key_values, masks, layout.log_sizes, items, strict=True
         ):
-            item_q, item_k, item_v = new  # (1, H, n, D) each
-            seen, cache = LayerCache.wrap(past, item_k).attend(item_q, item_k, item_v, mask)
+            cache = LayerCache.wrap(past, item_k)
+            seen, cache = cache.attend(item_q, item_k, item_v, log_sizes, mask)
             mixed.append(seen)
             caches.append(cache)
             queries.append(item_q[:, :, -1:])

@@ -1,5 +1,8 @@
 """The KV cache of one layer: a pair (k, v), each (1, H, length, D), and attention over it.
 
+The key of a folded image token stands for several patches (layout.py). So the pair also knows the
+log of the sizes of its first keys; all later keys count once.
+
 `append` gives a longer pair. A plain append would copy the whole pair for every token. So the first
 append moves the pair into a `Room` with spare space behind it, and later ones write there.
 
@@ -43,17 +46,21 @@ class Room:
 
 
 class LayerCache(tuple[Tensor, Tensor]):
-    """The pair (k, v) of one layer: a plain tuple that also knows its room, if it has one."""
+    """The pair (k, v) of one layer: a plain tuple that also knows its room, if it has one, and
+    log_sizes (m,) of its first m keys (None: every key counts once)."""
 
     room: Room | None
+    log_sizes: Tensor | None
 
-    def __new__(cls, k: Tensor, v: Tensor, room: Room | None = None) -> "LayerCache":
+    def __new__(
+        cls, k: Tensor, v: Tensor, room: Room | None = None, log_sizes: Tensor | None = None
+    ) -> "LayerCache":
         pair = super().__new__(cls, (k, v))
-        pair.room = room
+        pair.room, pair.log_sizes = room, log_sizes
         return pair
 
-    def __reduce__(self) -> tuple[type, tuple[Tensor, Tensor]]:  # a copy leaves the room behind
-        return LayerCache, (self[0], self[1])
+    def __reduce__(self) -> tuple[type, tuple[Tensor, Tensor, None, Tensor | None]]:
+        return LayerCache, (self[0], self[1], None, self.log_sizes)  # a copy leaves the room behind
 
     @staticmethod
     def wrap(past: tuple[Tensor, Tensor] | None, like: Tensor) -> "LayerCache":
@@ -63,31 +70,46 @@ class LayerCache(tuple[Tensor, Tensor]):
         return LayerCache(*past) if past is not None else LayerCache(like[:, :, :0], like[:, :, :0])
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, "LayerCache"]:
-        """Append k and v, then attend from q to all positions. q, k, v and the result (1, H, n, D);
-        mask as in `attend`. Returns the result and the longer pair."""
-        grown = append(self, k, v)
-        return attend(q, *grown, mask), grown
+        """Append k and v, then attend from q to all keys. q, k, v and the result (1, H, n, D);
+        log_sizes (n,) of the new keys; mask as in `attend`. Returns the result and the longer
+        pair."""
+        grown = append(self, k, v, log_sizes)
+        return attend(q, *grown, mask, grown.log_sizes), grown
 
 
 KVCache = tuple[tuple[Tensor, Tensor], ...]
 
 
-def append(past: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> LayerCache:
-    """The pair `past` (None: empty) with the new k and v (1, H, n, D) behind it."""
+def append(
+    past: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor, log_sizes: Tensor | None = None
+) -> LayerCache:
+    """The pair `past` (None: empty) with the new k and v (1, H, n, D) behind it, and the log sizes
+    (n,) of the new keys (None: each counts once)."""
     if past is None or past[0].shape[2] == 0:
-        return LayerCache(k, v)
+        return LayerCache(k, v, None, log_sizes)
+    pair = LayerCache.wrap(past, k)
+    length, stop = past[0].shape[2], past[0].shape[2] + k.shape[2]
+    if log_sizes is None:
+        log_sizes = pair.log_sizes
+    else:
+        before = log_sizes[:0] if pair.log_sizes is None else pair.log_sizes
+        log_sizes = torch.cat((pad_sizes(before, length), log_sizes))
     # Writing in place would break the backward pass.
     if any(part.requires_grad for part in (k, v, *past)):
-        return LayerCache(torch.cat((past[0], k), 2), torch.cat((past[1], v), 2))
-    length, stop = past[0].shape[2], past[0].shape[2] + k.shape[2]
-    room = LayerCache.wrap(past, k).room
+        return LayerCache(torch.cat((past[0], k), 2), torch.cat((past[1], v), 2), None, log_sizes)
+    room = pair.room
     if room is None or not room.take(length, k.shape[2]):
         capacity = stop + max(FEWEST_SPARE, int(SPARE * stop))
         room = Room(add_space(past[0], capacity), add_space(past[1], capacity), stop)
     room.keys[:, :, length:stop], room.values[:, :, length:stop] = k, v
-    return LayerCache(room.keys[:, :, :stop], room.values[:, :, :stop], room)
+    return LayerCache(room.keys[:, :, :stop], room.values[:, :, :stop], room, log_sizes)
+
+
+def pad_sizes(log_sizes: Tensor, num_keys: int) -> Tensor:
+    """The log sizes of the first m keys -> of all (num_keys,): the others count once."""
+    return F.pad(log_sizes, (0, num_keys - len(log_sizes)))
 
 
 def add_space(x: Tensor, capacity: int) -> Tensor:
@@ -103,12 +125,31 @@ def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor
     return ones.tril(num_keys - num_queries)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_sizes: Tensor | None = None
+) -> Tensor:
     """Fused attention of one item: q (1, H, n, D), k and v (1, H, keys, D) -> (1, H, n, D).
-    Causal unless a mask is given."""
+
+    mask (n, keys): bool or added to the scores (None: causal). log_sizes (m,) of the first m keys:
+    a key of size s counts s times (None: every key counts once)."""
     num_queries, num_keys = q.shape[2], k.shape[2]
-    if mask is None and 1 < num_queries < num_keys:
-        # is_causal aligns the triangle to the top left corner, which is wrong behind a cache.
+    # is_causal aligns the triangle to the top left corner, which is wrong behind a cache.
+    is_causal = mask is None and log_sizes is None and num_queries == num_keys
+    if mask is None and not is_causal and num_queries > 1:
         mask = causal_mask(num_queries, num_keys, q.device)
-    is_causal = mask is None and num_queries == num_keys
+    if log_sizes is not None:
+        mask = add_sizes(mask, pad_sizes(log_sizes, num_keys), q)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+
+def add_sizes(mask: Tensor | None, log_sizes: Tensor, q: Tensor) -> Tensor:
+    """The mask (n, keys) (None: nothing is hidden) with log_sizes (keys,) added to every row."""
+    if mask is None:
+        bias = log_sizes[None]
+    elif mask.dtype == torch.bool:
+        bias = torch.where(mask, log_sizes, -torch.inf)
+    else:
+        bias = mask + log_sizes
+    # On a CPU the kernels add a float32 mask to 16-bit queries in float32. On a GPU they want one
+    # dtype. A float32 mask and float64 queries give wrong numbers.
+    return bias.to(q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32))

@@ -1,9 +1,9 @@
 """The Llama-2 decoder (arXiv 2307.09288): RMSNorm, SwiGLU, RoPE, causal attention, no biases.
 
-In front of one layer the decoder may drop image rows (fastv.py).
+In front of some layers the decoder may prune image rows (fastv.py).
 
-Shapes: R packed rows of all items (attention.py), S packed positions, C width, V vocabulary; of one
-item: U rows, N new positions, n cached and new positions, H heads, D head dim.
+Shapes: R packed rows of all items (attention.py), S packed keys, C width, V vocabulary; of one
+item: U rows, K new keys, n cached and new keys, H heads, D head dim.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava_lite.attention import HybridAttention
-from llava_lite.cache import KVCache, LayerCache
+from llava_lite.cache import KVCache, LayerCache, pad_sizes
 from llava_lite.config import TextConfig
-from llava_lite.fastv import Pruning, choose, last_row, row_scores
+from llava_lite.fastv import ImageRows, Pruning, choose, fold_tokens, last_row, row_scores
 from llava_lite.layout import Layout, PackedLayout, pack
 from llava_lite.reduction import FastV
 from llava_lite.rope import rope_cos_sin
@@ -80,12 +80,12 @@ class DecoderLayer(nn.Module):
 @dataclass(frozen=True)
 class DecoderOutput:
     """hidden_states (R', C), normed, of the rows that are left, and their layout; per item the
-    longer cache, and what was pruned (None: nothing)."""
+    longer cache, and what each stage has pruned."""
 
     hidden_states: Tensor
     layout: PackedLayout
     past_key_values: list[KVCache]
-    prunings: list[Pruning | None]
+    prunings: list[tuple[Pruning, ...]]
 
 
 class LlamaDecoder(nn.Module):
@@ -121,56 +121,70 @@ class LlamaDecoder(nn.Module):
             wish if layout.image_spans else None  # a decode step has no image rows to prune
             for wish, layout in zip(fastv or nothing, layouts, strict=True)
         ]
-        prunings: list[Pruning | None] = [None] * len(layouts)
+        prunings: list[tuple[Pruning, ...]] = [()] * len(layouts)
         packed = pack(layouts)
-        cos, sin = rope_cos_sin(packed.position_ids, self.head_dim, self.rope_theta)  # (S, D)
+        cos, sin = self.rotate(packed)  # (S, D)
         grown: list[list[LayerCache]] = []
         for layer_idx, layer in enumerate(self.layers):
-            if any(wish is not None and wish.layer == layer_idx for wish in fastv):
-                wishes = [wish if wish and wish.layer == layer_idx else None for wish in fastv]
-                x, layouts, found = self.prune(x, layouts, queries, grown[-1], wishes)
-                # Items may prune in front of different layers.
-                prunings = [old or new for old, new in zip(prunings, found, strict=True)]
+            if any(wish is not None and layer_idx in wish.amounts for wish in fastv):
+                x, layouts, prunings = self.prune(
+                    layer_idx, x, layouts, prunings, queries, grown[-1], fastv
+                )
                 packed = pack(layouts)
-                cos, sin = rope_cos_sin(packed.position_ids, self.head_dim, self.rope_theta)
+                cos, sin = self.rotate(packed)
             past = [cache[layer_idx] if cache is not None else None for cache in past_key_values]
             x, caches, queries = layer(x, cos, sin, packed, past, masks)
             grown.append(caches)
         grown_caches = [tuple(cache) for cache in zip(*grown, strict=True)]
         return DecoderOutput(self.norm(x), packed, grown_caches, prunings)
 
+    def rotate(self, layout: PackedLayout) -> tuple[Tensor, Tensor]:
+        """cos, sin (S, D) of every key, the means over its positions. float32."""
+        cos, sin = rope_cos_sin(layout.position_ids, self.head_dim, self.rope_theta)
+        return layout.fold(cos), layout.fold(sin)
+
     def prune(
         self,
+        layer_idx: int,
         x: Tensor,
         layouts: Sequence[Layout],
+        prunings: Sequence[tuple[Pruning, ...]],
         queries: Sequence[Tensor],
         caches: Sequence[LayerCache],
         fastv: Sequence[FastV | None],
-    ) -> tuple[Tensor, list[Layout], list[Pruning | None]]:
-        """Drop image rows in front of a layer, from every item with a FastV (None: drop nothing).
+    ) -> tuple[Tensor, list[Layout], list[tuple[Pruning, ...]]]:
+        """Prune image rows in front of a layer, from every item whose FastV has a stage there.
 
-        x (R, C); per item its layout, and the last query (1, H, 1, D) and cache of the layer
-        before. Returns x (R', C), the layouts of the rows that are left, and what was pruned."""
-        left, kept_layouts, prunings = [], [], []
+        x (R, C); per item its layout, the earlier stages, and the last query (1, H, 1, D) and cache
+        of the layer before. Returns x (R', C), and the layouts and stages with this one."""
+        left, kept_layouts, stages = [], [], []
         rows_of_items = x.split([layout.num_rows for layout in layouts])
-        for rows, layout, query, (keys, _), wish in zip(
-            rows_of_items, layouts, queries, caches, fastv, strict=True
+        for rows, layout, done, query, cache, wish in zip(
+            rows_of_items, layouts, prunings, queries, caches, fastv, strict=True
         ):
-            sizes = [stop - start for start, stop in layout.image_spans]
-            budgets = None if wish is None else wish.budgets(sizes)
-            pruning = None
-            if wish is not None and budgets is not None:
-                scores = self.fastv_scores(query, keys, layout, wish.score)
-                pruning = choose(scores, layout.image_spans, budgets)
-                rows, layout = rows[pruning.kept_indices], layout.keep(pruning.kept_indices)
+            if wish is not None:
+                tokens = done[-1].image_rows if done else ImageRows.of(layout.image_spans, x.device)
+                budgets = wish.budgets(tokens.counts, layer_idx, tokens.num_images)
+                if budgets is not None:
+                    scores = self.fastv_scores(query, cache, layout, wish.score)
+                    pruning = choose(scores, tokens, budgets, layer_idx, wish.rest == "fold")
+                    if wish.rest == "fold":
+                        rows, layout, pruning = fold_tokens(rows, layout, tokens, pruning)
+                    else:
+                        kept_indices = pruning.kept_indices
+                        rows, layout = rows[kept_indices], layout.keep(kept_indices)
+                    done = (*done, pruning)
             left.append(rows)
             kept_layouts.append(layout)
-            prunings.append(pruning)
-        return torch.cat(left), kept_layouts, prunings
+            stages.append(done)
+        return torch.cat(left), kept_layouts, stages
 
-    def fastv_scores(self, query: Tensor, keys: Tensor, layout: Layout, score: str) -> Tensor:
+    def fastv_scores(self, query: Tensor, cache: LayerCache, layout: Layout, score: str) -> Tensor:
         """The score of every row of one item (U,): the attention of the last query (1, H, 1, D)
-        to the keys (1, H, n, D) of its positions. `score` is "sum" or "mean", see `FastV`."""
-        # Cached positions before this item's new rows are never pruned.
-        probs = last_row(query, keys)[-layout.num_positions :]
-        return row_scores(probs, layout.mapping_indices, layout.num_rows, score)
+        to the keys of its positions. `score` is "sum" or "mean", see `FastV`."""
+        keys, log_sizes = cache[0], cache.log_sizes  # (1, H, n, D)
+        if log_sizes is not None:
+            log_sizes = pad_sizes(log_sizes, keys.shape[2])
+        # Cached keys before this item's new rows are never pruned.
+        probs = last_row(query, keys, log_sizes)[-layout.num_keys :]
+        return row_scores(probs, layout, score)

@@ -139,12 +139,12 @@ class Llava(nn.Module):
         past_key_values: Sequence[KVCache | None],
         fastv: Sequence[FastV | None] | None = None,
         all_logits: bool = False,
-    ) -> tuple[Tensor, list[KVCache], list[Pruning | None]]:
+    ) -> tuple[Tensor, list[KVCache], list[tuple[Pruning, ...]]]:
         """Run a batch: per item its rows (R, C), their layout, its cache (None at prefill), and its
         FastV (None: no pruning).
 
         Returns the logits of each item's last position (B, V), or of all rows that are left,
-        packed; the longer caches; and what was pruned."""
+        packed; the longer caches; and what each stage has pruned."""
         run = self.decoder(torch.cat(list(input_embeds)), layouts, past_key_values, fastv)
         x = run.hidden_states  # (R', C)
         if not all_logits:

@@ -9,6 +9,7 @@ model are checked by `Reduction.check`. `REDUCTIONS` are the named presets.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from numbers import Integral, Real
 
 from llava_lite.config import LlavaConfig, VisionConfig
@@ -17,6 +18,7 @@ from llava_lite.tome import SCHEDULES, MergeStep, cap_merges, spread, spread_to_
 
 POSITIONS = tuple(PLACEMENTS)
 SCORES = ("sum", "mean")
+RESTS = ("drop", "fold")
 PRUNE_LAYER = 3
 
 
@@ -110,48 +112,76 @@ class DToMe:
 
 @dataclass(frozen=True)
 class FastV:
-    """Drop the image tokens with the least attention from the last prompt token (FastV, arXiv
-    2403.06764).
+    """Keep the image tokens with the most attention from the last prompt token (FastV, arXiv
+    2403.06764). Give one of keep, drop and stages.
 
     keep: the number of image tokens that stay; or drop: the share that goes, 0.7 for 70 %.
-    layer: the first layer without the dropped tokens, counted from 0, at least 1 (K in the paper).
+    layer: the first layer without the other tokens, counted from 0, at least 1 (K in the paper).
         The layer before it gives the scores.
+    stages: several prunings, ((1, 144), (3, 72)): a layer, and the tokens to keep or the share to
+        drop from there on (PyramidDrop, arXiv 2410.17247). Layers rise, numbers of tokens fall.
+    rest: "drop" leaves the other tokens out. "fold" makes each a part of the most similar kept
+        token of its image, needs `folded` positions, and keeps a token of every image.
     score: the score of a merged token is the "sum" or the "mean" over its positions.
-    per_image: `keep` or `drop` counts for each image, instead of for all images together."""
+    per_image: the amounts count for each image, instead of for all images together."""
 
     keep: int | None = None
     drop: float | None = None
     layer: int = PRUNE_LAYER
     score: str = "sum"
     per_image: bool = False
+    rest: str = "drop"
+    stages: tuple[tuple[int, int | float], ...] | None = None
 
     def __post_init__(self) -> None:
-        if (self.keep is None) == (self.drop is None):
-            raise ValueError("FastV needs keep or drop, one of the two")
+        if sum(amount is not None for amount in (self.keep, self.drop, self.stages)) != 1:
+            raise ValueError("FastV needs keep, drop or stages, one of the three")
         if not isinstance(self.per_image, bool):
             raise ValueError(f"FastV per_image {self.per_image!r} must be True or False")
-        object.__setattr__(self, "layer", check_count("FastV layer", self.layer))
-        if self.drop is None:
-            object.__setattr__(self, "keep", check_count("FastV keep", self.keep))
-        elif not (isinstance(self.drop, Real) and 0 < float(self.drop) < 1):
-            raise ValueError(f"FastV drop {self.drop!r} must be a number above 0 and below 1")
-        else:
-            object.__setattr__(self, "drop", float(self.drop))
         if self.score not in SCORES:
             raise ValueError(f"FastV score {self.score!r} is not one of {', '.join(SCORES)}")
+        if self.rest not in RESTS:
+            raise ValueError(f"FastV rest {self.rest!r} is not one of {', '.join(RESTS)}")
+        object.__setattr__(self, "layer", check_count("FastV layer", self.layer))
+        if self.stages is not None:
+            if self.layer != PRUNE_LAYER:
+                raise ValueError("FastV stages name their own layers: leave layer out")
+            object.__setattr__(self, "stages", check_stages(self.stages))
+        elif self.drop is None:
+            object.__setattr__(self, "keep", check_count("FastV keep", self.keep))
+        else:
+            object.__setattr__(self, "drop", check_share("FastV drop", self.drop))
 
-    def num_kept(self, num_tokens: int) -> int:
-        """How many of `num_tokens` image tokens stay."""
-        if self.drop is None:
-            return min(self.keep or 0, num_tokens)
+    @property
+    def amounts(self) -> dict[int, int | float]:
+        """Every stage: its layer, and the number of tokens that stay (int) or the share that goes
+        (float)."""
+        if self.stages is not None:
+            return dict(self.stages)
+        amount = self.drop if self.keep is None else self.keep
+        assert amount is not None
+        return {self.layer: amount}
+
+    def num_kept(self, num_tokens: int, layer: int | None = None) -> int:
+        """How many of `num_tokens` image tokens stay in front of `layer` (None: of the first
+        stage)."""
+        amounts = self.amounts
+        amount = amounts[next(iter(amounts)) if layer is None else layer]
+        if isinstance(amount, int):
+            return min(amount, num_tokens)
         # Python rounds half to even, in double precision, as the reference does.
-        return min(num_tokens, max(1, round(num_tokens * (1 - self.drop))))
+        return min(num_tokens, max(1, round(num_tokens * (1 - amount))))
 
-    def budgets(self, sizes: Sequence[int]) -> list[int] | None:
-        """How many tokens stay, given the size of each image: one number per image, or one for all
-        images together. None if all of them stay."""
-        groups = list(sizes) if self.per_image else [sum(sizes)]
-        kept = [self.num_kept(size) for size in groups]
+    def budgets(
+        self, counts: Sequence[int], layer: int | None = None, num_images: int = 1
+    ) -> list[int] | None:
+        """How many tokens stay in front of `layer` (None: of the first stage), given the tokens of
+        each image: one number per image, or one for all `num_images` together. None if all stay."""
+        if layer is not None and layer not in self.amounts:
+            return None
+        groups = list(counts) if self.per_image else [sum(counts)]
+        least = num_images if self.rest == "fold" and not self.per_image else 1
+        kept = [min(count, max(least, self.num_kept(count, layer))) for count in groups]
         return None if kept == groups else kept
 
     @staticmethod
@@ -185,7 +215,8 @@ class FastV:
 class Reduction:
     """All options together; None switches a part off.
 
-    positions: where merged tokens stand in the decoder: "vtu", "logical" or "plain" (layout.py)."""
+    positions: where merged tokens stand in the decoder: "vtu", "folded", "logical" or "plain"
+        (layout.py)."""
 
     merge: ToMe | DToMe | None = None
     positions: str = "vtu"
@@ -198,6 +229,8 @@ class Reduction:
             raise ValueError(f"fastv {self.fastv!r} must be a FastV or None")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions {self.positions!r} is not one of {', '.join(POSITIONS)}")
+        if self.fastv is not None and self.fastv.rest == "fold" and self.positions != "folded":
+            raise ValueError(f"FastV rest 'fold' needs positions 'folded', not {self.positions!r}")
 
     def __str__(self) -> str:
         """The name of the preset with these parts, or else all parts."""
@@ -232,8 +265,9 @@ class Reduction:
             assert checked.merge is not None
             checked.merge.steps(config.vision)  # raises
         last = config.text.num_layers - 1
-        if self.fastv is not None and self.fastv.layer > last:
-            raise ValueError(f"FastV layer {self.fastv.layer} must be in 1..{last}")
+        for layer in () if self.fastv is None else self.fastv.amounts:
+            if layer > last:
+                raise ValueError(f"FastV layer {layer} must be in 1..{last}")
         return checked
 
 
@@ -242,6 +276,36 @@ def check_count(name: str, value: object) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} {value!r} must be a whole number of at least 1")
     return int(value)
+
+
+def check_share(name: str, value: object) -> float:
+    """The value as a float. Raises ValueError unless it is above 0 and below 1."""
+    if not (isinstance(value, Real) and 0 < float(value) < 1):
+        raise ValueError(f"{name} {value!r} must be a number above 0 and below 1")
+    return float(value)
+
+
+def check_stages(stages: object) -> tuple[tuple[int, int | float], ...]:
+    """The stages as pairs of numbers. Raises ValueError unless layers rise and amounts fall."""
+    name, checked = "FastV stages", []
+    try:
+        pairs = [(layer, amount) for layer, amount in stages]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} {stages!r} must be pairs of a layer and an amount") from None
+    if not pairs:
+        raise ValueError(f"{name} must be at least one pair of a layer and an amount")
+    for layer, amount in pairs:
+        layer = check_count("the layer of a FastV stage", layer)
+        share = isinstance(amount, Real) and not isinstance(amount, Integral)
+        check = check_share if share else check_count
+        checked.append((layer, check("the amount of a FastV stage", amount)))
+    layers = [layer for layer, _ in checked]
+    if any(layer >= later for layer, later in pairwise(layers)):
+        raise ValueError(f"{name}: each layer must be above the one before, not {layers}")
+    kept = [amount for _, amount in checked if isinstance(amount, int)]
+    if any(amount <= later for amount, later in pairwise(kept)):
+        raise ValueError(f"{name}: each number of tokens must be below the one before, not {kept}")
+    return tuple(checked)
 
 
 NO_REDUCTION = Reduction()

@@ -118,17 +118,19 @@ def time_layers(
 
 
 def extrapolate(layers: dict[str, list[list[float]]]) -> dict[str, float]:
-    """Ratio of the decoder's time to no reduction, for all layers of the model. Layers before the
-    pruned one cost as much as the first ones measured, the others as much as the last."""
+    """Ratio of the decoder's time to no reduction, for all layers of the model. A layer costs as
+    much as the measured layers with the same image tokens, on average."""
     num_layers = LLAVA_1_5_7B.text.num_layers
     totals = {}
     for name, rounds in layers.items():
         medians = [statistics.median(times) for times in zip(*rounds, strict=True)]
         fastv = REDUCTIONS[name].fastv
-        early = min(fastv.layer if fastv else len(medians), len(medians))
-        first = statistics.mean(medians[:early])
-        last = statistics.mean(medians[early:]) if early < len(medians) else first
-        totals[name] = first * early + last * (num_layers - early)
+        pruned = [] if fastv is None else [layer for layer in fastv.amounts if layer < len(medians)]
+        starts, stops = [0, *pruned], [*pruned, num_layers]
+        totals[name] = sum(
+            statistics.mean(medians[start:stop]) * (stop - start)
+            for start, stop in zip(starts, stops, strict=True)
+        )
     return {name: total / totals["none"] for name, total in totals.items()}
 
 

@@ -39,7 +39,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -75,20 +75,35 @@ from llava_lite.evaluation.scenes.world import draw_scene
 from llava_lite.fast.device import machine
 from llava_lite.fastv import Pruning, choose
 from llava_lite.generation.model import Model
+from llava_lite.generation.sampling import GenerationOptions
+from llava_lite.generation.trace import Trace
 from llava_lite.inputs.pixels import pad_to_square
 from llava_lite.llava import EncodedImage
-from llava_lite.reduction import NO_REDUCTION, POSITIONS, DToMe, FastV, Reduction, ToMe
+from llava_lite.reduction import NO_REDUCTION, PRUNE_LAYER, DToMe, FastV, Reduction, ToMe
 from llava_lite.saving import replace_json
 from llava_lite.study.find_thresholds import find_thresholds
 
 Line = dict[str, Any]
 Key = tuple[str, int, int]  # configuration, first scene, number of scenes
 
-MERGED = (288, 144, 93, 72, 36)
-PRUNED = (288, 144, 72, 36, 18)
-LAYERS = (1, 2, 3)
-HYBRIDS = ((144, 72), (144, 36), (72, 36), (72, 18))
+PATCHES = 576
+MERGED = (144, 72, 36, 18, 9)
+PLAIN = (72, 36)
+PRUNED = ((1, 72), (1, 36), (2, 36), (3, 72), (3, 36))  # layer, tokens
+HYBRIDS = (  # merged, layer, kept
+    *((144, 1, 36), (72, 1, 36), (72, 1, 18)),
+    *((144, 3, 72), (144, 3, 36), (72, 3, 36), (72, 3, 18), (36, 3, 18), (36, 3, 9)),
+)
+DROPPED_HYBRIDS = ((144, 1, 36), (72, 3, 36), (36, 3, 18))  # also dropped, in other ways
+STAGES: tuple[tuple[int, dict[int, int]], ...] = (  # tokens of the tower, then layer: tokens
+    (PATCHES, {1: 144, 2: 72, 3: 36}),
+    (PATCHES, {1: 144, 3: 36}),
+    (72, {1: 36, 3: 18}),
+    (72, {1: 18, 3: 9}),
+    (36, {1: 18, 3: 9}),
+)
 CHUNK = 25  # scenes
+KL_SCENES = 30
 CALIBRATION_SEED = 30_000
 CALIBRATION_SCENES = 128
 TIMED_SCENES = 3
@@ -107,43 +122,67 @@ class Configuration:
     target: int
 
     @property
-    def layer(self) -> int | None:
-        """The first pruned decoder layer."""
-        return self.reduction.fastv.layer if self.reduction.fastv else None
-
-    @property
     def series(self) -> tuple[str, str]:
         """The key in SERIES of its line in a plot."""
-        if self.kind in ("fastv", "random"):
-            return self.kind, f"K = {self.layer}"
-        merge, positions = self.reduction.merge, self.reduction.positions
-        if self.kind == "hybrid" and isinstance(merge, ToMe):
-            return self.kind, f"{merge.keep}, {positions}"
-        return self.kind, "" if self.kind == "none" else positions
+        positions, fastv = self.reduction.positions, self.reduction.fastv
+        if fastv is None:
+            return self.kind, "" if self.kind == "none" else positions
+        rest = "folded" if fastv.rest == "fold" else "dropped"
+        if self.kind == "fastv":
+            return f"fastv-k{fastv.layer}", rest
+        if self.kind == "hybrid" and rest == "dropped":
+            rest = positions
+        return self.kind, rest
+
+    def kept_tokens(self, count: int) -> int:
+        """How many of `count` image tokens reach the last decoder layers."""
+        fastv = self.reduction.fastv
+        for layer in () if fastv is None else fastv.amounts:
+            count = min(count, fastv.num_kept(count, layer)) if fastv else count
+        return count
 
 
-def configurations(num_patches: int = 576) -> list[Configuration]:
+def configurations() -> list[Configuration]:
     """All configurations, still without thresholds."""
-    found = [Configuration("none", "none", NO_REDUCTION, num_patches)]
+    found = [Configuration("none", "none", NO_REDUCTION, PATCHES)]
+
+    def add(kind: str, name: str, target: int, *parts: Any) -> None:
+        found.append(Configuration(f"{kind}-{name}", kind, Reduction(*parts), target))
+
     for keep in MERGED:
-        for positions in POSITIONS:
-            wish = Reduction(ToMe(keep=keep), positions)
-            found.append(Configuration(f"tome-{keep}-{positions}", "tome", wish, keep))
-    for keep in MERGED:
-        for positions in ("vtu", "logical"):
-            wish = Reduction(DToMe(), positions)
-            found.append(Configuration(f"dtome-{keep}-{positions}", "dtome", wish, keep))
-    for kind in ("fastv", "random"):
-        for layer in LAYERS:
-            for keep in PRUNED:
-                wish = Reduction(fastv=FastV(keep=keep, layer=layer))
-                found.append(Configuration(f"{kind}-k{layer}-{keep}", kind, wish, keep))
-    for merged, keep in HYBRIDS:
-        for positions in ("vtu", "logical"):
-            wish = Reduction(ToMe(keep=merged), positions, FastV(keep=keep))
-            name = f"hybrid-{merged}-{keep}-{positions}"
-            found.append(Configuration(name, "hybrid", wish, keep))
+        for positions in ("folded", "vtu", "logical", *(("plain",) if keep in PLAIN else ())):
+            add("tome", f"{keep}-{positions}", keep, ToMe(keep=keep), positions)
+    for positions in ("folded", "vtu", "logical"):
+        add("dtome", f"72-{positions}", 72, DToMe(), positions)
+    for layer, keep in PRUNED:
+        fastv = FastV(keep=keep, layer=layer)
+        add("fastv", f"k{layer}-{keep}", keep, None, "vtu", fastv)
+        add("fastv", f"k{layer}-{keep}-folded", keep, None, "folded", fold(fastv))
+    add("random", "k3-36", 36, None, "vtu", FastV(keep=36))
+    add("random", "144-k1-36-folded", 36, ToMe(keep=144), "folded", fold(FastV(keep=36, layer=1)))
+    for merged, layer, keep in HYBRIDS:
+        merge, fastv = ToMe(keep=merged), FastV(keep=keep, layer=layer)
+        name = f"{merged}-{keep}" if layer == PRUNE_LAYER else f"{merged}-k{layer}-{keep}"
+        add("hybrid", f"{name}-folded", keep, merge, "folded", fold(fastv))
+        add("hybrid", f"{name}-logical", keep, merge, "logical", fastv)
+        if (merged, layer, keep) in DROPPED_HYBRIDS:
+            summed = replace(fold(fastv), score="sum")
+            add("hybrid", f"{name}-folded-sum", keep, merge, "folded", summed)
+            add("hybrid", f"{name}-vtu", keep, merge, "vtu", fastv)
+            add("hybrid", f"{name}-dropped", keep, merge, "folded", fastv)
+    for first, stages in STAGES:
+        staged = None if first == PATCHES else ToMe(keep=first)
+        fastv, keep = FastV(stages=tuple(stages.items())), min(stages.values())
+        name = "-".join(map(str, (first, *stages.values())))
+        add("stages", f"{name}-folded", keep, staged, "folded", fold(fastv))
+        add("stages", f"{name}-dropped", keep, staged, "folded", fastv)
     return found
+
+
+def fold(fastv: FastV) -> FastV:
+    """The same pruning, with the rest folded instead of dropped. Scores are means over positions:
+    a token of many patches is not kept for its size alone."""
+    return replace(fastv, rest="fold", score="mean")
 
 
 def possible(configuration: Configuration, model: Model) -> bool:
@@ -194,10 +233,8 @@ def prune_at_random(seed: Sequence[int]) -> AbstractContextManager[Any]:
     their order for every batch size, so a seed always gives the same choices."""
     rng = np.random.default_rng(list(seed))
 
-    def choose_at_random(
-        scores: Tensor, image_spans: Sequence[tuple[int, int]], num_kept: Sequence[int]
-    ) -> Pruning:
-        return choose(torch.from_numpy(rng.random(len(scores))).to(scores), image_spans, num_kept)
+    def choose_at_random(scores: Tensor, *rest: Any) -> Pruning:
+        return choose(torch.from_numpy(rng.random(len(scores))).to(scores), *rest)
 
     return patch("llava_lite.llama.choose", choose_at_random)
 
@@ -235,14 +272,12 @@ def run_chunk(
             mark = "1" if answer == question.answer else "0"
             right[question.family] = right.get(question.family, "") + mark
         tokens = [len(image.image_embeds) for image in encoded[merge]]
-        fastv = one.reduction.fastv
-        kept = [fastv.num_kept(count) if fastv else count for count in tokens]
         yield {
             "configuration": one.name,
             "first": first,
             "scenes": len(scenes),
             "image_tokens": sum(tokens),
-            "kept_tokens": sum(kept),
+            "kept_tokens": sum(map(one.kept_tokens, tokens)),
             "right": right,
         }
 
@@ -252,25 +287,31 @@ def chunks(count: int) -> list[tuple[int, int]]:
     return [(first, min(CHUNK, count - first)) for first in range(0, count, CHUNK)]
 
 
-def run_answers(model: Model, chosen: Sequence[Configuration], args: argparse.Namespace) -> None:
-    """Ask the questions without an answer yet."""
-    path = args.out / "answers.jsonl"
+def run_missing(
+    path: Path,
+    measure: Callable[..., Iterator[Line]],
+    model: Model,
+    chosen: Sequence[Configuration],
+    count: int,
+    args: argparse.Namespace,
+) -> None:
+    """Write the lines of all configurations and chunks of `count` scenes that `path` lacks."""
     done = read_lines(path)
     todo = {
-        chunk: [one for one in chosen if (one.name, *chunk) not in done] for chunk in chunks(args.n)
+        chunk: [one for one in chosen if (one.name, *chunk) not in done] for chunk in chunks(count)
     }
     total = sum(map(len, todo.values()))
     with (
-        tqdm(total=total, desc=f"{CHUNK} scenes each", file=sys.stderr) as bar,
+        tqdm(total=total, desc=f"{path.stem}, {CHUNK} scenes each", file=sys.stderr) as bar,
         path.open("a", encoding="utf-8") as file,
     ):
         if file.tell() and not path.read_bytes().endswith(b"\n"):
             file.write("\n")  # a crash has cut the last line off
-        for (first, count), missing in todo.items():
+        for (first, size), missing in todo.items():
             if not missing:
                 continue
-            scenes = list(fresh_scenes(count, args.seed, first=first))
-            for line in run_chunk(model, scenes, first, missing, args):
+            scenes = list(fresh_scenes(size, args.seed, first=first))
+            for line in measure(model, scenes, first, missing, args):
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -287,6 +328,73 @@ def read_lines(path: Path) -> dict[Key, Line]:
             continue
         lines[line["configuration"], line["first"], line["scenes"]] = line
     return lines
+
+
+# ---- distances and costs -------------------------------------------------------------------------
+
+
+def measure_distances(
+    model: Model,
+    scenes: Sequence[AskedScene],
+    first: int,
+    chosen: Sequence[Configuration],
+    args: argparse.Namespace,
+) -> Iterator[Line]:
+    """One line for each configuration: the distance of every question, and the cost of all."""
+    images = [RENDERERS[args.renderer](scene) for scene, _ in scenes]
+    none = configurations()[0]
+    encoded = {None: encode(model, images, NO_REDUCTION, args.batch_size)}
+    expected = [logits for logits, _ in forced(model, scenes, encoded[None], none, args)]
+    for one in chosen:
+        merge = one.reduction.merge
+        if merge not in encoded:
+            encoded[merge] = encode(model, images, Reduction(merge), args.batch_size)
+        control: AbstractContextManager[Any] = nullcontext()
+        if one.kind == "random":
+            control = prune_at_random([args.seed, first, *one.name.encode()])
+        with control:
+            found = list(forced(model, scenes, encoded[merge], one, args))
+        yield {
+            "configuration": one.name,
+            "first": first,
+            "scenes": len(scenes),
+            "kl": [
+                float(f"{distance(reference, logits):.6g}")
+                for reference, (logits, _) in zip(expected, found, strict=True)
+            ],
+            "decoder_flops": sum(trace.decoder_flops["gated"].total for _, trace in found),
+            "kv_bytes": sum(trace.kv_bytes for _, trace in found),
+        }
+
+
+def forced(
+    model: Model,
+    scenes: Sequence[AskedScene],
+    images: Sequence[EncodedImage],
+    one: Configuration,
+    args: argparse.Namespace,
+) -> Iterator[tuple[Tensor, Trace]]:
+    """For every question the logits (T, V) in front of each token of the right answer, and the
+    trace of the prompt."""
+    options = GenerationOptions(MAX_NEW_TOKENS, reduction=one.reduction, trace=True)
+    asked = [
+        (model.request([image], question.text, options), question.answer)
+        for image, (_, about_it) in zip(images, scenes, strict=True)
+        for question in about_it
+    ]
+    for start in range(0, len(asked), args.batch_size):
+        requests, answers = zip(*asked[start : start + args.batch_size], strict=True)
+        targets = [tuple(model.tokenizer.encode(answer, bos=False)) for answer in answers]
+        before, _ = model.encode_requests(requests, args.batch_size)
+        logits, after = model.target_logits(before, targets)
+        for request, *states, rows in zip(requests, before, after, logits, strict=True):
+            yield rows, model.trace(*states, request.counts)
+
+
+def distance(reference: Tensor, logits: Tensor) -> float:
+    """KL(reference || reduced) in nats, the mean over the tokens of an answer; logits (T, V)."""
+    expected, given = (x.double().log_softmax(-1) for x in (reference, logits))
+    return float((expected.exp() * (expected - given)).sum(-1).mean())
 
 
 # ---- times ---------------------------------------------------------------------------------------
@@ -382,7 +490,7 @@ def summary(
         "configuration": one.name,
         "kind": one.kind,
         "positions": "" if one.reduction.merge is None else one.reduction.positions,
-        "layer": one.layer,
+        "layer": one.reduction.fastv.layer if one.reduction.fastv else None,
         "target": one.target,
         "image_tokens": sum(line["image_tokens"] for line in own) / scenes,
         "kept_tokens": sum(line["kept_tokens"] for line in own) / scenes,
@@ -750,6 +858,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", help="where answers, times and results are kept")
     add("--n", type=int, default=1000, help="scenes (default: 1000)")
     add("--seed", type=int, default=FRESH_SEED, help=f"which scenes (default: {FRESH_SEED})")
+    add(
+        "--kl-scenes",
+        type=int,
+        default=KL_SCENES,
+        metavar="N",
+        help=f"scenes for distances and costs (default: {KL_SCENES})",
+    )
     add("--configs", nargs="+", default=["*"], metavar="NAME", help="only these; * and ? as usual")
     add("--list", action="store_true", help="only show the configurations")
     add("--time", action="store_true", help="measure times instead of accuracies")
@@ -810,7 +925,9 @@ def run(
         earlier = read_json(path) if path.exists() else {}
         replace_json(path, merge_times(measure_times(model, chosen, args), earlier))
     else:
-        run_answers(model, chosen, args)
+        run_missing(args.out / "answers.jsonl", run_chunk, model, chosen, args.n, args)
+        count = min(args.n, args.kl_scenes)
+        run_missing(args.out / "distances.jsonl", measure_distances, model, chosen, count, args)
     write_results(every, settings, args)
     return 0
 

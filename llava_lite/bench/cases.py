@@ -164,7 +164,7 @@ def walk(model: Model, reduction: Reduction) -> Walk:
     cache = after.past_key_values
     assert cache is not None
     words = WORDS_BEFORE + WORDS_AFTER
-    trace = trace_prompt(config, [image], reduction, words, 0, None, cache, after.pruning)
+    trace = trace_prompt(config, [image], reduction, words, 0, None, cache, after.prunings)
     lengths = tuple(k.shape[2] for k, _ in cache)
     return Walk(state, trace, lengths, after.next_position, logits)
 

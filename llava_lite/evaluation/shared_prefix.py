@@ -55,9 +55,7 @@ class Beginning:
                 request,
                 state=replace(after, pending_ids=before.pending_ids[self.length :]),
                 images=request.images[self.num_images :],
-                counts=request.counts.add_images(
-                    request.images[: self.num_images], None, positions
-                ),
+                counts=request.counts.add_images(request.images[: self.num_images], (), positions),
             )
             for request, before in zip(self.requests, self.states, strict=True)
         ]

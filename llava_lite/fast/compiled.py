@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_lite.cache import KVCache, LayerCache
+from llava_lite.cache import KVCache, LayerCache, pad_sizes
 from llava_lite.errors import LlavaLiteError, one_line
 from llava_lite.generation.model import Model
 from llava_lite.generation.state import State
@@ -61,7 +61,8 @@ class SlotPair(LayerCache):
     """One layer's buffers (k, v) of all slots, each (n, H, capacity, D).
 
     slots (n,) is 0..n-1; places (n,), where each slot stores its new position; bias
-    (n, 1, 1, capacity), added to attention scores: 0, and -inf at invalid positions."""
+    (n, 1, 1, capacity), added to attention scores: the log sizes of the keys (0 for most), and -inf
+    at invalid positions."""
 
     slots: Tensor
     places: Tensor
@@ -75,10 +76,10 @@ class SlotPair(LayerCache):
         return cache
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, LayerCache]:
         """As `LayerCache.attend`, but row i of q, k and v (1, H, n, D) belongs to slot i. The
-        slots' own bias takes the place of `mask`."""
+        slots' own bias takes the place of `log_sizes` and `mask`."""
         keys, values = self
         keys[self.slots, :, self.places] = k[0].transpose(0, 1)  # (n, H, D)
         values[self.slots, :, self.places] = v[0].transpose(0, 1)
@@ -87,17 +88,21 @@ class SlotPair(LayerCache):
 
 
 def decode_step(
-    llava: Llava, table: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+    llava: Llava,
+    table: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    log_sizes: Tensor,
 ) -> Tensor:
     """Run one token for every slot: table (2 + L, n) of tokens, positions and places. Writes to the
-    buffers of each layer (n, H, capacity, D). Returns logits (n, V).
+    buffers of each layer (n, H, capacity, D); log_sizes (L, n, capacity) of their keys. Returns
+    logits (n, V).
 
     All control flow depends on shapes, never on values. A second run changes nothing."""
     tokens, position_ids, places = table[0], table[1], table[2:]
     capacity = torch.arange(keys[0].shape[2], device=table.device)
     hidden = capacity > places[..., None]  # (L, n, capacity)
-    bias = torch.zeros(hidden.shape, dtype=keys[0].dtype, device=table.device)
-    bias = bias.masked_fill(hidden, float("-inf"))[:, :, None, None]  # one kernel for all layers
+    bias = log_sizes.masked_fill(hidden, float("-inf"))[:, :, None, None]  # of all layers at once
     slots = torch.arange(table.shape[1], device=table.device)
     cache = tuple(
         SlotPair.of(pair, slots, places[layer], bias[layer])
@@ -150,8 +155,15 @@ class SlotCache(Sequence[tuple[Tensor, Tensor]]):
     The pairs are copied out of the slot when they are read, or before another item takes the slot.
     Decoding on reads no pair, so it copies nothing."""
 
-    def __init__(self, decoder: "StaticDecoder", slot: int, lengths: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        decoder: "StaticDecoder",
+        slot: int,
+        lengths: tuple[int, ...],
+        log_sizes: tuple[Tensor | None, ...],
+    ) -> None:
         self.decoder, self.slot, self.lengths = decoder, slot, lengths
+        self.log_sizes = log_sizes  # per layer, as in `LayerCache`
         self.copied: KVCache | None = None
 
     @property
@@ -159,7 +171,10 @@ class SlotCache(Sequence[tuple[Tensor, Tensor]]):
         """The cache as a tuple of pairs, copied out of the slot."""
         with self.decoder.lock:
             if self.copied is None:
-                self.copied = tuple(LayerCache(k.clone(), v.clone()) for k, v in self.views())
+                self.copied = tuple(
+                    LayerCache(k.clone(), v.clone(), None, log_sizes)
+                    for (k, v), log_sizes in zip(self.views(), self.log_sizes, strict=True)
+                )
                 self.decoder.handed[self.slot].discard(self)
             return self.copied
 
@@ -204,6 +219,7 @@ class StaticDecoder:
         self.lock = RLock()
         self.keys: list[Tensor] = []  # per layer (S, H, capacity, D)
         self.values: list[Tensor] = []
+        self.log_sizes = torch.zeros(0, 0, 0)  # of all keys (L, S, capacity)
         self.handed: list[WeakSet[SlotCache]] = []  # the caches in each slot
         self.used: list[int] = []  # the time of each slot's last step
         self.time = 0
@@ -223,7 +239,8 @@ class StaticDecoder:
             logits = self.run(placed, {cache.slot: cache.lengths for cache in caches})
             advanced = []
             for cache, state in zip(caches, states, strict=True):
-                grown = SlotCache(self, cache.slot, tuple(n + 1 for n in cache.lengths))
+                lengths = tuple(n + 1 for n in cache.lengths)
+                grown = SlotCache(self, cache.slot, lengths, cache.log_sizes)
                 self.handed[cache.slot].add(grown)
                 self.used[cache.slot] = self.time
                 # A SlotCache reads like a KVCache.
@@ -277,7 +294,10 @@ class StaticDecoder:
             [buffer[:num_slots, :, :capacity] for buffer in buffers]
             for buffers in (self.keys, self.values)
         )
-        run: Callable[[], Tensor] = partial(self.step_function, self.llava, table, keys, values)
+        log_sizes = self.log_sizes[:, :num_slots, :capacity]
+        run: Callable[[], Tensor] = partial(
+            self.step_function, self.llava, table, keys, values, log_sizes
+        )
         if self.way == "graph":
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             run = record(run, table.device, self.pool)
@@ -324,20 +344,24 @@ class StaticDecoder:
         taken.add(slot)
         for other in list(self.handed[slot]):
             _ = other.pairs  # reading copies out of the slot
+        log_sizes = sizes_of(cache)
         pairs = cache.views() if isinstance(cache, SlotCache) else iter(cache)
-        for keys, values, (k, v), length in zip(
-            self.keys, self.values, pairs, lengths, strict=True
+        capacity = self.log_sizes.shape[2]
+        for keys, values, sizes, (k, v), length, new in zip(
+            self.keys, self.values, self.log_sizes, pairs, lengths, log_sizes, strict=True
         ):
+            sizes[slot] = 0 if new is None else pad_sizes(new, capacity)
             for buffer, content in ((keys[slot], k[0]), (values[slot], v[0])):
                 buffer[:, :length] = content
                 # Masked positions have weight 0, but 0 * inf is NaN: clear the last item's values.
                 buffer[:, length:] = 0
-        return SlotCache(self, slot, lengths)
+        return SlotCache(self, slot, lengths, log_sizes)
 
     def reserve(self, num_slots: int, num_positions: int) -> None:
         """Make space for `num_slots` slots with `num_positions` positions each."""
         num_slots = max(power_of_two(num_slots), len(self.handed))
-        capacity = min((buffer.shape[2] for buffer in chain(self.keys, self.values)), default=0)
+        buffers_now = [*self.keys, *self.values, self.log_sizes]
+        capacity = min(buffer.shape[2] for buffer in buffers_now)
         if num_positions > capacity:
             capacity = max(buckets(num_positions), 2 * capacity)
         elif num_slots == len(self.handed):
@@ -354,6 +378,13 @@ class StaticDecoder:
         ):  # one by one: only one old buffer is kept meanwhile
             for layer, buffer in enumerate(buffers):
                 buffers[layer] = resize_buffer(buffer, num_slots, capacity)
+        # Float32 scores on a CPU take a float32 bias (`cache.add_sizes`); a GPU wants one dtype.
+        dtype = torch.promote_types(llava.dtype, torch.float32)
+        sizes = self.log_sizes.new_zeros(text.num_layers, num_slots, capacity)
+        sizes = sizes.to(llava.device, llava.dtype if llava.device.type == "cuda" else dtype)
+        layers, slots, length = self.log_sizes.shape
+        sizes[:layers, :slots, :length] = self.log_sizes
+        self.log_sizes = sizes
         self.used += [0] * (num_slots - len(self.used))
         self.handed += [WeakSet() for _ in range(num_slots - len(self.handed))]
 
@@ -376,6 +407,7 @@ class StaticDecoder:
             for cache in [cache for handed in self.handed for cache in handed]:
                 _ = cache.pairs
             self.keys, self.values, self.handed, self.used = [], [], [], []
+            self.log_sizes = torch.zeros(0, 0, 0)
 
 
 def count_positions(cache: KVCache | None) -> tuple[int, ...]:
@@ -383,6 +415,13 @@ def count_positions(cache: KVCache | None) -> tuple[int, ...]:
     if isinstance(cache, SlotCache):
         return cache.lengths
     return tuple(k.shape[2] for k, _ in cache or ())
+
+
+def sizes_of(cache: KVCache | SlotCache) -> tuple[Tensor | None, ...]:
+    """The log sizes of the keys of each layer, None where every key counts once."""
+    if isinstance(cache, SlotCache):
+        return cache.log_sizes
+    return tuple(getattr(pair, "log_sizes", None) for pair in cache)
 
 
 def resize_buffer(buffer: Tensor, num_slots: int, capacity: int) -> Tensor:

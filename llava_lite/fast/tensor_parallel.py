@@ -33,7 +33,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional as F
 
-from llava_lite.cache import KVCache
+from llava_lite.cache import KVCache, LayerCache
 from llava_lite.config import LlavaConfig, TextConfig
 from llava_lite.fast.ranks import Ranks
 from llava_lite.generation.answer import Score
@@ -88,9 +88,9 @@ class ParallelDecoder(LlamaDecoder):
         super().__init__(config)
         self.ranks = ranks
 
-    def fastv_scores(self, query: Tensor, keys: Tensor, layout: Layout, score: str) -> Tensor:
+    def fastv_scores(self, query: Tensor, cache: LayerCache, layout: Layout, score: str) -> Tensor:
         """As `LlamaDecoder.fastv_scores`, over the heads of all ranks."""
-        return self.ranks.mean(super().fastv_scores(query, keys, layout, score))
+        return self.ranks.mean(super().fastv_scores(query, cache, layout, score))
 
 
 class ParallelLlava(Llava):

@@ -250,7 +250,7 @@ class Loop:
             before.next_position + missing,
             before.past_key_values,
             after.past_key_values,
-            after.pruning,
+            after.prunings,
         )
 
     def advance(
@@ -270,8 +270,8 @@ class Loop:
             all_logits,
         )
         advanced = [
-            State(cache, layout.next_position, reduction=state.reduction, pruning=pruning)
-            for state, (_, layout), cache, pruning in zip(
+            State(cache, layout.next_position, reduction=state.reduction, prunings=stages)
+            for state, (_, layout), cache, stages in zip(
                 states, spliced, caches, prunings, strict=True
             )
         ]

@@ -17,7 +17,7 @@ from llava_lite.generation.answer import Answer, Score, score_tokens
 from llava_lite.generation.chat import Chat
 from llava_lite.generation.loop import DEFAULT_BATCH_SIZE, Loop, check_batch_size
 from llava_lite.generation.sampling import GenerationOptions, Options, PromptOptions, check_names
-from llava_lite.generation.state import Request, as_list
+from llava_lite.generation.state import Request, State, as_list
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
 
@@ -240,27 +240,33 @@ class Model(Loop):
             scores += self.score_chunk(requests[chunk], targets[chunk], batch_size)
         return scores
 
-    @torch.inference_mode()
     def score_chunk(
         self, requests: Sequence[Request], targets: Sequence[tuple[int, ...]], batch_size: int
     ) -> list[Score]:
-        """Two passes: the prompts (last rows only), then all but the last token of each
-        continuation."""
+        """Score checked requests in one batch."""
         states, _ = self.encode_requests(requests, batch_size)
-        logits, states = self.advance(states)
+        logits, _ = self.target_logits(states, targets)
+        return [score_tokens(rows, target) for rows, target in zip(logits, targets, strict=True)]
+
+    @torch.inference_mode()
+    def target_logits(
+        self, states: Sequence[State], targets: Sequence[tuple[int, ...]]
+    ) -> tuple[list[Tensor], list[State]]:
+        """The logits (T, V) in front of each of T target tokens, for every item, and the states
+        behind the prompts. V counts the ids of text only.
+
+        Two passes: the prompts (last rows only), then all but the last token of each target."""
+        logits, after = self.advance(states)
         packed = [[row] for row in logits]  # per item, logits (V,) of each target
         longer = [index for index, target in enumerate(targets) if len(target) > 1]
         if longer:
-            more = [replace(states[index], pending_ids=targets[index][:-1]) for index in longer]
+            more = [replace(after[index], pending_ids=targets[index][:-1]) for index in longer]
             logits, _ = self.advance(more, all_logits=True)
             rows = logits.split([len(state.pending_ids) for state in more])
             for index, item in zip(longer, rows, strict=True):
                 packed[index].extend(item)
         text_ids = self.config.text.sampled_vocab_size
-        return [
-            score_tokens(torch.stack(rows)[:, :text_ids], target)
-            for rows, target in zip(packed, targets, strict=True)
-        ]
+        return [torch.stack(rows)[:, :text_ids] for rows in packed], after
 
 
 def pair(image: Any, prompt: str | Sequence[str]) -> list[tuple[list[Any], str]]:

@@ -26,7 +26,7 @@ class State:
     images: tuple[EncodedImage, ...] = ()  # one per image slot in pending_ids
     reduction: Reduction = NO_REDUCTION
     answer_ids: tuple[int, ...] = ()
-    pruning: Pruning | None = None  # of the last forward
+    prunings: tuple[Pruning, ...] = ()  # the stages of the last forward
 
     @property
     def num_pending_rows(self) -> int:
@@ -52,7 +52,7 @@ class TokenCounts:
     positions: int = 0
 
     def add_images(
-        self, images: tuple[EncodedImage, ...], pruning: Pruning | None, positions: str
+        self, images: tuple[EncodedImage, ...], prunings: tuple[Pruning, ...], positions: str
     ) -> "TokenCounts":
         """Add the images of one forward."""
         tokens = sum(len(image.image_embeds) for image in images)
@@ -60,7 +60,7 @@ class TokenCounts:
             self,
             patches=self.patches + sum(image.num_patches for image in images),
             image=self.image + tokens,
-            kept=self.kept + (tokens if pruning is None else len(pruning.kept)),
+            kept=self.kept + (len(prunings[-1].kept) if prunings else tokens),
             positions=self.positions + sum(image.num_positions(positions) for image in images),
         )
 
@@ -108,7 +108,7 @@ class Row:
         if self.steps == 0:
             positions = state.reduction.positions
             self.counts = self.request.counts.add_images(
-                self.state.images, state.pruning, positions
+                self.state.images, state.prunings, positions
             )
         is_eos = token == eos_id
         new_ids = () if is_eos else (token,)

@@ -11,9 +11,11 @@ The numbers:
 
     groups, sizes         An image starts as P patches. Similar patches merge in the vision tower
                           (tome.py); one token stands for the whole group.
-    scores, kept          Before one decoder layer FastV (fastv.py) drops the image tokens with the
-                          least attention from the last token of the prompt. A score is this
+    scores, kept          In front of some decoder layers FastV (fastv.py) keeps the image tokens
+                          with the most attention from the last token of the prompt. A score is this
                           attention, 0..1. "sum" scores of all tokens, words included, add up to 1.
+    speakers              The kept token that stands for a patch in the last layers: its own token,
+                          or the token that its token is folded into.
     rows                  Words and image tokens: the input of norms, projections and MLPs.
     positions             The keys of attention and of the KV cache. More than rows with "vtu",
                           where a merged token counts once per patch (layout.py).
@@ -29,10 +31,11 @@ The numbers:
                               3 n d f     "gated": Llama's has three
                           Softmax, norms, embeddings, the projector and lm_head are left out.
 
-With U rows on N positions the first and the last term use U, the second N. The scores of FastV add
-d per key. A later turn of a chat runs its new rows only, but its positions attend to all keys:
-2 n (cached + n) d. Rows, positions and FLOPs are those of the turn, KV bytes those of the whole
-cache. "Unreduced" is the same prompt or turn without any merging and pruning.
+With U rows and K keys of attention (K = N with "vtu") the first and the last term use U, the second
+K. The scores of FastV add d per key. Folding M tokens into M' kept ones adds M M' d. A later turn
+of a chat runs its new rows only, but its keys attend to all keys: 2 n (cached + n) d. Rows,
+positions and FLOPs are those of the turn, KV bytes those of the whole cache. "Unreduced" is the
+same prompt or turn without any merging and pruning.
 
 `decoder_flops`, `fastv_ratio`, `tower_flops` and `kv_bytes` need no model, only its config.
 """
@@ -58,7 +61,9 @@ class ImageTrace:
     grid: patches along one side; patches are numbered row by row, 0 .. grid^2 - 1. groups (P,): the
     token of each patch, the patch itself if nothing merged. sizes: patches per token.
     tokens_per_block: tokens after every block of the tower, empty if unknown. scores: FastV's score
-    of each token, None without pruning. kept: tokens in all layers, ascending."""
+    of each token in the first stage, None without pruning. kept: tokens in all layers, ascending.
+    folded_into: the kept token that each token is a part of in the last layers, None for a dropped
+    token."""
 
     grid: int
     groups: tuple[int, ...]
@@ -66,6 +71,7 @@ class ImageTrace:
     tokens_per_block: tuple[int, ...]
     scores: tuple[float, ...] | None
     kept: tuple[int, ...]
+    folded_into: tuple[int | None, ...]
 
     @property
     def num_patches(self) -> int:
@@ -82,6 +88,10 @@ class ImageTrace:
         """Whether FastV kept the token of every patch (P,)."""
         kept = set(self.kept)
         return tuple(token in kept for token in self.groups)
+
+    def speakers(self) -> tuple[int | None, ...]:
+        """The kept token that stands for every patch (P,) in the last layers, None if dropped."""
+        return tuple(self.folded_into[token] for token in self.groups)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, ready for json; scores rounded to 4 digits."""
@@ -116,13 +126,13 @@ class Flops:
 class Trace:
     """The path of one prompt through the model. The head of this file explains the numbers.
 
-    images: one trace each. prune_layer: the first pruned layer, None without pruning.
+    images: one trace each. prune_layers: the first layer of every stage of pruning.
     rows_per_layer, positions_per_layer: of this prompt. kv_bytes: of the cache after the prompt;
     kv_bytes_unreduced: without a reduction. decoder_flops: by convention, "paper" and "gated".
     tower_flops: of all images, also of those encoded before this call."""
 
     images: tuple[ImageTrace, ...]
-    prune_layer: int | None
+    prune_layers: tuple[int, ...]
     rows_per_layer: tuple[int, ...]
     positions_per_layer: tuple[int, ...]
     kv_bytes: int
@@ -130,11 +140,17 @@ class Trace:
     decoder_flops: dict[str, Flops]
     tower_flops: Flops
 
+    @property
+    def prune_layer(self) -> int | None:
+        """The first pruned layer, None without pruning."""
+        return self.prune_layers[0] if self.prune_layers else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types, ready for json; scores rounded to 4 digits."""
         return {
             "images": [image.to_dict() for image in self.images],
             "prune_layer": self.prune_layer,
+            "prune_layers": list(self.prune_layers),
             "rows_per_layer": list(self.rows_per_layer),
             "positions_per_layer": list(self.positions_per_layer),
             "kv_bytes": self.kv_bytes,
@@ -152,33 +168,33 @@ def trace_prompt(
     unreduced_past: int,
     before: KVCache | None,
     after: KVCache,
-    pruning: Pruning | None,
+    prunings: Sequence[Pruning],
 ) -> Trace:
     """Trace the forward of one prompt with these images and `num_text` text tokens.
 
     unreduced_past: positions of the earlier turns without a reduction. before, after: the caches.
-    pruning: what FastV dropped."""
+    prunings: the stages of FastV."""
     text, num_layers = config.text, config.text.num_layers
     cached = [0] * num_layers if before is None else [k.shape[2] for k, _ in before]
     positions = [k.shape[2] - past for (k, _), past in zip(after, cached, strict=True)]
     num_rows = num_text + sum(len(image.image_embeds) for image in images)
-    rows, layer = [num_rows] * num_layers, None
-    if reduction.fastv is not None and pruning is not None:
-        layer = reduction.fastv.layer
-        rows[layer:] = [len(pruning.kept_indices)] * (num_layers - layer)
+    rows = [num_rows] * num_layers
+    for pruning in prunings:
+        rows[pruning.layer :] = [len(pruning.kept_indices)] * (num_layers - pruning.layer)
     whole = [num_text + sum(image.num_patches for image in images)] * num_layers
     past = [unreduced_past] * num_layers
     return Trace(
-        trace_images(config.vision.grid, images, reduction.positions, pruning),
-        layer,
+        trace_images(config.vision.grid, images, reduction.positions, prunings),
+        tuple(pruning.layer for pruning in prunings),
         tuple(rows),
         tuple(positions),
         kv_bytes(text, [k.shape[2] for k, _ in after], after[0][0].element_size()),
         kv_bytes(text, [unreduced_past + new for new in whole], after[0][0].element_size()),
         {
             convention: Flops(
-                decoder_flops(text, rows, positions, cached, layer, convention),
-                decoder_flops(text, whole, whole, past, None, convention),
+                decoder_flops(text, rows, positions, cached, convention)
+                + sum(pruning_flops(text, positions, cached, pruning) for pruning in prunings),
+                decoder_flops(text, whole, whole, past, convention),
             )
             for convention in MLP_MATRICES
         },
@@ -187,11 +203,11 @@ def trace_prompt(
 
 
 def trace_images(
-    grid: int, images: Sequence[EncodedImage], positions: str, pruning: Pruning | None
+    grid: int, images: Sequence[EncodedImage], positions: str, prunings: Sequence[Pruning]
 ) -> tuple[ImageTrace, ...]:
     """Split the pruning of all image tokens, one sequence, into images."""
-    all_scores = None if pruning is None else tuple(pruning.scores.tolist())
-    all_kept = None if pruning is None else pruning.kept.tolist()
+    all_scores = tuple(prunings[0].scores.tolist()) if prunings else None
+    all_folded = follow_tokens(sum(len(image.image_embeds) for image in images), prunings)
     traced, start = [], 0
     for image in images:
         num_tokens = len(image.image_embeds)
@@ -200,7 +216,7 @@ def trace_images(
         sizes = [0] * num_tokens
         for token in groups:
             sizes[token] += 1
-        kept = range(start, stop) if all_kept is None else all_kept
+        folded = tuple(None if at is None else at - start for at in all_folded[start:stop])
         traced.append(
             ImageTrace(
                 grid,
@@ -208,11 +224,29 @@ def trace_images(
                 tuple(sizes),
                 image.tokens_per_block,
                 None if all_scores is None else all_scores[start:stop],
-                tuple(token - start for token in kept if start <= token < stop),
+                tuple(token for token, into in enumerate(folded) if token == into),
+                folded,
             )
         )
         start = stop
     return tuple(traced)
+
+
+def follow_tokens(num_tokens: int, prunings: Sequence[Pruning]) -> list[int | None]:
+    """The token that each of `num_tokens` image tokens is a part of after all stages, itself if it
+    is kept, None if it is dropped."""
+    holders: list[int | None] = list(range(num_tokens))
+    left = list(range(num_tokens))  # the tokens that reach the next stage
+    for pruning in prunings:
+        kept = pruning.kept.tolist()
+        if pruning.folded_into is None:
+            into = {left[index]: left[index] for index in kept}
+        else:
+            parts = enumerate(pruning.folded_into.tolist())
+            into = {left[index]: left[taker] for index, taker in parts}
+        holders = [None if holder is None else into.get(holder) for holder in holders]
+        left = [left[index] for index in kept]
+    return holders
 
 
 def decoder_groups(image: EncodedImage, positions: str) -> tuple[int, ...]:
@@ -242,21 +276,26 @@ def decoder_flops(
     rows: Sequence[int],
     positions: Sequence[int],
     cached: Sequence[int] | None = None,
-    prune_layer: int | None = None,
     convention: str = "gated",
 ) -> int:
     """Multiply-adds of decoder layers, from the rows, new positions and cached positions per layer.
-
-    `prune_layer` adds the scores of FastV in the layer before it. `convention`: "paper" or "gated",
-    see the head of this file."""
+    `convention`: "paper" or "gated", see the head of this file."""
     d, f = text.hidden_size, text.intermediate_size
     cached = [0] * len(rows) if cached is None else cached
     keys = [past + new for past, new in zip(cached, positions, strict=True)]
-    layers = sum(
+    return sum(
         (4 * d * d + MLP_MATRICES[convention] * d * f) * num_rows + 2 * new * all_keys * d
         for num_rows, new, all_keys in zip(rows, positions, keys, strict=True)
     )
-    return layers if prune_layer is None else layers + keys[prune_layer - 1] * d
+
+
+def pruning_flops(
+    text: TextConfig, positions: Sequence[int], cached: Sequence[int], pruning: Pruning
+) -> int:
+    """Multiply-adds of one stage: the scores in the layer before, and the cosines of folding."""
+    keys = positions[pruning.layer - 1] + cached[pruning.layer - 1]
+    pairs = 0 if pruning.folded_into is None else len(pruning.scores) * len(pruning.kept)
+    return (keys + pairs) * text.hidden_size
 
 
 def fastv_ratio(

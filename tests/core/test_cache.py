@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from helpers.examples import examples
+from helpers.tensors import log_sizes_of
 from llava_lite.cache import FEWEST_SPARE, LayerCache, append
 
 H, D = 2, 3
+Step = tuple[int, int, bool]  # which pair goes on, by how many keys, and whether these have sizes
 
 
 def draw(length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -45,17 +47,38 @@ def eager_threads() -> Iterator[None]:
     sys.setswitchinterval(usual)
 
 
+def sizes(length: int, sized: bool, seed: int = 0) -> Tensor | None:
+    """Log sizes of keys, or of none."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(1, 600, (length,), generator=generator)
+    return drawn.float().log() if sized else None
+
+
 @examples(60)
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 90)), min_size=1, max_size=12))
-def test_every_branch_is_what_concatenation_gives(steps: list[tuple[int, int]]) -> None:
+@given(
+    st.booleans(),
+    st.lists(
+        st.tuples(st.integers(0, 9), st.integers(1, 90), st.booleans()), min_size=1, max_size=12
+    ),
+)
+def test_every_branch_is_what_concatenation_gives(sized: bool, steps: list[Step]) -> None:
     """Any pair handed out so far may be continued, again and again; none of them ever changes."""
-    first = draw(4)
-    pairs: list[tuple[LayerCache, tuple[Tensor, Tensor]]] = [(append(None, *first), first)]
-    for seed, (parent, length) in enumerate(steps, start=1):
-        past, expected = pairs[parent % len(pairs)]
-        new = draw(length, seed)
-        pairs.append((append(past, *new), joined(expected, new)))
-        assert all(same(pair, wanted) for pair, wanted in pairs)
+    first, logs = draw(4), sizes(4, sized)
+    pairs = [(append(None, *first, logs), first, (logs if sized else torch.zeros(4)).tolist())]
+    for seed, (parent, length, with_sizes) in enumerate(steps, start=1):
+        past, expected, known = pairs[parent % len(pairs)]
+        new, logs = draw(length, seed), sizes(length, with_sizes, seed)
+        grown = append(past, *new, logs)
+        all_logs = known + (torch.zeros(length) if logs is None else logs).tolist()
+        pairs.append((grown, joined(expected, new), all_logs))
+        for pair, wanted, all_logs in pairs:
+            assert same(pair, wanted) and log_sizes_of(pair) == all_logs
+
+
+def test_without_sizes_there_are_none() -> None:
+    """Then attention needs no mask."""
+    pair = append(append(append(None, *draw(5)), *draw(1, 1)), *draw(2, 2))
+    assert pair.log_sizes is None
 
 
 def test_tokens_are_written_behind_the_others() -> None:
@@ -117,12 +140,14 @@ def test_the_space_is_taken_before_it_is_written() -> None:
 
 
 def test_it_is_a_plain_tuple() -> None:
-    cache = append(append(None, *draw(5)), *draw(1, 1))
+    cache = append(append(None, *draw(5), sizes(5, True)), *draw(1, 1))
     k, v = cache
     assert isinstance(cache, tuple) and cache[0] is k and cache[1] is v
     for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
-        assert same(twin, cache)
-        assert same(append(twin, *draw(1, 2)), append(cache, *draw(1, 2)))
+        assert same(twin, cache) and log_sizes_of(twin) == log_sizes_of(cache)
+        longer = append(twin, *draw(1, 2))
+        assert same(longer, append(cache, *draw(1, 2)))
+        assert log_sizes_of(longer) == [*log_sizes_of(cache), 0]
 
 
 def test_any_pair_can_be_continued() -> None:
@@ -134,11 +159,48 @@ def test_attention_continues_any_pair(past: tuple[Tensor, Tensor] | None) -> Non
     """A plain tuple, a pair of ours, or nothing: the new queries see the past and themselves."""
     (k, v), (q, _) = draw(3, 1), draw(3, 2)
     pair = (k, v) if past is None else joined(past, (k, v))
-    mixed, grown = LayerCache.wrap(past, k).attend(q, k, v, None)
+    mixed, grown = LayerCache.wrap(past, k).attend(q, k, v, None, None)
     assert same(grown, pair)
     ahead = torch.ones(3, pair[0].shape[2], dtype=torch.bool).triu(pair[0].shape[2] - 2)
     scores = (q @ pair[0].mT / D**0.5).masked_fill(ahead, -torch.inf)
     assert torch.allclose(mixed, scores.softmax(-1) @ pair[1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 4e-3)],
+)
+@pytest.mark.parametrize("kind", ["causal", "bool", "added"])
+@pytest.mark.parametrize(("before", "new"), [(0, 1), (0, 20), (5, 3), (40, 1), (40, 30)])
+def test_a_key_of_size_s_counts_as_s_equal_keys(
+    dtype: torch.dtype, tolerance: float, kind: str, before: int, new: int
+) -> None:
+    """Whatever else hides or weighs keys; in 16 bit the logs of sizes keep their digits. (Kernels
+    take other paths from 16 keys on.)"""
+    past, (k, v), (q, _) = (
+        tuple(x.to(dtype) for x in draw(length, seed))
+        for seed, length in ((1, before), (2, new), (3, new))
+    )
+    old, fresh = sizes(before, True, 4), sizes(new, True, 5)
+    mask, total = None, before + new
+    if kind != "causal":
+        mask = torch.randn(new, total, generator=torch.Generator().manual_seed(6)).to(dtype)
+        mask[:, 0] = 1
+    cache = LayerCache(*past, None, old)
+    shown = mask > 0 if kind == "bool" and mask is not None else mask
+    mixed, grown = cache.attend(q, k, v, fresh, shown)
+    assert mixed.dtype == dtype
+    counts = torch.cat([x.exp().round().long() for x in (old, fresh) if x is not None])
+    assert log_sizes_of(grown) == counts.float().log().tolist()
+    keys, values = (x.double().repeat_interleave(counts, 2) for x in joined(past, (k, v)))
+    scores = q.double() @ keys.mT / D**0.5
+    if kind == "added" and mask is not None:
+        scores = scores + mask.double().repeat_interleave(counts, 1)
+    else:
+        seen = torch.ones(new, total, dtype=torch.bool).tril(before) if mask is None else mask > 0
+        scores = scores.masked_fill(~seen.repeat_interleave(counts, 1), -torch.inf)
+    expected = scores.softmax(-1) @ values
+    assert torch.allclose(mixed.double(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -24,15 +24,15 @@ from torch.nn import functional as F
 from helpers.examples import examples
 from helpers.goldens import GOLDEN_TOLERANCE, Golden, load_weights, text_config
 from helpers.models import TINY_CONFIG, TINY_TEXT, random_llava
-from helpers.prompts import Picture, Prompt, decode, prompts, seeds, write_out
-from helpers.tensors import close, draw, rms_norm_oracle
+from helpers.prompts import Lists, Picture, Prompt, decode, prompts, seeds, write_out
+from helpers.tensors import close, draw, log_sizes_of, rms_norm_oracle
 from helpers.waits import Watch, cuda_waits, dispatched_waits
 from llava_lite.cache import KVCache
 from llava_lite.config import IMAGE_TOKEN_ID, LlavaConfig
-from llava_lite.fastv import Pruning, choose, last_row, rank_tokens, row_scores
+from llava_lite.fastv import ImageRows, Pruning, choose, last_row, rank_tokens, row_scores
 from llava_lite.layout import Layout
 from llava_lite.llava import EncodedImage, Llava
-from llava_lite.reduction import POSITIONS, SCORES, FastV, Reduction, ToMe
+from llava_lite.reduction import POSITIONS, RESTS, SCORES, FastV, Reduction, ToMe
 from llava_lite.rope import apply_rope, rope_cos_sin
 
 CPU = torch.device("cpu")
@@ -43,20 +43,36 @@ TEXT = replace(TINY_TEXT, num_layers=4)
 LLAVAS = {dtype: random_llava(replace(TINY_CONFIG, text=TEXT), dtype=dtype) for dtype in DTYPES}
 few = examples(80)
 dtypes = st.sampled_from(DTYPES)
-layouts = st.sampled_from(POSITIONS)
 starts = st.sampled_from([0, 3, 1100])  # positions from 1000 on were out of the reference's reach
 
 
 @st.composite
-def wishes(draw_value: st.DrawFn) -> FastV:
-    """A pruning of any layer, amount and kind."""
-    amount: dict[str, Any] = (
-        {"keep": draw_value(st.integers(1, 6))}
-        if draw_value(st.booleans())
-        else {"drop": draw_value(st.sampled_from([0.1, 0.3, 0.5, 0.7, 0.9]))}
-    )
-    layer, score = draw_value(st.integers(1, 3)), draw_value(st.sampled_from(SCORES))
-    return FastV(**amount, layer=layer, score=score, per_image=draw_value(st.booleans()))
+def wishes(draw_value: st.DrawFn, rests: Sequence[str] = ("drop",)) -> FastV:
+    """A pruning of any layers, amounts and kind."""
+    kind: dict[str, Any] = {
+        "score": draw_value(st.sampled_from(SCORES)),
+        "per_image": draw_value(st.booleans()),
+        "rest": draw_value(st.sampled_from(rests)),
+    }
+    shares = st.sampled_from([0.1, 0.3, 0.5, 0.7, 0.9])
+    if draw_value(st.booleans()):
+        layers = sorted(draw_value(st.sets(st.integers(1, 3), min_size=1)))
+        counts = st.sets(st.integers(1, 8), min_size=len(layers), max_size=len(layers))
+        falling = sorted(draw_value(counts), reverse=True)
+        amounts = [draw_value(st.just(count) | shares) for count in falling]
+        return FastV(stages=tuple(zip(layers, amounts, strict=True)), **kind)
+    layer = draw_value(st.integers(1, 3))
+    if draw_value(st.booleans()):
+        return FastV(keep=draw_value(st.integers(1, 6)), layer=layer, **kind)
+    return FastV(drop=draw_value(shares), layer=layer, **kind)
+
+
+@st.composite
+def ways(draw_value: st.DrawFn, pruned: bool = False, rests: Sequence[str] = RESTS) -> Reduction:
+    """A way through the decoder: positions, and maybe a pruning (`pruned`: always)."""
+    positions = draw_value(st.sampled_from(POSITIONS))
+    wish = wishes(rests if positions == "folded" else ("drop",))
+    return Reduction(None, positions, draw_value(wish if pruned else st.none() | wish))
 
 
 # ---- running ours ------------------------------------------------------------------------------
@@ -64,11 +80,11 @@ def wishes(draw_value: st.DrawFn) -> FastV:
 
 @dataclass(frozen=True)
 class Run:
-    """What one item's forward gave: logits (U', V) of all rows left, cache, what was pruned."""
+    """What one item's forward gave: logits (U', V) of all rows left, cache, stages of pruning."""
 
     logits: Tensor
     cache: KVCache
-    pruning: Pruning | None
+    stages: tuple[Pruning, ...]
     layout: Layout
 
     @property
@@ -85,8 +101,8 @@ def run(
     fastv: FastV | None = None,
     past: KVCache | None = None,
 ) -> Run:
-    logits, [cache], [pruning] = llava([rows], [layout], [past], [fastv], all_logits=True)
-    return Run(logits, cache, pruning, layout)
+    logits, [cache], [stages] = llava([rows], [layout], [past], [fastv], all_logits=True)
+    return Run(logits, cache, stages, layout)
 
 
 def run_prompt(
@@ -95,11 +111,18 @@ def run_prompt(
     return run(llava, *prompt.splice(llava, positions, start), fastv)
 
 
+def run_way(llava: Llava, prompt: Prompt, way: Reduction, start: int = 0) -> Run:
+    return run_prompt(llava, prompt, way.positions, way.fastv, start)
+
+
 def same(first: Run, second: Run) -> None:
-    """Bit for bit."""
+    """Bit for bit, and no weights where there were none."""
     assert torch.equal(first.logits, second.logits)
     for here, there in zip(first.cache, second.cache, strict=True):
         assert torch.equal(here[0], there[0]) and torch.equal(here[1], there[1])
+        sizes = [getattr(pair, "log_sizes", None) for pair in (here, there)]
+        assert [size is None for size in sizes] in ([True] * 2, [False] * 2)
+        assert log_sizes_of(here) == log_sizes_of(there)
 
 
 def alike(first: Run, second: Run, tolerance: float) -> None:
@@ -110,9 +133,9 @@ def alike(first: Run, second: Run, tolerance: float) -> None:
         close(here[1], there[1], tolerance)
 
 
-def assume_no_ties(pruning: Pruning | None, dtype: torch.dtype) -> None:
+def assume_no_ties(stages: Sequence[Pruning], dtype: torch.dtype) -> None:
     """Rounding must not decide who stays."""
-    if pruning is not None:
+    for pruning in stages:
         stays = torch.zeros_like(pruning.scores, dtype=torch.bool)
         stays[pruning.kept] = True
         gaps = pruning.scores[stays][:, None] - pruning.scores[~stays]
@@ -122,65 +145,75 @@ def assume_no_ties(pruning: Pruning | None, dtype: torch.dtype) -> None:
 # ---- the oracle --------------------------------------------------------------------------------
 
 
+Key = tuple[int, list[int]]  # a row, and its places: one, or all of a folded token
+
+
 @dataclass(frozen=True)
 class Turn:
-    """A prompt within a sequence: its last position asks about the rows of each group, and so many
-    of each group stay."""
+    """A prompt within a sequence: its rows, and those of each image. Its last position asks."""
 
-    last_position: int
-    groups: list[list[int]]
-    num_kept: list[int]
+    rows: range
+    images: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A pruning of a turn: the rows in front of it and behind it, its candidates with their
+    scores, the rows of each image that stay, and the row that each candidate became a part of."""
+
+    layer: int
+    before: list[int]
+    after: list[int]
+    candidates: list[int]
+    scores: list[float]
+    images: list[list[int]]
+    folded_into: list[int] | None
 
 
 @dataclass(frozen=True)
 class Expected:
-    """logits (U', V), the row of each, per layer keys and values (H, n, D), and for each turn the
-    scores of its rows and the rows that stay."""
+    """logits (U', V), the row of each, per layer keys and values (H, n, D), the stages of each
+    turn, and the smallest distance between two likenesses of which the larger one was chosen."""
 
     logits: Tensor
     rows: list[int]
     caches: list[tuple[Tensor, Tensor]]
-    scores: list[list[float]]
-    kept: list[list[int]]
+    stages: list[list[Stage]]
+    gap: float
 
 
-def turn_oracle(lists: Any, fastv: FastV | None, past_rows: int, past_positions: int) -> Turn:
-    """What a wish means for a prompt after so many rows and positions."""
-    groups = [[past_rows + row for row in rows] for rows in lists.image_rows]
-    if fastv is None:
-        groups = []
-    elif not fastv.per_image:
-        groups = [sum(groups, [])]
-    amounts = []
-    for rows in groups:
-        assert fastv is not None
-        if fastv.keep is not None:
-            amounts.append(min(fastv.keep, len(rows)))
-        else:
-            assert fastv.drop is not None
-            amounts.append(min(len(rows), max(1, round(len(rows) * (1 - fastv.drop)))))
-    return Turn(past_positions + len(lists.mapping) - 1, groups, amounts)
+def turn_oracle(lists: Lists, past_rows: int = 0) -> Turn:
+    """The turn of a prompt after so many rows."""
+    images = [[past_rows + row for row in rows] for rows in lists.image_rows]
+    return Turn(range(past_rows, past_rows + lists.num_rows), images)
 
 
 def full_attention(
-    w: dict[str, Tensor], x: Tensor, mapping: list[int], places: list[int], visible: Tensor
+    w: dict[str, Tensor], x: Tensor, keys: list[Key], visible: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One layer's attention over all positions: rows x (U, C) -> what o_proj gives (U, C), the
-    probabilities (H, N, N), and k and v (H, N, D)."""
+    """One layer's attention over all keys: rows x (U, C) -> what o_proj gives (U, C), the
+    probabilities (H, N, N), and k and v (H, N, D). A key with several places is turned by the mean
+    of their rotations, and counts that often."""
+    mapping = [row for row, _ in keys]
     q, k, v = (
         (x @ w[f"attn.{name}_proj.weight"].T).reshape(len(x), TEXT.num_heads, -1)[mapping]
         for name in "qkv"
     )  # (N, H, D)
-    cos, sin = rope_cos_sin(torch.tensor(places), TEXT.head_dim, TEXT.rope_theta)
     half = TEXT.head_dim // 2
-    turn = torch.complex(cos[:, :half].double(), sin[:, :half].double())[:, None]
+    # Rotations and the logs of sizes have float32 in every model.
+    turns = []
+    for _, places in keys:
+        cos, sin = rope_cos_sin(torch.tensor(places), TEXT.head_dim, TEXT.rope_theta)
+        mean_cos, mean_sin = sum(cos) / len(places), sum(sin) / len(places)
+        turns.append(torch.complex(mean_cos[:half].double(), mean_sin[:half].double()))
+    log_sizes = torch.tensor([len(places) for _, places in keys]).log()
     turned = []
     for part in (q, k):
-        pairs = torch.complex(part[..., :half], part[..., half:]) * turn
+        pairs = torch.complex(part[..., :half], part[..., half:]) * torch.stack(turns)[:, None]
         turned.append(torch.cat((pairs.real, pairs.imag), -1))
     q, k, v = (part.transpose(0, 1) for part in (*turned, v))
-    scores = (q @ k.mT / TEXT.head_dim**0.5).masked_fill(~visible, -torch.inf)
-    probs = scores.softmax(-1)
+    scores = q @ k.mT / TEXT.head_dim**0.5 + log_sizes.double()
+    probs = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     mixed = (probs @ v).transpose(0, 1).flatten(1)  # (N, C)
     rows = []
     for row in range(len(x)):
@@ -193,45 +226,63 @@ def full_attention(
 def stack_oracle(
     llava: Llava,
     x: Tensor,
-    mapping: list[int],
-    places: list[int],
+    keys: list[Key],
     turns: Sequence[Turn] = (),
     fastv: FastV | None = None,
     mask: bool = False,
 ) -> Expected:
-    """The decoder, in float64: rows x (U, C), the row and the place of every position.
+    """The decoder, in float64: rows x (U, C), and the rows and places that attention sees.
 
     Scores come from the full probabilities of the layer in front of the pruned one. `mask` hides
     what is dropped from all others instead of dropping it."""
-    x, rows, hidden = x.double(), list(range(len(x))), set()
-    caches, all_scores, all_kept = [], [], []
-    probs = torch.empty(0)
+    x, rows, hidden = x.double(), list(range(len(x))), set[int]()
+    caches, stages, gap = [], [list[Stage]() for _ in turns], 1.0
+    images = [turn.images for turn in turns]
+    amounts = {} if fastv is None else fastv.amounts
+    probs, seen = torch.empty(0), keys  # of the layer before
     weights = {name: tensor.double() for name, tensor in llava.decoder.state_dict().items()}
     for layer_idx in range(TEXT.num_layers):
-        if fastv is not None and layer_idx == fastv.layer:
-            dropped: set[int] = set()
-            for turn in turns:
-                scores, kept = ask(probs, mapping, turn, fastv.score)
-                all_scores.append(scores)
-                all_kept.append(kept)
-                dropped |= set(sum(turn.groups, [])) - set(kept)
+        for index, turn in enumerate(turns if layer_idx in amounts else ()):
+            assert fastv is not None
+            scores = ask(probs, seen, turn, hidden, fastv.score)
+            kept = stay(scores, images[index], amounts[layer_idx], fastv)
+            candidates, before = sum(images[index], []), [r for r in rows if r in turn.rows]
+            if len(kept) == len(candidates):
+                continue
+            dropped = [row for row in candidates if row not in kept]
+            into = None
+            if fastv.rest == "fold":
+                x, keys, into, smallest = fold_oracle(x, rows, keys, images[index], kept)
+                gap = min(gap, smallest)
             if mask:
-                hidden = dropped
+                hidden |= set(dropped)
             else:
+                x = x[[i for i, row in enumerate(rows) if row not in dropped]]
+                keys = [key for key in keys if key[0] not in dropped]
                 rows = [row for row in rows if row not in dropped]
-                x = x[rows]
-                stays = [e for e, owner in enumerate(mapping) if owner not in dropped]
-                places = [places[e] for e in stays]
-                mapping = [rows.index(mapping[e]) for e in stays]
-        visible = torch.ones(len(mapping), len(mapping), dtype=torch.bool).tril()
-        for e, owner in enumerate(mapping):
-            if owner in hidden:
+            images[index] = [[row for row in image if row in kept] for image in images[index]]
+            stages[index].append(
+                Stage(
+                    layer_idx,
+                    before,
+                    [row for row in before if row not in dropped],
+                    candidates,
+                    [scores[row] for row in candidates],
+                    images[index],
+                    into,
+                )
+            )
+        visible = torch.ones(len(keys), len(keys), dtype=torch.bool).tril()
+        for e, (row, _) in enumerate(keys):
+            if row in hidden:
                 visible[:, e] = False
                 visible[e, e] = True  # someone must be seen; nobody looks at the answer
         name = f"layers.{layer_idx}."
         w = {key.removeprefix(name): v for key, v in weights.items() if key.startswith(name)}
         normed = rms_norm_oracle(x, w["input_norm.weight"], TEXT.rms_norm_eps)
-        mixed, probs, k, v = full_attention(w, normed, mapping, places, visible)
+        now = [(rows.index(row), places) for row, places in keys]
+        mixed, probs, k, v = full_attention(w, normed, now, visible)
+        seen = keys
         caches.append((k, v))
         x = x + mixed
         normed = rms_norm_oracle(x, w["post_attn_norm.weight"], TEXT.rms_norm_eps)
@@ -239,42 +290,94 @@ def stack_oracle(
         inner = gate / (1 + (-gate).exp()) * (normed @ w["mlp.up_proj.weight"].T)
         x = x + inner @ w["mlp.down_proj.weight"].T
     logits = rms_norm_oracle(x, weights["norm.weight"], TEXT.rms_norm_eps)
-    return Expected(logits @ weights["lm_head.weight"].T, rows, caches, all_scores, all_kept)
+    return Expected(logits @ weights["lm_head.weight"].T, rows, caches, stages, gap)
 
 
-def ask(probs: Tensor, mapping: list[int], turn: Turn, score: str) -> tuple[list[float], list[int]]:
-    """The scores of a turn's candidates from full probabilities (H, N, N), and who stays."""
-    row = probs[:, turn.last_position].mean(0)
-    scores, kept = [], []
-    for group, num_kept in zip(turn.groups, turn.num_kept, strict=True):
-        of_group = []
-        for candidate in group:
-            looks = [float(row[e]) for e, owner in enumerate(mapping) if owner == candidate]
-            of_group.append(sum(looks) / (len(looks) if score == "mean" else 1))
-        best = sorted(range(len(group)), key=lambda index: (-of_group[index], index))[:num_kept]
-        kept += sorted(group[index] for index in best)
-        scores += of_group
-    return scores, kept
+def ask(
+    probs: Tensor, keys: list[Key], turn: Turn, hidden: set[int], score: str
+) -> dict[int, float]:
+    """The scores of a turn's rows from full probabilities (H, N, N)."""
+    asks = [e for e, (row, _) in enumerate(keys) if row in turn.rows and row not in hidden][-1]
+    looks, sizes = dict[int, float](), dict[int, int]()
+    for e, (row, places) in enumerate(keys):
+        looks[row] = looks.get(row, 0.0) + float(probs[:, asks, e].mean())
+        sizes[row] = sizes.get(row, 0) + len(places)
+    return {row: looks[row] / (sizes[row] if score == "mean" else 1) for row in looks}
 
 
-def check_forward(
-    ours: Run, expected: Expected, first_row: int, turn: Turn | None, index: int = 0
-) -> None:
-    """One forward against its rows in the oracle's sequence, from `first_row` on; its turn there is
-    the one of this index."""
+def stay(
+    scores: dict[int, float], images: list[list[int]], amount: int | float, fastv: FastV
+) -> list[int]:
+    """The image rows that stay. Folding keeps the best row of every image."""
+    kept, groups = [], images if fastv.per_image else [sum(images, [])]
+    for group in groups:
+        count = amount if isinstance(amount, int) else max(1, round(len(group) * (1 - amount)))
+        first = set[int]()
+        if fastv.rest == "fold":
+            owned = [image for image in images if set(image) <= set(group)]
+            first = {min(image, key=lambda row: (-scores[row], row)) for image in owned}
+        order = sorted(group, key=lambda row: (row not in first, -scores[row], row))
+        kept += sorted(order[: max(count, len(first))])
+    return kept
+
+
+def fold_oracle(
+    x: Tensor, rows: list[int], keys: list[Key], images: list[list[int]], kept: list[int]
+) -> tuple[Tensor, list[Key], list[int], float]:
+    """Each row of an image that does not stay becomes a part of the row most like it: x with the
+    new rows in the places of the kept ones, the keys with all places, the row that each row became
+    a part of, and the smallest distance between the best likeness and another."""
+    place = {row: i for i, row in enumerate(rows)}
+    unit, gap, into = x / x.norm(dim=-1, keepdim=True), 1.0, dict[int, int]()
+    for image in images:
+        takers = [row for row in image if row in kept]
+        for row in image:
+            if row in takers:
+                into[row] = row
+                continue
+            alike = [float(unit[place[row]] @ unit[place[taker]]) for taker in takers]
+            into[row] = takers[alike.index(max(alike))]
+            others = sorted(alike)[-2:]
+            gap = min(gap, others[1] - others[0]) if len(others) == 2 else gap
+    places, new_x = dict(keys), x.clone()
+    for taker in kept:
+        parts = [row for row in into if into[row] == taker]
+        sizes = torch.tensor([len(places[row]) for row in parts]).double()
+        new_x[place[taker]] = sizes @ x[[place[row] for row in parts]] / sizes.sum()
+    merged = [
+        (row, sorted(sum((places[part] for part in into if into[part] == row), [])))
+        if row in kept
+        else (row, own)
+        for row, own in keys
+    ]
+    return new_x, merged, [into[row] for image in images for row in image], gap
+
+
+def check_forward(ours: Run, expected: Expected, first_row: int, turn: int | None) -> None:
+    """One forward against its rows in the oracle's sequence, from `first_row` on; `turn` is the
+    number of its turn there (None: words only)."""
     dtype, num_rows = ours.logits.dtype, ours.layout.num_rows
     left = [row for row in expected.rows if first_row <= row < first_row + num_rows]
     close(
         ours.logits, expected.logits[[expected.rows.index(row) for row in left]], TOLERANCE[dtype]
     )
-    assert (ours.pruning is None) == (len(left) == num_rows)
-    if ours.pruning is not None:
-        assert turn is not None
-        scores = torch.tensor(expected.scores[index], dtype=torch.float64)
-        close(ours.pruning.scores, scores, TIE[dtype] / 10)
-        candidates = sum(turn.groups, [])
-        assert [candidates[kept] for kept in ours.pruning.kept.tolist()] == expected.kept[index]
-        assert [first_row + row for row in ours.pruning.kept_indices.tolist()] == left
+    stages = [] if turn is None else expected.stages[turn]
+    assert len(ours.stages) == len(stages)
+    for pruning, stage in zip(ours.stages, stages, strict=True):
+        assert pruning.layer == stage.layer
+        close(pruning.scores, torch.tensor(stage.scores, dtype=torch.float64), TIE[dtype] / 10)
+        kept = [stage.candidates[token] for token in pruning.kept.tolist()]
+        assert kept == sum(stage.images, [])
+        assert [stage.before[row] for row in pruning.kept_indices.tolist()] == stage.after
+        assert [stage.after[row] for row in pruning.image_rows.rows.tolist()] == kept
+        of_image = [i for i, image in enumerate(stage.images) for _ in image]
+        assert pruning.image_rows.images.tolist() == of_image
+        if stage.folded_into is None:
+            assert pruning.folded_into is None
+        else:
+            assert pruning.folded_into is not None
+            takers = [stage.candidates[token] for token in pruning.folded_into.tolist()]
+            assert takers == stage.folded_into
 
 
 def check_cache(ours: KVCache, expected: Expected, dtype: torch.dtype) -> None:
@@ -292,23 +395,38 @@ ADJACENT = Prompt(
 LAST = Prompt((3, 4, IMAGE_TOKEN_ID), (Picture(3, (2, 0, 2, 1, 0, 2), 1),))
 
 
+FOLD = FastV(keep=2, layer=1, rest="fold")
+STAGES = FastV(stages=((1, 4), (2, 0.5), (3, 1)))
+
+
 @few
-@given(prompts(min_tail=0), layouts, st.none() | wishes(), starts, dtypes)
-@example(ADJACENT, "vtu", FastV(keep=2, layer=1), 0, torch.float64)
-@example(ADJACENT, "vtu", FastV(keep=1, layer=3, per_image=True), 0, torch.float32)
-@example(ADJACENT, "logical", FastV(drop=0.5, layer=2), 1100, torch.float32)
-@example(LAST, "vtu", FastV(keep=2, layer=2, score="mean"), 0, torch.float64)
+@given(prompts(min_tail=0), ways(), starts, dtypes)
+@example(ADJACENT, Reduction(None, "vtu", FastV(keep=2, layer=1)), 0, torch.float64)
+@example(ADJACENT, Reduction(None, "vtu", FastV(keep=1, layer=3, per_image=True)), 0, torch.float32)
+@example(ADJACENT, Reduction(None, "vtu", STAGES), 0, torch.float32)
+@example(ADJACENT, Reduction(None, "logical", FastV(drop=0.5, layer=2)), 1100, torch.float32)
+@example(ADJACENT, Reduction(None, "folded", STAGES), 3, torch.float64)
+@example(ADJACENT, Reduction(None, "folded", FOLD), 1100, torch.float64)
+@example(ADJACENT, Reduction(None, "folded", replace(STAGES, rest="fold")), 0, torch.float64)
+@example(LAST, Reduction(None, "vtu", FastV(keep=2, layer=2, score="mean")), 0, torch.float64)
+@example(LAST, Reduction(None, "folded", replace(FOLD, score="mean")), 0, torch.float64)
+@example(
+    ADJACENT,
+    Reduction(None, "folded", replace(STAGES, rest="fold", score="mean", per_image=True)),
+    0,
+    torch.float64,
+)
 def test_prefill_equals_the_oracle(
-    prompt: Prompt, positions: str, fastv: FastV | None, start: int, dtype: torch.dtype
+    prompt: Prompt, way: Reduction, start: int, dtype: torch.dtype
 ) -> None:
     """Logits, scores, who stays, and caches, over any partition, any image place and any wish."""
-    ours = run_prompt(LLAVAS[dtype], prompt, positions, fastv, start)
-    assume_no_ties(ours.pruning, dtype)
-    lists, exact = write_out(prompt, positions, start), LLAVAS[torch.float64]
-    turn = turn_oracle(lists, fastv, 0, 0)
-    rows = prompt.splice(exact, positions, start)[0]
-    expected = stack_oracle(exact, rows, lists.mapping, lists.position_ids, [turn], fastv)
-    check_forward(ours, expected, 0, turn)
+    ours = run_way(LLAVAS[dtype], prompt, way, start)
+    assume_no_ties(ours.stages, dtype)
+    lists, exact = write_out(prompt, way.positions, start), LLAVAS[torch.float64]
+    rows = prompt.splice(exact, way.positions, start)[0]
+    expected = stack_oracle(exact, rows, lists.keys(), [turn_oracle(lists)], way.fastv)
+    assume(expected.gap > TIE[dtype])
+    check_forward(ours, expected, 0, 0)
     check_cache(ours.cache, expected, dtype)
 
 
@@ -318,64 +436,83 @@ words = st.lists(st.integers(3, TEXT.vocab_size - 1), max_size=3)
 @few
 @given(
     st.lists(st.tuples(prompts(max_images=1), words), min_size=1, max_size=3),
-    layouts,
-    st.none() | wishes(),
+    ways(),
     starts,
     dtypes,
 )
-@example([(ADJACENT, [5, 6]), (ADJACENT, [7])], "vtu", FastV(keep=2, layer=1), 0, torch.float64)
-@example([(ADJACENT, [5, 6]), (ADJACENT, [7])], "logical", FastV(keep=2), 3, torch.float32)
+@example(
+    [(ADJACENT, [5, 6]), (ADJACENT, [7])],
+    Reduction(None, "vtu", FastV(keep=2, layer=1)),
+    0,
+    torch.float64,
+)
+@example(
+    [(ADJACENT, [5, 6]), (ADJACENT, [7])],
+    Reduction(None, "logical", FastV(keep=2)),
+    3,
+    torch.float32,
+)
+@example([(ADJACENT, [5, 6]), (LAST, [7])], Reduction(None, "folded"), 3, torch.float64)
+@example([(ADJACENT, [5]), (LAST, [7, 8])], Reduction(None, "folded", FOLD), 0, torch.float64)
+@example(
+    [(ADJACENT, [5, 6]), (LAST, []), (ADJACENT, [7])],
+    Reduction(None, "folded", FastV(stages=((1, 4), (3, 2)), rest="fold")),
+    0,
+    torch.float64,
+)
 def test_cached_steps_equal_recomputing(
-    chat: list[tuple[Prompt, list[int]]],
-    positions: str,
-    fastv: FastV | None,
-    start: int,
-    dtype: torch.dtype,
+    chat: list[tuple[Prompt, list[int]]], way: Reduction, start: int, dtype: torch.dtype
 ) -> None:
     """Prompts, each answered token by token over the cache, against one pass over everything in
     which each prompt's own last token decides once what that prompt loses."""
     exact, llava, position = LLAVAS[torch.float64], LLAVAS[dtype], start
     turns: list[Turn] = []
-    forwards: list[tuple[Run, int, int]] = []
+    forwards: list[tuple[Run, int, int | None]] = []
     rows: list[Tensor] = []
-    mapping: list[int] = []
-    places: list[int] = []
+    keys: list[Key] = []
     cache, num_rows = None, 0
-    for index, (prompt, answer) in enumerate(chat):
+    for prompt, answer in chat:
         for piece in (prompt, *(Prompt((token,), ()) for token in answer)):
-            lists = write_out(piece, positions, position)
+            lists = write_out(piece, way.positions, position)
             if piece is prompt:
-                turns.append(turn_oracle(lists, fastv, num_rows, len(mapping)))
-            ours = run(llava, *piece.splice(llava, positions, position), fastv, cache)
-            assume_no_ties(ours.pruning, dtype)
-            forwards.append((ours, num_rows, index))
-            rows.append(piece.splice(exact, positions, position)[0])
-            mapping += [num_rows + row for row in lists.mapping]
-            places += lists.position_ids
+                turns.append(turn_oracle(lists, num_rows))
+            ours = run(llava, *piece.splice(llava, way.positions, position), way.fastv, cache)
+            assume_no_ties(ours.stages, dtype)
+            forwards.append((ours, num_rows, len(turns) - 1 if piece is prompt else None))
+            rows.append(piece.splice(exact, way.positions, position)[0])
+            keys += [(num_rows + row, places) for row, places in lists.keys()]
             num_rows += lists.num_rows
             cache, position = ours.cache, ours.layout.next_position
-    expected = stack_oracle(exact, torch.cat(rows), mapping, places, turns, fastv)
-    for ours, first_row, index in forwards:
-        check_forward(ours, expected, first_row, turns[index], index)
+    expected = stack_oracle(exact, torch.cat(rows), keys, turns, way.fastv)
+    assume(expected.gap > TIE[dtype])
+    for ours, first_row, turn in forwards:
+        check_forward(ours, expected, first_row, turn)
     assert cache is not None
     check_cache(cache, expected, dtype)
 
 
 @few
-@given(prompts(min_images=1), layouts, wishes())
-def test_hiding_equals_dropping(prompt: Prompt, positions: str, fastv: FastV) -> None:
+@given(prompts(min_images=1), ways(pruned=True, rests=["drop"]))
+def test_hiding_equals_dropping(prompt: Prompt, way: Reduction) -> None:
     """For the rows that stay: nobody ever asked the others for more than keys and values."""
     llava = LLAVAS[torch.float64]
-    ours = run_prompt(llava, prompt, positions, fastv)
-    assume(ours.pruning is not None)
-    assume_no_ties(ours.pruning, torch.float64)
-    assert ours.pruning is not None
-    lists = write_out(prompt, positions)
-    turn = turn_oracle(lists, fastv, 0, 0)
-    rows = prompt.splice(llava, positions)[0]
-    masked = stack_oracle(llava, rows, lists.mapping, lists.position_ids, [turn], fastv, mask=True)
+    ours = run_way(llava, prompt, way)
+    assume(len(ours.stages) > 0)
+    assume_no_ties(ours.stages, torch.float64)
+    lists = write_out(prompt, way.positions)
+    rows = prompt.splice(llava, way.positions)[0]
+    turn = turn_oracle(lists)
+    masked = stack_oracle(llava, rows, lists.keys(), [turn], way.fastv, mask=True)
     assert len(masked.logits) == lists.num_rows
-    close(ours.logits, masked.logits[ours.pruning.kept_indices], TOLERANCE[torch.float64])
+    close(ours.logits, masked.logits[rows_left(ours)], TOLERANCE[torch.float64])
+
+
+def rows_left(ours: Run) -> list[int]:
+    """The rows that are left after all stages."""
+    left = list(range(ours.layout.num_rows))
+    for pruning in ours.stages:
+        left = [left[row] for row in pruning.kept_indices.tolist()]
+    return left
 
 
 # ---- what must be equal ------------------------------------------------------------------------
@@ -401,7 +538,7 @@ def plain_llama(llava: Llava, x: Tensor, start: int) -> Tensor:
 
 
 @few
-@given(prompts(min_tail=0), layouts, starts, dtypes)
+@given(prompts(min_tail=0), st.sampled_from(POSITIONS), starts, dtypes)
 def test_nothing_set_is_plain_llava(
     prompt: Prompt, positions: str, start: int, dtype: torch.dtype
 ) -> None:
@@ -416,50 +553,54 @@ def test_nothing_set_is_plain_llava(
 
 
 @few
-@given(prompts(min_images=1, min_tail=0), layouts, st.none() | wishes(), dtypes)
+@given(prompts(min_images=1, min_tail=0), ways(), dtypes, st.data())
 def test_singleton_groups_are_no_merging(
-    prompt: Prompt, positions: str, fastv: FastV | None, dtype: torch.dtype
+    prompt: Prompt, way: Reduction, dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    """Bit for bit: every patch its own token, in order."""
-    whole = [replace(picture, groups=None) for picture in prompt.pictures]
-    single = [replace(p, groups=tuple(range(p.num_tokens))) for p in whole]
-    ours = run_prompt(LLAVAS[dtype], Prompt(prompt.input_ids, tuple(single)), positions, fastv)
-    plain = run_prompt(LLAVAS[dtype], Prompt(prompt.input_ids, tuple(whole)), "plain", fastv)
+    """Bit for bit: every patch its own token, in order; or in any order, where rows go by their
+    patches."""
+    whole, single = [], []
+    for picture in prompt.pictures:
+        whole.append(replace(picture, groups=None))
+        image = whole[-1].encoded(dtype)
+        order = torch.arange(picture.num_tokens)
+        if way.positions in ("folded", "logical"):
+            order = torch.tensor(data.draw(st.permutations(range(picture.num_tokens))))
+        single.append(EncodedImage(image.image_embeds[order], order.argsort()))
+    llava = LLAVAS[dtype]
+    ours = run(llava, *llava.splice(prompt.input_ids, single, 0, way.positions), way.fastv)
+    plain = run_prompt(llava, Prompt(prompt.input_ids, tuple(whole)), "plain", way.fastv)
     same(ours, plain)
     assert ours.layout.next_position == plain.layout.next_position
 
 
 @few
-@given(prompts(), layouts, st.integers(1, 3), st.booleans(), dtypes)
-def test_keeping_all_is_no_pruning(
-    prompt: Prompt, positions: str, layer: int, per_image: bool, dtype: torch.dtype
-) -> None:
+@given(prompts(), ways(pruned=True), dtypes)
+def test_keeping_all_is_no_pruning(prompt: Prompt, way: Reduction, dtype: torch.dtype) -> None:
     """Bit for bit; as is any pruning of a prompt without images."""
-    off = run_prompt(LLAVAS[dtype], prompt, positions)
+    off, wish = run_prompt(LLAVAS[dtype], prompt, way.positions), way.fastv
+    assert wish is not None
     sizes = [picture.num_tokens for picture in prompt.pictures]
-    enough = max(sizes, default=1) if per_image else max(sum(sizes), 1)
+    enough = max(sizes, default=1) if wish.per_image else max(sum(sizes), 1)
+    kind: dict[str, Any] = {"score": wish.score, "per_image": wish.per_image, "rest": wish.rest}
     for fastv in (
-        FastV(keep=enough, layer=layer, per_image=per_image),
-        FastV(keep=10**9, layer=layer),
-        FastV(drop=1e-9, layer=layer),
+        FastV(keep=enough, layer=wish.layer, **kind),
+        FastV(keep=10**9, **kind),
+        FastV(drop=1e-9, **kind),
+        FastV(stages=((1, 10**9), (2, 1e-9), (3, enough)), **kind),
     ):
-        on = run_prompt(LLAVAS[dtype], prompt, positions, fastv)
-        assert on.pruning is None
+        on = run_prompt(LLAVAS[dtype], prompt, way.positions, fastv)
+        assert on.stages == ()
         same(on, off)
 
 
 @few
-@given(
-    prompts(min_images=1),
-    st.sampled_from(["vtu", "logical"]),
-    st.none() | wishes(),
-    dtypes,
-    st.data(),
-)
+@given(prompts(min_images=1), ways(), dtypes, st.data())
 def test_order_of_merged_tokens_means_nothing(
-    prompt: Prompt, positions: str, fastv: FastV | None, dtype: torch.dtype, data: st.DataObject
+    prompt: Prompt, way: Reduction, dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    """The encoder's order is not raster order; `vtu` and `logical` go by patches only."""
+    """The encoder's order is not raster order; all but `plain` go by patches only."""
+    assume(way.positions != "plain")
     llava, images, permuted, orders = LLAVAS[dtype], [], [], []
     for picture in prompt.pictures:
         groups = picture.groups or tuple(range(picture.num_tokens))
@@ -469,20 +610,20 @@ def test_order_of_merged_tokens_means_nothing(
         permuted.append(EncodedImage(image.image_embeds[order], order.argsort()[image.mapping]))
         images.append(image)
         orders.append(order)
-    here = run(llava, *llava.splice(prompt.input_ids, images, 0, positions), fastv)
-    assume_no_ties(here.pruning, dtype)
-    there = run(llava, *llava.splice(prompt.input_ids, permuted, 0, positions), fastv)
-    if positions == "logical":
+    here = run(llava, *llava.splice(prompt.input_ids, images, 0, way.positions), way.fastv)
+    assume_no_ties(here.stages, dtype)
+    there = run(llava, *llava.splice(prompt.input_ids, permuted, 0, way.positions), way.fastv)
+    if way.positions != "vtu":
         same(here, there)
     close(here.logits[-1], there.logits[-1], TOLERANCE[dtype])
     for old, new in zip(here.cache, there.cache, strict=True):
         close(old[0], new[0], TOLERANCE[dtype])
         close(old[1], new[1], TOLERANCE[dtype])
-    if positions == "vtu" and here.pruning is not None and there.pruning is not None:
+    if way.positions == "vtu" and here.stages and there.stages:
         firsts = [0, len(orders[0])]
         moved = torch.cat([order + first for order, first in zip(orders, firsts, strict=False)])
-        close(here.pruning.scores[moved], there.pruning.scores, TIE[dtype])
-        assert sorted(moved[there.pruning.kept].tolist()) == here.pruning.kept.tolist()
+        close(here.stages[0].scores[moved], there.stages[0].scores, TIE[dtype])
+        assert sorted(moved[there.stages[0].kept].tolist()) == here.stages[0].kept.tolist()
 
 
 @dataclass(frozen=True)
@@ -490,49 +631,47 @@ class Item:
     """One item of a batch: a prompt, or the token after it (`token` is not None)."""
 
     prompt: Prompt
-    positions: str
-    fastv: FastV | None
-    token: int | None
+    way: Reduction
+    token: int | None = None
 
     def inputs(self, llava: Llava) -> tuple[Tensor, Layout, KVCache | None]:
-        rows, layout = self.prompt.splice(llava, self.positions)
+        rows, layout = self.prompt.splice(llava, self.way.positions)
         if self.token is None:
             return rows, layout, None
-        past = run(llava, rows, layout, self.fastv).cache
+        past = run(llava, rows, layout, self.way.fastv).cache
         return *Prompt((self.token,), ()).splice(llava, "vtu", layout.next_position), past
 
 
 items = st.builds(
-    Item,
-    prompts(min_tail=0),
-    layouts,
-    st.none() | wishes(),
-    st.none() | st.integers(3, TEXT.vocab_size - 1),
+    Item, prompts(min_tail=0), ways(), st.none() | st.integers(3, TEXT.vocab_size - 1)
 )
+EIGHT = [
+    Item(ADJACENT, Reduction(None, "vtu", FastV(keep=2, layer=1))),
+    Item(ADJACENT, Reduction(None, "logical", FastV(keep=1, layer=3, per_image=True))),
+    Item(ADJACENT, Reduction(None, "vtu", FastV(keep=3, layer=1, score="mean")), 7),
+    Item(ADJACENT, Reduction(None, "folded", STAGES)),
+    Item(ADJACENT, Reduction(None, "folded")),
+    Item(LAST, Reduction(None, "folded", FOLD), 8),
+    Item(ADJACENT, Reduction(None, "folded", replace(STAGES, rest="fold"))),
+    Item(LAST, Reduction(None, "plain", STAGES)),
+]
 
 
 @few
 @given(st.lists(items, min_size=1, max_size=4), dtypes)
-@example(
-    [
-        Item(ADJACENT, "vtu", FastV(keep=2, layer=1), None),
-        Item(ADJACENT, "logical", FastV(keep=1, layer=3, per_image=True), None),
-        Item(ADJACENT, "vtu", FastV(keep=3, layer=1, score="mean"), 7),
-        Item(Prompt((3, 4, 5), ()), "vtu", FastV(keep=1, layer=2), None),
-    ],
-    torch.float64,
-)
+@example(EIGHT, torch.float32)
+@example(EIGHT, torch.float64)
 def test_a_batch_equals_its_items(batch: list[Item], dtype: torch.dtype) -> None:
     """Merged in different ways or not, pruned in front of different layers or not, prompts, words
     only, and decode steps side by side."""
     llava = LLAVAS[dtype]
     inputs = [item.inputs(llava) for item in batch]
-    wanted = [item.fastv for item in batch]
+    wanted = [item.way.fastv for item in batch]
     alone = [
         run(llava, *part[:2], wish, part[2]) for part, wish in zip(inputs, wanted, strict=True)
     ]
     for single in alone:
-        assume_no_ties(single.pruning, dtype)
+        assume_no_ties(single.stages, dtype)
     rows, where, pasts = map(list, zip(*inputs, strict=True))
     with torch.inference_mode():
         logits, caches, prunings = llava(rows, where, pasts, wanted, all_logits=True)
@@ -543,10 +682,13 @@ def test_a_batch_equals_its_items(batch: list[Item], dtype: torch.dtype) -> None
         alike(together, single, TOLERANCE[dtype])
         if len(batch) == 1:
             same(together, single)
-        assert (together.pruning is None) == (single.pruning is None)
-        if together.pruning is not None and single.pruning is not None:
-            assert torch.equal(together.pruning.kept, single.pruning.kept)
-            assert torch.equal(together.pruning.kept_indices, single.pruning.kept_indices)
+        for here, there in zip(together.stages, single.stages, strict=True):
+            assert torch.equal(here.kept, there.kept)
+            assert torch.equal(here.kept_indices, there.kept_indices)
+            if here.folded_into is not None and there.folded_into is not None:
+                assert torch.equal(here.folded_into, there.folded_into)
+        for new, old in zip(caches[index], single.cache, strict=True):
+            assert log_sizes_of(new) == log_sizes_of(old)
         with torch.inference_mode():
             [answers], _, _ = llava([rows[index]], [where[index]], [pasts[index]], [wanted[index]])
         close(last[index], answers, TOLERANCE[dtype])
@@ -556,20 +698,29 @@ def test_a_batch_equals_its_items(batch: list[Item], dtype: torch.dtype) -> None
 
 
 @few
-@given(prompts(min_images=1, max_images=1), layouts, wishes())
-def test_cache_lengths(prompt: Prompt, positions: str, fastv: FastV) -> None:
+@given(prompts(min_images=1, max_images=1), ways())
+@example(LAST, Reduction(None, "folded"))
+@example(LAST, Reduction(None, "folded", FastV(stages=((1, 2), (3, 1)), rest="fold")))
+def test_cache_lengths(prompt: Prompt, way: Reduction) -> None:
     """All positions below the pruned layer; from it on text and what stays: whole groups in `vtu`,
     one position for each token otherwise. A decoded token adds one everywhere."""
     llava = LLAVAS[torch.float32]
-    ours = run_prompt(llava, prompt, positions, fastv)
+    ours = run_way(llava, prompt, way)
     [picture] = prompt.pictures
     num_text, groups = len(prompt.input_ids) - 1, picture.groups or range(picture.num_tokens)
-    kept = range(picture.num_tokens) if ours.pruning is None else ours.pruning.kept.tolist()
-    assert len(kept) == fastv.num_kept(picture.num_tokens)
-    before, after = picture.num_tokens, len(kept)
-    if positions == "vtu":
-        before, after = len(groups), sum(group in kept for group in groups)
-    expected = [num_text + (before if i < fastv.layer else after) for i in range(TEXT.num_layers)]
+    kept = list(range(picture.num_tokens))
+    expected, stages = [], {pruning.layer: pruning for pruning in ours.stages}
+    for layer in range(TEXT.num_layers):
+        if way.fastv is not None and layer in way.fastv.amounts:
+            num_kept = way.fastv.num_kept(len(kept), layer)
+            assert (layer in stages) == (num_kept < len(kept))
+            if layer in stages:
+                kept = [kept[token] for token in stages[layer].kept.tolist()]
+            assert len(kept) == num_kept
+        shown = len(kept)
+        if way.positions == "vtu":
+            shown = sum(group in kept for group in groups)
+        expected.append(num_text + shown)
     assert ours.lengths == expected
     _, grown = decode(llava, [5, 6], ours.layout.next_position, ours.cache)
     assert [k.shape[2] for k, _ in grown] == [length + 2 for length in expected]
@@ -600,23 +751,21 @@ def test_new_tokens_stand_behind_all_positions_in_every_layer(
 
 
 @few
-@given(prompts(min_images=1, min_tail=0), layouts, st.none() | wishes(), dtypes)
-@example(LAST, "vtu", None, torch.float64)
-@example(LAST, "vtu", FastV(keep=2, layer=1), torch.float32)
-def test_the_last_position_answers(
-    prompt: Prompt, positions: str, fastv: FastV | None, dtype: torch.dtype
-) -> None:
+@given(prompts(min_images=1, min_tail=0), ways(), dtypes)
+@example(LAST, Reduction(), torch.float64)
+@example(LAST, Reduction(fastv=FastV(keep=2, layer=1)), torch.float32)
+@example(LAST, Reduction(None, "folded", FOLD), torch.float32)
+def test_the_last_position_answers(prompt: Prompt, way: Reduction, dtype: torch.dtype) -> None:
     """Of a prompt that ends with an image: the row that its last position shows, and if pruning
-    took that, the last position that is left."""
+    took that, the last position that is left. The last row where a row is seen once."""
     llava = LLAVAS[dtype]
-    rows, layout = prompt.splice(llava, positions)
-    ours = run(llava, rows, layout, fastv)
-    mapping = write_out(prompt, positions).mapping
-    kept = range(len(rows)) if ours.pruning is None else ours.pruning.kept_indices.tolist()
-    answering = kept.index([row for row in mapping if row in kept][-1])
+    rows, layout = prompt.splice(llava, way.positions)
+    ours = run(llava, rows, layout, way.fastv)
+    kept = rows_left(ours)
+    shown = [row for row, _ in write_out(prompt, way.positions).keys() if row in kept]
     with torch.inference_mode():
-        [last], _, _ = llava([rows], [layout], [None], [fastv])
-    close(last, ours.logits[answering], TOLERANCE[dtype])
+        [last], _, _ = llava([rows], [layout], [None], [way.fastv])
+    close(last, ours.logits[kept.index(shown[-1])], TOLERANCE[dtype])
 
 
 def test_prefill_takes_the_whole_reduction() -> None:
@@ -624,7 +773,7 @@ def test_prefill_takes_the_whole_reduction() -> None:
     llava = LLAVAS[torch.float32]
     pixel_values = draw(3, 1, 3, 56, 56, dtype=torch.float32)
     input_ids = torch.tensor([[1, IMAGE_TOKEN_ID, 9, 12]])
-    for positions, position in (("vtu", 19), ("logical", 19), ("plain", 9)):
+    for positions, position in (("vtu", 19), ("folded", 19), ("logical", 19), ("plain", 9)):
         reduction = Reduction(ToMe(keep=6), positions, FastV(keep=2, layer=2))
         with torch.inference_mode():
             logits, cache, following = llava.prefill(input_ids, pixel_values, reduction)
@@ -649,7 +798,16 @@ def test_last_row_is_the_attention_of_the_last_token(
         draw(seed, 1, 3, 1, 8, dtype=dtype),
         draw(seed + 1, 1, 3, num_keys, 8, dtype=dtype),
     )
-    probs = last_row(query, keys)
+    sizes = torch.randint(1, 600, (num_keys,), generator=torch.Generator().manual_seed(seed))
+    for each in (None, sizes):
+        probs = last_row(query, keys, None if each is None else each.log())
+        # A key of size s counts as s equal keys do, and has the sum of their attention.
+        copies = torch.arange(num_keys).repeat_interleave(1 if each is None else each)
+        check_row(probs, query, keys[:, :, copies], copies)
+
+
+def check_row(probs: Tensor, query: Tensor, keys: Tensor, copies: Tensor) -> None:
+    dtype = query.dtype
     assert probs.dtype == torch.promote_types(dtype, torch.float32)
     exact = torch.stack(
         [
@@ -657,14 +815,18 @@ def test_last_row_is_the_attention_of_the_last_token(
             for head in range(3)
         ]
     )
-    close(probs, exact.mean(0), 1e-6)
+    close(probs, torch.zeros(len(probs)).double().index_add(0, copies, exact.mean(0)), 1e-6)
 
 
 def test_scores_of_rows() -> None:
     probs, mapping = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([1, 0, 1, 2])
-    close(row_scores(probs, mapping, 3, "sum"), torch.tensor([0.2, 0.4, 0.4]), 1e-7)
-    close(row_scores(probs, mapping, 3, "mean"), torch.tensor([0.2, 0.2, 0.4]), 1e-7)
-    assert row_scores(probs, None, 4, "sum") is probs
+    unmerged = Layout(3, torch.arange(4), 4, mapping)
+    close(row_scores(probs, unmerged, "sum"), torch.tensor([0.2, 0.4, 0.4]), 1e-7)
+    close(row_scores(probs, unmerged, "mean"), torch.tensor([0.2, 0.2, 0.4]), 1e-7)
+    assert row_scores(probs, Layout.text(4, 0, CPU), "sum") is probs
+    folded = replace(unmerged, folded=True)
+    assert row_scores(probs[:3], folded, "sum").tolist() == probs[:3].tolist()
+    close(row_scores(probs[:3], folded, "mean"), torch.tensor([0.1, 0.1, 0.3]), 1e-7)
 
 
 def test_of_equal_scores_the_first_stays() -> None:
@@ -677,23 +839,33 @@ def test_of_equal_scores_the_first_stays() -> None:
 def test_choose_together_or_for_each_image() -> None:
     """Rows 1-3 and 5-6 are images; text stays however little attention it gets."""
     scores = torch.tensor([0.0, 5.0, 1.0, 4.0, 0.0, 2.0, 3.0, 0.0])
-    spans = [(1, 4), (5, 7)]
-    together = choose(scores, spans, [3])
+    images = ImageRows.of([(1, 4), (5, 7)], CPU)
+    together = choose(scores, images, [3], 1)
     assert together.kept.tolist() == [0, 2, 4]
     assert together.kept_indices.tolist() == [0, 1, 3, 4, 6, 7]
     assert together.scores.tolist() == [5, 1, 4, 2, 3]
-    each = choose(scores, spans, [1, 1])
+    each = choose(scores, images, [1, 1], 1)
     assert each.kept.tolist() == [0, 4]
     assert each.kept_indices.tolist() == [0, 1, 4, 6, 7]
 
 
-def test_a_bfloat16_model_prunes_and_unmerges() -> None:
+@pytest.mark.parametrize(
+    "way",
+    [
+        Reduction(None, "vtu", FastV(keep=2, layer=2)),
+        Reduction(None, "folded", FastV(stages=((1, 4), (2, 2)), rest="fold")),
+    ],
+    ids=str,
+)
+def test_a_bfloat16_model_reduces(way: Reduction) -> None:
     llava = random_llava(replace(TINY_CONFIG, text=TEXT), dtype=torch.bfloat16)
-    ours = run_prompt(llava, ADJACENT, "vtu", FastV(keep=2, layer=2))
-    exact = run_prompt(LLAVAS[torch.float32], ADJACENT, "vtu", FastV(keep=2, layer=2))
-    assert ours.pruning is not None and exact.pruning is not None
-    assert ours.logits.dtype == torch.bfloat16 and ours.pruning.scores.dtype == torch.float32
-    assert torch.equal(ours.pruning.kept, exact.pruning.kept)
+    ours, exact = (run_way(model, ADJACENT, way) for model in (llava, LLAVAS[torch.float32]))
+    assert ours.logits.dtype == torch.bfloat16
+    for here, there in zip(ours.stages, exact.stages, strict=True):
+        assert here.scores.dtype == torch.float32
+        assert torch.equal(here.kept, there.kept)
+        if way.fastv.rest == "fold":
+            assert torch.equal(here.folded_into, there.folded_into)
     similarity = torch.cosine_similarity(ours.logits[-1].float(), exact.logits[-1], dim=0)
     assert similarity > 0.99
 
@@ -754,10 +926,10 @@ def check_prefill(golden: Golden, name: str, step: int, ours: Run, fastv: FastV 
     if "kv_lengths" in figures:
         assert ours.lengths == figures["kv_lengths"]
     if fastv is not None:
-        assert ours.pruning is not None
-        assert ours.pruning.kept_indices.tolist() == figures["kept_indices"]
+        [pruning] = ours.stages
+        assert pruning.kept_indices.tolist() == figures["kept_indices"]
         scores = golden.tensors[f"{name}.scores_step{step}"]
-        assert (ours.pruning.scores - scores).abs().max() <= 1e-6
+        assert (pruning.scores - scores).abs().max() <= 1e-6
 
 
 CACHED = [
@@ -833,11 +1005,11 @@ def test_decoding_never_chooses_again(fastv_golden: Golden) -> None:
     name, llava, tensors = "mask_K2_rank8_cache", fastv_golden.llava, fastv_golden.tensors
     fastv, steps = FastV(keep=8, layer=2), fastv_golden.figures[name]["steps"]
     ours = run(llava, *image_prompt(fastv_golden), fastv)
-    assert ours.pruning is not None
-    kept = ours.pruning.kept_indices
+    [pruning] = ours.stages
+    kept = pruning.kept_indices
     close(ours.logits, tensors[f"{name}.prefill_logits"][kept], GOLDEN_TOLERANCE)
     scores = tensors[f"{name}.scores_step0"]
-    assert (ours.pruning.scores - scores).abs().max() <= 1e-6
+    assert (pruning.scores - scores).abs().max() <= 1e-6
     fed = [step["next_token"] for step in steps[:-1]]
     logits, _ = decode(llava, fed, ours.layout.next_position, ours.cache)
     differences = (logits - tensors[f"{name}.last_logits"][1:]).abs().amax(-1)
@@ -890,11 +1062,12 @@ def test_hybrid_equals_the_reference(fastv_golden: Golden, name: str) -> None:
 def check_kept(ours: Run, figures: dict[str, Any], scores: Tensor | None) -> None:
     """The groups that stay, exactly, and their scores."""
     if len(figures.get("kept_groups", range(8))) == 8:
-        assert ours.pruning is None
+        assert ours.stages == ()
         return
-    assert ours.pruning is not None and scores is not None
-    assert ours.pruning.kept.tolist() == figures["kept_groups"]
-    assert (ours.pruning.scores - scores).abs().max() <= 1e-6
+    assert scores is not None
+    [pruning] = ours.stages
+    assert pruning.kept.tolist() == figures["kept_groups"]
+    assert (pruning.scores - scores).abs().max() <= 1e-6
 
 
 TWO = Prompt(
@@ -942,15 +1115,16 @@ def waits_of(llava: Llava, batch: Sequence[Item], watch: Watch) -> tuple[int, in
         [move(picture.encoded(llava.dtype), llava.device) for picture in item.prompt.pictures]
         for item in batch
     ]
-    wanted = [item.fastv for item in batch]
+    wanted = [item.way.fastv for item in batch]
     with watch() as at_prefill:
         parts = [
-            llava.splice(item.prompt.input_ids, encoded, positions=item.positions)
+            llava.splice(item.prompt.input_ids, encoded, positions=item.way.positions)
             for item, encoded in zip(batch, images, strict=True)
         ]
         rows, where = [rows for rows, _ in parts], [layout for _, layout in parts]
         _, caches, prunings = llava(rows, where, [None] * len(batch), wanted)
-    assert [pruning is None for pruning in prunings] == [wish is None for wish in wanted]
+    num_stages = [len(wish.amounts) if wish else 0 for wish in wanted]
+    assert [len(stages) for stages in prunings] == num_stages
     with watch() as at_decode:
         parts = [llava.splice([5], [], layout.next_position) for layout in where]
         llava([rows for rows, _ in parts], [layout for _, layout in parts], caches, wanted)
@@ -967,26 +1141,49 @@ def unmerged(prompt: Prompt) -> Prompt:
     return replace(prompt, pictures=tuple(replace(p, groups=None) for p in prompt.pictures))
 
 
-# The items of a batch, and its waits at prefill: one for every prompt that is pruned in `vtu`.
+TWICE = FastV(stages=((1, 6), (3, 2)))
+# The items of a batch, and its waits at prefill: one for every stage of a prompt in `vtu`.
 WAITING = [
-    ([Item(WORDS, "vtu", None, None)], 0),
-    ([Item(unmerged(TWO), "vtu", None, None)], 0),
-    ([Item(unmerged(TWO), "vtu", KEEP, None)], 0),
-    ([Item(TWO, "plain", None, None)], 0),
-    ([Item(TWO, "plain", KEEP, None)], 0),
-    ([Item(TWO, "logical", None, None)], 0),
-    ([Item(TWO, "logical", replace(KEEP, per_image=True), None)], 0),
-    ([Item(TWO, "vtu", None, None)], 0),
-    ([Item(TWO, "vtu", KEEP, None)], 1),
-    ([Item(TWO, "vtu", replace(KEEP, score="mean", per_image=True), None)], 1),
-    ([Item(TWO, "vtu", KEEP, None), Item(TWO, "logical", KEEP, None)], 1),
-    ([Item(TWO, "vtu", KEEP, None), Item(TWO, "vtu", replace(KEEP, layer=1), None)], 2),
+    ([Item(WORDS, Reduction())], 0),
+    ([Item(unmerged(TWO), Reduction())], 0),
+    ([Item(unmerged(TWO), Reduction(fastv=KEEP))], 0),
+    ([Item(TWO, Reduction(None, "plain"))], 0),
+    ([Item(TWO, Reduction(None, "plain", KEEP))], 0),
+    ([Item(TWO, Reduction(None, "logical"))], 0),
+    ([Item(TWO, Reduction(None, "logical", replace(KEEP, per_image=True)))], 0),
+    ([Item(TWO, Reduction(None, "logical", TWICE))], 0),
+    ([Item(TWO, Reduction(None, "vtu"))], 0),
+    ([Item(TWO, Reduction(None, "vtu", KEEP))], 1),
+    ([Item(TWO, Reduction(None, "vtu", replace(KEEP, score="mean", per_image=True)))], 1),
+    ([Item(TWO, Reduction(None, "vtu", KEEP)), Item(TWO, Reduction(None, "logical", KEEP))], 1),
+    (
+        [
+            Item(TWO, Reduction(None, "vtu", KEEP)),
+            Item(TWO, Reduction(None, "vtu", replace(KEEP, layer=1))),
+        ],
+        2,
+    ),
+    ([Item(TWO, Reduction(None, "vtu", TWICE))], 2),
+    ([Item(TWO, Reduction(None, "folded"))], 0),
+    ([Item(TWO, Reduction(None, "folded", KEEP))], 0),
+    ([Item(TWO, Reduction(None, "folded", replace(KEEP, rest="fold", score="mean")))], 0),
+    ([Item(TWO, Reduction(None, "folded", replace(KEEP, rest="fold", per_image=True)))], 0),
+    ([Item(unmerged(TWO), Reduction(None, "folded", replace(TWICE, rest="fold")))], 0),
+    (
+        [
+            Item(TWO, Reduction(None, "folded", replace(TWICE, rest="fold"))),
+            Item(TWO, Reduction(None, "folded", TWICE)),
+            Item(TWO, Reduction(None, "logical", KEEP)),
+            Item(WORDS, Reduction(None, "folded")),
+        ],
+        0,
+    ),
 ]
 
 
 @pytest.mark.parametrize(("batch", "expected"), WAITING)
 def test_waits_for_the_device(batch: list[Item], expected: int) -> None:
-    """None but one scalar per prompt that is unmerged AND pruned; decoding never waits."""
+    """None but one scalar per stage of a prompt that is unmerged AND pruned; decoding none."""
     assert waits_of(LLAVAS[torch.float32], batch, dispatched_waits) == (expected, 0)
 
 

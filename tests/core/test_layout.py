@@ -52,13 +52,15 @@ def test_splice_places_every_row(prompt: Prompt, positions: str, start: int) -> 
     expected = write_out(prompt, positions, start)
     assert layout.num_rows == len(rows) == expected.num_rows
     assert layout.position_ids.tolist() == expected.position_ids
-    assert layout.num_positions == len(expected.position_ids)
+    assert layout.num_keys == len(expected.keys())
+    assert layout.folded == expected.folded
     assert layout.next_position == expected.next_position
     assert [list(range(*span)) for span in layout.image_spans] == expected.image_rows
     if layout.mapping_indices is None:
         assert expected.mapping == list(range(expected.num_rows))
     else:
-        assert positions == "vtu" and any(p.groups is not None for p in prompt.pictures)
+        assert positions in ("vtu", "folded")
+        assert any(p.groups is not None for p in prompt.pictures)
         assert layout.mapping_indices.tolist() == expected.mapping
     images = [picture.encoded().image_embeds for picture in prompt.pictures]
     words = iter(token for token in prompt.input_ids if token != IMAGE_TOKEN_ID)
@@ -84,18 +86,19 @@ def test_positions_ascend_and_stay_below_the_next(
 @few
 @given(prompts(min_tail=0), st.integers(0, 9))
 def test_next_position(prompt: Prompt, start: int) -> None:
-    """After N positions in `logical` and `vtu` as without merging, after U rows in `plain`."""
+    """As without merging after P positions, except in `plain`: after U rows."""
     words = sum(token != IMAGE_TOKEN_ID for token in prompt.input_ids)
     tokens = sum(picture.num_tokens for picture in prompt.pictures)
     patches = sum(picture.encoded().num_patches for picture in prompt.pictures)
-    for positions, image in (("plain", tokens), ("logical", patches), ("vtu", patches)):
+    for positions in POSITIONS:
+        image = tokens if positions == "plain" else patches
         _, layout = prompt.splice(LLAVA, positions, start)
         assert layout.next_position == start + words + image
         taken = sum(p.encoded().num_positions(positions) for p in prompt.pictures)
         assert taken == image
 
 
-def test_three_ways_to_place_an_image() -> None:
+def test_four_ways_to_place_an_image() -> None:
     """Patches 0..4 in three tokens; token 0 begins at patch 1, token 1 at 3, token 2 at 0."""
     mapping = torch.tensor([2, 0, 2, 1, 0])
     plain, order = place_image(mapping, 3, 10, "plain", CPU)
@@ -107,7 +110,18 @@ def test_three_ways_to_place_an_image() -> None:
     vtu, order = place_image(mapping, 3, 10, "vtu", CPU)
     assert (vtu.position_ids.tolist(), order) == ([10, 11, 12, 13, 14], None)
     assert vtu.mapping_indices is mapping and vtu.next_position == 15
-    assert plain.image_spans == logical.image_spans == vtu.image_spans == ((0, 3),)
+    folded, order = place_image(mapping, 3, 10, "folded", CPU)
+    assert order is not None and folded.mapping_indices is not None
+    assert (folded.position_ids.tolist(), order.tolist()) == ([10, 11, 12, 13, 14], [2, 0, 1])
+    assert (folded.mapping_indices.tolist(), folded.next_position) == ([0, 1, 0, 2, 1], 15)
+    for layout, folds, num_keys in (
+        (plain, False, 3), (logical, False, 3), (vtu, False, 5), (folded, True, 3)
+    ):  # fmt: skip
+        assert layout.image_spans == ((0, 3),)
+        assert (layout.folded, layout.num_keys) == (folds, num_keys)
+    assert folded.row_sizes().tolist() == [2, 2, 1]
+    assert vtu.row_sizes().tolist() == [2, 1, 2]
+    assert logical.row_sizes().tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("start", [0, 5, 35])
@@ -130,10 +144,17 @@ def test_keep_leaves_the_positions_of_the_kept_rows(
     kept = sorted(data.draw(rows))
     left, lists = layout.keep(torch.tensor(kept)), write_out(prompt, positions, 3)
     stays = [e for e, row in enumerate(lists.mapping) if row in kept]
-    assert left.num_rows == len(kept)
-    assert left.position_ids.tolist() == [lists.position_ids[e] for e in stays]
+    assert left.num_rows == len(kept) and left.folded == lists.folded
     assert left.next_position == lists.next_position
     new_rows = [kept.index(lists.mapping[e]) for e in stays]
+    if left.folded:  # all positions are still there: how many stay, only the device knows
+        assert left.position_ids.tolist() == lists.position_ids
+        assert left.mapping_indices is not None
+        there = left.mapping_indices < len(kept)
+        assert there.nonzero().flatten().tolist() == stays
+        assert left.mapping_indices[there].tolist() == new_rows
+        return
+    assert left.position_ids.tolist() == [lists.position_ids[e] for e in stays]
     if left.mapping_indices is None:
         assert new_rows == list(range(len(kept)))
     else:
@@ -144,7 +165,11 @@ def test_keep_leaves_the_positions_of_the_kept_rows(
 
 
 @few
-@given(st.lists(prompts(min_tail=0), min_size=1, max_size=3), st.sampled_from(POSITIONS), seeds)
+@given(
+    st.lists(prompts(min_tail=0), min_size=1, max_size=3),
+    st.sampled_from(["plain", "logical", "vtu"]),
+    seeds,
+)
 def test_unmerge_copies_and_remerge_averages(
     batch: list[Prompt], positions: str, seed: int
 ) -> None:
@@ -162,8 +187,8 @@ def test_unmerge_copies_and_remerge_averages(
         members = [y[e] for e, owner in enumerate(mapping) if owner == row]
         close(merged[row], sum(members) / len(members), 1e-12)
     close(layout.remerge(shown), x, 1e-12)
-    assert sum(layout.num_positions) == len(mapping)
-    firsts = [sum(layout.num_positions[: item + 1]) - 1 for item in range(len(batch))]
+    assert sum(layout.num_keys) == len(mapping)
+    firsts = [sum(layout.num_keys[: item + 1]) - 1 for item in range(len(batch))]
     assert torch.equal(layout.last_rows(x), torch.stack([x[mapping[e]] for e in firsts]))
 
 
@@ -246,7 +271,12 @@ def exact_attention(attn: HybridAttention, x: Tensor, mapping: Tensor, places: T
 
 @torch.no_grad()
 @few
-@given(prompts(min_tail=0), st.sampled_from(POSITIONS), st.sampled_from([0, 900]), seeds)
+@given(
+    prompts(min_tail=0),
+    st.sampled_from(["plain", "logical", "vtu"]),
+    st.sampled_from([0, 900]),
+    seeds,
+)
 def test_attention_equals_the_exact_decomposition(
     prompt: Prompt, positions: str, start: int, seed: int
 ) -> None:
@@ -282,7 +312,7 @@ def test_vtu_equals_the_reference(vtu: Golden, case: str) -> None:
     golden = strip(vtu.tensors, f"{case}.")
     rows, mapping = golden["embeds_unique"][0], golden["mapping_indices"]
     layout = vtu_layout(mapping, len(rows))
-    assert (layout.num_rows, layout.num_positions) == (figures["N_un"], figures["N_total"])
+    assert (layout.num_rows, layout.num_keys) == (figures["N_un"], figures["N_total"])
     hidden: list[Tensor] = []
     hook = llava.decoder.layers[0].register_forward_hook(lambda *call: hidden.append(call[2][0]))
     logits, [cache], _ = llava([rows], [layout], [None], all_logits=True)

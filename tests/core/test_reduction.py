@@ -104,6 +104,33 @@ def test_budgets_together_and_for_each(sizes: list[int], keep: int) -> None:
     assert each == (None if keep >= max(sizes) else [min(keep, size) for size in sizes])
 
 
+def test_budgets_of_stages() -> None:
+    """A share is one of the tokens that reach the stage."""
+    stages = FastV(stages=((1, 6), (2, 0.5), (5, 2)))
+    assert list(stages.amounts) == [1, 2, 5]
+    assert stages.num_kept(9) == stages.num_kept(9, 1) == 6
+    assert (stages.num_kept(6, 2), stages.num_kept(3, 5)) == (3, 2)
+    assert stages.budgets([5, 4], 1) == [6]
+    assert stages.budgets([5, 4], 3) is None
+    each = replace(stages, per_image=True)
+    assert each.budgets([9, 4], 1) == [6, 4]
+    assert each.budgets([6, 4], 2) == [3, 2]
+    assert each.budgets([2, 2], 5) is None
+    assert FastV(stages=[[1, 6], [2, 0.5]]) == FastV(stages=((1, 6), (2, 0.5)))
+
+
+def test_folding_leaves_every_image_a_token() -> None:
+    """So the fewest tokens are as many as there are images; dropping may leave fewer."""
+    drop, fold = FastV(keep=2), FastV(keep=2, rest="fold")
+    assert drop.budgets([3, 3, 2], None, 3) == [2]
+    assert fold.budgets([3, 3, 2], None, 3) == [3]
+    assert fold.budgets([1, 1, 1], None, 3) is None
+    assert replace(fold, per_image=True).budgets([3, 1, 2], None, 3) == [2, 1, 2]
+    share = FastV(drop=0.9, rest="fold")
+    assert share.budgets([6, 4], None, 2) == [2]
+    assert share.budgets([30, 10], None, 2) == [4]
+
+
 def test_a_prompt_without_images_has_no_budget() -> None:
     for per_image in (False, True):
         assert FastV(keep=3, per_image=per_image).budgets([]) is None
@@ -114,15 +141,38 @@ def test_a_prompt_without_images_has_no_budget() -> None:
 
 COUNT = "whole number of at least 1"
 SHARE = "above 0 and below 1"
+FOLD = FastV(keep=3, rest="fold")
 INVALID: list[tuple[Callable[[], Any], str]] = [
     (lambda: ToMe(), "keep or r, one of the two"),
     (lambda: ToMe(keep=72, r=21), "keep or r, one of the two"),
     (lambda: ToMe(keep=3, schedule="linear"), "goes with r, not with keep"),
     (lambda: ToMe(r=3, schedule="cubic"), "'cubic' is not one of constant, linear, reverse_linear"),
     (lambda: ToMe(r=3, schedule=None), "None is not one of"),
-    (lambda: FastV(), "keep or drop, one of the two"),
-    (lambda: FastV(keep=3, drop=0.5), "keep or drop, one of the two"),
+    (lambda: FastV(), "keep, drop or stages, one of the three"),
+    (lambda: FastV(keep=3, drop=0.5), "keep, drop or stages, one of the three"),
     (lambda: FastV(keep=3, score="max"), "'max' is not one of sum, mean"),
+    (lambda: FastV(keep=3, rest="merge"), "'merge' is not one of drop, fold"),
+    (lambda: FastV(keep=3, stages=((1, 3),)), "keep, drop or stages, one of the three"),
+    (lambda: FastV(layer=2, stages=((1, 3),)), "stages name their own layers"),
+    (lambda: FastV(stages=()), "at least one pair"),
+    (lambda: FastV(stages=5), "5 must be pairs"),
+    (lambda: FastV(stages=(1, 72)), "must be pairs"),
+    (lambda: FastV(stages=((1, 72, 36),)), "must be pairs"),
+    (lambda: FastV(stages=((0, 72),)), f"layer of a FastV stage 0 .*{COUNT}"),
+    (lambda: FastV(stages=((1.0, 72),)), f"layer of a FastV stage 1.0 .*{COUNT}"),
+    (lambda: FastV(stages=((1, 0),)), f"amount of a FastV stage 0 .*{COUNT}"),
+    (lambda: FastV(stages=((1, True),)), f"amount of a FastV stage True .*{COUNT}"),
+    (lambda: FastV(stages=((1, "72"),)), f"amount of a FastV stage '72' .*{COUNT}"),
+    (lambda: FastV(stages=((1, 72.0),)), f"amount of a FastV stage 72.0 .*{SHARE}"),
+    (lambda: FastV(stages=((1, NAN),)), f"amount of a FastV stage nan .*{SHARE}"),
+    (lambda: FastV(stages=((3, 72), (1, 36))), r"layer must be above the one before, not \[3, 1\]"),
+    (lambda: FastV(stages=((3, 72), (3, 36))), r"layer must be above the one before, not \[3, 3\]"),
+    (lambda: FastV(stages=((1, 36), (3, 72))), r"below the one before, not \[36, 72\]"),
+    (lambda: FastV(stages=((1, 36), (3, 36))), r"below the one before, not \[36, 36\]"),
+    (lambda: FastV(stages=((1, 9), (2, 0.5), (3, 9))), r"below the one before, not \[9, 9\]"),
+    (lambda: Reduction(fastv=FOLD), "rest 'fold' needs positions 'folded', not 'vtu'"),
+    (lambda: Reduction(ToMe(keep=72), "logical", FOLD), "'folded', not 'logical'"),
+    (lambda: Reduction(ToMe(keep=72), "plain", FOLD), "'folded', not 'plain'"),
     (lambda: DToMe(()), "at least one"),
     (lambda: DToMe((0.9, NAN)), "finite"),
     (lambda: DToMe((0.9, INF)), "finite"),
@@ -136,7 +186,7 @@ INVALID: list[tuple[Callable[[], Any], str]] = [
     (lambda: Reduction(FastV(keep=3)), "must be a ToMe"),
     (lambda: Reduction(fastv=36), "36 must be a FastV or None"),
     (lambda: Reduction(fastv=True), "True must be a FastV"),
-    (lambda: Reduction(positions="raster"), "'raster' is not one of vtu, logical, plain"),
+    (lambda: Reduction(positions="raster"), "'raster' is not one of vtu, folded, logical, plain"),
     (lambda: Reduction(positions=None), "None is not one of vtu"),
     (lambda: Reduction.of("tome-73"), "'tome-73'; there are none, tome-72, .*hybrid-vtu-72-36"),
     (lambda: Reduction.of(36), "neither a Reduction nor a preset"),
@@ -166,6 +216,7 @@ AGAINST_THE_MODEL = [
     (Reduction(ToMe(keep=3)), r"ToMe keep 3 must be in 4\.\.16"),
     (Reduction(fastv=FastV(keep=3, layer=3)), r"FastV layer 3 must be in 1\.\.2"),
     (Reduction(fastv=FastV(drop=0.5, layer=99)), r"FastV layer 99 must be in 1\.\.2"),
+    (Reduction(fastv=FastV(stages=((1, 6), (3, 2)))), r"FastV layer 3 must be in 1\.\.2"),
     (Reduction(DToMe((0.9,))), "1 DToMe thresholds, but the tower runs 2 of 3 blocks"),
     (Reduction(DToMe((0.9,) * 4)), "4 DToMe thresholds, but the tower runs 2 of 3 blocks"),
     (Reduction(DToMe()), "no thresholds of its own"),
@@ -184,6 +235,7 @@ def test_the_ends_of_the_ranges_are_in() -> None:
         Reduction(ToMe(keep=16), "plain", FastV(keep=1, layer=1)),
         Reduction(ToMe(keep=4), "logical", FastV(keep=10**6, layer=2)),
         Reduction(ToMe(r=10**6)),
+        Reduction(None, "folded", FastV(stages=((1, 10**6), (2, 1)), rest="fold")),
         Reduction(DToMe((0.9, 0.8))),
         Reduction(DToMe((0.9, 0.8, 0.7))),
         NO_REDUCTION,

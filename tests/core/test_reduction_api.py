@@ -16,7 +16,7 @@ from llava_lite.inputs.pixels import preprocess
 from llava_lite.inputs.prompt import build_prompt, place_images
 from llava_lite.inputs.tokenizer import Tokenizer
 from llava_lite.llava import EncodedImage
-from llava_lite.reduction import REDUCTIONS, DToMe, FastV, Reduction, ToMe
+from llava_lite.reduction import POSITIONS, REDUCTIONS, DToMe, FastV, Reduction, ToMe
 
 P = TINY_VISION.num_patches
 LENGTH = 8
@@ -30,6 +30,11 @@ WISHES = {
     "hybrid": Reduction(ToMe(keep=8), "logical", FastV(keep=3, layer=2)),
     "hybrid vtu": Reduction(ToMe(keep=8), "vtu", FastV(keep=3, layer=1)),
     "hybrid thresholds": Reduction(DToMe((0.5, 0.2)), "vtu", FastV(drop=0.5, layer=2)),
+    "folded": Reduction(ToMe(keep=6), "folded"),
+    "folded stages": Reduction(None, "folded", FastV(stages=((1, 7), (2, 0.6)), rest="fold")),
+    "folded thresholds": Reduction(
+        DToMe((0.5, 0.2)), "folded", FastV(keep=3, layer=1, score="mean", rest="fold")
+    ),
 }
 each_wish = pytest.mark.parametrize("wish", WISHES.values(), ids=WISHES)
 
@@ -166,7 +171,7 @@ def test_presets_go_by_name(tiny_tokenizer: Tokenizer) -> None:
 # ---- chats -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("positions", ["vtu", "logical", "plain"])
+@pytest.mark.parametrize("positions", POSITIONS)
 def test_a_merged_chat_equals_its_history_from_scratch(tiny_model: Model, positions: str) -> None:
     wish = Reduction(ToMe(keep=6), positions)
     chat = tiny_model.chat(picture(1), max_new_tokens=LENGTH, reduction=wish)
@@ -180,8 +185,11 @@ def test_a_merged_chat_equals_its_history_from_scratch(tiny_model: Model, positi
         assert list(answer.token_ids) == expected
 
 
-def test_a_chat_prunes_every_image_once(tiny_model: Model) -> None:
-    wish = Reduction(ToMe(keep=8), "logical", FastV(keep=3, layer=1))
+@pytest.mark.parametrize(
+    ("positions", "rest"), [("logical", "drop"), ("folded", "drop"), ("folded", "fold")]
+)
+def test_a_chat_prunes_every_image_once(tiny_model: Model, positions: str, rest: str) -> None:
+    wish = Reduction(ToMe(keep=8), positions, FastV(keep=3, layer=1, rest=rest))
     chat = tiny_model.chat(picture(1), max_new_tokens=2, reduction=wish)
     kept, lengths = [], []
     for text, extra in (("star?", None), ("ring?", None), ("square", picture(2)), ("red", None)):
@@ -195,10 +203,14 @@ def test_a_chat_prunes_every_image_once(tiny_model: Model) -> None:
     assert all(middle == deep for _, middle, deep in lengths)
 
 
-@pytest.mark.parametrize("positions", ["vtu", "logical", "plain"])
-def test_later_turns_go_on_over_what_the_first_one_kept(tiny_model: Model, positions: str) -> None:
+@pytest.mark.parametrize(
+    ("positions", "rest"), [*((name, "drop") for name in POSITIONS), ("folded", "fold")]
+)
+def test_later_turns_go_on_over_what_the_first_one_kept(
+    tiny_model: Model, positions: str, rest: str
+) -> None:
     """Static pruning: from scratch, that is the pruned first prompt and then every token alone."""
-    wish = Reduction(ToMe(keep=8), positions, FastV(keep=3, layer=1))
+    wish = Reduction(ToMe(keep=8), positions, FastV(keep=3, layer=1, rest=rest))
     chat = tiny_model.chat(picture(1), max_new_tokens=4, reduction=wish)
     chat.send("star?")
     first = prompt_ids(tiny_model, "star?")
@@ -231,7 +243,8 @@ def test_an_interrupted_stream_leaves_a_chat_that_goes_on(
 
 
 def test_the_context_of_a_chat_counts_the_positions_of_all_its_images(tiny_model: Model) -> None:
-    for positions, taken in (("vtu", 2 * P), ("logical", 2 * P), ("plain", 12)):
+    for positions in POSITIONS:
+        taken = 12 if positions == "plain" else 2 * P
         wish = Reduction(ToMe(keep=6), positions, FastV(keep=2, layer=1))
         chat = tiny_model.chat(picture(1), max_new_tokens=2, reduction=wish)
         chat.send("star?")
@@ -248,7 +261,7 @@ def test_the_context_of_a_chat_counts_the_positions_of_all_its_images(tiny_model
 def test_an_encoded_image_goes_with_other_positions_and_pruning(tiny_model: Model) -> None:
     merge = ToMe(keep=6)
     encoded = tiny_model.encode(picture(1), Reduction(merge))
-    for positions in ("vtu", "logical", "plain"):
+    for positions in POSITIONS:
         for fastv in (None, FastV(keep=2, layer=1)):
             wish = Reduction(merge, positions, fastv)
             here = tiny_model.generate(encoded, "star?", max_new_tokens=LENGTH, reduction=wish)
@@ -276,7 +289,7 @@ def test_encoding_again_changes_what_is_not_merged(
 
 def test_pruning_leaves_text_alone(tiny_model: Model) -> None:
     plain = tiny_model.generate(None, "star?", max_new_tokens=LENGTH)
-    for name in ("fastv", "hybrid", "hybrid vtu"):
+    for name in ("fastv", "hybrid", "hybrid vtu", "folded stages"):
         answer = tiny_model.generate(None, "star?", max_new_tokens=LENGTH, reduction=WISHES[name])
         assert (answer.token_ids, answer.usage) == (plain.token_ids, plain.usage)
 
@@ -369,6 +382,7 @@ def test_the_context_is_counted_in_positions(tiny_model: Model) -> None:
     for wish, taken in (
         (Reduction(ToMe(keep=6)), P),
         (Reduction(ToMe(keep=6), "logical", FastV(keep=2, layer=1)), P),
+        (Reduction(ToMe(keep=6), "folded", FastV(keep=2, layer=1, rest="fold")), P),
         (Reduction(ToMe(keep=6), "plain"), 6),
         (Reduction(DToMe((0.5, 0.2)), "plain"), P),  # nobody knows before looking
     ):

@@ -36,6 +36,8 @@ WISHES = [
     Reduction(ToMe(keep=6), "logical"),
     Reduction(fastv=FastV(keep=3, layer=1)),
     Reduction(ToMe(keep=8), "vtu", FastV(keep=4, layer=2)),
+    Reduction(ToMe(keep=6), "folded"),
+    Reduction(None, "folded", FastV(stages=((1, 9), (2, 3)), rest="fold")),
 ]
 WORDS = ["star", "red", "blue circle", "square", "What color is the ring?", "white", "a b c d e"]
 

@@ -23,8 +23,10 @@ from torch.utils._pytree import tree_leaves
 import llava_lite
 from helpers.examples import examples
 from helpers.models import TINY_CONFIG, TINY_TEXT, random_llava
+from helpers.tensors import log_sizes_of
 from helpers.waits import Watch, cuda_waits, dispatched_waits
 from llava_lite.bench import run as bench
+from llava_lite.cache import LayerCache
 from llava_lite.fast import compiled as module
 from llava_lite.fast.compiled import (
     BUCKET,
@@ -51,14 +53,15 @@ CLOSE = {"rtol": 0.0, "atol": 1e-5}
 
 
 def make_state(seed: int, lengths: Sequence[int], dtype: torch.dtype = torch.float32) -> State:
-    """Any item that has a cache of these lengths."""
+    """Any item that has a cache of these lengths. If `seed` is odd, most keys have sizes."""
     generator = torch.Generator().manual_seed(seed)
     shape = 2, 1, TINY_TEXT.num_heads
-    cache = tuple(
-        tuple(torch.randn(*shape, n, TINY_TEXT.head_dim, generator=generator).to(dtype))
-        for n in lengths
-    )
-    return State(cache, max(lengths) + seed % 5, (7,))
+    cache: list[tuple[Tensor, Tensor]] = []
+    for length in lengths:
+        k, v = torch.randn(*shape, length, TINY_TEXT.head_dim, generator=generator).to(dtype)
+        sizes = torch.randint(1, 30, (max(1, length - seed % 4),), generator=generator)
+        cache.append(LayerCache(k, v, None, sizes.float().log()) if seed % 2 else (k, v))
+    return State(tuple(cache), max(lengths) + seed % 5, (7,))
 
 
 def assert_same(state: State, expected: State) -> None:
@@ -70,6 +73,7 @@ def assert_same(state: State, expected: State) -> None:
         assert isinstance(pair, tuple)
         for mine, theirs in zip(pair, wanted, strict=True):
             torch.testing.assert_close(mine, theirs, **CLOSE)
+        assert log_sizes_of(pair) == log_sizes_of(wanted)
 
 
 @pytest.fixture
@@ -249,6 +253,8 @@ REDUCTIONS = [
     Reduction(ToMe(keep=5), "plain"),
     Reduction(ToMe(keep=5), "logical", FastV(keep=2, layer=2)),
     Reduction(ToMe(keep=5), "vtu", FastV(keep=3, layer=1)),
+    Reduction(ToMe(keep=5), "folded"),
+    Reduction(None, "folded", FastV(stages=((1, 6), (2, 3)), rest="fold")),
 ]
 PROMPTS = ["star?", "What color is the star?", "x", "", "blue white square", "ring " * 30, "A"]
 
@@ -373,18 +379,17 @@ def test_an_interrupt_in_a_step_leaves_the_chat_as_it_was(
     assert after[0] == after[1]
 
 
-def test_a_cache_is_a_tuple_of_pairs(
-    models: tuple[Model, CompiledModel], pictures: list[Image.Image]
-) -> None:
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_cache_is_a_tuple_of_pairs(models: tuple[Model, CompiledModel], seed: int) -> None:
     """Copied, pickled, sliced, and handed to the ordinary step."""
     model, compiled = models
-    state = compiled.advance([replace(make_state(0, (6, 6, 4)), pending_ids=(5,))])[1][0]
+    state = compiled.advance([replace(make_state(seed, (6, 6, 4)), pending_ids=(5,))])[1][0]
     cache = state.past_key_values
     assert isinstance(cache, SlotCache)
     for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache[:], tuple(cache)):
         assert type(twin) is tuple
         assert_same(replace(state, past_key_values=twin), state)
-    logits, grown = compiled.decode(torch.tensor([9]), state.next_position, cache)
+    logits, grown = model.decode(torch.tensor([9]), state.next_position, cache)
     expected, [after] = compiled.advance([replace(state, pending_ids=(9,))])
     torch.testing.assert_close(logits[0], expected, **CLOSE)
     assert_same(replace(after, past_key_values=grown), after)
@@ -435,8 +440,12 @@ def test_new_weights_are_used(tiny_tokenizer: Tokenizer) -> None:
 
 
 def move(state: State, device: torch.device) -> State:
-    cache = tuple((k.to(device), v.to(device)) for k, v in state.past_key_values or ())
-    return replace(state, past_key_values=cache)
+    cache = []
+    for pair in state.past_key_values or ():
+        log_sizes = getattr(pair, "log_sizes", None)
+        log_sizes = None if log_sizes is None else log_sizes.to(device)
+        cache.append(LayerCache(pair[0].to(device), pair[1].to(device), None, log_sizes))
+    return replace(state, past_key_values=tuple(cache))
 
 
 def waits(llava: Llava, watch: Watch) -> tuple[int, int]:
@@ -514,7 +523,7 @@ def test_a_step_can_be_recorded_and_replayed(
     compiled = CompiledModel(tiny_model, "eager")
     compiled.static.way = "graph"
     options: dict[str, Any] = dict(max_new_tokens=24, batch_size=3)
-    for reduction in (None, Reduction(fastv=FastV(drop=0.5, layer=1))):
+    for reduction in (None, REDUCTIONS[1], REDUCTIONS[-1]):
         expected = tiny_model.generate(
             [*pictures, None], PROMPTS[:5], reduction=reduction, **options
         )
@@ -643,9 +652,10 @@ def test_a_step_leaves_the_same_when_run_twice() -> None:
     keys, values = (
         [torch.randn(2, 4, 16, TINY_TEXT.head_dim) for _ in range(LAYERS)] for _ in "kv"
     )
+    log_sizes = torch.rand(LAYERS, 2, 16)
     table = torch.tensor([[5, 6], [9, 3], *[[9, 3]] * LAYERS])
     with torch.no_grad():
-        first = decode_step(LLAVA, table, keys, values)
+        first = decode_step(LLAVA, table, keys, values, log_sizes)
         stored = [buffer.clone() for buffer in keys + values]
-        assert torch.equal(decode_step(LLAVA, table, keys, values), first)
+        assert torch.equal(decode_step(LLAVA, table, keys, values, log_sizes), first)
     assert all(map(torch.equal, stored, keys + values))

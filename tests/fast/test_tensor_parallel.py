@@ -60,6 +60,7 @@ REDUCTIONS = {
     "fastv": Reduction(fastv=FASTV),
     "hybrid": Reduction(ToMe(keep=9), "logical", FASTV),
     "hybrid-vtu": Reduction(ToMe(keep=9), "vtu", FastV(keep=4, layer=2, score="mean")),
+    "folded": Reduction(ToMe(keep=9), "folded", FastV(stages=((1, 6), (2, 3)), rest="fold")),
 }
 WIDE = replace(
     TINY_CONFIG,
@@ -429,7 +430,7 @@ def parallel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Threads, li
     return threads, models
 
 
-@pytest.mark.parametrize("name", ["none", "fastv", "hybrid"])
+@pytest.mark.parametrize("name", ["none", "fastv", "hybrid", "folded"])
 def test_two_threads_with_half_the_weights_answer_as_one_process(
     parallel: tuple[Threads, list[ParallelModel]], folder: Path, name: str
 ) -> None:

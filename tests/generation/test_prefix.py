@@ -45,7 +45,14 @@ def test_every_prompt_begins_with_it(model: Model, template: str, system: str | 
         assert len(shared) >= 10  # or it would not be worth it
 
 
-@pytest.mark.parametrize("wish", [None, HYBRID, Reduction(ToMe(keep=6)), Reduction(fastv=FastV(3))])
+FOLDED = Reduction(ToMe(keep=6), "folded", FastV(keep=2, layer=1, rest="fold"))
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [None, HYBRID, FOLDED, Reduction(ToMe(keep=6)), Reduction(fastv=FastV(3))],
+    ids=str,
+)
 def test_scores_are_those_of_the_whole_prompt(
     model: Model, monkeypatch: pytest.MonkeyPatch, wish: Reduction | None
 ) -> None:
@@ -60,11 +67,12 @@ def test_scores_are_those_of_the_whole_prompt(
         assert ours.token_logprobs == pytest.approx(whole.token_logprobs, abs=1e-9)
 
 
+@pytest.mark.parametrize("wish", [HYBRID, FOLDED], ids=str)
 def test_answers_chats_and_counts_are_those_of_the_whole_prompt(
-    model: Model, monkeypatch: pytest.MonkeyPatch
+    model: Model, monkeypatch: pytest.MonkeyPatch, wish: Reduction
 ) -> None:
     def call() -> Any:
-        chat = model.chat(noise(1), max_new_tokens=5, reduction=HYBRID, system="Be brief.")
+        chat = model.chat(noise(1), max_new_tokens=5, reduction=wish, system="Be brief.")
         answers = [chat.send("star?"), chat.send("And?", image=noise(2))]
         chat.clear()
         answers += [chat.send("star?")]

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import llava_lite.attention
+import llava_lite.fastv
 import llava_lite.generation.model
 import llava_lite.llama
 import llava_lite.vision
 from helpers.models import TINY_CONFIG, TINY_TEXT, TINY_VISION, random_llava
 from helpers.pictures import picture
 from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TextConfig, VisionConfig
-from llava_lite.fastv import Pruning
+from llava_lite.fastv import ImageRows, Pruning
 from llava_lite.generation.answer import Answer
 from llava_lite.generation.model import Model
 from llava_lite.generation.trace import (
@@ -27,12 +28,13 @@ from llava_lite.generation.trace import (
     decoder_groups,
     fastv_ratio,
     kv_bytes,
+    pruning_flops,
     tower_flops,
     trace_prompt,
 )
 from llava_lite.inputs.tokenizer import Tokenizer
 from llava_lite.llava import EncodedImage
-from llava_lite.reduction import REDUCTIONS, DToMe, FastV, Reduction, ToMe
+from llava_lite.reduction import POSITIONS, REDUCTIONS, DToMe, FastV, Reduction, ToMe
 
 P = TINY_VISION.num_patches
 LAYERS = TINY_TEXT.num_layers
@@ -49,6 +51,16 @@ KINDS = {
     "hybrid vtu": Reduction(ToMe(keep=8), "vtu", FastV(keep=3, layer=1)),
     "hybrid plain": Reduction(ToMe(keep=8), "plain", FastV(keep=3, layer=1)),
     "hybrid mean": Reduction(DToMe((0.5, 0.2)), "vtu", FastV(drop=0.5, layer=2, score="mean")),
+    "folded": Reduction(ToMe(keep=6), "folded"),
+    "folded dropped": Reduction(ToMe(keep=8), "folded", FastV(keep=3, layer=1)),
+    "folded hybrid": Reduction(ToMe(keep=8), "folded", FastV(keep=3, layer=1, rest="fold")),
+    "folded mean": Reduction(
+        DToMe((0.5, 0.2)), "folded", FastV(drop=0.5, layer=2, score="mean", rest="fold")
+    ),
+    "folded stages": Reduction(None, "folded", FastV(stages=((1, 8), (2, 3)), rest="fold")),
+    "folded per image": Reduction(
+        None, "folded", FastV(stages=((1, 0.5), (2, 0.5)), rest="fold", per_image=True)
+    ),
 }
 MERGING = [name for name, reduction in KINDS.items() if reduction.merge is not None]
 
@@ -107,11 +119,15 @@ def watched(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Record]:
 
         return counted
 
-    def counted_row(query: Tensor, keys: Tensor) -> Tensor:
+    def counted_row(query: Tensor, keys: Tensor, log_sizes: Tensor | None) -> Tensor:
         record.count("decoder", keys.numel())
-        return last_row(query, keys)
+        return last_row(query, keys, log_sizes)
 
-    last_row = llava_lite.llama.last_row
+    def counted_match(x: Tensor, image_rows: ImageRows, kept: Tensor) -> Tensor:
+        record.count("decoder", x.numel() * len(kept))
+        return match_kept(x, image_rows, kept)
+
+    last_row, match_kept = llava_lite.llama.last_row, llava_lite.fastv.match_kept
     count_linears("decoder", llava.decoder.layers)
     count_linears("tower", llava.vision.blocks)
     for layer in llava.decoder.layers:
@@ -124,6 +140,7 @@ def watched(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Record]:
         patch.setattr(llava_lite.cache, "attend", counting("decoder", llava_lite.cache.attend))
         patch.setattr(llava_lite.vision, "attend", counting("tower", llava_lite.vision.attend))
         patch.setattr(llava_lite.llama, "last_row", counted_row)
+        patch.setattr(llava_lite.fastv, "match_kept", counted_match)
         try:
             yield record
         finally:
@@ -185,7 +202,7 @@ def test_groups_scores_and_kept_are_the_models(
         assert len(set(zip(own, image.groups, strict=True))) == len(set(own))
         assert set(image.groups) == set(range(len(image.sizes)))
         assert [image.groups.count(token) for token in range(len(image.sizes))] == list(image.sizes)
-    [pruning] = record.runs[-1][2]
+    [stages] = record.runs[-1][2]
     scores = [score for image in trace.images for score in image.scores or ()]
     firsts = [sum(len(i.sizes) for i in trace.images[:n]) for n in range(num_images)]
     kept = [
@@ -194,18 +211,22 @@ def test_groups_scores_and_kept_are_the_models(
         for token in image.kept
     ]
     if reduction.fastv is None:
-        assert pruning is None and trace.prune_layer is None
+        assert stages == () and trace.prune_layer is None
         assert {image.scores for image in trace.images} == {None}
         assert kept == list(range(sum(len(image.sizes) for image in trace.images)))
     else:
-        assert trace.prune_layer == reduction.fastv.layer
-        assert scores == pruning.scores.tolist()
-        assert kept == pruning.kept.tolist()
+        assert trace.prune_layers == tuple(reduction.fastv.amounts)
+        assert trace.prune_layer == trace.prune_layers[0]
+        assert scores == stages[0].scores.tolist()
+        left = list(range(len(scores)))
+        for pruning in stages:
+            left = [left[token] for token in pruning.kept.tolist()]
+        assert kept == left
     assert len(kept) == answer.usage["kept_image_tokens"]
     assert sum(len(image.sizes) for image in trace.images) == answer.usage["image_tokens"]
 
 
-@pytest.mark.parametrize("positions", ["vtu", "logical", "plain"])
+@pytest.mark.parametrize("positions", POSITIONS)
 def test_tokens_are_numbered_as_the_decoder_has_them(tiny_model: Model, positions: str) -> None:
     encoded = tiny_model.encode(picture(5), Reduction(ToMe(keep=7), positions))
     assert encoded.mapping is not None
@@ -213,13 +234,30 @@ def test_tokens_are_numbered_as_the_decoder_has_them(tiny_model: Model, position
     groups = decoder_groups(encoded, positions)
     for patch, token in enumerate(encoded.mapping.tolist()):
         assert torch.equal(rows[1 + groups[patch]], encoded.image_embeds[token])
-    if positions == "logical":
+    if positions in ("logical", "folded"):
         firsts = [groups.index(token) for token in range(7)]
-        assert (layout.position_ids[1:-1] - 1).tolist() == firsts == sorted(firsts)
+        assert firsts == sorted(firsts)
+        if positions == "logical":
+            assert (layout.position_ids[1:-1] - 1).tolist() == firsts
+        else:
+            assert layout.mapping_indices is not None
+            assert (layout.mapping_indices[1:-1] - 1).tolist() == list(groups)
         assert groups != tuple(encoded.mapping.tolist())
 
 
-@pytest.mark.parametrize("name", ["fastv", "hybrid", "hybrid vtu", "hybrid plain", "hybrid mean"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fastv",
+        "hybrid",
+        "hybrid vtu",
+        "hybrid plain",
+        "hybrid mean",
+        "folded dropped",
+        "folded hybrid",
+        "folded mean",
+    ],
+)
 def test_patches_stay_or_go_by_their_scores(tiny_model: Model, name: str) -> None:
     [image] = traced(tiny_model, picture(5), KINDS[name]).images
     scores, kept = image.patch_scores(), image.patch_kept()
@@ -230,8 +268,44 @@ def test_patches_stay_or_go_by_their_scores(tiny_model: Model, name: str) -> Non
     assert min(stay) > max(go)
     assert set(scores) == set(image.scores)
     assert sum(kept) == sum(image.sizes[token] for token in image.kept)
-    if name != "hybrid mean":
+    if not name.endswith("mean"):
         assert 0 < sum(image.scores) < 1
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name.startswith("folded")])
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_who_speaks_for_a_patch(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch, name: str, num_images: int
+) -> None:
+    """The last layers weigh each kept token by the patches that it speaks for."""
+    images = [picture(seed) for seed in range(num_images)]
+    with watched(tiny_model, monkeypatch) as record:
+        trace = traced(tiny_model, images, KINDS[name])
+    [[*_, last]], [stages] = record.runs[-1][1], record.runs[-1][2]
+    fastv = KINDS[name].fastv
+    counts = []
+    for image in trace.images:
+        speakers, kept = image.speakers(), image.patch_kept()
+        for patch, speaker in enumerate(speakers):
+            if kept[patch]:
+                assert speaker == image.groups[patch]
+            elif fastv is not None and fastv.rest == "drop":
+                assert speaker is None
+            else:
+                assert speaker in image.kept
+        counts += [speakers.count(token) for token in image.kept]
+    assert 0 < sum(counts) < num_images * P or fastv is None or fastv.rest == "fold"
+    if fastv is None or fastv.rest == "fold":
+        assert sum(counts) == num_images * P
+    weights = last.log_sizes.exp()[-trace.rows_per_layer[-1] :]
+    is_image = torch.ones(len(weights), dtype=torch.bool)
+    if stages:
+        is_image = torch.zeros_like(is_image).index_fill(0, stages[-1].image_rows.rows, True)
+        assert weights[is_image].tolist() == pytest.approx(counts)
+        assert set(weights[~is_image].tolist()) == {1}
+    assert sum(weights.tolist()) == pytest.approx(
+        sum(counts) + trace.rows_per_layer[-1] - len(counts)
+    )
 
 
 def test_without_pruning_all_patches_stay_and_have_no_score(tiny_model: Model) -> None:
@@ -246,7 +320,9 @@ def test_without_pruning_all_patches_stay_and_have_no_score(tiny_model: Model) -
 # ---- batches, chats, encoded images ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["hybrid", "hybrid vtu", "hybrid mean"])
+@pytest.mark.parametrize(
+    "name", ["hybrid", "hybrid vtu", "hybrid mean", "folded mean", "folded stages"]
+)
 def test_a_batch_traces_each_item_as_alone(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -275,7 +351,9 @@ def test_a_batch_traces_each_item_as_alone(
             assert ours.scores == pytest.approx(single.scores, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["nothing", "hybrid", "hybrid vtu", "hybrid plain"])
+@pytest.mark.parametrize(
+    "name", ["nothing", "hybrid", "hybrid vtu", "hybrid plain", "folded hybrid", "folded stages"]
+)
 def test_a_chat_traces_every_turn(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -399,16 +477,16 @@ def test_to_dict_is_plain_and_complete(tiny_model: Model) -> None:
     )
     trace, content = trace_of(answer), answer.to_dict()["trace"]
     assert json.loads(json.dumps(content)) == content
-    assert set(content) == set(Trace.__dataclass_fields__)
+    assert set(content) == {"prune_layer", *Trace.__dataclass_fields__}
     for name in ("prune_layer", "kv_bytes", "kv_bytes_unreduced"):
         assert content[name] == getattr(trace, name)
-    for name in ("rows_per_layer", "positions_per_layer"):
+    for name in ("prune_layers", "rows_per_layer", "positions_per_layer"):
         assert tuple(content[name]) == getattr(trace, name)
     for image, written in zip(trace.images, content["images"], strict=True):
         assert set(written) == {
-            "grid", "groups", "sizes", "tokens_per_block", "scores", "kept"
+            "grid", "groups", "sizes", "tokens_per_block", "scores", "kept", "folded_into"
         }  # fmt: skip
-        for name in ("groups", "sizes", "tokens_per_block", "kept"):
+        for name in ("groups", "sizes", "tokens_per_block", "kept", "folded_into"):
             assert tuple(written[name]) == getattr(image, name)
         assert written["grid"] == image.grid
         assert written["scores"] == pytest.approx(image.scores, rel=5.1e-4)
@@ -505,13 +583,14 @@ def test_real_caches_of_the_7b_model_have_these_bytes() -> None:
     reduction = Reduction(DToMe((0.5,) * 23), "vtu", FastV(drop=0.7))
     image = EncodedImage(torch.empty(105, 4096, device="meta"), mapping, reduction, (105,) * 23)
     kept = torch.arange(73, 105)  # the last 32, of 5 patches: 160 positions
-    pruning = Pruning(torch.linspace(0, 1e-3, 105), kept, torch.arange(96))
+    left = ImageRows(torch.arange(32), torch.zeros(32), 1, (32,))
+    pruning = Pruning(3, torch.linspace(0, 1e-3, 105), kept, torch.arange(96), left)
     lengths = [640] * 3 + [64 + 160] * 29
     cache = tuple(
         tuple(torch.empty(1, 32, n, 128, dtype=torch.float16, device="meta") for _ in "kv")
         for n in lengths
     )
-    trace = trace_prompt(LLAVA_1_5_7B, [image], reduction, 64, 0, None, cache, pruning)
+    trace = trace_prompt(LLAVA_1_5_7B, [image], reduction, 64, 0, None, cache, [pruning])
     assert trace.kv_bytes == sum(lengths) * 16 * 1024
     assert trace.kv_bytes_unreduced == 320 * 2**20
     assert trace.rows_per_layer == (169,) * 3 + (96,) * 29
@@ -527,9 +606,14 @@ def test_rows_and_positions_count_where_they_are_used() -> None:
     assert decoder_flops(text, [4], [5], [7], convention="paper") == 4 * (16 + 12) + 2 * 5 * 12 * 2
     assert decoder_flops(text, [4], [5], [7]) == 4 * (16 + 18) + 2 * 5 * 12 * 2
     # Layer 1 pruned from 4 to 2 rows; the row of scores in layer 0 looks at 12 keys, 2 wide.
-    pruned = decoder_flops(text, [4, 2], [5, 3], [7, 7], prune_layer=1)
     layers = decoder_flops(text, [4], [5], [7]) + decoder_flops(text, [2], [3], [7])
-    assert pruned == layers + 12 * 2
+    assert decoder_flops(text, [4, 2], [5, 3], [7, 7]) == layers
+    left = ImageRows(torch.arange(1), torch.zeros(1), 1, (1,))
+    pruning = Pruning(1, torch.rand(3), torch.arange(1), torch.arange(2), left)
+    assert pruning_flops(text, [5, 3], [7, 7], pruning) == 12 * 2
+    # Three tokens compared with one kept token, 2 wide.
+    folding = replace(pruning, folded_into=torch.zeros(3))
+    assert pruning_flops(text, [5, 3], [7, 7], folding) == 12 * 2 + 3 * 1 * 2
 
 
 def test_tower_counts_what_enters_each_half_of_a_block() -> None:

@@ -45,15 +45,25 @@ class Prompt:
 
 @dataclass
 class Lists:
-    """A layout written out: the row of every position, the rows of every image, the picture and
-    the token that each of these rows shows."""
+    """A layout written out: the row of every position, whether attention sees a row once, the
+    rows of every image, the picture and the token that each of these rows shows."""
 
     mapping: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)
+    folded: bool = False
     num_rows: int = 0
     next_position: int = 0
     image_rows: list[list[int]] = field(default_factory=list)
     shown: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def keys(self) -> list[tuple[int, list[int]]]:
+        """What attention sees: rows, and the position ids of each."""
+        pairs = list(zip(self.mapping, self.position_ids, strict=True))
+        if not self.folded:
+            return [(row, [place]) for row, place in pairs]
+        return [
+            (row, [place for owner, place in pairs if owner == row]) for row in range(self.num_rows)
+        ]
 
 
 def write_out(prompt: Prompt, positions: str, position: int = 0) -> Lists:
@@ -70,13 +80,15 @@ def write_out(prompt: Prompt, positions: str, position: int = 0) -> Lists:
         index, picture = pictures.pop(0)
         groups = list(range(picture.num_tokens)) if picture.groups is None else picture.groups
         tokens = list(range(picture.num_tokens))
-        if positions == "vtu":
-            lists.mapping += [first_row + group for group in groups]
+        if positions in ("logical", "folded"):
+            tokens.sort(key=list(groups).index)
+        if positions in ("vtu", "folded"):
+            lists.mapping += [first_row + tokens.index(group) for group in groups]
             lists.position_ids += [first + patch for patch in range(len(groups))]
+            lists.folded |= positions == "folded" and len(tokens) < len(groups)
         else:
-            places = list(tokens)
+            places = tokens
             if positions == "logical":
-                tokens.sort(key=list(groups).index)
                 places = [list(groups).index(token) for token in tokens]
             lists.mapping += [first_row + row for row in range(len(tokens))]
             lists.position_ids += [first + place for place in places]

@@ -16,6 +16,13 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     )
 
 
+def log_sizes_of(pair: tuple[Tensor, Tensor]) -> list[float]:
+    """The log size of every key of a layer's cache."""
+    log_sizes = getattr(pair, "log_sizes", None)
+    known = [] if log_sizes is None else log_sizes.tolist()
+    return known + [0.0] * (pair[0].shape[2] - len(known))
+
+
 def rms_norm_oracle(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.double()
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()

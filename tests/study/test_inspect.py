@@ -181,7 +181,9 @@ def test_group_borders_are_drawn_where_groups_meet() -> None:
     rng = np.random.default_rng(1)
     for grid in (2, 4, 7):
         groups = rng.integers(-1, 3, (grid, grid))
-        trace = figure_trace.ImageTrace(grid, tuple(groups.flatten().tolist()), (), (), None, ())
+        trace = figure_trace.ImageTrace(
+            grid, tuple(groups.flatten().tolist()), (), (), None, (), ()
+        )
         seen = figure.Seen(Image.new("RGB", (grid, grid)), trace)
         segments = figure.borders(seen, trace.groups, 100, 200)
         expected = set()  # the unit edges between patches, one by one
