@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Integral, Real
+from typing import Any
 
 from llava_lite.config import LlavaConfig, VisionConfig
 from llava_lite.layout import PLACEMENTS
@@ -308,9 +309,24 @@ def check_stages(stages: object) -> tuple[tuple[int, int | float], ...]:
     return tuple(checked)
 
 
+def fold_rest(**options: Any) -> FastV:
+    """A FastV that folds. Scores are means over positions, else a token of many patches (most often
+    background) is kept for its size alone."""
+    return FastV(rest="fold", score="mean", **options)
+
+
 NO_REDUCTION = Reduction()
 REDUCTIONS = {
     "none": NO_REDUCTION,
+    # Folded: the rows of `logical`, and no patch loses its weight.
+    "folded-72": Reduction(ToMe(keep=72), "folded"),
+    "folded-144-72": Reduction(ToMe(keep=144), "folded", fold_rest(keep=72, layer=1)),
+    "folded-144-36": Reduction(ToMe(keep=144), "folded", fold_rest(stages=((1, 48), (3, 36)))),
+    "folded-72-36": Reduction(ToMe(keep=72), "folded", fold_rest(keep=36)),
+    "folded-72-36-18": Reduction(ToMe(keep=72), "folded", fold_rest(stages=((1, 36), (3, 18)))),
+    "folded-36-18-9": Reduction(ToMe(keep=36), "folded", fold_rest(stages=((1, 18), (3, 9)))),
+    "fastv-72-folded": Reduction(None, "folded", FastV(keep=72, rest="fold")),
+    # As published.
     "tome-72": Reduction(ToMe(keep=72)),
     "tome-72-logical": Reduction(ToMe(keep=72), "logical"),
     "dymu-72": Reduction(DToMe()),
