@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -48,13 +49,37 @@ def test_reduction(
     assert content["machine"]["torch"]
 
 
-@pytest.mark.parametrize("bound", [0.65, 0.55])
-def test_verdicts(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, bound: float) -> None:
-    monkeypatch.setitem(benchmark.BOUNDS, ("tower", "keep=72"), bound)
-    row = Measurement(OURS, "tower", "keep=72", 1.0, (1.0, 1.0), (1.0,), None)
-    verdict = ("PASS" if bound > 0.6 else "SHORT") + f" (at most {bound:.2f})"
-    assert benchmark.make_figure(row, 0.6, judged=True)["verdict"] == verdict
-    assert benchmark.make_figure(row, 0.6, judged=False)["verdict"] == ""
+SECONDS = {("tower", "none"): 2.0, ("tower", "keep=144"): 1.5, ("tower", "keep=72"): 1.2}
+
+
+def figure(benchmark: ModuleType, judged: bool = True) -> dict[str, Any]:
+    row = Measurement(OURS, "tower", "keep=72", 1.2, (1.2, 1.2), (1.2,), None)
+    found: dict[str, Any] = benchmark.make_figure(row, SECONDS, judged)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("against", "bound", "verdict"),
+    [
+        ("none", 0.65, "PASS: 0.60 of none, at most 0.65"),
+        ("none", 0.55, "SHORT: 0.60 of none, at most 0.55"),
+        ("keep=144", 0.85, "PASS: 0.80 of keep=144, at most 0.85"),
+        ("keep=144", 0.75, "SHORT: 0.80 of keep=144, at most 0.75"),
+    ],
+)
+def test_verdicts(
+    benchmark: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    against: str,
+    bound: float,
+    verdict: str,
+) -> None:
+    monkeypatch.setitem(benchmark.BOUNDS, ("tower", "keep=72"), (against, bound))
+    found = figure(benchmark)
+    assert (found["against"], found["bound"], found["verdict"]) == (against, bound, verdict)
+    assert found["ratio"] == 0.6
+    unjudged = figure(benchmark, judged=False)
+    assert (unjudged["bound"], unjudged["verdict"], unjudged["ratio"]) == (None, "", 0.6)
 
 
 @pytest.mark.parametrize("judged", [True, False])
@@ -67,8 +92,8 @@ def test_bounds_are_those_of_their_parts(
     model = open_model(Settings(size="tiny", layers=4))
     with torch.inference_mode():
         rows, _ = benchmark.measure_reduction(model, 1, judged)
-    bounds = {(row["part"], row["setting"]): row["bound"] for row in rows}
-    found = {name: bound for name, bound in bounds.items() if bound is not None}
+    bounds = {(row["part"], row["setting"]): (row["against"], row["bound"]) for row in rows}
+    found = {name: bound for name, bound in bounds.items() if bound != (None, None)}
     assert found == (benchmark.BOUNDS if judged else {})
 
 
@@ -138,12 +163,12 @@ def test_on_a_gpu_everything_runs_twice(
     assert asked == ([plain, compiled] if code == 0 else [plain])
 
 
-@pytest.mark.parametrize(("ratio", "code"), [(0.6, 0), (0.7, 1)])
+@pytest.mark.parametrize(("bound", "code"), [(0.65, 0), (0.55, 1)])
 def test_only_strict_runs_fail_beyond_a_bound(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, ratio: float, code: int
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, bound: float, code: int
 ) -> None:
-    measured = Measurement(OURS, "tower", "keep=72", 1.0, (1.0, 1.0), (1.0,), None)
-    row = benchmark.make_figure(measured, ratio, judged=True)
+    monkeypatch.setitem(benchmark.BOUNDS, ("tower", "keep=72"), ("none", bound))
+    row = figure(benchmark)
     monkeypatch.setattr(benchmark, "measure_reduction", lambda *_: ([row], {}))
     assert benchmark.main(["--size", "tiny"]) == 0
     assert benchmark.main(["--size", "tiny", "--strict"]) == code
