@@ -73,7 +73,7 @@ def open_model(settings: Settings, quantize: str | None = None) -> Model:
         options = {**settings.options, "quantize": quantize, "compile": settings.compile}
         return load(settings.source, device=settings.device, dtype=settings.dtype, **options)
     llava = random_model(random_config(settings), random_dtype(settings), settings.device)
-    choose_kernels(llava.decoder)  # as `load` does
+    choose_kernels(llava)  # as `load` does
     if quantize:
         quantize_model(llava, quantize)
     # Any tokenizer will do: words do not matter here.

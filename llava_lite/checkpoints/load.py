@@ -138,7 +138,7 @@ def load_whole(
         check_way(None, picked)  # fail before the slow part
     source, dtype, tokenizer, config, thresholds = read(path, picked)
     llava = load_source(source, picked, dtype, quantize)
-    choose_kernels(llava.decoder)
+    choose_kernels(llava)
     model = Model(llava, tokenizer, config, exif, thresholds.read)
     return CompiledModel(model) if compile else model
 

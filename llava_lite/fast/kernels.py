@@ -1,30 +1,39 @@
-"""Choose the fastest kernel for few rows, by trying each on this machine.
+"""Choose the fastest kernel for each weight and number of rows, by trying each on this machine.
 
-A decode step multiplies every weight by one row, or by a few rows in a batch. Its time is the time
-to read the weights. On a CPU, torch has several kernels for this product in bfloat16. Some reach
-the limit of the memory and some do not, depending on the machine. So each kernel is timed on the
-weights of each shape when a model is loaded.
+A linear layer multiplies a weight by the rows of a batch. With one row, its time is the time to
+read the weight. With many rows, its time is the time to compute. In 16 bits, torch's product
+(`F.linear`) is at neither limit on many CPUs: without bfloat16 instructions it is five times slower
+than a product in float32. So a few kernels are timed on the weights of each shape, for each class
+of row counts, when a model is loaded. The times are kept for the next load (timings.py).
 
-For many rows, oneDNN's product (`F.linear`) is the fastest.
+No kernel is less exact than `F.linear` in the same dtype.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llava_lite.fast.timings import Timings
+
 Kernel = Callable[[Tensor, Tensor], Tensor]  # weight (out, in), x (rows, in) -> (rows, out)
 
-FEW_ROWS = 32  # at most
-TRIED_ROWS = 8  # timed for all few rows, because reading the weights takes the time
-READ_BYTES = 2**28  # weights to read for a timing: more than a cache holds
-# Below this size memory bandwidth is not the bottleneck. Always using `F.linear` there also keeps
-# small models bit-identical across machines.
-MIN_BYTES = 2**22
+# Numbers of rows that share a kernel: at most so many, and the number that is timed.
+CLASSES = ((1, 1), (8, 4), (64, 24), (inf, 128))
+DTYPES = (torch.bfloat16, torch.float16)
+# Below this size, other things take longer. Always using `F.linear` there also keeps small models
+# bit-identical across machines.
+MIN_BYTES = 1 << 21
 WORTH_IT = 0.97  # the largest part of F.linear's time for another kernel to be chosen
+HOPELESS = 2.0  # a kernel that takes so much longer than the best is not tried again
+# Weights in a timing: with one row more than most caches hold. With more rows reading matters less.
+READ_WEIGHTS, FEW_WEIGHTS, MANY_WEIGHTS = 1 << 26, 1 << 23, 1 << 20
+BLOCK_WEIGHTS = 1 << 20  # written out at once in float32: 4 MB stay in a cache
 
 
 def linear(weight: Tensor, x: Tensor) -> Tensor:
@@ -42,29 +51,54 @@ def weight_first(weight: Tensor, x: Tensor) -> Tensor:
     return (weight @ x.T).T.contiguous()
 
 
+def float32_blocks(weight: Tensor, x: Tensor) -> Tensor:
+    """The product in float32, with a block of the weight written out at a time: for CPUs whose
+    16-bit products are slow."""
+    wide = x.float()
+    y = torch.empty(len(x), len(weight), dtype=x.dtype)
+    step = max(1, BLOCK_WEIGHTS // weight.shape[1])
+    block = torch.empty(min(step, len(weight)), weight.shape[1])  # one block, used again and again
+    for start in range(0, len(weight), step):
+        part = weight[start : start + step]
+        wide_part = block[: len(part)].copy_(part)
+        y[:, start : start + step] = wide @ wide_part.T
+    return y
+
+
 # No kernel may change a setting of the process, such as torch's switch for oneDNN: other threads
 # answer at the same time.
-ONE_ROW: tuple[Kernel, ...] = (matrix_vector,)
-FEW: tuple[Kernel, ...] = (weight_first,)
+KERNELS: dict[str, Kernel] = {
+    "linear": linear,
+    "mv": matrix_vector,
+    "weight first": weight_first,
+    "float32 blocks": float32_blocks,
+}
+# The kernels to try in each class. A transposed product of many rows would be copied.
+TRIED = (
+    ("linear", "mv", "weight first"),
+    ("linear", "weight first", "float32 blocks"),
+    ("linear", "weight first", "float32 blocks"),
+    ("linear", "float32 blocks"),
+)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The fastest kernels for one row and for a few rows (None: `F.linear`)."""
+    """The fastest kernel of each class of row counts, by name."""
 
-    one: Kernel | None
-    few: Kernel | None
+    names: tuple[str, ...]
 
     def __bool__(self) -> bool:
-        return self.one is not None or self.few is not None
+        return set(self.names) != {"linear"}
 
-    def kernel(self, rows: int) -> Kernel | None:
+    def kernel(self, rows: int) -> Kernel:
         """The kernel for this number of rows."""
-        return self.one if rows == 1 else self.few if 1 < rows <= FEW_ROWS else None
+        names = (name for name, (most, _) in zip(self.names, CLASSES, strict=True) if rows <= most)
+        return KERNELS[next(names)] if rows else linear
 
 
 class ChosenLinear(nn.Linear):
-    """An nn.Linear with other kernels for few rows. Shares the weights of `plain`."""
+    """An nn.Linear with the chosen kernels. Shares the weights of `plain`."""
 
     def __init__(self, plain: nn.Linear, choice: Choice) -> None:
         nn.Module.__init__(self)  # nn.Linear would allocate weights
@@ -73,33 +107,36 @@ class ChosenLinear(nn.Linear):
         self.choice = choice
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1:] != (self.in_features,) or x.dtype != torch.bfloat16:
-            return super().forward(x)  # raises the usual error
         kernel = self.choice.kernel(x.numel() // self.in_features)
-        if kernel is None:
-            return super().forward(x)
+        if kernel is linear or x.shape[-1:] != (self.in_features,) or not self.fits(x):
+            return super().forward(x)  # raises the usual error
         rows = kernel(self.weight, x.reshape(-1, self.in_features))
-        return (rows if self.bias is None else rows + self.bias).view(*x.shape[:-1], -1)
+        return (rows if self.bias is None else rows.add_(self.bias)).view(*x.shape[:-1], -1)
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether x and the weight are where the kernels were timed: a model can be moved."""
+        return x.dtype == self.weight.dtype and x.dtype in DTYPES and not x.is_cuda
 
 
-def choose_kernels(module: nn.Module) -> dict[tuple[int, int], Choice]:
-    """Give the linear layers in `module` their fastest kernels. Changes only layers on a CPU in
-    bfloat16 without hooks. Returns the choice for each shape (out, in), except `F.linear`."""
-    groups: dict[tuple[int, int], list[nn.Linear]] = {}
+def choose_kernels(module: nn.Module) -> dict[str, Choice]:
+    """Give the linear layers in `module` their fastest kernels. Changes only layers on a CPU in 16
+    bits without hooks. Returns the choice for each kind of weight, except `F.linear` everywhere."""
+    groups: dict[str, list[nn.Linear]] = {}
     for part in module.modules():
         if isinstance(part, nn.Linear) and is_eligible(part):
-            groups.setdefault((part.out_features, part.in_features), []).append(part)
-    found = {
-        shape: Choice(fastest(linears, ONE_ROW, 1), fastest(linears, FEW, TRIED_ROWS))
-        for shape, linears in groups.items()
-    }
+            groups.setdefault(kind_of(part), []).append(part)
+    if not groups:
+        return {}
+    with Timings.open() as timings:
+        found = {
+            kind: choose(timings.get(kind, partial(time_kernels, linears)))
+            for kind, linears in groups.items()
+        }
     for parent in list(module.modules()):
         for name, part in list(parent.named_children()):
-            if isinstance(part, nn.Linear) and is_eligible(part):
-                choice = found[part.out_features, part.in_features]
-                if choice:
-                    setattr(parent, name, ChosenLinear(part, choice))
-    return {shape: choice for shape, choice in found.items() if choice}
+            if isinstance(part, nn.Linear) and is_eligible(part) and found[kind_of(part)]:
+                setattr(parent, name, ChosenLinear(part, found[kind_of(part)]))
+    return {kind: choice for kind, choice in found.items() if choice}
 
 
 def is_eligible(layer: nn.Linear) -> bool:
@@ -109,25 +146,76 @@ def is_eligible(layer: nn.Linear) -> bool:
         type(layer) is nn.Linear
         and not any(hooks)
         and layer.weight.device.type == "cpu"
-        and layer.weight.dtype == torch.bfloat16
+        and layer.weight.dtype in DTYPES
         and layer.weight.nbytes >= MIN_BYTES
     )
 
 
+def kind_of(layer: nn.Linear) -> str:
+    """What the times of a weight depend on: "bfloat16 11008 x 4096"."""
+    dtype = str(layer.weight.dtype).removeprefix("torch.")
+    return f"{dtype} {layer.out_features} x {layer.in_features}"
+
+
+# ---- timing --------------------------------------------------------------------------------------
+
+Times = list[dict[str, float]]  # for each class: seconds by name of the kernel
+
+
+def choose(times: Times) -> Choice:
+    """The fastest kernel of each class; `F.linear` unless another one is clearly faster."""
+    names = []
+    for seconds in times:
+        best = min(seconds, key=seconds.__getitem__)
+        names.append(best if seconds[best] < WORTH_IT * seconds["linear"] else "linear")
+    return Choice(tuple(names))
+
+
 @torch.inference_mode()
-def fastest(linears: Sequence[nn.Linear], kernels: Sequence[Kernel], rows: int) -> Kernel | None:
-    """The fastest of `kernels` for weights of one shape and this number of rows; None if that is
-    `F.linear`."""
+def time_kernels(linears: Sequence[nn.Linear]) -> Times:
+    """Time the kernels of every class on weights of one shape."""
     weights = [part.weight for part in linears]
-    weights = weights[: max(1, READ_BYTES // weights[0].nbytes)]
+    return [
+        time_class(names, typical(weights, tried), tried)
+        for names, (_, tried) in zip(TRIED, CLASSES, strict=True)
+    ]
+
+
+def typical(weights: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """Weights, or some rows of the first, that take long enough for a timing with `rows` rows."""
+    wanted = READ_WEIGHTS if rows == 1 else FEW_WEIGHTS if rows < 8 else MANY_WEIGHTS
+    if wanted >= weights[0].numel():
+        return list(weights[: wanted // weights[0].numel()])
+    return [weights[0][: max(1, wanted // weights[0].shape[1])]]
+
+
+def time_class(names: Sequence[str], weights: Sequence[Tensor], rows: int) -> dict[str, float]:
+    """The seconds of each kernel for this number of rows, the best of two rounds."""
     x = torch.ones(rows, weights[0].shape[1], dtype=weights[0].dtype)
-    seconds = dict.fromkeys((linear, *kernels), float("inf"))
-    for warm in (False, True, True):  # the first round loads the pages
-        for kernel in seconds:
-            start = perf_counter()
-            for weight in weights:
-                kernel(weight, x)
-            if warm:
-                seconds[kernel] = min(seconds[kernel], perf_counter() - start)
-    best = min(seconds, key=seconds.__getitem__)
-    return best if seconds[best] < WORTH_IT * seconds[linear] else None
+    for name in names:
+        time_kernel(name, weights, x)  # loads the pages, and compiles
+    seconds = {name: time_kernel(name, weights, x) for name in names}
+    best = min(seconds.values())
+    for name in [name for name in names if seconds[name] <= HOPELESS * best]:
+        seconds[name] = min(seconds[name], time_kernel(name, weights, x))
+    return seconds
+
+
+def time_kernel(name: str, weights: Sequence[Tensor], x: Tensor) -> float:
+    """The seconds of one product with each weight; infinity where torch lacks the operator."""
+    kernel = KERNELS[name]
+    start = perf_counter()
+    try:
+        for weight in weights:
+            kernel(weight, x)
+    except RuntimeError:
+        return inf
+    return perf_counter() - start
+
+
+def rows_of_classes() -> Iterator[str]:
+    """The names of the classes: "1", "2 to 8", ..."""
+    first = 1
+    for most, _ in CLASSES:
+        yield f"{first} or more" if most == inf else f"{first} to {most}" if most > 1 else "1"
+        first = int(most) + 1 if most < inf else first

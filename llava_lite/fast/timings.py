@@ -1,0 +1,90 @@
+"""Keep the times of kernels in the user's cache folder, for every machine and torch.
+
+    with Timings.open() as timings:
+        times = timings.get("bfloat16 4096 x 4096", measure)    # measures only if nothing is kept
+
+A file that another machine, torch or number of threads wrote has another name. A damaged file is
+measured anew and replaced. The folder is `$XDG_CACHE_HOME/llava_lite`, else `~/.cache/llava_lite`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_lite.fast.device import PROC, machine
+from llava_lite.saving import replace_json
+
+FORMAT = 1  # another number after a change of the kernels or of the classes of rows
+# Settings of the libraries below torch that change their kernels.
+SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+
+
+@dataclass
+class Timings:
+    """Kept times by kind of weight. facts: what they depend on."""
+
+    path: Path
+    facts: dict[str, Any]
+    times: dict[str, Any] = field(default_factory=dict)
+    new: bool = False
+
+    @staticmethod
+    @contextmanager
+    def open() -> Iterator["Timings"]:
+        """The times of this machine. New times are written at the end."""
+        facts = machine_facts()
+        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        timings = Timings(cache_folder() / f"kernels-{name}.json", facts)
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            content = json.loads(timings.path.read_text(encoding="utf-8"))
+            if content["facts"] == json.loads(json.dumps(facts)):
+                timings.times = dict(content["times"])
+        yield timings
+        if timings.new:
+            with suppress(OSError):  # a cache that cannot be written costs a second per load
+                timings.path.parent.mkdir(parents=True, exist_ok=True)
+                replace_json(timings.path, {"facts": facts, "times": timings.times})
+
+    def get(self, kind: str, measure: Callable[[], Any]) -> Any:
+        """The kept times of a kind, measured if there are none."""
+        if kind not in self.times:
+            self.times[kind] = measure()
+            self.new = True
+        return self.times[kind]
+
+
+def cache_folder() -> Path:
+    """The folder for files that can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_lite"
+
+
+def machine_facts() -> dict[str, Any]:
+    """All that the times depend on: the processor and its flags, threads, torch, settings."""
+    threads = torch.get_num_threads()
+    return {
+        "format": FORMAT,
+        **machine("cpu", threads),
+        "flags": cpu_flags(),
+        "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
+    }
+
+
+def cpu_flags() -> list[str]:
+    """The vector and matrix instructions of the processor, as far as the system tells."""
+    cpuinfo = PROC / "cpuinfo"
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    flags = next((line.split(":", 1)[1].split() for line in lines if is_flags(line)), [])
+    wanted = ("avx", "amx", "fma", "f16c", "bf16", "vnni", "asimd", "sve", "i8mm", "fphp")
+    return sorted(flag for flag in flags if any(name in flag for name in wanted))
+
+
+def is_flags(line: str) -> bool:
+    """Whether a line of /proc/cpuinfo lists instructions: "flags" on x86, "Features" on Arm."""
+    return line.startswith(("flags", "Features"))
