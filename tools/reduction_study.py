@@ -661,34 +661,23 @@ def write_csv(path: Path, rows: Sequence[Line]) -> None:
 # ---- plots ---------------------------------------------------------------------------------------
 
 # The colors of Okabe and Ito, which color-blind people can tell apart.
-WAYS = {  # label, color, marker
-    "folded": ("folded", "#0072B2", "o"),
-    "summed": ("folded, chosen by sums", "#56B4E9", "o"),
-    "vtu": ("vtu", "#E69F00", "s"),
-    "logical": ("logical", "#009E73", "^"),
-    "plain": ("plain", "#CC79A7", "D"),
-    "dropped": ("dropped", "#D55E00", "v"),
-    "random": ("chosen by chance", "#000000", "x"),
+WAYS = {  # label, color, marker, place of a number beside a point
+    "none": ("no reduction", "#666666", "*", (0, 0)),
+    "folded": ("folded", "#0072B2", "o", (-5, 4)),
+    "summed": ("folded, ranked by sums", "#56B4E9", "o", (0, 0)),
+    "vtu": ("vtu", "#E69F00", "s", (5, 4)),
+    "logical": ("logical", "#009E73", "^", (6, -4)),
+    "plain": ("plain", "#CC79A7", "D", (6, -4)),
+    "dropped": ("dropped", "#D55E00", "v", (0, 0)),
+    "random": ("ranked by chance", "#000000", "x", (0, 0)),
 }
+SHIFTS = {"summed": -0.4, "vtu": -0.2, "dropped": 0.2}  # in a column, so that points do not hide
 PANELS = {
     "merged": "merged in the vision tower",
-    "pruned": "pruned in front of layer K, not merged",
+    "pruned": "pruned in the decoder",
     "both": "merged, then pruned",
 }
-AXES = {"decoder_flops": "work of the decoder (FLOPs)", "time_ratio": "measured time of a question"}
-PLACES = {  # of a label beside its point, in order of preference: horizontal, vertical alignment
-    (0, 5): ("center", "bottom"),
-    (6, 0): ("left", "center"),
-    (-6, 0): ("right", "center"),
-    (0, -5): ("center", "top"),
-    (6, 7): ("left", "bottom"),
-    (-6, 7): ("right", "bottom"),
-    (0, 14): ("center", "bottom"),
-    (6, -9): ("left", "top"),
-    (-6, -9): ("right", "top"),
-    (0, 22): ("center", "bottom"),
-    (0, -14): ("center", "top"),
-}
+COSTS = {"decoder_flops": "FLOPs of the decoder", "time_ratio": "measured time of a question"}
 ARROW = "\N{RIGHTWARDS ARROW}"
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -744,163 +733,153 @@ def compress_png(path: Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Point:
+    """A configuration in a plot. cost: as a ratio to `none`."""
+
+    one: Configuration
+    row: Line
+    cost: float
+
+    @property
+    def height(self) -> float:
+        """Right answers in percent."""
+        return float(100 * self.row["accuracy"])
+
+
 def answer_plot(rows: Sequence[Line], every: Sequence[Configuration], facts: Line, x: str) -> Any:
-    """Right answers by a cost, a panel for each place of the reduction. Lines join the numbers of
-    tokens where tokens only merge, else the treatments of the same pruned tokens."""
+    """Right answers by cost. Where tokens only merge: lines. With pruning: a column for each path
+    of the tokens, in the order of costs, with a point for each treatment of the other tokens."""
     from matplotlib import pyplot
-    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
     named = {one.name: one for one in every}
+    points = [Point(named[row["configuration"]], row, row[x]) for row in rows]
     figure, panels = pyplot.subplots(
-        1, 3, figsize=(12, 5.2), sharex=True, sharey=True, layout="constrained"
+        *(1, 3), figsize=(12, 5.5), layout="constrained", width_ratios=(10, 7, 14)
     )
-    panels[0].set(xscale="log", ylabel="right answers, %")
-    panels[0].xaxis.set_major_locator(FixedLocator([0.02, 0.05, 0.1, 0.2, 0.5, 1]))
-    panels[0].xaxis.set_minor_locator(NullLocator())
-    panels[0].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    points: list[list[Point]] = []
+    panels[2].sharey(panels[1])
+    panels[2].tick_params(labelleft=False)
     for axes, (panel, title) in zip(panels, PANELS.items(), strict=True):
+        draw = draw_lines if panel == "merged" else draw_columns
+        draw(axes, [point for point in points if point.one.panel == panel])
         axes.set_title(title, fontweight="bold")
-        axes.set_xlabel(AXES[x])
-        groups: dict[str, list[Point]] = {}
-        for row in rows:
-            one = named[row["configuration"]]
-            if one.kind == "none":
-                draw_reference(axes, row, row[x])
-            elif one.panel == panel:
-                key = one.path if panel != "merged" else f"{one.kind}, {one.way}"
-                groups.setdefault(key, []).append(Point(one, row[x], 100 * row["accuracy"]))
-                draw_point(axes, one, row, x)
-        for members in groups.values():
-            color = WAYS[members[0].one.way][1] if panel == "merged" else "0.7"
-            places = sorted((point.x, point.y) for point in members)
-            axes.plot(*zip(*places, strict=True), color=color, linewidth=1.2, zorder=1)
-        best = [max(members, key=lambda point: point.y) for members in groups.values()]
-        points.append([p for m in groups.values() for p in m] if panel == "merged" else best)
-    add_legend(
-        figure,
-        panels,
-        title_of(facts) + (f"\n{facts.get('timed_on', '')}" if x == "time_ratio" else ""),
-    )
-    figure.canvas.draw()  # places everything, so that labels can avoid each other
-    for axes, labelled in zip(panels, points, strict=True):
-        label_points(axes, labelled)
+        for row in (point.row for point in points if point.one.kind == "none"):
+            axes.axhspan(100 * row["low"], 100 * row["high"], color="0.9", zorder=0)
+            axes.axhline(100 * row["accuracy"], color=WAYS["none"][1], linewidth=1, zorder=1)
+    for point in points:
+        if point.one.kind == "none":
+            draw_point(panels[0], point, point.cost)
+    panels[0].set_ylabel("right answers, %")
+    panels[0].set_xlabel(f"{COSTS[x]}, 100 % without reduction")
+    panels[2].set_xlabel(f"image tokens, K: pruned in front of this layer, %: {COSTS[x]}")
+    shown = [axes.get_legend_handles_labels() for axes in panels]
+    legend = {label: handle for pair in shown for handle, label in zip(*pair, strict=True)}
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=6)
+    figure.suptitle(title_of(facts, timed=x == "time_ratio"), fontsize=10)
     return figure
 
 
-@dataclass(frozen=True)
-class Point:
-    """A configuration at its place in a plot."""
+def draw_lines(axes: Any, points: Sequence[Point]) -> None:
+    """A point for each configuration by its cost, and a line for each kind of positions."""
+    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
-    one: Configuration
-    x: float
-    y: float
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator([0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 1]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    lines: dict[str, list[Point]] = {}
+    for point in points:
+        draw_point(axes, point, point.cost)
+        if point.one.kind == "tome":
+            lines.setdefault(point.one.way, []).append(point)
+    for way, members in lines.items():
+        _, color, _, beside = WAYS[way]
+        places = [(point.cost, point.height) for point in members]
+        axes.plot(*zip(*places, strict=True), color=color, linewidth=1.5, zorder=1)
+        for point, place in zip(members, places, strict=True):
+            axes.annotate(
+                *(point.one.path, place, beside),
+                textcoords="offset points",
+                ha="left" if beside[0] > 0 else "right",
+                va="bottom" if beside[1] > 0 else "top",
+                color=color,
+            )
 
 
-def draw_reference(axes: Any, row: Line, x: float) -> None:
-    """The accuracy without reduction as a line, and its interval as a band."""
-    axes.axhspan(100 * row["low"], 100 * row["high"], color="0.88", zorder=0)
-    axes.axhline(100 * row["accuracy"], color="0.4", linewidth=1)
-    axes.plot(x, 100 * row["accuracy"], color="0.4", marker="*", markersize=11)
+def draw_columns(axes: Any, points: Sequence[Point]) -> None:
+    """A column for each path of the tokens. Its cost is the least of its points: only vtu costs
+    much more than the others."""
+    columns: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda point: point.cost):
+        columns.setdefault(point.one.path, []).append(point)
+    for place, members in enumerate(columns.values()):
+        heights = [point.height for point in members]
+        axes.plot([place] * len(heights), heights, color="0.8", linewidth=2, zorder=1)
+        for point in members:
+            draw_point(axes, point, place + SHIFTS.get(point.one.way, 0))
+    labels = [f"{path}  ({members[0].cost:.0%})" for path, members in columns.items()]
+    axes.set_xticks(range(len(labels)), labels, rotation=90)
+    axes.grid(visible=False, axis="x")
 
 
-def draw_point(axes: Any, one: Configuration, row: Line, x: str) -> None:
+def draw_point(axes: Any, point: Point, place: float) -> None:
     """A point with its interval. DToMe's are hollow."""
-    _, color, marker = WAYS[one.way]
-    height = 100 * row["accuracy"]
+    label, color, marker, _ = WAYS[point.one.way]
+    hollow = point.one.kind == "dtome"
+    below = point.height - 100 * point.row["low"]
+    above = 100 * point.row["high"] - point.height
     axes.errorbar(
-        row[x],
-        height,
-        [[height - 100 * row["low"]], [100 * row["high"] - height]],
-        label=one.name,
+        *(place, point.height, [[below], [above]]),
+        label=f"{label}, DToMe" if hollow else label,
         color=color,
         marker=marker,
-        markerfacecolor="white" if one.kind == "dtome" else color,
-        markersize=5.5,
+        markerfacecolor="white" if hollow else color,
+        markersize=10 if point.one.kind == "none" else 6,
         linestyle="",
         elinewidth=0.8,
-        zorder=4 if one.way == "folded" else 3,
+        zorder=4 if point.one.way == "folded" else 3,
     )
 
 
-def add_legend(figure: Any, axes: Any, title: str) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=color, marker=marker, linestyle="", label=label)
-        for label, color, marker in WAYS.values()
-    ]
-    handles.append(Line2D([], [], color="0.4", marker="*", label="no reduction (576)"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    figure.suptitle(title, fontsize=10)
-
-
-def label_points(axes: Any, points: Sequence[Point]) -> None:
-    """Write the tokens beside each point, at the first place that is still free."""
-    from matplotlib.transforms import Bbox
-
-    taken = [
-        Bbox.from_bounds(x - 4, y - 4, 8, 8)
-        for x, y in (axes.transData.transform((point.x, point.y)) for point in points)
-    ]
-    for point in sorted(points, key=lambda point: -point.y):
-        for place, (ha, va) in PLACES.items():
-            text = axes.annotate(
-                point.one.path,
-                (point.x, point.y),
-                xytext=place,
-                textcoords="offset points",
-                ha=ha,
-                va=va,
-                fontsize=7,
-                color=WAYS[point.one.way][1],
-                zorder=5,
-            )
-            box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
-                break
-            text.remove()
-        taken.append(box)
-
-
 def distance_plot(rows: Sequence[Line], every: Sequence[Configuration], facts: Line) -> Any:
-    """The distance to the unreduced answers by merged tokens, a line for each kind of positions."""
+    """The distance to the unreduced logits by merged tokens, a line for each kind of positions."""
     from matplotlib import pyplot
-    from matplotlib.ticker import FixedLocator, NullLocator
+    from matplotlib.ticker import NullLocator
 
     named = {one.name: one for one in every}
+    figure, axes = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
+    axes.set(xscale="log", yscale="log")
     lines: dict[str, list[Line]] = {}
     for row in rows:
         if row["kind"] == "tome":
             lines.setdefault(named[row["configuration"]].way, []).append(row)
-    figure, axes = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
     for way, members in lines.items():
-        label, color, marker = WAYS[way]
-        tokens, middle, low, high = (
-            [row[name] for row in members] for name in ("kept_tokens", "kl", "kl_low", "kl_high")
-        )
-        axes.fill_between(tokens, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.plot(tokens, middle, color=color, marker=marker, label=label)
-        axes.annotate(
-            label,
-            (tokens[-1], middle[-1]),
-            xytext=(6, 0),
-            textcoords="offset points",
+        label, color, marker, _ = WAYS[way]
+        tokens = [row["kept_tokens"] for row in members]
+        below = [row["kl"] - row["kl_low"] for row in members]
+        above = [row["kl_high"] - row["kl"] for row in members]
+        axes.errorbar(
+            *(tokens, [row["kl"] for row in members], [below, above]),
+            label=label,
             color=color,
-            va="center",
+            marker=marker,
+            elinewidth=0.8,
+            zorder=4 if way == "folded" else 3,
         )
-    axes.set(xscale="log", yscale="log")
-    axes.xaxis.set_major_locator(FixedLocator(list(MERGED)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels(map(str, MERGED))
+    axes.set_xticks(MERGED, map(str, MERGED))
     axes.invert_xaxis()
-    axes.set(xlabel="merged image tokens", ylabel="KL per answer token to no reduction, nats")
-    axes.set_title(title_of(facts), fontsize=10)
+    axes.set_xlabel("image tokens after merging")
+    axes.set_ylabel("distance to no reduction (KL, nats)")
+    if lines:
+        axes.legend(loc="lower right")
+    figure.suptitle(title_of(facts), fontsize=10)
     return figure
 
 
-def title_of(facts: Line) -> str:
-    return f"{facts['model']}: {facts['questions']} questions about {facts['scenes']} fresh scenes"
+def title_of(facts: Line, timed: bool = False) -> str:
+    asked = f"{facts['questions']} questions about {facts['scenes']} fresh scenes"
+    return f"{facts['model']}: {asked}" + (f"\n{facts['timed_on']}" if timed else "")
 
 
 # ---- the run -------------------------------------------------------------------------------------
