@@ -378,6 +378,7 @@ def measure_distances(
     """One line for each configuration: the distance of every question, and the cost of all."""
     images = [RENDERERS[args.renderer](scene) for scene, _ in scenes]
     none = configurations()[0]
+    encoded: dict[Any, list[EncodedImage]]
     encoded = {None: encode(model, images, NO_REDUCTION, args.batch_size)}
     expected = [logits for logits, _ in forced(model, scenes, encoded[None], none, args)]
     for one in chosen:
@@ -417,13 +418,13 @@ def forced(
         for image, (_, about_it) in zip(images, scenes, strict=True)
         for question in about_it
     ]
-    for start in range(0, len(asked), args.batch_size):
-        requests, answers = zip(*asked[start : start + args.batch_size], strict=True)
+    for first in range(0, len(asked), args.batch_size):
+        requests, answers = zip(*asked[first : first + args.batch_size], strict=True)
         targets = [tuple(model.tokenizer.encode(answer, bos=False)) for answer in answers]
         before, _ = model.encode_requests(requests, args.batch_size)
         logits, after = model.target_logits(before, targets)
-        for request, *states, rows in zip(requests, before, after, logits, strict=True):
-            yield rows, model.trace(*states, request.counts)
+        for request, start, end, rows in zip(requests, before, after, logits, strict=True):
+            yield rows, model.trace(start, end, request.counts)
 
 
 def distance(reference: Tensor, logits: Tensor) -> float:
