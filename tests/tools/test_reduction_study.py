@@ -33,7 +33,7 @@ from llava_lite.evaluation.scenes.accuracy import (
 )
 from llava_lite.evaluation.scenes.questions import Question
 from llava_lite.evaluation.scenes.world import draw_scene
-from llava_lite.fastv import choose
+from llava_lite.fastv import ImageRows, choose
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.inputs.tokenizer import Tokenizer
@@ -244,7 +244,7 @@ def test_run_counts_what_evaluation_counts(
         return scenes[first : first + count] if seed == 5 else fresh_scenes(count, seed)
 
     monkeypatch.setattr(study, "fresh_scenes", same_scenes)
-    assert run("--no-plots", configs=SOME) == 0
+    assert run("--no-plots", "--kl-scenes", "0", configs=SOME) == 0
     table, compared = capsys.readouterr().out.split("\n\n")
     assert [line.split()[0] for line in table.splitlines()[1:]] == NAMES
     pairs = read_csv(tmp_path / "pairs.csv")
@@ -430,21 +430,17 @@ def test_distances_and_costs(run: Any, study: ModuleType, folder: str, tmp_path:
     assert list(lines) == list(rows) and {line["scenes"] for line in lines.values()} == {1}
     [(scene, asked)] = fresh_scenes(1, 5)
     image = draw_scene(scene)
+    texts = [question.text for question in asked]
     wishes = {one.name: one.reduction for one in study.configurations()}
+    expected = [slow_logits(model, image, question, Reduction()) for question in asked]
     for name, line in lines.items():
-        found = [
-            slow_distance(
-                slow_logits(model, image, question, Reduction()),
-                slow_logits(model, image, question, wishes[name]),
-            )
-            for question in asked
-        ]
+        logits = [slow_logits(model, image, question, wishes[name]) for question in asked]
+        found = list(map(slow_distance, expected, logits))
         assert line["kl"] == pytest.approx(found, rel=1e-3, abs=1e-9)
-        traces = [
-            model.generate(image, one.text, max_new_tokens=1, reduction=wishes[name], trace=True)
-            for one in asked
-        ]
-        costs = [answer.trace for answer in traces if answer.trace]
+        answers = model.generate(
+            [image] * len(texts), texts, max_new_tokens=1, reduction=wishes[name], trace=True
+        )
+        costs = [answer.trace for answer in answers if answer.trace]
         assert line["decoder_flops"] == sum(cost.decoder_flops["gated"].total for cost in costs)
         assert line["kv_bytes"] == sum(cost.kv_bytes for cost in costs)
         row = {column: float(rows[name][column]) for column in ("kl", "decoder_flops", "kv_bytes")}
@@ -557,9 +553,10 @@ def test_the_control_prefers_no_token(study: ModuleType) -> None:
     """Every image token stays as often as any other, and words always."""
     scores = torch.linspace(0, 1, 20)
     counts = torch.zeros(20)
+    image_rows = ImageRows.of([(4, 16)], scores.device)
     with study.prune_at_random([3]):
         for _ in range(2000):
-            kept = llama.choose(scores, [(4, 16)], [3]).kept_indices
+            kept = llama.choose(scores, image_rows, [3], 1).kept_indices
             counts[kept] += 1
     assert (counts[[0, 1, 2, 3, 16, 17, 18, 19]] == 2000).all()
     # 500 expected of each of 12; the standard deviation is 19.
