@@ -7,6 +7,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -109,23 +110,21 @@ def test_configurations(study: ModuleType) -> None:
     assert {kind: kinds.count(kind) for kind in kinds} == {
         **{"none": 1, "tome": 17, "dtome": 3, "fastv": 10, "random": 2, "hybrid": 29, "stages": 12}
     }
-    fold = {"rest": "fold", "score": "mean"}
+    fold = partial(FastV, rest="fold", score="mean")
     wishes = {
         "none": Reduction(),
         "tome-72-plain": Reduction(ToMe(keep=72), "plain"),
         "dtome-72-folded": Reduction(DToMe(), "folded"),
         "fastv-k1-72": Reduction(fastv=FastV(keep=72, layer=1)),
-        "fastv-k3-36-folded": Reduction(None, "folded", FastV(keep=36, layer=3, **fold)),
+        "fastv-k3-36-folded": Reduction(None, "folded", fold(keep=36, layer=3)),
         "random-k3-36": Reduction(fastv=FastV(keep=36)),
         "hybrid-144-72-logical": Reduction(ToMe(keep=144), "logical", FastV(keep=72)),
         "hybrid-72-36-vtu": Reduction(ToMe(keep=72), "vtu", FastV(keep=36)),
         "hybrid-72-36-dropped": Reduction(ToMe(keep=72), "folded", FastV(keep=36)),
         "hybrid-72-36-folded-sum": Reduction(ToMe(keep=72), "folded", FastV(keep=36, rest="fold")),
-        "stages-576-144-36-folded": Reduction(
-            *(None, "folded", FastV(stages=((1, 144), (3, 36)), **fold))
-        ),
+        "stages-576-144-36-folded": Reduction(None, "folded", fold(stages=((1, 144), (3, 36)))),
         "stages-72-18-9-dropped": Reduction(
-            *(ToMe(keep=72), "folded", FastV(stages=((1, 18), (3, 9))))
+            ToMe(keep=72), "folded", FastV(stages=((1, 18), (3, 9)))
         ),
     }
     assert {name: found[name].reduction for name in wishes} == wishes
@@ -304,7 +303,7 @@ def test_columns(run: Any, study: ModuleType, tmp_path: Path) -> None:
     none, folded, vtu, dropped, kept = rows.values()
     first = "configuration kind positions layer rest target image_tokens kept_tokens scenes asked"
     first += " accuracy low high macro difference difference_low difference_high"
-    first += " kl kl_low kl_high decoder_flops kv_bytes seconds time_ratio"
+    first += " kl_asked kl kl_low kl_high decoder_flops kv_bytes seconds time_ratio"
     families = [f"{name}_{x}" for name in FAMILIES for x in ("asked", "accuracy", "low", "high")]
     assert list(none) == [*first.split(), *families]
     assert (vtu["kind"], vtu["positions"], vtu["target"]) == ("tome", "vtu", "36")
@@ -491,7 +490,8 @@ def test_cost_columns(study: ModuleType) -> None:
     row = study.cost_columns(own, reference)
     assert (row["kl"], row["decoder_flops"], row["kv_bytes"]) == pytest.approx((0.3, 0.25, 0.5))
     assert 0 <= row["kl_low"] < 0.3 < row["kl_high"] <= 0.6
-    assert study.cost_columns([], reference) == dict.fromkeys(row)
+    assert row["kl_asked"] == 3
+    assert study.cost_columns([], reference) == {**dict.fromkeys(row), "kl_asked": 0}
     alone = study.cost_columns(own, [])
     assert alone == {**row, "decoder_flops": None, "kv_bytes": None}
 
@@ -509,7 +509,7 @@ def test_without_distances_the_columns_are_blank(run: Any, tmp_path: Path) -> No
     assert run("--no-plots", "--kl-scenes", "0", count=1) == 0
     for row in rows_of(tmp_path).values():
         assert row["kl"] == row["kl_low"] == row["decoder_flops"] == row["kv_bytes"] == ""
-        assert row["accuracy"]
+        assert row["accuracy"] and row["kl_asked"] == "0"
 
 
 # ---- the control ---------------------------------------------------------------------------------
