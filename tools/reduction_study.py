@@ -31,16 +31,15 @@ differences for two configurations, bootstrap for a mean distance. `--out` gets 
     distances.jsonl          the same for `--kl-scenes` scenes: distance to `none` and costs
     settings.json            settings that must not change between runs, and the thresholds
     times.json               the latest `--time` of each configuration
-    study.csv                a row for each configuration that has all scenes; families of questions
-                             and distances have columns of their own
+    study.csv                a row for each configuration that has all scenes
     pairs.csv                a row for each claim that one configuration is better than another
     study.json               both, with settings and times
     answers.png, answers_time.png, distances.png
 
 The distance of a question is KL(none || reduced) in nats, the mean over the tokens of the right
 answer, each behind the right tokens. `kl` is their mean over `kl_asked` questions. `decoder_flops`
-and `kv_bytes` are those of the prompt, and `time_ratio` is measured; all three are ratios to `none`.
-`p` is that of McNemar's exact test, two-sided, not corrected for the number of pairs.
+and `kv_bytes` are those of the prompt, `time_ratio` is measured; all are ratios to `none`. `p` is
+that of McNemar's exact test, two-sided, not corrected for the number of pairs.
 
 A time is that of one short question about one image, from pixels to answer. All configurations of a
 `--time` take turns in every round. Figures are medians over the rounds, and ratios to `none` of the
