@@ -80,7 +80,7 @@ def run(study: ModuleType, folder: str, tmp_path: Path) -> Any:
 
     def run(*words: str, configs: Sequence[str] = ("none", "tome-36-vtu"), count: int = 3) -> int:
         fixed = ["--out", str(tmp_path), "--model", folder, "--n", str(count), "--seed", "5"]
-        fixed += ["--calibration-scenes", "3", "--kl-scenes", "1", "--configs", *configs]
+        fixed += ["--calibration-scenes", "3", "--kl-scenes", "0", "--configs", *configs]
         code: int = study.main([*fixed, *words])
         return code
 
@@ -243,7 +243,7 @@ def test_run_counts_what_evaluation_counts(
         return scenes[first : first + count] if seed == 5 else fresh_scenes(count, seed)
 
     monkeypatch.setattr(study, "fresh_scenes", same_scenes)
-    assert run("--no-plots", "--kl-scenes", "0", configs=SOME) == 0
+    assert run("--no-plots", configs=SOME) == 0
     table, compared = capsys.readouterr().out.split("\n\n")
     assert [line.split()[0] for line in table.splitlines()[1:]] == NAMES
     pairs = read_csv(tmp_path / "pairs.csv")
@@ -423,7 +423,7 @@ def test_distances_and_costs(run: Any, study: ModuleType, folder: str, tmp_path:
     """Of every question as a slow computation finds them; costs as traces count them."""
     model = llava_lite.load(folder)
     configs = ["none", "tome-36-folded", "tome-36-vtu", "fastv-k2-36-folded", "stages-36-*-folded"]
-    assert run("--no-plots", configs=configs, count=2) == 0
+    assert run("--no-plots", "--kl-scenes", "1", configs=configs, count=2) == 0
     rows = rows_of(tmp_path)
     lines = {line["configuration"]: line for line in lines_of(tmp_path, "distances")}
     assert list(lines) == list(rows) and {line["scenes"] for line in lines.values()} == {1}
@@ -506,7 +506,7 @@ def test_interval_of_a_mean(study: ModuleType) -> None:
 
 
 def test_without_distances_the_columns_are_blank(run: Any, tmp_path: Path) -> None:
-    assert run("--no-plots", "--kl-scenes", "0", count=1) == 0
+    assert run("--no-plots", count=1) == 0
     for row in rows_of(tmp_path).values():
         assert row["kl"] == row["kl_low"] == row["decoder_flops"] == row["kv_bytes"] == ""
         assert row["accuracy"] and row["kl_asked"] == "0"
@@ -566,7 +566,7 @@ def test_the_control_prefers_no_token(study: ModuleType) -> None:
 @pytest.mark.parametrize("name", ["fastv-k3-36", "hybrid-144-k1-36-folded"])
 def test_a_choice_and_its_control_are_asked_the_same(run: Any, tmp_path: Path, name: str) -> None:
     control = "random" + name.removeprefix("fastv").removeprefix("hybrid")
-    assert run("--no-plots", configs=[name, control], count=2) == 0
+    assert run("--no-plots", "--kl-scenes", "1", configs=[name, control], count=2) == 0
     lines = {line["configuration"]: line for line in lines_of(tmp_path)}
     assert set(lines) == {name, control}
     shared = ("first", "scenes", "image_tokens", "kept_tokens")
@@ -835,7 +835,7 @@ def made_up_row(study: ModuleType, one: Any, number: int) -> dict[str, Any]:
 def test_plots_of_an_unfinished_study(run: Any, tmp_path: Path) -> None:
     """Few configurations, no times. Without distances there is nothing to draw."""
     peer("matplotlib")
-    assert run("--kl-scenes", "0", count=1) == 0
-    assert not list(tmp_path.glob("*.png"))
     assert run(count=1) == 0
+    assert not list(tmp_path.glob("*.png"))
+    assert run("--kl-scenes", "1", count=1) == 0
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["answers.png", "distances.png"]
