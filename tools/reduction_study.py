@@ -32,8 +32,8 @@ differences for two configurations, bootstrap for a mean distance. `--out` gets 
     settings.json            settings that must not change between runs, and the thresholds
     times.json               the latest `--time` of each configuration
     study.csv                a row for each configuration that has all scenes
-    pairs.csv                a row for each claim that one configuration is better than another
-    study.json               both, with settings and times
+    pairs.csv                a row for each pair of them that is compared
+    study.json               the rows of both, with settings and times
     answers.png, answers_time.png, distances.png
 
 The distance of a question is KL(none || reduced) in nats, the mean over the tokens of the right
