@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure what token reduction costs in accuracy and saves in time, on the same fresh scenes.
+"""Measure what token reduction costs in answers and saves in work, on the same fresh scenes.
 
     python tools/reduction_study.py --out runs/study --n 1000           # resumes
     python tools/reduction_study.py --out runs/study --n 1000 --time    # alone on the machine
@@ -8,22 +8,38 @@
 Configurations (`--list` shows them), named after the number of remaining image tokens:
 
     none                     no reduction, 576 image tokens
-    tome-72-vtu              merging to the same number for every image; vtu, logical, plain
-    dtome-72-vtu             merging by thresholds to about that number on average. Thresholds come
+    tome-72-folded           merging to the same number for every image; folded, vtu, logical, plain
+    dtome-72-folded          merging by thresholds to about that number on average. Thresholds come
                              from scenes of another seed; the study counts the tokens
-    fastv-k3-36              pruning before decoder layer 3
-    random-k3-36             the control: as many tokens pruned there, chosen at random
-    hybrid-144-72-logical    merging to 144, then pruning to 72 before layer 3
+    fastv-k3-36              pruning before decoder layer 3, the rest is dropped
+    fastv-k3-36-folded       the same, the rest is folded into the kept tokens
+    random-k3-36             the control: as many tokens stay there, chosen at random
+    random-144-k1-36-folded  the control of hybrid-144-k1-36-folded
+    hybrid-144-72-folded     merging to 144, then pruning to 72 before layer 3, the rest is folded
+    hybrid-144-72-logical    the rest is dropped, at logical positions (or vtu)
+    hybrid-144-k1-36-*       pruning before layer 1. dropped: the rest is dropped, at folded
+                             positions; folded-sum: folded, but scores are sums over positions. All
+                             other folded configurations take means, all dropped ones sums
+    stages-72-36-18-folded   merging to 72, then pruning in stages, before layers 1 and 3; dropped
+                             is again at folded positions. 576: no merging
 
 A right answer is exactly the expected text. Intervals are 95 %: Wilson for an accuracy, paired
-differences for the difference to `none`. `--out` gets these files:
+differences for two configurations, bootstrap for a mean distance. `--out` gets these files:
 
     answers.jsonl            right and wrong answers, one line per configuration and chunk of
                              scenes; a later run skips existing lines
+    distances.jsonl          the same for `--kl-scenes` scenes: distance to `none` and costs
     settings.json            settings that must not change between runs, and the thresholds
     times.json               the latest `--time` of each configuration
-    study.csv, study.json    a row for each configuration that has all scenes
-    accuracy_tokens.png, accuracy_time.png, families.png
+    study.csv                a row for each configuration that has all scenes
+    pairs.csv                a row for each pair of them that is compared
+    study.json               the rows of both, with settings and times
+    answers.png, answers_time.png, distances.png
+
+The distance of a question is KL(none || reduced) in nats, the mean over the tokens of the right
+answer, each behind the right tokens. `kl` is their mean over `kl_asked` questions. `decoder_flops`
+and `kv_bytes` are those of the prompt, `time_ratio` is measured; all are ratios to `none`. `p` is
+that of McNemar's exact test, two-sided, not corrected for the number of pairs.
 
 A time is that of one short question about one image, from pixels to answer. All configurations of a
 `--time` take turns in every round. Figures are medians over the rounds, and ratios to `none` of the
@@ -82,6 +98,7 @@ from llava_lite.llava import EncodedImage
 from llava_lite.reduction import NO_REDUCTION, PRUNE_LAYER, DToMe, FastV, Reduction, ToMe
 from llava_lite.saving import replace_json
 from llava_lite.study.find_thresholds import find_thresholds
+from llava_lite.tables import table_lines
 
 Line = dict[str, Any]
 Key = tuple[str, int, int]  # configuration, first scene, number of scenes
@@ -105,6 +122,7 @@ STAGES: tuple[tuple[int, dict[int, int]], ...] = (  # tokens of the tower, then 
 )
 CHUNK = 25  # scenes
 KL_SCENES = 30
+RIVALS = ("-vtu", "-logical", "-plain", "", "-dropped", "-folded-sum")
 CALIBRATION_SEED = 30_000
 CALIBRATION_SCENES = 128
 TIMED_SCENES = 3
@@ -123,17 +141,34 @@ class Configuration:
     target: int
 
     @property
-    def series(self) -> tuple[str, str]:
-        """The key in SERIES of its line in a plot."""
+    def way(self) -> str:
+        """What becomes of the tokens that go, a key of WAYS."""
         positions, fastv = self.reduction.positions, self.reduction.fastv
+        if self.kind in ("none", "random"):
+            return self.kind
         if fastv is None:
-            return self.kind, "" if self.kind == "none" else positions
-        rest = "folded" if fastv.rest == "fold" else "dropped"
-        if self.kind == "fastv":
-            return f"fastv-k{fastv.layer}", rest
-        if self.kind == "hybrid" and rest == "dropped":
-            rest = positions
-        return self.kind, rest
+            return positions
+        if fastv.rest == "fold":
+            return "summed" if fastv.score == "sum" else "folded"
+        return "dropped" if self.reduction.merge is None else positions.replace("folded", "dropped")
+
+    @property
+    def panel(self) -> str:
+        """The part of a plot that shows it, a key of PANELS."""
+        if self.kind == "none":
+            return ""
+        if self.reduction.fastv is None:
+            return "merged"
+        return "pruned" if self.reduction.merge is None else "both"
+
+    @property
+    def path(self) -> str:
+        """The numbers of image tokens on the way, and the first layer of a single pruning."""
+        merge, fastv = self.reduction.merge, self.reduction.fastv
+        first = [] if merge is None else [merge.keep if isinstance(merge, ToMe) else self.target]
+        amounts = {} if fastv is None else fastv.amounts
+        numbers = ARROW.join(map(str, (*first, *amounts.values())))
+        return f"{numbers}, K{fastv.layer}" if fastv and fastv.stages is None else numbers
 
     def kept_tokens(self, count: int) -> int:
         """How many of `count` image tokens reach the last decoder layers."""
@@ -320,7 +355,7 @@ def run_missing(
 
 
 def read_lines(path: Path) -> dict[Key, Line]:
-    """The answers so far, without a line that a crash cut off."""
+    """The lines so far, without one that a crash cut off."""
     lines: dict[Key, Line] = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -344,6 +379,7 @@ def measure_distances(
     """One line for each configuration: the distance of every question, and the cost of all."""
     images = [RENDERERS[args.renderer](scene) for scene, _ in scenes]
     none = configurations()[0]
+    encoded: dict[Any, list[EncodedImage]]
     encoded = {None: encode(model, images, NO_REDUCTION, args.batch_size)}
     expected = [logits for logits, _ in forced(model, scenes, encoded[None], none, args)]
     for one in chosen:
@@ -383,13 +419,13 @@ def forced(
         for image, (_, about_it) in zip(images, scenes, strict=True)
         for question in about_it
     ]
-    for start in range(0, len(asked), args.batch_size):
-        requests, answers = zip(*asked[start : start + args.batch_size], strict=True)
+    for first in range(0, len(asked), args.batch_size):
+        requests, answers = zip(*asked[first : first + args.batch_size], strict=True)
         targets = [tuple(model.tokenizer.encode(answer, bos=False)) for answer in answers]
         before, _ = model.encode_requests(requests, args.batch_size)
         logits, after = model.target_logits(before, targets)
-        for request, *states, rows in zip(requests, before, after, logits, strict=True):
-            yield rows, model.trace(*states, request.counts)
+        for request, start, end, rows in zip(requests, before, after, logits, strict=True):
+            yield rows, model.trace(start, end, request.counts)
 
 
 def distance(reference: Tensor, logits: Tensor) -> float:
@@ -449,66 +485,89 @@ def ask_once(model: Model, images: Sequence[Image.Image], reduction: Reduction) 
 # ---- results -------------------------------------------------------------------------------------
 
 
-def paired_difference(right: str, reference: str) -> tuple[float, float, float]:
-    """The mean difference to `reference` on the same questions, and its 95 % interval. Both are
-    strings of 0 and 1."""
-    pairs = zip(right, reference, strict=True)
-    differences = [int(one) - int(other) for one, other in pairs]
-    middle = statistics.fmean(differences)
-    z = statistics.NormalDist().inv_cdf(0.975)
-    half = z * statistics.pstdev(differences) / math.sqrt(len(differences))
-    return middle, middle - half, middle + half
-
-
-def complete(lines: dict[Key, Line], name: str, count: int) -> list[Line] | None:
-    """All lines of a configuration over `count` scenes; None if some are missing."""
+def complete(lines: dict[Key, Line], name: str, count: int) -> list[Line]:
+    """All lines of a configuration over `count` scenes; none at all if some are missing."""
     found = [lines.get((name, *chunk)) for chunk in chunks(count)]
-    return None if None in found else [line for line in found if line is not None]
+    return [] if None in found else [line for line in found if line is not None]
 
 
 def summarize(
-    lines: dict[Key, Line], every: Sequence[Configuration], count: int, times: dict[str, Any]
-) -> list[Line]:
-    """A row for each configuration that has all scenes."""
-    measurements: dict[str, Any] = times.get("measurements", {})
+    answers: dict[Key, Line],
+    distances: dict[Key, Line],
+    every: Sequence[Configuration],
+    count: int,
+    kl_count: int,
+    times: Line,
+) -> tuple[list[Line], list[Line]]:
+    """A row for each configuration that has all `count` scenes, and one for each pair of them.
+    Distances and costs are those over `kl_count` scenes."""
+    measurements: Line = times.get("measurements", {})
+    full = {one.name: complete(answers, one.name, count) for one in every}
+    full = {name: lines for name, lines in full.items() if lines}
+    costs = {name: complete(distances, name, kl_count) for name in full}
     rows = []
     for one in every:
-        own = complete(lines, one.name, count)
-        if own is not None:
-            reference = complete(lines, "none", count)
-            rows.append(summary(one, own, reference, measurements.get(one.name, {})))
-    return rows
+        if one.name not in full:
+            continue
+        row = summary(one, full[one.name], full.get("none", []))
+        row |= cost_columns(costs[one.name], costs.get("none", []))
+        time = measurements.get(one.name, {})
+        row |= {"seconds": time.get("seconds"), "time_ratio": time.get("ratio")}
+        rows.append(row | family_columns(full[one.name]))
+    return rows, [compare(*pair, full) for pair in claims(list(full))]
 
 
-def summary(
-    one: Configuration, own: list[Line], reference: list[Line] | None, time: dict[str, Any]
-) -> Line:
-    """The row of one configuration: tokens, accuracies with intervals, and time if measured."""
-    marks = join_marks(own)
-    tallies = {family: Tally(text.count("1"), len(text)) for family, text in marks.items()}
+def summary(one: Configuration, own: Sequence[Line], reference: Sequence[Line]) -> Line:
+    """What one configuration is, its tokens, and its accuracy with intervals."""
+    fastv = one.reduction.fastv
+    folds = fastv is not None and fastv.rest == "fold"
+    tallies = tally_families(own)
     scenes = sum(line["scenes"] for line in own)
     row: Line = {
         "configuration": one.name,
         "kind": one.kind,
-        "positions": "" if one.reduction.merge is None else one.reduction.positions,
-        "layer": one.reduction.fastv.layer if one.reduction.fastv else None,
+        "positions": one.reduction.positions if one.reduction.merge or folds else "",
+        "layer": "+".join(map(str, fastv.amounts)) if fastv else "",
+        "rest": fastv.rest if fastv else "",
         "target": one.target,
         "image_tokens": sum(line["image_tokens"] for line in own) / scenes,
         "kept_tokens": sum(line["kept_tokens"] for line in own) / scenes,
         "scenes": scenes,
     }
     row |= accuracy_columns("", overall(tallies)) | {"macro": macro_accuracy(tallies)}
-    difference: tuple[float | None, ...] = (None,) * 3
-    if reference is not None:
-        difference = paired_difference(
-            "".join(marks.values()), "".join(join_marks(reference).values())
-        )
+    difference: Sequence[float | None] = (None,) * 3
+    if reference:
+        difference = paired_difference(all_marks(own), all_marks(reference))
     names = ("difference", "difference_low", "difference_high")
-    row |= dict(zip(names, difference, strict=True))
-    row |= {"seconds": time.get("seconds"), "time_ratio": time.get("ratio")}
+    return row | dict(zip(names, difference, strict=True))
+
+
+def cost_columns(own: Sequence[Line], reference: Sequence[Line]) -> Line:
+    """The mean distance with its interval, and costs as ratios to `none`; None without lines."""
+    distances = [kl for line in own for kl in line["kl"]]
+    row: Line = {"kl_asked": len(distances)}
+    row |= dict.fromkeys(("kl", "kl_low", "kl_high", "decoder_flops", "kv_bytes"))
+    if own:
+        row |= dict(zip(("kl", "kl_low", "kl_high"), mean_interval(distances), strict=True))
+    if own and reference:
+        for name in ("decoder_flops", "kv_bytes"):
+            total, full = (sum(line[name] for line in lines) for lines in (own, reference))
+            row[name] = total / full
+    return row
+
+
+def family_columns(own: Sequence[Line]) -> Line:
+    tallies = tally_families(own)
+    row: Line = {}
     for family in FAMILIES:
         row |= accuracy_columns(f"{family}_", tallies.get(family, Tally()))
     return row
+
+
+def accuracy_columns(prefix: str, tally: Tally) -> Line:
+    values = (tally.accuracy, *tally.interval()) if tally.asked else (None,) * 3
+    named = dict(zip(("accuracy", "low", "high"), values, strict=True))
+    return {f"{prefix}{name}": value for name, value in ({"asked": tally.asked} | named).items()}
 
 
 def join_marks(lines: Sequence[Line]) -> dict[str, str]:
@@ -520,68 +579,109 @@ def join_marks(lines: Sequence[Line]) -> dict[str, str]:
     }
 
 
-def accuracy_columns(prefix: str, tally: Tally) -> Line:
-    values = (tally.accuracy, *tally.interval()) if tally.asked else (None,) * 3
-    named = dict(zip(("accuracy", "low", "high"), values, strict=True))
-    return {f"{prefix}{name}": value for name, value in ({"asked": tally.asked} | named).items()}
+def all_marks(lines: Sequence[Line]) -> str:
+    """The marks of all questions, in the same order for every configuration."""
+    return "".join(join_marks(lines).values())
+
+
+def tally_families(lines: Sequence[Line]) -> dict[str, Tally]:
+    marks = join_marks(lines)
+    return {family: Tally(text.count("1"), len(text)) for family, text in marks.items()}
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean, and its 95 % interval from 1000 resamples: distances are never negative, and few
+    large ones make most of their sum."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(values, (1000, len(values))).mean(-1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return statistics.fmean(values), float(low), float(high)
+
+
+def paired_difference(right: str, reference: str) -> tuple[float, float, float]:
+    """The mean difference to `reference` on the same questions, and its 95 % interval. Both are
+    strings of 0 and 1."""
+    pairs = zip(right, reference, strict=True)
+    differences = [int(one) - int(other) for one, other in pairs]
+    middle = statistics.fmean(differences)
+    z = statistics.NormalDist().inv_cdf(0.975)
+    half = z * statistics.pstdev(differences) / math.sqrt(len(differences))
+    return middle, middle - half, middle + half
+
+
+def claims(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The pairs of configurations to compare: folded and each other treatment of the same tokens,
+    then FastV's choice and chance."""
+    found = []
+    for name in names:
+        base = name.removesuffix("-folded")
+        if base != name and not name.startswith("random"):
+            found += [(name, f"{base}{rest}") for rest in RIVALS]
+            found.append((f"{base}-folded-sum", f"{base}-dropped"))  # with the same scores
+    chance = [name for name in names if name.startswith("random")]
+    found += [
+        (name.replace("random", kind), name) for name in chance for kind in ("fastv", "hybrid")
+    ]
+    return (pair for pair in found if set(pair) <= set(names))
+
+
+def compare(first: str, second: str, lines: dict[str, list[Line]]) -> Line:
+    """The row of a pair: McNemar's exact test on the questions that only one answers right."""
+    right, other = all_marks(lines[first]), all_marks(lines[second])
+    both = list(zip(right, other, strict=True))
+    wins, losses = both.count(("1", "0")), both.count(("0", "1"))
+    difference, low, high = paired_difference(right, other)
+    return {
+        "first": first,
+        "second": second,
+        "asked": len(both),
+        "only_first_right": wins,
+        "only_second_right": losses,
+        "difference": difference,
+        "low": low,
+        "high": high,
+        "p": mcnemar(wins, losses),
+    }
+
+
+def mcnemar(wins: int, losses: int) -> float:
+    """The chance of a split at least as uneven, if both sides were equally likely."""
+    total, fewer = wins + losses, min(wins, losses)
+    tail = sum(math.comb(total, number) for number in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**total)
 
 
 def write_csv(path: Path, rows: Sequence[Line]) -> None:
-    """Write the rows with four digits."""
+    """Write the rows with six significant digits."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+            rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
             writer.writerow(rounded)
 
 
 # ---- plots ---------------------------------------------------------------------------------------
 
 # The colors of Okabe and Ito, which color-blind people can tell apart.
-BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
-SERIES: dict[tuple[str, str], tuple[str, str, str, str]] = {  # label, color, marker, line
-    ("tome", "vtu"): ("ToMe, vtu", BLUE, "o", "-"),
-    ("tome", "logical"): ("ToMe, logical", ORANGE, "s", "-"),
-    ("tome", "plain"): ("ToMe, plain", GREEN, "^", "-"),
-    ("dtome", "vtu"): ("DToMe, vtu", BLUE, "o", ":"),
-    ("dtome", "logical"): ("DToMe, logical", ORANGE, "s", ":"),
-    ("fastv", "K = 1"): ("FastV, K = 1", RED, "v", "-"),
-    ("fastv", "K = 2"): ("FastV, K = 2", PURPLE, "D", "-"),
-    ("fastv", "K = 3"): ("FastV, K = 3", "black", "P", "-"),
-    ("random", "K = 1"): ("random, K = 1", RED, "v", ":"),
-    ("random", "K = 2"): ("random, K = 2", PURPLE, "D", ":"),
-    ("random", "K = 3"): ("random, K = 3", "black", "P", ":"),
-    ("hybrid", "144, vtu"): ("ToMe 144 + FastV, vtu", BLUE, "d", "-"),
-    ("hybrid", "144, logical"): ("ToMe 144 + FastV, logical", ORANGE, "d", "-"),
-    ("hybrid", "72, vtu"): ("ToMe 72 + FastV, vtu", BLUE, "d", ":"),
-    ("hybrid", "72, logical"): ("ToMe 72 + FastV, logical", ORANGE, "d", ":"),
+WAYS = {  # label, color, marker, place of a number beside a point
+    "none": ("no reduction", "#666666", "*", (0, 0)),
+    "folded": ("folded", "#0072B2", "o", (-5, 4)),
+    "summed": ("folded, ranked by sums", "#56B4E9", "o", (0, 0)),
+    "vtu": ("vtu", "#E69F00", "s", (5, 4)),
+    "logical": ("logical", "#009E73", "^", (6, -4)),
+    "plain": ("plain", "#CC79A7", "D", (6, -4)),
+    "dropped": ("dropped", "#D55E00", "v", (0, 0)),
+    "random": ("ranked by chance", "#000000", "x", (0, 0)),
 }
+SHIFTS = {"summed": -0.4, "vtu": -0.2, "dropped": 0.2}  # in a column, so that points do not hide
 PANELS = {
-    "merging in the tower": ("tome", "dtome"),
-    "pruning in front of decoder layer K": ("fastv", "random"),
-    "both: merged, then pruned (K = 3)": ("hybrid",),
+    "merged": "merged in the vision tower",
+    "pruned": "pruned in the decoder",
+    "both": "merged, then pruned",
 }
-FAMILY_SERIES = (
-    ("tome", "vtu"),
-    ("tome", "logical"),
-    ("tome", "plain"),
-    ("fastv", "K = 3"),
-    ("random", "K = 3"),
-    ("hybrid", "72, logical"),
-)
-FAMILY_TITLES = {
-    "count": "How many objects?",
-    "count_color": "How many red objects?",
-    "count_shape": "How many circles?",
-    "color": "What color is the star?",
-    "shape": "What is the green object?",
-    "exists": "Is there a blue square?",
-    "where": "Where is the red ring?",
-    "relation": "Is it left of the star?",
-    "digit": "What digit is on it?",
-    "describe": "Describe the image.",
-}
+COSTS = {"decoder_flops": "FLOPs of the decoder", "time_ratio": "measured time of a question"}
+ARROW = "\N{RIGHTWARDS ARROW}"
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -610,171 +710,179 @@ def draw_plots(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    by_series: dict[tuple[str, str], list[Line]] = {}
-    series_of = {one.name: one.series for one in every}
-    for row in rows:
-        by_series.setdefault(series_of[row["configuration"]], []).append(row)
-    for members in by_series.values():
-        members.sort(key=lambda row: row["kept_tokens"])
-    timed = any(row["time_ratio"] is not None and row["kind"] != "none" for row in rows)
-    drawn = {"accuracy_tokens.png": token_plot, "families.png": family_plot}
-    if timed:
-        drawn["accuracy_time.png"] = time_plot
+    plots: dict[str, Callable[..., Any]] = {
+        "answers.png": partial(answer_plot, x="decoder_flops"),
+        "answers_time.png": partial(answer_plot, x="time_ratio"),
+        "distances.png": distance_plot,
+    }
+    needed = ("decoder_flops", "time_ratio", "kl")
     paths = []
     with pyplot.rc_context(STYLE):
-        for name, draw in drawn.items():
-            figure = draw(by_series, facts)
-            figure.savefig(out / name, dpi=130)
-            pyplot.close(figure)
-            paths.append(compress_png(out / name))
+        for (name, draw), column in zip(plots.items(), needed, strict=True):
+            known = [row for row in rows if row[column] is not None]
+            if any(row["kind"] != "none" for row in known):
+                figure = draw(known, every, facts)
+                figure.savefig(out / name, dpi=130)
+                pyplot.close(figure)
+                paths.append(compress_png(out / name))
     return paths
 
 
 def compress_png(path: Path) -> Path:
-    """Rewrite a PNG with 128 colors: about a third of the bytes."""
+    """Rewrite a PNG with 256 colors: about a third of the bytes."""
     with Image.open(path) as image:
-        small = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
     return path
 
 
-def draw_series(
-    axes: Any,
-    by_series: dict[tuple[str, str], list[Line]],
-    key: tuple[str, str],
-    x: str,
-    prefix: str = "",
-    shift: float = 0.0,
-) -> None:
-    """Draw one line with its intervals. shift: percent to the right, so lines do not hide each
-    other."""
-    label, color, marker, line = SERIES[key]
-    rows = [row for row in by_series.get(key, ()) if row[f"{prefix}accuracy"] is not None]
-    rows = [row for row in rows if row[x] is not None]
-    if not rows:
-        return
-    places = [row[x] * (1 + shift / 100) for row in rows]
-    heights = [100 * row[f"{prefix}accuracy"] for row in rows]
-    below = [100 * (row[f"{prefix}accuracy"] - row[f"{prefix}low"]) for row in rows]
-    above = [100 * (row[f"{prefix}high"] - row[f"{prefix}accuracy"]) for row in rows]
-    face = "white" if line == ":" else color
+@dataclass(frozen=True)
+class Point:
+    """A configuration in a plot. cost: as a ratio to `none`."""
+
+    one: Configuration
+    row: Line
+    cost: float
+
+    @property
+    def height(self) -> float:
+        """Right answers in percent."""
+        return float(100 * self.row["accuracy"])
+
+
+def answer_plot(rows: Sequence[Line], every: Sequence[Configuration], facts: Line, x: str) -> Any:
+    """Right answers by cost. Where tokens only merge: lines. With pruning: a column for each path
+    of the tokens, in the order of costs, with a point for each treatment of the other tokens."""
+    from matplotlib import pyplot
+
+    named = {one.name: one for one in every}
+    points = [Point(named[row["configuration"]], row, row[x]) for row in rows]
+    figure, panels = pyplot.subplots(
+        *(1, 3), figsize=(12, 5.5), layout="constrained", width_ratios=(10, 7, 14)
+    )
+    panels[2].sharey(panels[1])
+    panels[2].tick_params(labelleft=False)
+    for axes, (panel, title) in zip(panels, PANELS.items(), strict=True):
+        draw = draw_lines if panel == "merged" else draw_columns
+        draw(axes, [point for point in points if point.one.panel == panel])
+        axes.set_title(title, fontweight="bold")
+        for row in (point.row for point in points if point.one.kind == "none"):
+            axes.axhspan(100 * row["low"], 100 * row["high"], color="0.9", zorder=0)
+            axes.axhline(100 * row["accuracy"], color=WAYS["none"][1], linewidth=1, zorder=1)
+    for point in points:
+        if point.one.kind == "none":
+            draw_point(panels[0], point, point.cost)
+    panels[0].set_ylabel("right answers, %")
+    panels[0].set_xlabel(f"{COSTS[x]}, 100 % without reduction")
+    panels[2].set_xlabel(f"image tokens, K: pruned in front of this layer, %: {COSTS[x]}")
+    shown = [axes.get_legend_handles_labels() for axes in panels]
+    legend = {label: handle for pair in shown for handle, label in zip(*pair, strict=True)}
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=6)
+    figure.suptitle(title_of(facts, timed=x == "time_ratio"), fontsize=10)
+    return figure
+
+
+def draw_lines(axes: Any, points: Sequence[Point]) -> None:
+    """A point for each configuration by its cost, and a line for each kind of positions."""
+    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator([0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 1]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    lines: dict[str, list[Point]] = {}
+    for point in points:
+        draw_point(axes, point, point.cost)
+        if point.one.kind == "tome":
+            lines.setdefault(point.one.way, []).append(point)
+    for way, members in lines.items():
+        _, color, _, beside = WAYS[way]
+        places = [(point.cost, point.height) for point in members]
+        axes.plot(*zip(*places, strict=True), color=color, linewidth=1.5, zorder=1)
+        for point, place in zip(members, places, strict=True):
+            axes.annotate(
+                *(point.one.path, place, beside),
+                textcoords="offset points",
+                ha="left" if beside[0] > 0 else "right",
+                va="bottom" if beside[1] > 0 else "top",
+                color=color,
+            )
+
+
+def draw_columns(axes: Any, points: Sequence[Point]) -> None:
+    """A column for each path of the tokens. Its cost is the least of its points: only vtu costs
+    much more than the others."""
+    columns: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda point: point.cost):
+        columns.setdefault(point.one.path, []).append(point)
+    for place, members in enumerate(columns.values()):
+        heights = [point.height for point in members]
+        axes.plot([place] * len(heights), heights, color="0.8", linewidth=2, zorder=1)
+        for point in members:
+            draw_point(axes, point, place + SHIFTS.get(point.one.way, 0))
+    labels = [f"{path}  ({members[0].cost:.0%})" for path, members in columns.items()]
+    axes.set_xticks(range(len(labels)), labels, rotation=90)
+    axes.grid(visible=False, axis="x")
+
+
+def draw_point(axes: Any, point: Point, place: float) -> None:
+    """A point with its interval. DToMe's are hollow."""
+    label, color, marker, _ = WAYS[point.one.way]
+    hollow = point.one.kind == "dtome"
+    below = point.height - 100 * point.row["low"]
+    above = 100 * point.row["high"] - point.height
     axes.errorbar(
-        *(places, heights, [below, above]),
-        label=label,
+        *(place, point.height, [[below], [above]]),
+        label=f"{label}, DToMe" if hollow else label,
         color=color,
         marker=marker,
-        linestyle=line,
-        markerfacecolor=face,
-        markersize=5,
-        linewidth=1.2,
+        markerfacecolor="white" if hollow else color,
+        markersize=10 if point.one.kind == "none" else 6,
+        linestyle="",
         elinewidth=0.8,
-        capsize=2,
+        zorder=4 if point.one.way == "folded" else 3,
     )
 
 
-def draw_reference(
-    axes: Any, by_series: dict[tuple[str, str], list[Line]], prefix: str = "", named: bool = True
-) -> None:
-    """Draw the accuracy without reduction as a line, and its interval as a band. named: add it to
-    the legend."""
-    for row in by_series.get(("none", ""), ()):
-        if row[f"{prefix}accuracy"] is None:
-            continue
-        axes.axhspan(100 * row[f"{prefix}low"], 100 * row[f"{prefix}high"], color="0.9", zorder=0)
-        label = f"no reduction ({row['target']})" if named else None
-        axes.axhline(100 * row[f"{prefix}accuracy"], color="0.45", linewidth=1, label=label)
+def distance_plot(rows: Sequence[Line], every: Sequence[Configuration], facts: Line) -> Any:
+    """The distance to the unreduced logits by merged tokens, a line for each kind of positions."""
+    from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator
 
-
-def token_axis(axes: Any, ticks: Sequence[int]) -> None:
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
+    named = {one.name: one for one in every}
+    figure, axes = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
+    axes.set(xscale="log", yscale="log")
+    lines: dict[str, list[Line]] = {}
+    for row in rows:
+        if row["kind"] == "tome":
+            lines.setdefault(named[row["configuration"]].way, []).append(row)
+    for way, members in lines.items():
+        label, color, marker, _ = WAYS[way]
+        tokens = [row["kept_tokens"] for row in members]
+        below = [row["kl"] - row["kl_low"] for row in members]
+        above = [row["kl_high"] - row["kl"] for row in members]
+        axes.errorbar(
+            *(tokens, [row["kl"] for row in members], [below, above]),
+            label=label,
+            color=color,
+            marker=marker,
+            elinewidth=0.8,
+            zorder=4 if way == "folded" else 3,
+        )
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([str(tick) for tick in ticks])
-
-
-def panel_plot(
-    by_series: dict[tuple[str, str], list[Line]], keys: Sequence[tuple[str, str]], x: str
-) -> tuple[Any, Sequence[Any]]:
-    """A figure with a panel for each kind of reduction, and its panels."""
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(
-        1, 3, figsize=(11.5, 5), sharex=True, sharey=True, layout="constrained"
-    )
-    for axes, (title, kinds) in zip(panels, PANELS.items(), strict=True):
-        draw_reference(axes, by_series, named=axes is panels[0])
-        shift = 1.5 if x == "kept_tokens" else 0.0
-        for number, key in enumerate(key for key in keys if key[0] in kinds):
-            draw_series(axes, by_series, key, x, shift=shift * number)
-        axes.set_title(title)
-        if axes.containers:
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8)
-    panels[0].set_ylabel("right answers, %")
-    return figure, panels
-
-
-def token_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> Any:
-    """Accuracy by image tokens in the last decoder layers. With pruning before layer K, the first K
-    layers see more tokens."""
-    figure, panels = panel_plot(by_series, list(SERIES), "kept_tokens")
-    for axes in panels:
-        token_axis(axes, sorted({*MERGED, *PRUNED}))
-        axes.set_xlabel("image tokens in the last layers")
+    axes.set_xticks(MERGED, map(str, MERGED))
+    axes.invert_xaxis()
+    axes.set_xlabel("image tokens after merging")
+    axes.set_ylabel("distance to no reduction (KL, nats)")
+    if lines:
+        axes.legend(loc="lower right")
     figure.suptitle(title_of(facts), fontsize=10)
     return figure
 
 
-def time_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> Any:
-    """Accuracy by measured time of a question. The ends of each line show their image tokens."""
-    keys = [key for key in SERIES if key[0] != "random"]
-    figure, panels = panel_plot(by_series, keys, "time_ratio")
-    for axes, kinds in zip(panels, PANELS.values(), strict=True):
-        for row in by_series.get(("none", ""), ()):
-            axes.plot(1, 100 * row["accuracy"], color="0.45", marker="o", markersize=7)
-        for key in keys:
-            rows = [row for row in by_series.get(key, ()) if row["time_ratio"] is not None]
-            for row in {id(row): row for row in (*rows[:1], *rows[-1:])}.values():
-                if key[0] in kinds:
-                    write_tokens(axes, row, SERIES[key][1])
-        axes.set_xlabel("time per question, 1 = no reduction")
-    figure.suptitle(f"{title_of(facts)}\n{facts.get('timed_on', '')}", fontsize=10)
-    return figure
-
-
-def write_tokens(axes: Any, row: Line, color: str) -> None:
-    """Write the number of image tokens beside a point of the time plot."""
-    place = row["time_ratio"], 100 * row["accuracy"]
-    beside = {"xytext": (5, -9), "textcoords": "offset points"}
-    axes.annotate(str(row["target"]), place, **beside, fontsize=7, color=color)
-
-
-def family_plot(by_series: dict[tuple[str, str], list[Line]], facts: Line) -> Any:
-    """Accuracy by image tokens for each family of questions."""
-    from matplotlib import pyplot
-
-    figure, grid = pyplot.subplots(
-        2, 5, figsize=(11.5, 5), sharex=True, sharey=True, layout="constrained"
-    )
-    for axes, family in zip(grid.flat, FAMILIES, strict=True):
-        draw_reference(axes, by_series, f"{family}_")
-        for number, key in enumerate(FAMILY_SERIES):
-            draw_series(axes, by_series, key, "kept_tokens", f"{family}_", 2.0 * number)
-        token_axis(axes, PRUNED)
-        axes.set_title(FAMILY_TITLES[family])
-    for axes in grid[1]:
-        axes.set_xlabel("image tokens in the last layers")
-    for axes in grid[:, 0]:
-        axes.set_ylabel("right answers, %")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8)
-    figure.suptitle(title_of(facts), fontsize=10)
-    return figure
-
-
-def title_of(facts: Line) -> str:
-    return f"{facts['model']}: {facts['questions']} questions about {facts['scenes']} fresh scenes"
+def title_of(facts: Line, timed: bool = False) -> str:
+    asked = f"{facts['questions']} questions about {facts['scenes']} fresh scenes"
+    return f"{facts['model']}: {asked}" + (f"\n{facts['timed_on']}" if timed else "")
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -822,16 +930,25 @@ def run_settings(model: Model, args: argparse.Namespace) -> Line:
 
 
 def write_results(every: Sequence[Configuration], settings: Line, args: argparse.Namespace) -> None:
-    """Write CSV, JSON and plots of the complete configurations, and print a table."""
+    """Write CSV, JSON and plots of the complete configurations, and print tables."""
     path = args.out / "times.json"
     times = read_json(path) if path.exists() else {}
-    rows = summarize(read_lines(args.out / "answers.jsonl"), every, args.n, times)
+    answers, distances = (
+        read_lines(args.out / f"{name}.jsonl") for name in ("answers", "distances")
+    )
+    rows, compared = summarize(
+        answers, distances, every, args.n, min(args.n, args.kl_scenes), times
+    )
     if not rows:
         print(f"no configuration has all {args.n} scenes yet (--n); what was found is kept")
         return
     write_csv(args.out / "study.csv", rows)
-    replace_json(args.out / "study.json", {"settings": settings, "times": times, "rows": rows})
+    content = {"settings": settings, "times": times, "rows": rows, "pairs": compared}
+    replace_json(args.out / "study.json", content)
     print("\n".join(table(rows)))
+    if compared:
+        write_csv(args.out / "pairs.csv", compared)
+        print("\n".join(("", *pair_table(compared))))
     if not args.no_plots:
         facts = {"model": settings["model"], "questions": rows[0]["asked"], "scenes": args.n}
         if times:
@@ -842,15 +959,35 @@ def write_results(every: Sequence[Configuration], settings: Line, args: argparse
 
 
 def table(rows: Sequence[Line]) -> Iterator[str]:
-    """The lines to print."""
-    yield f"{'configuration':<24}{'tokens':>8}{'right':>8}{'95 % interval':>17}{'time':>7}"
-    for row in rows:
-        interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
-        time = "" if row["time_ratio"] is None else f"{row['time_ratio']:.3f}"
-        yield (
-            f"{row['configuration']:<24}{row['kept_tokens']:>8.1f}"
-            f"{100 * row['accuracy']:>8.1f}{interval:>17}{time:>7}"
-        )
+    """The lines to print about the configurations. FLOPs and time are ratios to `none`."""
+    shown = [
+        {
+            "configuration": row["configuration"],
+            "tokens": f"{row['kept_tokens']:.1f}",
+            "right": f"{100 * row['accuracy']:.1f}",
+            "95 % interval": f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
+            "KL": "" if row["kl"] is None else f"{row['kl']:.2g}",
+            "FLOPs": "" if row["decoder_flops"] is None else f"{row['decoder_flops']:.3f}",
+            "time": "" if row["time_ratio"] is None else f"{row['time_ratio']:.3f}",
+        }
+        for row in rows
+    ]
+    return table_lines(shown, left=("configuration",))
+
+
+def pair_table(pairs: Sequence[Line]) -> Iterator[str]:
+    """The lines to print about pairs, with differences in points."""
+    shown = [
+        {
+            "first": pair["first"],
+            "second": pair["second"],
+            "points": f"{100 * pair['difference']:+.1f}",
+            "95 % interval": f"{100 * pair['low']:+.1f} to {100 * pair['high']:+.1f}",
+            "p": f"{pair['p']:.2g}",
+        }
+        for pair in pairs
+    ]
+    return table_lines(shown, left=("first", "second"))
 
 
 def build_parser() -> argparse.ArgumentParser:
