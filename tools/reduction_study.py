@@ -18,8 +18,9 @@ Configurations (`--list` shows them), named after the number of remaining image 
     hybrid-144-72-folded     merging to 144, then pruning to 72 before layer 3, the rest is folded
     hybrid-144-72-logical    the rest is dropped, at logical positions (or vtu)
     hybrid-144-k1-36-*       pruning before layer 1. dropped: the rest is dropped, at folded
-                             positions; folded-sum: folded, but scores are sums over positions. All
-                             other folded configurations take means, all dropped ones sums
+                             positions; dropped-mean: the same, but scores are means over positions;
+                             folded-sum: folded, but scores are sums. All other folded
+                             configurations take means, all other dropped ones sums
     stages-72-36-18-folded   merging to 72, then pruning in stages, before layers 1 and 3; dropped
                              is again at folded positions. 576: no merging
 
@@ -122,7 +123,7 @@ STAGES: tuple[tuple[int, dict[int, int]], ...] = (  # tokens of the tower, then 
 )
 CHUNK = 25  # scenes
 KL_SCENES = 30
-RIVALS = ("-vtu", "-logical", "-plain", "", "-dropped", "-folded-sum")
+RIVALS = ("-vtu", "-logical", "-plain", "", "-dropped", "-dropped-mean", "-folded-sum")
 CALIBRATION_SEED = 30_000
 CALIBRATION_SCENES = 128
 TIMED_SCENES = 3
@@ -150,6 +151,8 @@ class Configuration:
             return positions
         if fastv.rest == "fold":
             return "summed" if fastv.score == "sum" else "folded"
+        if fastv.score == "mean":
+            return "averaged"
         return "dropped" if self.reduction.merge is None else positions.replace("folded", "dropped")
 
     @property
@@ -206,13 +209,21 @@ def configurations() -> list[Configuration]:
             add("hybrid", f"{name}-folded-sum", keep, merge, "folded", summed)
             add("hybrid", f"{name}-vtu", keep, merge, "vtu", fastv)
             add("hybrid", f"{name}-dropped", keep, merge, "folded", fastv)
+            add("hybrid", f"{name}-dropped-mean", keep, merge, "folded", average(fastv))
     for first, stages in STAGES:
         staged = None if first == PATCHES else ToMe(keep=first)
         fastv, keep = FastV(stages=tuple(stages.items())), min(stages.values())
         name = "-".join(map(str, (first, *stages.values())))
         add("stages", f"{name}-folded", keep, staged, "folded", fold(fastv))
         add("stages", f"{name}-dropped", keep, staged, "folded", fastv)
+        if staged is not None:
+            add("stages", f"{name}-dropped-mean", keep, staged, "folded", average(fastv))
     return found
+
+
+def average(fastv: FastV) -> FastV:
+    """The same pruning by scores that are means over positions."""
+    return replace(fastv, score="mean")
 
 
 def fold(fastv: FastV) -> FastV:
@@ -672,9 +683,15 @@ WAYS = {  # label, color, marker, place of a number beside a point
     "logical": ("logical", "#009E73", "^", (6, -4)),
     "plain": ("plain", "#CC79A7", "D", (6, -4)),
     "dropped": ("dropped", "#D55E00", "v", (0, 0)),
+    "averaged": ("dropped, ranked by means", "#8C2D04", "<", (0, 0)),
     "random": ("ranked by chance", "#000000", "x", (0, 0)),
 }
-SHIFTS = {"summed": -0.4, "vtu": -0.2, "dropped": 0.2}  # in a column, so that points do not hide
+SHIFTS = {
+    "summed": -0.4,
+    "vtu": -0.2,
+    "dropped": 0.2,
+    "averaged": 0.4,
+}  # in a column, so that points do not hide
 PANELS = {
     "merged": "merged in the vision tower",
     "pruned": "pruned in the decoder",
