@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_lite.checkpoints.info import (
     Info,
@@ -15,6 +15,9 @@ from llava_lite.checkpoints.info import (
 )
 from llava_lite.config import LLAVA_1_5_7B, PRESETS
 from llava_lite.tables import table_lines
+
+if TYPE_CHECKING:
+    from llava_lite.reduction import FastV, Reduction
 
 # The purpose of each preset of token reduction.
 PURPOSES = {
@@ -39,9 +42,9 @@ RIGHT = dict.fromkeys(PURPOSES, 0.0)
 
 NUM_TEXT = 64  # text tokens of the prompt behind work and KV cache
 LEGEND = f"""\
-work: what is left of the decoder's prefill; KV cache: in 16 bit. Both are those of LLaVA-1.5-7B for
-one image and {NUM_TEXT} text tokens; the image decides where nothing stands.
-right: answers of the embedded model about 150 scenes."""
+work: the share that is left of the decoder's prefill. KV cache: in 16 bit.
+Both are for LLaVA-1.5-7B, one image and {NUM_TEXT} text tokens, and empty where they depend on the image.
+right: right answers of the embedded model about 150 scenes."""
 
 
 def format_info(info: Info, all_tensors: bool = False) -> str:
@@ -231,10 +234,10 @@ def format_reductions() -> str:
 
 
 def describe_fastv(fastv: "FastV") -> str:
-    """Every stage in words: fold to 48 from layer 1, 36 from 3."""
-    stages = [
-        f"{amount} from {layer}" if isinstance(amount, int) else f"{100 * amount:g} % less from {layer}"
-        for layer, amount in fastv.amounts.items()
-    ]
-    words = ", ".join(stages).replace("from", "from layer", 1)
-    return f"{'fold to' if fastv.rest == 'fold' else 'keep'} {words}"
+    """Every stage in short: fold to 48 from layer 1, 36 from 3."""
+    amounts = [n if isinstance(n, int) else f"{100 * n:g} %" for n in fastv.amounts.values()]
+    stages = [f"{n} from {layer}" for layer, n in zip(fastv.amounts, amounts, strict=True)]
+    verb = fastv.rest
+    if isinstance(amounts[0], int):
+        verb = "fold to" if fastv.rest == "fold" else "keep"
+    return f"{verb} {', '.join(stages)}".replace("from", "from layer", 1)
