@@ -42,8 +42,8 @@ RIGHT = dict.fromkeys(PURPOSES, 0.0)
 
 NUM_TEXT = 64  # text tokens of the prompt behind work and KV cache
 LEGEND = f"""\
-work: the share that is left of the decoder's prefill. KV cache: in 16 bit.
-Both are for LLaVA-1.5-7B, one image and {NUM_TEXT} text tokens, and empty where they depend on the image.
+work: the share that is left of the decoder's prefill. KV cache: in 16 bit. Both are for
+LLaVA-1.5-7B, one image and {NUM_TEXT} text tokens. They are empty where they depend on the image.
 right: right answers of the embedded model about 150 scenes."""
 
 
