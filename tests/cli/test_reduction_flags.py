@@ -82,6 +82,13 @@ def test_flags(flags: str, expected: Reduction | None) -> None:
     assert parsed(*flags.split()) == expected
 
 
+def test_an_amount_over_a_preset_still_counts_for_each_image() -> None:
+    """No preset does that yet."""
+    preset = FastV(keep=9, per_image=True)
+    found = reduction_flags.parse_fastv("4", None, None, None, preset, "--fastv-k")
+    assert found == FastV(keep=4, per_image=True)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -271,6 +271,19 @@ def test_titles_name_every_stage_and_the_rest(tiny_model: Model, wish: str, titl
         assert f"{kept} kept{rest}" in texts(both.drawing())
 
 
+def test_an_image_that_keeps_all_tokens_is_drawn_as_the_others(tiny_model: Model) -> None:
+    images = [photo(60, 60, 1), photo(40, 90, 2)]
+    seen = inspect(tiny_model, images, QUESTION, reduction=WISHES["folded"], max_new_tokens=1)
+    first, second = trace_of(seen).images
+    everything = tuple(range(len(second.sizes)))
+    whole = replace(second, kept=everything, folded_into=everything)
+    trace = replace(trace_of(seen), images=(first, whole))
+    answer = Answer("yes", seen.answer.finish_reason, trace=trace)
+    drawn = replace(seen, answer=answer).drawing()
+    assert texts(drawn).count("numbers: patches of a kept token; pale: folded") == 2
+    assert len(tokens(drawn, 2)) == len(first.sizes) + len(first.kept) + 2 * len(everything)
+
+
 @pytest.mark.parametrize(
     ("into", "fate"),
     [
