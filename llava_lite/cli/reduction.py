@@ -19,13 +19,13 @@ def add_reduction_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the group of flags."""
     summary = "fewer image tokens: faster, with answers that may change"
     add = parser.add_argument_group("token reduction", summary).add_argument
-    text = "preset, such as hybrid-72-36 (info --presets: all)"
+    text = "preset, such as folded-72-36 (info --presets: all)"
     add("--reduction", metavar="NAME", help=text)
     text = f"merge image tokens in the vision tower: {MERGE_FORMS}"
     add("--merge", metavar="HOW", help=text)
     text = "for --merge dtome: JSON, or a checkpoint of DyMU (default: the model's own)"
     add("--thresholds", metavar="FILE", help=text)
-    text = "where merged tokens stand in the decoder: vtu (the default), logical, plain"
+    text = "where merged tokens stand in the decoder: vtu (the default), folded, logical, plain"
     add("--positions", metavar="WHERE", help=text)
     text = (
         "prune image tokens in the decoder: 36 keeps so many, 0.7 drops that share, none "
@@ -37,17 +37,29 @@ def add_reduction_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 3)"
     )
     add("--fastv-layer", type=int, metavar="K", help=text)
+    text = (
+        "prune in several layers, in place of --fastv-k and --fastv-layer: 1:144,3:72 keeps 144 "
+        "from layer 1 on and 72 from layer 3 on; 1:0.5 drops half"
+    )
+    add("--fastv-stages", metavar="LAYER:AMOUNT,...", help=text)
+    text = (
+        "what happens to pruned tokens: drop (the default), or fold them into the kept ones, which "
+        "needs --positions folded"
+    )
+    add("--fastv-rest", metavar="WHAT", help=text)
 
 
 def build_reduction(args: argparse.Namespace) -> "Reduction | None":
     """The reduction of the flags; None without any.
 
     Raises ValueError for a bad value, CheckpointError for an unusable file of thresholds."""
-    amount, flag = args.fastv_k, "--fastv-k"
-    if amount is None:
+    if args.fastv_k is None and args.fastv_stages is None:
         amount, flag = os.environ.get("FASTV_K") or None, "FASTV_K"
-    given = (args.reduction, args.merge, args.thresholds, args.positions, amount, args.fastv_layer)
-    if all(flag is None for flag in given):
+    else:
+        amount, flag = args.fastv_k, "--fastv-k"
+    parts = (args.reduction, args.merge, args.thresholds, args.positions)
+    fastv_flags = (amount, args.fastv_stages, args.fastv_layer, args.fastv_rest)
+    if all(given is None for given in parts + fastv_flags):
         return None
     from llava_lite.reduction import Reduction
 
@@ -55,7 +67,7 @@ def build_reduction(args: argparse.Namespace) -> "Reduction | None":
     return Reduction(
         merge=parse_merge(args.merge, args.thresholds, preset.merge),
         positions=args.positions or preset.positions,
-        fastv=parse_fastv(amount, args.fastv_layer, preset.fastv, flag),
+        fastv=parse_fastv(*fastv_flags, preset.fastv, flag),
     )
 
 
@@ -83,14 +95,46 @@ def parse_merge(
 
 
 def parse_fastv(
-    amount: str | None, layer: int | None, preset: "FastV | None", flag: str
+    amount: str | None,
+    stages: str | None,
+    layer: int | None,
+    rest: str | None,
+    preset: "FastV | None",
+    flag: str,
 ) -> "FastV | None":
-    """The amount that `flag` gave, and `--fastv-layer`, over a preset's part. Raises ValueError."""
-    from llava_lite.reduction import FastV
+    """The amount that `flag` gave, and the other flags of FastV, over a preset's part. Raises
+    ValueError."""
+    from llava_lite.reduction import PRUNE_LAYER, FastV
 
-    fastv = preset if amount is None else FastV.parse(amount, name=flag)
-    if layer is None:
-        return fastv
+    fastv = preset
+    if stages is not None:
+        if amount is not None:
+            raise ValueError("--fastv-stages and --fastv-k both say how many: give one of them")
+        fastv = FastV(stages=parse_stages(stages))
+    elif amount is not None:
+        fastv = FastV.parse(amount, PRUNE_LAYER if preset is None else preset.layer, flag)
     if fastv is None:
-        raise ValueError("--fastv-layer needs --fastv-k or a preset that prunes")
-    return replace(fastv, layer=layer)
+        for name, value in (("--fastv-layer", layer), ("--fastv-rest", rest)):
+            if value is not None:
+                raise ValueError(f"{name} needs --fastv-k or a preset that prunes")
+        return None
+    if preset is not None:  # only its amount is replaced
+        fastv = replace(fastv, score=preset.score, per_image=preset.per_image, rest=preset.rest)
+    if layer is not None and fastv.stages is not None:
+        raise ValueError("--fastv-layer does not go with stages: each stage names its own layer")
+    return replace(
+        fastv,
+        layer=fastv.layer if layer is None else layer,
+        rest=fastv.rest if rest is None else rest,
+    )
+
+
+def parse_stages(text: str) -> tuple[tuple[int, int | float], ...]:
+    """`--fastv-stages`: 1:144,3:0.5 is ((1, 144), (3, 0.5)). Raises ValueError."""
+    stage = r"\d+:(\d+|\d*\.\d+)"
+    if re.fullmatch(f"{stage}(,{stage})*", text) is None:
+        raise ValueError(
+            f"--fastv-stages {text!r} must be layers with their amounts, such as 1:144,3:72"
+        )
+    pairs = [part.split(":") for part in text.split(",")]
+    return tuple((int(layer), float(n) if "." in n else int(n)) for layer, n in pairs)

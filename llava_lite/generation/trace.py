@@ -1,6 +1,6 @@
 """The path of the image tokens of a prompt, and the cost: for pictures and for teaching.
 
-    trace = model.generate(image, prompt, reduction="hybrid-72-36", trace=True).trace
+    trace = model.generate(image, prompt, reduction="folded-72-36", trace=True).trace
     trace.images[0].groups                 # the token that each of the 576 patches is part of
     trace.rows_per_layer                   # words + 72 tokens, from the pruned layer on + 36
     trace.decoder_flops["gated"].ratio     # remaining share of the work
@@ -37,7 +37,8 @@ of a chat runs its new rows only, but its keys attend to all keys: 2 n (cached +
 positions and FLOPs are those of the turn, KV bytes those of the whole cache. "Unreduced" is the
 same prompt or turn without any merging and pruning.
 
-`decoder_flops`, `fastv_ratio`, `tower_flops` and `kv_bytes` need no model, only its config.
+`expected_lengths`, `decoder_flops`, `fastv_ratio`, `tower_flops` and `kv_bytes` need no model, only
+its config.
 """
 
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
 from llava_lite.fastv import Pruning
 from llava_lite.layout import place_image
 from llava_lite.llava import EncodedImage
-from llava_lite.reduction import Reduction
+from llava_lite.reduction import DToMe, Reduction
 
 MLP_MATRICES = {"paper": 2, "gated": 3}
 
@@ -269,6 +270,27 @@ def trace_tower(vision: VisionConfig, images: Sequence[EncodedImage]) -> Flops:
 
 
 # ---- on paper ----------------------------------------------------------------------------------
+
+
+def expected_lengths(
+    config: LlavaConfig, reduction: Reduction, num_text: int
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The rows and the positions in every layer, for a prompt of one image and `num_text` text
+    tokens. None where they depend on the image: with DToMe, and with FastV at the "vtu" positions
+    of merged tokens."""
+    merge, fastv = reduction.merge, reduction.fastv
+    unmerges = merge is not None and reduction.positions == "vtu"
+    if isinstance(merge, DToMe) or (unmerges and fastv is not None):
+        return None
+    tokens = patches = config.vision.num_patches
+    if merge is not None:
+        tokens = merge.most_tokens(config.vision)
+    rows: list[int] = []
+    for layer in range(config.text.num_layers):
+        if fastv is not None:
+            [tokens] = fastv.budgets([tokens], layer) or [tokens]
+        rows.append(num_text + tokens)
+    return tuple(rows), (num_text + patches,) * len(rows) if unmerges else tuple(rows)
 
 
 def decoder_flops(

@@ -1,7 +1,8 @@
 """The picture of a run: the image as the model sees it, its tokens, time and memory.
 
     the reduction, the prompt, the answer
-    for each image      the square | its tokens after merging | FastV's scores and kept tokens
+    for each image      the square | its tokens after merging | FastV's scores and kept tokens,
+                        or after folding: the kept token that stands for each patch
     for the whole run   tokens in the tower | tokens in the decoder | time and memory
 
 All figures come from the answer's trace (trace.py). Each section returns its shapes and the y below
@@ -20,7 +21,7 @@ from PIL import Image, ImageOps
 from llava_lite.checkpoints.info import format_bytes, format_count
 from llava_lite.generation.answer import Answer
 from llava_lite.generation.trace import ImageTrace, Trace
-from llava_lite.reduction import REDUCTIONS, DToMe, Reduction
+from llava_lite.reduction import REDUCTIONS, DToMe, FastV, Reduction
 from llava_lite.study.drawing import (
     INK,
     PAPER,
@@ -63,6 +64,9 @@ HEAT: tuple[Color, ...] = (
 )
 KEPT_OPACITY, DROPPED_OPACITY = 0.8, 0.85
 DIMMED = 0.8  # share of white in a dropped patch
+PALE = 0.35  # and in a folded one
+LARGEST_MARK = 16  # height of the mark on a kept token
+DARK = 350  # a color whose parts add up to less needs white letters
 
 PHASES = {"preprocess": "prepare", "vision": "vision", "prefill": "prefill", "decode": "decode"}
 
@@ -123,14 +127,17 @@ def header(reduction: Reduction, model: str, trace: Trace) -> Section:
     right = COLUMNS[2] + COLUMN
     if reduction == REDUCTIONS["none"]:
         name = "no reduction"
+    counts = token_counts(trace)
+    lines = wrap(describe_reduction(reduction), right - MARGIN - text_width(counts, 15) - GAP, 15)
+    below = 82 + 20 * len(lines)
     shapes: list[Shape] = [
         Text(MARGIN, 60, name, 26, bold=True),
         Text(right, 60, wrap(model, COLUMN, 15)[0], 15, GRAY, "end"),
-        Text(MARGIN, 84, describe_reduction(reduction), 15, GRAY),
-        Text(right, 84, token_counts(trace), 15, GRAY, "end"),
-        Lines(((MARGIN, 102, right, 102),), RULE),
+        *(Text(MARGIN, 84 + 20 * i, line, 15, GRAY) for i, line in enumerate(lines)),
+        Text(right, 84, counts, 15, GRAY, "end"),
+        Lines(((MARGIN, below, right, below),), RULE),
     ]
-    return shapes, 102
+    return shapes, below
 
 
 def describe_reduction(reduction: Reduction) -> str:
@@ -142,13 +149,23 @@ def describe_reduction(reduction: Reduction) -> str:
         parts.append(f"ToMe keeps {merge.keep}")
     elif merge is not None:
         parts.append(f"ToMe merges {merge.r} per block")
-    if merge is not None:
+    if merge is not None or reduction.positions == "folded":
         parts.append(f"{reduction.positions} positions")
     if fastv is not None:
-        amount = f"keeps {fastv.keep}" if fastv.drop is None else f"drops {100 * fastv.drop:g} %"
-        each = " of each image" if fastv.per_image else ""
-        parts.append(f"FastV {amount}{each} from layer {fastv.layer} on")
+        parts.append(f"FastV {describe_stages(fastv)}")
+        parts += ["rest folded"] if fastv.rest == "fold" else []
     return ", ".join(parts) or "every image token, in every layer"
+
+
+def describe_stages(fastv: FastV) -> str:
+    """Every stage of FastV: keeps 36 from layer 1, then 18 from layer 3 on."""
+    each, verb, stages = " of each image" if fastv.per_image else "", "", []
+    for layer, amount in fastv.amounts.items():
+        before, verb = verb, "keeps" if isinstance(amount, int) else "drops"
+        number = str(amount) if isinstance(amount, int) else f"{100 * amount:g} %"
+        words = number if verb == before else f"{verb} {number}"
+        stages.append(f"{words}{each} from layer {layer}")
+    return f"{', then '.join(stages)} on"
 
 
 def token_counts(trace: Trace) -> str:
@@ -156,9 +173,14 @@ def token_counts(trace: Trace) -> str:
     patches = sum(image.num_patches for image in trace.images)
     tokens = sum(len(image.sizes) for image in trace.images)
     parts = [f"{patches} patches", f"{tokens} tokens"]
-    if trace.prune_layer is not None:
+    if trace.prune_layers:
         parts.append(f"{sum(len(image.kept) for image in trace.images)} kept")
     return ", ".join(parts)
+
+
+def text_count(trace: Trace) -> int:
+    """The text tokens of a prompt."""
+    return trace.rows_per_layer[0] - sum(len(image.sizes) for image in trace.images)
 
 
 def question(prompt: str, answer: Answer, y: float) -> Section:
@@ -184,20 +206,22 @@ def question(prompt: str, answer: Answer, y: float) -> Section:
 
 
 def panels(seen: Seen, trace: Trace, y: float) -> Section:
-    """The three panels of an image: square, merged tokens, FastV's scores."""
+    """The three panels of an image: square, merged tokens, and what FastV makes of them."""
     top = y + 52
+    folds = any(map(is_folded, trace.images))
+    last = folded_panel if folds else score_panel if trace.prune_layers else whole_panel
     shapes = [
         *picture_panel(seen, COLUMNS[0], top),
         *merged_panel(seen, COLUMNS[1], top),
-        *score_panel(seen, trace, COLUMNS[2], top),
+        *last(seen, trace, COLUMNS[2], top),
     ]
-    return shapes, top + COLUMN + 56
+    return shapes, top + COLUMN + (74 if folds else 56)
 
 
 def titles(x: float, top: float, title: str, below: str) -> list[Shape]:
     """The texts above and below a panel."""
     return [
-        Text(x, top - 14, title, 16, bold=True),
+        Text(x, top - 14, title, fit_size(title, 16, COLUMN), bold=True),
         *([Text(x, top + COLUMN + 22, below, 13, GRAY)] if below else []),
     ]
 
@@ -224,7 +248,7 @@ def merged_panel(seen: Seen, x: float, top: float) -> list[Shape]:
         few, most = min(trace.sizes), max(trace.sizes)
         each = count(most, "patch", "patches") if few == most else f"{few} to {most} patches"
         below = f"{each} each, in their mean color"
-    colors = mean_colors(seen)
+    colors = mean_colors(seen, trace.groups)
     tokens = [Group(describe_token(trace, t), cells(seen, t, x, top, c)) for t, c in colors.items()]
     outline = borders(seen, trace.groups, x, top)
     return [
@@ -235,19 +259,22 @@ def merged_panel(seen: Seen, x: float, top: float) -> list[Shape]:
     ]
 
 
+def whole_panel(seen: Seen, trace: Trace, x: float, top: float) -> list[Shape]:
+    """A note that FastV is off."""
+    return [
+        *titles(x, top, "Nothing dropped", ""),
+        Rect(x, top, COLUMN, COLUMN, EMPTY),
+        Text(x + COLUMN / 2, top + COLUMN / 2 - 6, "all tokens go through", 15, GRAY, "middle"),
+        Text(x + COLUMN / 2, top + COLUMN / 2 + 15, "all layers", 15, GRAY, "middle"),
+    ]
+
+
 def score_panel(seen: Seen, trace: Trace, x: float, top: float) -> list[Shape]:
-    """FastV's scores over a gray picture, dropped patches dimmed; or a note that FastV is off."""
+    """FastV's scores over a gray picture, dropped patches dimmed."""
     image = seen.trace
-    if image.scores is None or trace.prune_layer is None:
-        return [
-            *titles(x, top, "Nothing dropped", ""),
-            Rect(x, top, COLUMN, COLUMN, EMPTY),
-            Text(x + COLUMN / 2, top + COLUMN / 2 - 6, "all tokens go through", 15, GRAY, "middle"),
-            Text(x + COLUMN / 2, top + COLUMN / 2 + 15, "all layers", 15, GRAY, "middle"),
-        ]
     scale, kept = ScoreScale.of(trace), set(image.kept)
     tokens = []
-    for token, score in enumerate(image.scores):
+    for token, score in enumerate(image.scores or ()):
         heat = scale.color(score)
         color = heat if token in kept else blend(heat, PAPER, DIMMED)
         opacity = KEPT_OPACITY if token in kept else DROPPED_OPACITY
@@ -255,22 +282,104 @@ def score_panel(seen: Seen, trace: Trace, x: float, top: float) -> list[Shape]:
         tokens.append(Group(describe_token(image, token), shown))
     marks = tuple(token if token in kept else -1 for token in image.groups)
     gray = ImageOps.grayscale(seen.square).convert("RGB")
-    title = f"{count(len(kept), 'token')} kept by FastV, {len(image.sizes) - len(kept)} dropped"
+    title = stages_title(trace)
+    if title is None:
+        dropped = len(image.sizes) - len(kept)
+        title = f"{count(len(kept), 'token')} kept by FastV, {dropped} dropped"
     return [
-        Text(x, top - 14, title, 16, bold=True),
+        *titles(x, top, title, ""),
         Picture(x, top, COLUMN, COLUMN, gray, "what the model sees, in gray"),
         *tokens,
         Lines(borders(seen, marks, x, top), INK, 0.75, 0.8),
-        *scale.legend(min((image.scores[t] for t in kept), default=None), x, top + COLUMN + 9),
+        *scale.legend(lowest_kept(seen, trace), x, top + COLUMN + 9),
     ]
 
 
+def folded_panel(seen: Seen, trace: Trace, x: float, top: float) -> list[Shape]:
+    """Every patch in the mean color of all patches that its kept token stands for, folded patches
+    paler. A mark on the kept token has its score as a color, and its number of patches."""
+    image, scale = seen.trace, ScoreScale.of(trace)
+    speaking = [token if into is None else into for token, into in enumerate(image.folded_into)]
+    speakers = [speaking[token] for token in image.groups]
+    colors = mean_colors(seen, speakers)
+    tokens = []
+    for token, into in enumerate(speaking):
+        color = colors[into] if into == token else blend(colors[into], PAPER, PALE)
+        tokens.append(Group(describe_token(image, token), cells(seen, token, x, top, color)))
+    outline = borders(seen, speakers, x, top)
+    title = stages_title(trace) or f"{count(len(image.kept), 'token')} kept"
+    caption = "numbers: patches of a kept token; pale: folded"
+    return [
+        *titles(x, top, f"{title}, rest folded", ""),
+        *tokens,
+        Lines(outline, PAPER, 2, 0.4),
+        Lines(outline, INK, 0.75, 0.8),
+        *(
+            weight_mark(seen, token, scale, x, top)
+            for token in sorted(image.kept, key=speakers.count)
+        ),
+        *scale.legend(lowest_kept(seen, trace), x, top + COLUMN + 9),
+        Text(x, top + COLUMN + 52, caption, 13, GRAY),
+    ]
+
+
+def weight_mark(seen: Seen, token: int, scale: "ScoreScale", x: float, top: float) -> Group:
+    """A mark on the middle patch of a kept token: its score, and the patches it stands for."""
+    image = seen.trace
+    own = np.array([seen.cell(p) for p, group in enumerate(image.groups) if group == token])
+    row, column = own[((own - own.mean(0)) ** 2).sum(1).argmin()].tolist()
+    height = min(seen.side, LARGEST_MARK)
+    label, size = str(image.speakers().count(token)), 0.72 * height
+    width = max(height, text_width(label, size) + 3)
+    left = min(x + (column + 0.5) * seen.side - width / 2, x + COLUMN - width)
+    left, y = max(left, x), top + (row + 0.5) * seen.side - height / 2
+    color = scale.color((image.scores or ())[token])
+    ink = PAPER if sum(color) < DARK else INK
+    shapes = (
+        Rect(left, y, width, height, INK),
+        Rect(left + 1, y + 1, width - 2, height - 2, color),
+        Text(left + width / 2, y + height / 2 + 0.36 * size, label, size, ink, "middle"),
+    )
+    return Group(describe_token(image, token), shapes)
+
+
+def is_folded(image: ImageTrace) -> bool:
+    """Whether kept tokens stand for others."""
+    return any(into not in (token, None) for token, into in enumerate(image.folded_into))
+
+
+def stages_title(trace: Trace) -> str | None:
+    """The tokens that every stage keeps. None for one stage, and for several images: the counts are
+    those of all images together."""
+    if len(trace.prune_layers) < 2 or len(trace.images) > 1:
+        return None
+    rows = [trace.rows_per_layer[layer] for layer in trace.prune_layers]
+    return f"{join_counts(rows, text_count(trace))} kept"
+
+
+def lowest_kept(seen: Seen, trace: Trace) -> float | None:
+    """The lowest score of a kept token; None if a later stage has chosen by scores of its own."""
+    image = seen.trace
+    if len(trace.prune_layers) > 1 or image.scores is None:
+        return None
+    return min((image.scores[token] for token in image.kept), default=None)
+
+
 def describe_token(trace: ImageTrace, token: int) -> str:
-    """A token's number, size and score in one line."""
+    """A token's number, size, score, and what becomes of it, in one line."""
     parts = [f"token {token}", count(trace.sizes[token], "patch", "patches")]
     if trace.scores is not None:
         parts += [f"score {percent(trace.scores[token])}"]
-        parts += ["kept" if token in trace.kept else "dropped"]
+        into = trace.folded_into[token]
+        if into is None:
+            parts += ["dropped"]
+        elif into != token:
+            parts += [f"folded into token {into}"]
+        else:
+            parts += ["kept"]
+            weight = trace.speakers().count(token)
+            if weight > trace.sizes[token]:
+                parts += [f"stands for {weight} patches"]
     return ", ".join(parts)
 
 
@@ -282,12 +391,13 @@ def patch_means(seen: Seen) -> NDArray[np.float64]:
     return pixels.reshape(grid, patch, grid, patch, 3).mean((1, 3)).reshape(-1, 3)
 
 
-def mean_colors(seen: Seen) -> dict[int, Color]:
-    """The mean color of every token's patches."""
-    sums = np.zeros((len(seen.trace.sizes), 3))
-    np.add.at(sums, np.array(seen.trace.groups), patch_means(seen))
-    means = (sums / np.array(seen.trace.sizes)[:, None]).round().astype(int).tolist()
-    return {token: (r, g, b) for token, (r, g, b) in enumerate(means)}
+def mean_colors(seen: Seen, marks: Sequence[int]) -> dict[int, Color]:
+    """The mean color of all patches with the same mark (P,)."""
+    means, mean_of = patch_means(seen), {}
+    for mark in set(marks):
+        red, green, blue = means[np.array(marks) == mark].mean(0).round().astype(int).tolist()
+        mean_of[mark] = (red, green, blue)
+    return mean_of
 
 
 def cells(
@@ -330,14 +440,18 @@ def find_runs(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
 @dataclass(frozen=True)
 class ScoreScale:
     """Colors for scores from 0 to `high`, by the square root of the score. A few tokens get most of
-    the attention; the root keeps the others distinct."""
+    the attention; the root keeps the others distinct. layer: the layer that the scores are from, if
+    there are several."""
 
     high: float
+    layer: int | None = None
 
     @staticmethod
     def of(trace: Trace) -> "ScoreScale":
         """One scale for the scores of all images."""
-        return ScoreScale(max(score for image in trace.images for score in image.scores or ()))
+        high = max(score for image in trace.images for score in image.scores or ())
+        first, *others = trace.prune_layers
+        return ScoreScale(high, first - 1 if others else None)
 
     def place(self, score: float) -> float:
         """The place of a score on the scale, 0..1."""
@@ -353,6 +467,8 @@ class ScoreScale:
         wide = COLUMN / steps
         bar = [Rect(x + i * wide, y, wide, 7, heat(i / (steps - 1))) for i in range(steps)]
         low, high = "0", f"{percent(self.high)} of attention"
+        if self.layer is not None:
+            high += f" in layer {self.layer}"
         ends = [Text(x, base, low, 13, GRAY), Text(x + COLUMN, base, high, 13, GRAY, "end")]
         if lowest_kept is None:
             return [*bar, *ends]
@@ -422,7 +538,7 @@ def decoder_chart(trace: Trace, y: float) -> Section:
     """A chart of text and image tokens in every layer, and of the positions in attention."""
     x, top = float(COLUMNS[1]), y + 48
     rows, positions = trace.rows_per_layer, trace.positions_per_layer
-    text = rows[0] - sum(len(image.sizes) for image in trace.images)
+    text = text_count(trace)
     unreduced = text + sum(image.num_patches for image in trace.images)
     most = max(unreduced, *positions)
     shapes: list[Shape] = [Text(x, y + 16, "Tokens in the decoder", 16, bold=True)]
@@ -432,10 +548,11 @@ def decoder_chart(trace: Trace, y: float) -> Section:
     unit = f"{unreduced} unreduced" if rows[-1] < unreduced else str(unreduced)
     shapes += [line, Text(x + COLUMN, top - 6, unit, 13, GRAY, "end")]
     layers = len(rows)
-    marks, pruned = {0, layers - 1}, trace.prune_layer
-    if pruned is not None:
-        near = 20 * layers / COLUMN  # columns that a label hides
-        marks = {pruned, *(mark for mark in marks if abs(mark - pruned) >= near)}
+    marks: list[int] = []
+    for mark in (*trace.prune_layers, 0, layers - 1):
+        near = (text_width(f"{mark}{max(marks, default=0)}", 13) / 2 + 6) * layers / COLUMN
+        if all(abs(mark - other) >= near for other in marks):  # labels do not overlap
+            marks.append(mark)
     shapes += axis(x, top, {layer: str(layer) for layer in marks}, layers)
     legend: list[tuple[Color, str]] = [
         (SLATE, f"{text} text"),
@@ -443,7 +560,8 @@ def decoder_chart(trace: Trace, y: float) -> Section:
     ]
     base = top + PLOT + 42
     for color, label in legend:
-        shapes += [Rect(x, base - 9, 9, 9, color), Text(x + 15, base, label, 13)]
+        size = fit_size(label, 13, COLUMNS[1] + COLUMN - x - 15)
+        shapes += [Rect(x, base - 9, 9, 9, color), Text(x + 15, base, label, size)]
         x += 15 + text_width(label, 13) + 18
     if positions != rows:
         x, base = float(COLUMNS[1]), base + 20
@@ -532,6 +650,11 @@ def bars(
         shapes.append(Text(start + wide + 12, y, value, 13))
         y += 20
     return shapes, y - 16
+
+
+def fit_size(text: str, size: float, width: float) -> float:
+    """The size of a text, made smaller where the text is wider than `width`."""
+    return size * min(1.0, width / text_width(text, size))
 
 
 def count(number: int, one: str, many: str = "") -> str:

@@ -18,7 +18,7 @@ from llava_lite.cli import info_text
 from llava_lite.cli.program import main
 from llava_lite.config import PRESETS
 from llava_lite.generation.model import Model
-from llava_lite.reduction import REDUCTIONS, Reduction
+from llava_lite.reduction import REDUCTIONS, FastV, Reduction
 
 
 def test_counts_are_those_of_the_model(model_folder: Path, tiny_model: Model) -> None:
@@ -148,23 +148,71 @@ def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for name in PRESETS:
         assert f"\n{name} " in f"\n{printed}"
-    rows = {line.split()[0]: line for line in printed.split("\n\n")[1].splitlines()[1:]}
+    table, legend = printed.split("\n\n")[1:]
+    titles, *lines = table.splitlines()
+    assert titles.split() == ("reduction merge positions fastv work KV cache right purpose".split())
+    assert legend.startswith("work: the share that is left of the decoder's prefill.")
+    rows = {line.split()[0]: line for line in lines}
     assert list(rows) == list(REDUCTIONS) == list(info_text.PURPOSES)
     for name, parts in (
-        ("none", "- - - plain LLaVA: every image token"),
-        ("dymu-72", "thresholds vtu - merge plain images more, busy ones less"),
-        ("fastv-50", "- - drop 50 %, layer 3 drop the half with the least attention"),
-        ("hybrid-72-36", "keep 72 logical keep 36, layer 3 merge, then prune: the fast one"),
+        ("none", "- - - 100 % 320 MiB {} plain LLaVA"),
+        ("folded-72", "keep 72 folded - 21 % 68 MiB {} merge only"),
+        (
+            "folded-144-36",
+            "keep 144 folded fold to 48 from layer 1, 36 from 3 16 % 52 MiB {} accurate and fast",
+        ),
+        ("fastv-72-folded", "- folded fold to 72 from layer 3 28 % 92 MiB {} prune only"),
+        ("tome-72", "keep 72 vtu - 23 % 320 MiB {} merge, unmerge"),
+        ("dymu-72", "dynamic vtu - {} few for plain images"),
+        ("fastv-50", "- - drop 50 % from layer 3 59 % 190 MiB {} prune only"),
+        ("hybrid-vtu-72-36", "keep 72 vtu keep 36 from layer 3 {} merge, unmerge, drop"),
     ):
-        assert " ".join(rows[name].split()) == f"{name} {parts}"
-    assert max(map(len, printed.splitlines())) <= 110
+        facts = parts.format(f"{info_text.RIGHT[name]:.1f} %")
+        assert " ".join(rows[name].split()) == f"{name} {facts}"
+    assert max(map(len, printed.splitlines())) <= 120
+
+
+def test_presets_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--presets", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert list(content["models"]) == list(PRESETS)
     for name, parts in content["reductions"].items():
         assert parts.pop("purpose") == info_text.PURPOSES[name]
+        assert parts.pop("right_answers") == info_text.RIGHT[name]
+        cost = parts.pop("prefill_work"), parts.pop("kv_cache_bytes")
+        assert (cost == (None, None)) == (name in ("dymu-72", "hybrid-vtu-72-36"))
         assert set(parts) == set(Reduction.__dataclass_fields__)
-    assert content["reductions"]["hybrid-72-36"]["merge"]["keep"] == 72
+    pruned = content["reductions"]["folded-144-36"]
+    assert pruned["merge"]["keep"] == 144
+    assert pruned["fastv"]["stages"] == [[1, 48], [3, 36]] and pruned["fastv"]["rest"] == "fold"
+
+
+def test_cost_of_a_preset_of_reduction() -> None:
+    """By hand: 208 rows in layer 0, 112 in layers 1 and 2, then 100. A row in a layer costs four
+    projections, an MLP of three matrices, and attention; its keys and values have 16 KiB."""
+    width, mlp = 4096, 11008
+
+    def layer(rows: int) -> int:
+        return rows * (4 * width**2 + 3 * width * mlp) + 2 * rows**2 * width
+
+    cost = info_text.estimate_cost(REDUCTIONS["folded-144-36"])
+    work = layer(208) + 2 * layer(112) + 29 * layer(100)
+    assert cost["prefill_work"] == pytest.approx(work / (32 * layer(640)), abs=5e-5)
+    assert cost["kv_cache_bytes"] == (208 + 2 * 112 + 29 * 100) * 16 * 1024
+
+
+@pytest.mark.parametrize(
+    ("fastv", "words"),
+    [
+        (FastV(stages=((1, 9), (2, 0.5))), "keep 9 from layer 1, 50 % from 2"),
+        (FastV(drop=0.125, rest="fold"), "fold 12.5 % from layer 3"),
+    ],
+)
+def test_stages_in_words(fastv: FastV, words: str) -> None:
+    assert info_text.describe_fastv(fastv) == words
+
+
+def test_an_architecture_alone_has_no_source(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "llava-1.5-13b", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["source"] is None
 

@@ -11,7 +11,7 @@ from helpers.models import ROOT
 from llava_lite.cli import reduction as reduction_flags
 from llava_lite.cli.program import main
 from llava_lite.generation.sampling import GenerationOptions
-from llava_lite.reduction import REDUCTIONS, DToMe, FastV, Reduction, ToMe
+from llava_lite.reduction import REDUCTIONS, DToMe, FastV, Reduction, ToMe, fold_rest
 
 SCENE = str(ROOT / "weights" / "tiny" / "examples" / "scene.png")
 QUESTION = ("-i", SCENE, "-p", "What shape is the red object?", "--quiet")
@@ -21,6 +21,10 @@ def parsed(*argv: str) -> Reduction | None:
     parser = argparse.ArgumentParser()
     reduction_flags.add_reduction_arguments(parser)
     return reduction_flags.build_reduction(parser.parse_args(argv))
+
+
+def folded(fastv: FastV, merge: ToMe | None = None) -> Reduction:
+    return Reduction(merge, "folded", fastv)
 
 
 @pytest.mark.parametrize(
@@ -44,27 +48,103 @@ def parsed(*argv: str) -> Reduction | None:
         ("--reduction hybrid-72-36 --positions vtu", REDUCTIONS["hybrid-vtu-72-36"]),
         ("--reduction hybrid-72-36 --merge none", Reduction(None, "logical", FastV(keep=36))),
         ("--reduction fastv-50 --fastv-layer 2", Reduction(fastv=FastV(drop=0.5, layer=2))),
+        # Folding.
+        ("--merge tome:72 --positions folded", REDUCTIONS["folded-72"]),
+        (
+            "--positions folded --fastv-k 72 --fastv-rest fold",
+            REDUCTIONS["fastv-72-folded"],
+        ),
+        ("--reduction fastv-72-folded --fastv-rest drop", folded(FastV(keep=72))),
+        ("--reduction folded-72-36 --fastv-k none", REDUCTIONS["folded-72"]),
+        # An amount over a preset's FastV leaves all else of it.
+        ("--reduction folded-72-36 --fastv-k 18", folded(fold_rest(keep=18), ToMe(72))),
+        (
+            "--reduction folded-144-72 --fastv-k 0.9",
+            folded(fold_rest(drop=0.9, layer=1), ToMe(144)),
+        ),
+        ("--reduction folded-72-36-18 --fastv-k 9", folded(fold_rest(keep=9), ToMe(72))),
+        ("--reduction folded-72-36 --fastv-stages 1:36,3:18", REDUCTIONS["folded-72-36-18"]),
+        (
+            "--reduction folded-144-72 --fastv-stages 2:9",
+            folded(fold_rest(stages=((2, 9),)), ToMe(144)),
+        ),
+        # Stages.
+        ("--fastv-stages 1:144,3:72", Reduction(fastv=FastV(stages=((1, 144), (3, 72))))),
+        ("--fastv-stages 2:0.5,3:.25", Reduction(fastv=FastV(stages=((2, 0.5), (3, 0.25))))),
+        ("--fastv-stages 1:144,3:0.5", Reduction(fastv=FastV(stages=((1, 144), (3, 0.5))))),
+        (
+            "--positions folded --fastv-stages 1:9 --fastv-rest fold",
+            folded(FastV(stages=((1, 9),), rest="fold")),
+        ),
     ],
 )
 def test_flags(flags: str, expected: Reduction | None) -> None:
     assert parsed(*flags.split()) == expected
 
 
+def test_an_amount_over_a_preset_still_counts_for_each_image() -> None:
+    """No preset does that yet."""
+    preset = FastV(keep=9, per_image=True)
+    found = reduction_flags.parse_fastv("4", None, None, None, preset, "--fastv-k")
+    assert found == FastV(keep=4, per_image=True)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--reduction tome-73", "unknown reduction 'tome-73'; there are none, tome-72"),
+        ("--reduction tome-73", "unknown reduction 'tome-73'; there are none, folded-72"),
         ("--merge 72", "--merge '72' is none of these: none, tome:72"),
         ("--merge tome:", "--merge 'tome:' is none"),
         ("--merge tome:0", "ToMe keep 0 must be a whole number of at least 1"),
         ("--merge tome:r=8,zigzag", "schedule 'zigzag' is not one of constant, linear"),
-        ("--positions here", "positions 'here' is not one of vtu, logical, plain"),
+        ("--positions here", "positions 'here' is not one of vtu, folded, logical, plain"),
         ("--fastv-k 1.5", "--fastv-k '1.5' must be a whole number"),
         ("--fastv-k -3", "--fastv-k '-3' must be"),
         ("--fastv-k nan", "--fastv-k 'nan' must be"),
         ("--fastv-k 36 --fastv-layer 0", "FastV layer 0 must be a whole number of at least 1"),
         ("--fastv-layer 2", "--fastv-layer needs --fastv-k or a preset that prunes"),
         ("--merge tome:72 --thresholds x.json", "--thresholds goes with --merge dtome"),
+        ("--fastv-k 4 --fastv-rest fold", "rest 'fold' needs positions 'folded', not 'vtu'"),
+        *(
+            (
+                f"--reduction folded-72-36 --positions {positions}",
+                f"FastV rest 'fold' needs positions 'folded', not '{positions}'",
+            )
+            for positions in ("vtu", "logical", "plain")
+        ),
+        ("--fastv-k 4 --fastv-rest keep", "FastV rest 'keep' is not one of drop, fold"),
+        ("--fastv-rest fold", "--fastv-rest needs --fastv-k or a preset that prunes"),
+        ("--reduction folded-72 --fastv-rest fold", "--fastv-rest needs --fastv-k or a preset"),
+        ("--reduction folded-72-36 --fastv-k off --fastv-rest fold", "--fastv-rest needs"),
+        ("--fastv-stages 1:9 --fastv-k 4", "--fastv-stages and --fastv-k both say how many"),
+        ("--fastv-stages 1:9 --fastv-layer 2", "--fastv-layer does not go with stages"),
+        ("--reduction folded-72-36-18 --fastv-layer 2", "--fastv-layer does not go with stages"),
+        *(
+            (
+                f"--fastv-stages={text}",
+                f"--fastv-stages {text!r} must be layers with their amounts, such as 1:144,3:72",
+            )
+            for text in (
+                "",
+                "1-144",
+                "144",
+                "1:144,",
+                "1:144;3:72",
+                "1:-4",
+                "1:1e3",
+                "x:9",
+                "1:9:3",
+            )
+        ),
+        ("--fastv-stages 0:9", "the layer of a FastV stage 0 must be a whole number of at least 1"),
+        ("--fastv-stages 1:0", "the amount of a FastV stage 0 must be a whole number of at least"),
+        ("--fastv-stages 1:1.5", "the amount of a FastV stage 1.5 must be a number above 0 and be"),
+        ("--fastv-stages 3:9,1:4", "each layer must be above the one before, not [3, 1]"),
+        ("--fastv-stages 1:9,1:4", "each layer must be above the one before, not [1, 1]"),
+        (
+            "--fastv-stages 1:9,3:9",
+            "each number of tokens must be below the one before, not [9, 9]",
+        ),
     ],
 )
 def test_wrong_flags_say_what_is_right(flags: str, message: str) -> None:
@@ -97,6 +177,10 @@ def test_thresholds_come_from_a_file(tmp_path: Path) -> None:
         ("none", "--reduction hybrid-72-36", REDUCTIONS["tome-72-logical"]),
         ("", "--reduction hybrid-72-36", REDUCTIONS["hybrid-72-36"]),
         ("36", "--reduction none", Reduction(fastv=FastV(keep=36))),
+        ("18", "--reduction folded-72-36", folded(fold_rest(keep=18), ToMe(72))),
+        ("36", "--fastv-stages 1:9", Reduction(fastv=FastV(stages=((1, 9),)))),
+        ("none", "--fastv-stages 1:9", Reduction(fastv=FastV(stages=((1, 9),)))),
+        ("9", "--positions folded --fastv-rest fold", folded(FastV(keep=9, rest="fold"))),
     ],
 )
 def test_fastv_k_of_the_environment(
@@ -139,10 +223,25 @@ def test_generate_shows_the_tokens_of_every_stage(capsys: pytest.CaptureFixture[
     assert "prompt + 576 -> 72 -> 36 image tokens: 1 new" in captured.err
 
 
-@pytest.mark.parametrize("name", ["tome-72", "dymu-72", "fastv-50", "hybrid-vtu-72-36"])
+@pytest.mark.parametrize(
+    "name",
+    ["folded-144-36", "fastv-72-folded", "tome-72", "dymu-72", "fastv-50", "hybrid-vtu-72-36"],
+)
 def test_every_preset_answers(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", *QUESTION, "--reduction", name]) == 0
     assert capsys.readouterr().out == "ring\n"
+
+
+@pytest.mark.parametrize("flags", ["--fastv-k 900", "--fastv-stages 1:900,2:800"])
+def test_an_amount_above_what_is_there_prunes_nothing(
+    flags: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fold = ["--positions", "folded", "--fastv-rest", "fold", "--json", "--trace"]
+    assert main(["generate", *QUESTION, *flags.split(), *fold]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["usage"]["kept_image_tokens"] == 576
+    assert answer["trace"]["prune_layers"] == []
+    assert answer["trace"]["decoder_flops"]["gated"]["ratio"] == 1
 
 
 def test_without_a_reduction_nothing_of_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +257,9 @@ def test_without_a_reduction_nothing_of_it_shows(capsys: pytest.CaptureFixture[s
         (("--trace",), 2, "--trace is part of the object that --json prints"),
         (("--merge", "tome:900"), 1, "ToMe keep 900 must be in 9..576"),
         (("--fastv-k", "4", "--fastv-layer", "6"), 1, "FastV layer 6 must be in 1..5"),
+        (("--fastv-stages", "1:9,6:4"), 1, "FastV layer 6 must be in 1..5"),
+        (("--fastv-stages", "1-144"), 2, "--fastv-stages '1-144' must be layers with"),
+        (("--fastv-k", "4", "--fastv-rest", "fold"), 2, "FastV rest 'fold' needs positions"),
         (("--reduction", "best"), 2, "unknown reduction 'best'"),
         (("--reduction", ""), 2, "unknown reduction ''"),
         (("--fastv-layer", "2"), 2, "--fastv-layer needs --fastv-k"),

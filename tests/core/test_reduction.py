@@ -188,7 +188,7 @@ INVALID: list[tuple[Callable[[], Any], str]] = [
     (lambda: Reduction(fastv=True), "True must be a FastV"),
     (lambda: Reduction(positions="raster"), "'raster' is not one of vtu, folded, logical, plain"),
     (lambda: Reduction(positions=None), "None is not one of vtu"),
-    (lambda: Reduction.of("tome-73"), "'tome-73'; there are none, tome-72, .*hybrid-vtu-72-36"),
+    (lambda: Reduction.of("tome-73"), "'tome-73'; there are none, folded-72, .*hybrid-vtu-72-36"),
     (lambda: Reduction.of(36), "neither a Reduction nor a preset"),
     (lambda: Reduction.of(True), "neither a Reduction nor a preset"),
     (lambda: Reduction.of(ToMe(keep=3)), "neither a Reduction"),
@@ -258,9 +258,20 @@ def test_the_models_thresholds_stand_in() -> None:
 
 def test_presets_are_what_they_are_called() -> None:
     """The table of names, and that each fits LLaVA-1.5-7B, DToMe with some thresholds."""
-    tome = ToMe(keep=72)
+    tome, more, few = ToMe(keep=72), ToMe(keep=144), ToMe(keep=36)
+
+    def fold(**amount: Any) -> FastV:
+        return FastV(rest="fold", score="mean", **amount)
+
     assert REDUCTIONS == {
         "none": Reduction(None, "vtu", None),
+        "folded-72": Reduction(tome, "folded", None),
+        "folded-144-72": Reduction(more, "folded", fold(keep=72, layer=1)),
+        "folded-144-36": Reduction(more, "folded", fold(stages=((1, 48), (3, 36)))),
+        "folded-72-36": Reduction(tome, "folded", fold(keep=36, layer=3)),
+        "folded-72-36-18": Reduction(tome, "folded", fold(stages=((1, 36), (3, 18)))),
+        "folded-36-18-9": Reduction(few, "folded", fold(stages=((1, 18), (3, 9)))),
+        "fastv-72-folded": Reduction(None, "folded", FastV(keep=72, layer=3, rest="fold")),
         "tome-72": Reduction(tome, "vtu", None),
         "tome-72-logical": Reduction(tome, "logical", None),
         "dymu-72": Reduction(DToMe(None), "vtu", None),

@@ -146,12 +146,28 @@ def test_prefill_takes_a_reduction(tiny_model: Model, wish: Reduction) -> None:
 
 
 def test_presets_go_by_name(tiny_tokenizer: Tokenizer) -> None:
-    # 140 px are 100 patches; thresholds of its own for the preset that needs them.
-    vision = replace(TINY_VISION, image_size=140)
+    # 168 px are 144 patches; thresholds of its own for the preset that needs them.
+    vision = replace(TINY_VISION, image_size=168)
     config = replace(
         TINY_CONFIG, vision=vision, text=replace(TINY_TEXT, num_layers=4, max_positions=512)
     )
     model = Model(random_llava(config), tiny_tokenizer, thresholds=(0.6, 0.4))
+    counts = {  # image tokens, and those of them that stay
+        "none": (144, 144),
+        "folded-72": (72, 72),
+        "folded-144-72": (144, 72),
+        "folded-144-36": (144, 36),
+        "folded-72-36": (72, 36),
+        "folded-72-36-18": (72, 18),
+        "folded-36-18-9": (36, 9),
+        "fastv-72-folded": (144, 72),
+        "tome-72": (72, 72),
+        "tome-72-logical": (72, 72),
+        "fastv-50": (144, 72),
+        "hybrid-72-36": (72, 36),
+        "hybrid-vtu-72-36": (72, 36),
+    }
+    assert set(counts) == set(REDUCTIONS) - {"dymu-72"}
     for name, reduction in REDUCTIONS.items():
         answers = [
             model.generate(picture(1), "star?", max_new_tokens=2, reduction=wish)
@@ -159,9 +175,8 @@ def test_presets_go_by_name(tiny_tokenizer: Tokenizer) -> None:
         ]
         assert answers[0].token_ids == answers[1].token_ids
         usage = answers[0].usage
-        expected = {"none": 100, "fastv-50": 100, "dymu-72": usage["image_tokens"]}.get(name, 72)
-        kept = {"fastv-50": 50, "hybrid-72-36": 36, "hybrid-vtu-72-36": 36}.get(name, expected)
-        assert (usage["image_tokens"], usage["kept_image_tokens"]) == (expected, kept)
+        found = (usage["image_tokens"], usage["kept_image_tokens"])
+        assert found == counts.get(name, found[:1] * 2)
     assert (
         model.generate(None, "star?", max_new_tokens=1, reduction="dymu-72").usage["image_tokens"]
         == 0
@@ -340,7 +355,7 @@ def test_a_later_image_of_a_chat_is_reduced_as_the_one_before(tiny_model: Model)
         (Reduction(fastv=FastV(keep=2, layer=3)), r"FastV layer 3 must be in 1\.\.2"),
         (Reduction(DToMe()), "no thresholds of its own: find some with `llava-lite thresholds`"),
         (Reduction(DToMe((0.5,) * 5)), "5 DToMe thresholds, but the tower runs 2 of 3 blocks"),
-        ("dymu-73", "unknown reduction 'dymu-73'; there are none, tome-72"),
+        ("dymu-73", "unknown reduction 'dymu-73'; there are none, folded-72"),
         (72, "reduction 72 is neither a Reduction nor a preset's name"),
     ],
 )

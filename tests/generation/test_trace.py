@@ -26,6 +26,7 @@ from llava_lite.generation.trace import (
     Trace,
     decoder_flops,
     decoder_groups,
+    expected_lengths,
     fastv_ratio,
     kv_bytes,
     pruning_flops,
@@ -429,24 +430,45 @@ def wide_model(tiny_tokenizer: Tokenizer) -> Model:
     return Model(random_llava(config), tiny_tokenizer, thresholds=[0.9, 0.7, 0.5, 0.3, 0.3])
 
 
+# The image tokens of each preset, and those of them that stay.
+COUNTS = {
+    "none": (576, 576),
+    "folded-72": (72, 72),
+    "folded-144-72": (144, 72),
+    "folded-144-36": (144, 36),
+    "folded-72-36": (72, 36),
+    "folded-72-36-18": (72, 18),
+    "folded-36-18-9": (36, 9),
+    "fastv-72-folded": (576, 72),
+    "tome-72": (72, 72),
+    "tome-72-logical": (72, 72),
+    "fastv-50": (576, 288),
+    "hybrid-72-36": (72, 36),
+    "hybrid-vtu-72-36": (72, 36),
+}
+
+
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_presets(wide_model: Model, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     with watched(wide_model, monkeypatch) as record:
         trace = traced(wide_model, picture(1), name)
     [image] = trace.images
     assert (image.grid, image.num_patches, sum(image.sizes)) == (24, 576, 576)
-    expected = {"none": 576, "fastv-50": 576}.get(name, 72)
-    if name == "dymu-72":
-        assert 1 < len(image.sizes) < 576
-    else:
-        assert len(image.sizes) == expected
-    left = {"fastv-50": 288, "hybrid-72-36": 36, "hybrid-vtu-72-36": 36}
-    assert len(image.kept) == left.get(name, len(image.sizes))
+    reduction = REDUCTIONS[name]
+    found = (len(image.sizes), len(image.kept))
+    assert 1 < found[0] == found[1] < 576 if name == "dymu-72" else found == COUNTS[name]
     words = trace.rows_per_layer[0] - len(image.sizes)
     assert trace.rows_per_layer[-1] == words + len(image.kept)
     assert list(trace.positions_per_layer) == record.cache_lengths()
-    shown = 576 if "logical" not in name and name != "hybrid-72-36" else 72
-    assert trace.positions_per_layer[0] == words + shown
+    unmerged = reduction.positions == "vtu" and reduction.merge is not None
+    assert trace.positions_per_layer[0] == words + (576 if unmerged else len(image.sizes))
+    folds = reduction.fastv is None or reduction.fastv.rest == "fold"
+    assert (None not in image.speakers()) == folds
+    lengths = expected_lengths(wide_model.config, reduction, words)
+    if name in ("dymu-72", "hybrid-vtu-72-36"):
+        assert lengths is None
+    else:
+        assert lengths == (trace.rows_per_layer, trace.positions_per_layer)
     assert trace.decoder_flops["gated"].total == record.decoder
     assert trace.tower_flops.total == record.tower
     assert len(json.dumps(trace.to_dict())) < 20_000
@@ -598,6 +620,19 @@ def test_real_caches_of_the_7b_model_have_these_bytes() -> None:
     assert trace.images[0].kept == tuple(range(73, 105))
     assert sum(trace.images[0].patch_kept()) == 160
     assert len(json.dumps(trace.to_dict())) < 20_000
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_lengths_are_known_before_the_image(tiny_model: Model, name: str) -> None:
+    """Unless the image decides: about the thresholds it passes, or the sizes of pruned tokens."""
+    lengths = expected_lengths(TINY_CONFIG, KINDS[name], 9)
+    if name in ("thresholds", "hybrid vtu", "hybrid mean", "folded mean"):
+        assert lengths is None
+        return
+    trace = traced(tiny_model, picture(1), KINDS[name])
+    words = trace.rows_per_layer[0] - len(trace.images[0].sizes)
+    lengths = expected_lengths(TINY_CONFIG, KINDS[name], words)
+    assert lengths == (trace.rows_per_layer, trace.positions_per_layer)
 
 
 def test_rows_and_positions_count_where_they_are_used() -> None:

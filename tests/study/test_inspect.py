@@ -39,6 +39,9 @@ WISHES = {
     "hybrid": HYBRID,
     "hybrid-logical": replace(HYBRID, positions="logical"),
     "per-image": Reduction(ToMe(r=1), "plain", FastV(keep=2, layer=1, per_image=True)),
+    "stages": Reduction(fastv=FastV(stages=((1, 8), (2, 3)))),
+    "folded": Reduction(ToMe(keep=6), "folded", FastV(keep=3, layer=1, rest="fold")),
+    "folded-stages": Reduction(None, "folded", FastV(stages=((1, 8), (2, 3)), rest="fold")),
 }
 
 
@@ -167,6 +170,134 @@ def test_a_dropped_patch_is_lighter_in_the_png(tiny_model: Model) -> None:
         assert isinstance(pixel, tuple)
         lightness[kept].append(pixel[2])  # blue, which every color of the scale has least of
     assert min(lightness[False]) > max(lightness[True])
+
+
+def trace_of(seen: Inspection) -> figure_trace.Trace:
+    assert seen.answer.trace is not None
+    return seen.answer.trace
+
+
+@pytest.mark.parametrize("wish", ["folded", "folded-stages"])
+def test_after_folding_a_patch_has_the_color_of_its_speaker(tiny_model: Model, wish: str) -> None:
+    """The mean color of all patches that the kept token stands for, paler where it is folded."""
+    seen = inspect(tiny_model, photo(90, 60), QUESTION, reduction=WISHES[wish], max_new_tokens=1)
+    drawn, [image] = seen.drawing(), trace_of(seen).images
+    [top], pixels = panel_tops(drawn), np.asarray(seen.squares[0], np.float64)
+    means = pixels.reshape(4, 14, 4, 14, 3).mean((1, 3)).reshape(16, 3)
+    speakers, shown = np.array(image.speakers()), tokens(drawn, 2)[: len(image.sizes)]
+    assert len(set(speakers.tolist())) == 3 < len(image.sizes)
+    for token, group in enumerate(shown):
+        patches = [patch for patch, other in enumerate(image.groups) if other == token]
+        assert [patch_of(rect, top, 4, 2) for rect in group.shapes] == patches  # type: ignore[arg-type]
+        speaker = image.folded_into[token]
+        color = means[speakers == speaker].mean(0)
+        if speaker == token:
+            weight = int((speakers == token).sum())
+            more = f", stands for {weight} patches" if weight > len(patches) else ""
+            assert group.title.endswith(f", kept{more}")
+        else:
+            color = color + 0.35 * (255 - color)
+            assert group.title.endswith(f", folded into token {speaker}")
+        for rect in shapes_of(group.shapes, Rect):
+            assert np.abs(color - rect.fill).max() <= 1
+    outline = figure.borders(
+        figure.Seen(seen.squares[0], image), speakers.tolist(), COLUMNS[2], top
+    )
+    assert outline in [lines.segments for lines in shapes_of(drawn.shapes, Lines)]
+
+
+@pytest.mark.parametrize("wish", ["folded", "folded-stages"])
+def test_marks_show_the_score_and_the_weight_of_kept_tokens(tiny_model: Model, wish: str) -> None:
+    seen = inspect(tiny_model, photo(90, 60), QUESTION, reduction=WISHES[wish], max_new_tokens=1)
+    drawn, [image] = seen.drawing(), trace_of(seen).images
+    [top], png = panel_tops(drawn), drawn.image(1)
+    assert image.scores is not None
+    marks = tokens(drawn, 2)[len(image.sizes) :]
+    weights = []
+    for mark in marks:
+        frame, inside = shapes_of(mark.shapes, Rect)
+        [number] = shapes_of(mark.shapes, Text)
+        middle = frame.x + frame.width / 2, frame.y + frame.height / 2
+        patch = int((middle[1] - top) // 72) * 4 + int((middle[0] - COLUMNS[2]) // 72)
+        token = image.groups[patch]
+        assert token in image.kept and mark.title == figure.describe_token(image, token)
+        assert inside.fill == figure.heat((image.scores[token] / max(image.scores)) ** 0.5)
+        assert png.getpixel((round(frame.x) + 2, round(frame.y) + 2)) == inside.fill
+        assert number.text == str(image.speakers().count(token))
+        weights.append(int(number.text))
+    assert len(marks) == len(image.kept)
+    assert sum(weights) == 16 and weights == sorted(weights)  # the heaviest on top
+
+
+def test_a_mark_of_three_digits_stays_inside() -> None:
+    """On the last patch of a row, whose mark would reach over the edge."""
+    trace = figure_trace.ImageTrace(
+        24, (1,) * 23 + (0,) + (1,) * 552, (1, 575), (), (0.5, 0.1), (0,), (0, 0)
+    )
+    seen = figure.Seen(Image.new("RGB", (336, 336)), trace)
+    mark = figure.weight_mark(seen, 0, figure.ScoreScale(0.5), 100, 200)
+    frame, _ = shapes_of(mark.shapes, Rect)
+    [number] = shapes_of(mark.shapes, Text)
+    assert number.text == "576" and number.color == drawing.PAPER  # on the darkest color
+    assert frame.x + frame.width == pytest.approx(100 + COLUMN)
+    assert drawing.text_width("576", number.size) < frame.width > seen.side
+    pale = figure.weight_mark(seen, 0, figure.ScoreScale(50), 100, 200)
+    assert shapes_of(pale.shapes, Text)[0].color == drawing.INK
+
+
+@pytest.mark.parametrize(
+    ("wish", "title"),
+    [
+        ("stages", "8, then 3 kept"),
+        ("folded", "3 tokens kept, rest folded"),
+        ("folded-stages", "8, then 3 kept, rest folded"),
+    ],
+)
+def test_titles_name_every_stage_and_the_rest(tiny_model: Model, wish: str, title: str) -> None:
+    images, reduction = [photo(60, 60, 1), photo(40, 90, 2)], WISHES[wish]
+    seen = inspect(tiny_model, images[0], QUESTION, reduction=reduction, max_new_tokens=1)
+    shown, trace = texts(seen.drawing()), trace_of(seen)
+    assert title in shown
+    several = len(trace.prune_layers) > 1
+    assert any("kept from" in text for text in shown) == (not several)
+    assert any(text.endswith("of attention in layer 0") for text in shown) == several
+    assert ("numbers: patches of a kept token; pale: folded" in shown) == ("folded" in wish)
+    # Stages count the tokens of all images together, so a panel has its own number alone.
+    both = inspect(tiny_model, images, QUESTION, reduction=reduction, max_new_tokens=1)
+    for image in trace_of(both).images:
+        kept = figure.count(len(image.kept), "token")
+        dropped = len(image.sizes) - len(image.kept)
+        rest = ", rest folded" if "folded" in wish else f" by FastV, {dropped} dropped"
+        assert f"{kept} kept{rest}" in texts(both.drawing())
+
+
+def test_an_image_that_keeps_all_tokens_is_drawn_as_the_others(tiny_model: Model) -> None:
+    images = [photo(60, 60, 1), photo(40, 90, 2)]
+    seen = inspect(tiny_model, images, QUESTION, reduction=WISHES["folded"], max_new_tokens=1)
+    first, second = trace_of(seen).images
+    everything = tuple(range(len(second.sizes)))
+    whole = replace(second, kept=everything, folded_into=everything)
+    trace = replace(trace_of(seen), images=(first, whole))
+    answer = Answer("yes", seen.answer.finish_reason, trace=trace)
+    drawn = replace(seen, answer=answer).drawing()
+    assert texts(drawn).count("numbers: patches of a kept token; pale: folded") == 2
+    assert len(tokens(drawn, 2)) == len(first.sizes) + len(first.kept) + 2 * len(everything)
+
+
+@pytest.mark.parametrize(
+    ("into", "fate"),
+    [
+        ((0, 1), "kept"),
+        ((0, 0), "kept, stands for 4 patches"),
+        ((1, 1), "folded into token 1"),
+        ((None, 1), "dropped"),
+    ],
+)
+def test_a_token_in_words(into: tuple[int | None, ...], fate: str) -> None:
+    trace = figure_trace.ImageTrace(2, (0, 1, 1, 1), (1, 3), (), (0.5, 0.1), (), into)
+    assert figure.describe_token(trace, 0) == f"token 0, 1 patch, score 50 %, {fate}"
+    unpruned = replace(trace, scores=None)
+    assert figure.describe_token(unpruned, 0) == "token 0, 1 patch"
 
 
 @pytest.mark.parametrize("wish", ["none", "tome"])
@@ -378,10 +509,57 @@ def test_header_names_the_reduction(tiny_model: Model) -> None:
             Reduction(fastv=FastV(keep=36, layer=2, per_image=True)),
             "FastV keeps 36 of each image from layer 2 on",
         ),
+        (
+            REDUCTIONS["fastv-72-folded"],
+            "folded positions, FastV keeps 72 from layer 3 on, rest folded",
+        ),
+        (
+            REDUCTIONS["folded-72-36-18"],
+            "ToMe keeps 72, folded positions, FastV keeps 36 from layer 1, then 18 from layer 3 "
+            "on, rest folded",
+        ),
+        (
+            Reduction(fastv=FastV(stages=((1, 9), (2, 0.5), (3, 0.25)))),
+            "FastV keeps 9 from layer 1, then drops 50 % from layer 2, then 25 % from layer 3 on",
+        ),
     ],
 )
 def test_a_reduction_in_words(reduction: Reduction, expected: str) -> None:
     assert figure.describe_reduction(reduction) == expected
+
+
+def test_a_long_reduction_has_several_lines(tiny_model: Model) -> None:
+    seen = inspect(tiny_model, photo(60, 60), QUESTION, max_new_tokens=1)
+    fastv = FastV(stages=tuple((layer, 900 - layer) for layer in range(1, 12)))
+    long = replace(seen, reduction=Reduction(fastv=fastv)).drawing()
+    [counts] = [text for text in shapes_of(long.shapes, Text) if text.anchor == "end"][1:2]
+    lines = [t for t in shapes_of(long.shapes, Text) if t.x == 40 and t.size == 15 and t.y < 200]
+    assert " ".join(t.text for t in lines).startswith(
+        figure.describe_reduction(Reduction(fastv=fastv))
+    )
+    left = counts.x - drawing.text_width(counts.text, counts.size)
+    assert all(t.x + drawing.text_width(t.text, t.size) < left for t in lines)
+    wrapped = long.height - seen.drawing().height
+    assert wrapped > 0 and wrapped % 20 == 0
+
+
+def test_pruned_layers_are_marked(tiny_model: Model) -> None:
+    """Labels that would overlap are left out."""
+    reduction = WISHES["folded-stages"]
+    seen = inspect(tiny_model, photo(60, 60), QUESTION, reduction=reduction, max_new_tokens=1)
+    rows = trace_of(seen).rows_per_layer
+    for layers, pruned, expected in (
+        (3, (1, 2), ["0", "1", "2"]),
+        (32, (1, 3), ["1", "3", "31"]),
+        (32, (3, 16), ["0", "3", "16", "31"]),
+        (32, (20, 21), ["0", "20", "31"]),
+        (80, (79,), ["0", "79"]),
+    ):
+        many = replace(trace_of(seen), prune_layers=pruned, rows_per_layer=rows[:1] * layers)
+        shapes, _ = figure.decoder_chart(replace(many, positions_per_layer=rows[:1] * layers), 0)
+        labels = [text for text in shapes_of(shapes, Text) if text.anchor == "middle"]
+        labels.sort(key=lambda text: text.x)
+        assert [text.text for text in labels] == expected
 
 
 NASTY = {
@@ -448,6 +626,12 @@ def test_wrap() -> None:
     assert drawing.wrap("WW", 0.1, 10) == ["W", "W"]
 
 
+def test_a_text_is_made_smaller_only_if_it_is_too_wide() -> None:
+    width = drawing.text_width("kept", 16)
+    assert figure.fit_size("kept", 16, width) == figure.fit_size("kept", 16, 999) == 16
+    assert figure.fit_size("kept", 16, width / 2) == pytest.approx(8)
+
+
 def test_letters_that_no_font_has_are_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "OTHER_FONTS", ("No Such Font.ttf",))
     for cached in (drawing.face, drawing.find_face):
@@ -490,9 +674,10 @@ def test_the_page_refers_to_nothing_outside(tiny_model: Model, wish: str) -> Non
     assert "default-src 'none'" in html
 
 
-def test_page_and_png_show_the_same(tiny_model: Model) -> None:
+@pytest.mark.parametrize("wish", ["hybrid", "folded"])
+def test_page_and_png_show_the_same(tiny_model: Model, wish: str) -> None:
     """Every shape is in both: one by one they change the page and the image."""
-    seen = inspect(tiny_model, photo(90, 60), QUESTION, reduction=HYBRID, max_new_tokens=2)
+    seen = inspect(tiny_model, photo(90, 60), QUESTION, reduction=WISHES[wish], max_new_tokens=2)
     drawn = seen.drawing()
     svg = ElementTree.fromstring(drawn.svg())
     kinds = {"rect": Rect, "text": Text, "path": Lines, "image": Picture, "g": Group}
