@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import Any
 
 from llava_lite.config import LlavaConfig, VisionConfig
 from llava_lite.layout import PLACEMENTS
@@ -123,13 +122,14 @@ class FastV:
         drop from there on (PyramidDrop, arXiv 2410.17247). Layers rise, numbers of tokens fall.
     rest: "drop" leaves the other tokens out. "fold" makes each a part of the most similar kept
         token of its image, needs `folded` positions, and keeps a token of every image.
-    score: the score of a merged token is the "sum" or the "mean" over its positions.
+    score: the score of a merged token is the "sum" or the "mean" over its positions. None: the
+        "mean" with folding, else the "sum".
     per_image: the amounts count for each image, instead of for all images together."""
 
     keep: int | None = None
     drop: float | None = None
     layer: int = PRUNE_LAYER
-    score: str = "sum"
+    score: str | None = None
     per_image: bool = False
     rest: str = "drop"
     stages: tuple[tuple[int, int | float], ...] | None = None
@@ -139,6 +139,9 @@ class FastV:
             raise ValueError("FastV needs keep, drop or stages, one of the three")
         if not isinstance(self.per_image, bool):
             raise ValueError(f"FastV per_image {self.per_image!r} must be True or False")
+        if self.score is None:
+            # By sums, folding would keep tokens for their size: most often large background.
+            object.__setattr__(self, "score", "mean" if self.rest == "fold" else "sum")
         if self.score not in SCORES:
             raise ValueError(f"FastV score {self.score!r} is not one of {', '.join(SCORES)}")
         if self.rest not in RESTS:
@@ -309,22 +312,22 @@ def check_stages(stages: object) -> tuple[tuple[int, int | float], ...]:
     return tuple(checked)
 
 
-def fold_rest(**options: Any) -> FastV:
-    """A FastV that folds. Scores are means over positions, else a token of many patches (most often
-    background) is kept for its size alone."""
-    return FastV(rest="fold", score="mean", **options)
-
-
 NO_REDUCTION = Reduction()
 REDUCTIONS = {
     "none": NO_REDUCTION,
     # Folded: the rows of `logical`, and no patch loses its weight.
     "folded-72": Reduction(ToMe(keep=72), "folded"),
-    "folded-144-72": Reduction(ToMe(keep=144), "folded", fold_rest(keep=72, layer=1)),
-    "folded-144-36": Reduction(ToMe(keep=144), "folded", fold_rest(stages=((1, 48), (3, 36)))),
-    "folded-72-36": Reduction(ToMe(keep=72), "folded", fold_rest(keep=36)),
-    "folded-72-36-18": Reduction(ToMe(keep=72), "folded", fold_rest(stages=((1, 36), (3, 18)))),
-    "folded-36-18-9": Reduction(ToMe(keep=36), "folded", fold_rest(stages=((1, 18), (3, 9)))),
+    "folded-144-72": Reduction(ToMe(keep=144), "folded", FastV(keep=72, layer=1, rest="fold")),
+    "folded-144-36": Reduction(
+        ToMe(keep=144), "folded", FastV(stages=((1, 48), (3, 36)), rest="fold")
+    ),
+    "folded-72-36": Reduction(ToMe(keep=72), "folded", FastV(keep=36, rest="fold")),
+    "folded-72-36-18": Reduction(
+        ToMe(keep=72), "folded", FastV(stages=((1, 36), (3, 18)), rest="fold")
+    ),
+    "folded-36-18-9": Reduction(
+        ToMe(keep=36), "folded", FastV(stages=((1, 18), (3, 9)), rest="fold")
+    ),
     "fastv-72-folded": Reduction(None, "folded", FastV(keep=72, rest="fold")),
     # As published.
     "tome-72": Reduction(ToMe(keep=72)),

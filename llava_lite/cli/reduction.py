@@ -126,6 +126,7 @@ def parse_fastv(
         fastv,
         layer=fastv.layer if layer is None else layer,
         rest=fastv.rest if rest is None else rest,
+        score=fastv.score if rest in (None, fastv.rest) else None,  # the default of that rest
     )
 
 

@@ -11,7 +11,7 @@ from helpers.models import ROOT
 from llava_lite.cli import reduction as reduction_flags
 from llava_lite.cli.program import main
 from llava_lite.generation.sampling import GenerationOptions
-from llava_lite.reduction import REDUCTIONS, DToMe, FastV, Reduction, ToMe, fold_rest
+from llava_lite.reduction import REDUCTIONS, DToMe, FastV, Reduction, ToMe
 
 SCENE = str(ROOT / "weights" / "tiny" / "examples" / "scene.png")
 QUESTION = ("-i", SCENE, "-p", "What shape is the red object?", "--quiet")
@@ -54,19 +54,25 @@ def folded(fastv: FastV, merge: ToMe | None = None) -> Reduction:
             "--positions folded --fastv-k 72 --fastv-rest fold",
             REDUCTIONS["fastv-72-folded"],
         ),
+        # The score of a merged token follows the rest, unless it is named.
+        (
+            "--reduction hybrid-72-36 --positions folded --fastv-rest fold",
+            REDUCTIONS["folded-72-36"],
+        ),
+        ("--reduction folded-72-36 --fastv-rest drop", folded(FastV(keep=36), ToMe(72))),
         ("--reduction fastv-72-folded --fastv-rest drop", folded(FastV(keep=72))),
         ("--reduction folded-72-36 --fastv-k none", REDUCTIONS["folded-72"]),
         # An amount over a preset's FastV leaves all else of it.
-        ("--reduction folded-72-36 --fastv-k 18", folded(fold_rest(keep=18), ToMe(72))),
+        ("--reduction folded-72-36 --fastv-k 18", folded(FastV(keep=18, rest="fold"), ToMe(72))),
         (
             "--reduction folded-144-72 --fastv-k 0.9",
-            folded(fold_rest(drop=0.9, layer=1), ToMe(144)),
+            folded(FastV(drop=0.9, layer=1, rest="fold"), ToMe(144)),
         ),
-        ("--reduction folded-72-36-18 --fastv-k 9", folded(fold_rest(keep=9), ToMe(72))),
+        ("--reduction folded-72-36-18 --fastv-k 9", folded(FastV(keep=9, rest="fold"), ToMe(72))),
         ("--reduction folded-72-36 --fastv-stages 1:36,3:18", REDUCTIONS["folded-72-36-18"]),
         (
             "--reduction folded-144-72 --fastv-stages 2:9",
-            folded(fold_rest(stages=((2, 9),)), ToMe(144)),
+            folded(FastV(stages=((2, 9),), rest="fold"), ToMe(144)),
         ),
         # Stages.
         ("--fastv-stages 1:144,3:72", Reduction(fastv=FastV(stages=((1, 144), (3, 72))))),
@@ -177,7 +183,7 @@ def test_thresholds_come_from_a_file(tmp_path: Path) -> None:
         ("none", "--reduction hybrid-72-36", REDUCTIONS["tome-72-logical"]),
         ("", "--reduction hybrid-72-36", REDUCTIONS["hybrid-72-36"]),
         ("36", "--reduction none", Reduction(fastv=FastV(keep=36))),
-        ("18", "--reduction folded-72-36", folded(fold_rest(keep=18), ToMe(72))),
+        ("18", "--reduction folded-72-36", folded(FastV(keep=18, rest="fold"), ToMe(72))),
         ("36", "--fastv-stages 1:9", Reduction(fastv=FastV(stages=((1, 9),)))),
         ("none", "--fastv-stages 1:9", Reduction(fastv=FastV(stages=((1, 9),)))),
         ("9", "--positions folded --fastv-rest fold", folded(FastV(keep=9, rest="fold"))),

@@ -409,7 +409,7 @@ STAGES = FastV(stages=((1, 4), (2, 0.5), (3, 1)))
 @example(ADJACENT, Reduction(None, "folded", FOLD), 1100, torch.float64)
 @example(ADJACENT, Reduction(None, "folded", replace(STAGES, rest="fold")), 0, torch.float64)
 @example(LAST, Reduction(None, "vtu", FastV(keep=2, layer=2, score="mean")), 0, torch.float64)
-@example(LAST, Reduction(None, "folded", replace(FOLD, score="mean")), 0, torch.float64)
+@example(LAST, Reduction(None, "folded", replace(FOLD, score="sum")), 0, torch.float64)
 @example(
     ADJACENT,
     Reduction(None, "folded", replace(STAGES, rest="fold", score="mean", per_image=True)),

@@ -285,6 +285,12 @@ def test_presets_are_what_they_are_called() -> None:
     assert Reduction.of(None) is NO_REDUCTION
 
 
+def test_the_score_of_a_merged_token_follows_the_rest() -> None:
+    assert FastV(keep=3).score == "sum" and FastV(keep=3, rest="fold").score == "mean"
+    assert FastV(keep=3, rest="fold", score="sum").score == "sum"
+    assert FastV(keep=3, score="mean").score == "mean"
+
+
 def test_wishes_never_change() -> None:
     """And can be the keys of a dict, also with thresholds given as a list."""
     wishes = [Reduction(DToMe([0.9, 0.8])), Reduction(DToMe((0.9, 0.8)))]
