@@ -19,6 +19,8 @@ def add_info(commands: Any) -> None:
     flags = {
         "--tensors": "list every tensor",
         "--presets": "list the known architectures, and the presets of token reduction",
+        "--machine": "show this machine's instructions, and the kernels chosen for LLaVA-1.5-7B",
+        "--again": "with --machine: measure the kernels anew",
         "--checksums": "compare a converted folder with its manifest",
         "--json": "print one object",
     }
@@ -32,8 +34,12 @@ def run_info(args: argparse.Namespace) -> int:
     from llava_lite.checkpoints.info import describe_preset, describe_source, verify_checksums
     from llava_lite.cli.info_text import format_info
 
+    if args.again and not args.machine:
+        raise ValueError("--again goes with --machine")
     if args.presets:
         return show_presets(args.json)
+    if args.machine:
+        return show_machine(args.again, args.json)
     name = default_source(args.model)
     if name in PRESETS and not Path(name).exists():
         info = describe_preset(name)
@@ -64,4 +70,17 @@ def show_presets(as_json: bool) -> int:
         print(json.dumps({"models": models, "reductions": describe_reductions()}))
     else:
         print(f"{format_presets()}\n\n{format_reductions()}")
+    return OK
+
+
+def show_machine(again: bool, as_json: bool) -> int:
+    """`llava-lite info --machine`."""
+    from llava_lite.checkpoints.skeleton import meta_model
+    from llava_lite.cli.info_text import format_machine
+    from llava_lite.config import LLAVA_1_5_7B
+    from llava_lite.fast.kernels import time_model
+    from llava_lite.fast.timings import machine_facts
+
+    times, facts = time_model(meta_model(LLAVA_1_5_7B).bfloat16(), again), machine_facts()
+    print(json.dumps({**facts, "seconds": times}) if as_json else format_machine(facts, times))
     return OK

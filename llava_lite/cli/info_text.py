@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import groupby
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from llava_lite.checkpoints.info import (
@@ -241,3 +242,30 @@ def describe_fastv(fastv: "FastV") -> str:
     if isinstance(amounts[0], int):
         verb = "fold to" if fastv.rest == "fold" else "keep"
     return f"{verb} {', '.join(stages)}".replace("from", "from layer", 1)
+
+
+def format_machine(facts: dict[str, Any], times: dict[str, list[dict[str, float]]]) -> str:
+    """The processor, and for every kind of weight the kernel of each class of row counts."""
+    from llava_lite.fast.kernels import choose, rows_of_classes
+
+    lines = [f"{facts['name']}, {facts['threads']} threads, torch {facts['torch']}"]
+    lines += wrap(f"instructions: {' '.join(facts['flags']) or 'not known here'}", 96)
+    lines += [f"setting: {name}={value}" for name, value in facts["settings"].items()]
+    classes = [f"{rows} rows" if rows != "1" else "1 row" for rows in rows_of_classes()]
+    rows = []
+    for kind, seconds in times.items():
+        chosen = zip(classes, choose(seconds).names, seconds, strict=True)
+        cells = {name: compare_kernel(best, found) for name, best, found in chosen}
+        rows.append({"weight": kind, **cells})
+    lines += ["", *table_lines(rows, ["weight", *classes]), ""]
+    lines += wrap(
+        "The fastest kernel for each weight and number of rows, with its share of the time of "
+        "torch's own product (linear). Kernels are measured at the first load; --again repeats it.",
+        96,
+    )
+    return "\n".join(lines)
+
+
+def compare_kernel(name: str, seconds: dict[str, float]) -> str:
+    """A kernel and its share of the time of `F.linear`: "mv 0.62"."""
+    return name if name == "linear" else f"{name} {seconds[name] / seconds['linear']:.2f}"

@@ -30,9 +30,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 # bit-identical across machines.
 MIN_BYTES = 1 << 21
 WORTH_IT = 0.97  # the largest part of F.linear's time for another kernel to be chosen
-HOPELESS = 2.0  # a kernel that takes so much longer than the best is not tried again
+# A timing keeps the best of some short rounds, since another program may disturb most of them.
+ROUNDS = 4
+HOPELESS = 3.0  # a kernel that takes so much longer than the best after two rounds is left out
 # Weights in a timing: with one row more than most caches hold. With more rows reading matters less.
-READ_WEIGHTS, FEW_WEIGHTS, MANY_WEIGHTS = 1 << 26, 1 << 23, 1 << 20
+READ_WEIGHTS, FEW_WEIGHTS, MANY_WEIGHTS = 1 << 25, 1 << 22, 1 << 20
 BLOCK_WEIGHTS = 1 << 20  # written out at once in float32: 4 MB stay in a cache
 
 
@@ -121,16 +123,16 @@ class ChosenLinear(nn.Linear):
 def choose_kernels(module: nn.Module) -> dict[str, Choice]:
     """Give the linear layers in `module` their fastest kernels. Changes only layers on a CPU in 16
     bits without hooks. Returns the choice for each kind of weight, except `F.linear` everywhere."""
-    groups: dict[str, list[nn.Linear]] = {}
+    groups: dict[str, list[Tensor]] = {}
     for part in module.modules():
         if isinstance(part, nn.Linear) and is_eligible(part):
-            groups.setdefault(kind_of(part), []).append(part)
+            groups.setdefault(kind_of(part), []).append(part.weight)
     if not groups:
         return {}
     with Timings.open() as timings:
         found = {
-            kind: choose(timings.get(kind, partial(time_kernels, linears)))
-            for kind, linears in groups.items()
+            kind: choose(timings.get(kind, partial(time_kernels, weights)))
+            for kind, weights in groups.items()
         }
     for parent in list(module.modules()):
         for name, part in list(parent.named_children()):
@@ -172,9 +174,8 @@ def choose(times: Times) -> Choice:
 
 
 @torch.inference_mode()
-def time_kernels(linears: Sequence[nn.Linear]) -> Times:
+def time_kernels(weights: Sequence[Tensor]) -> Times:
     """Time the kernels of every class on weights of one shape."""
-    weights = [part.weight for part in linears]
     return [
         time_class(names, typical(weights, tried), tried)
         for names, (_, tried) in zip(TRIED, CLASSES, strict=True)
@@ -189,15 +190,40 @@ def typical(weights: Sequence[Tensor], rows: int) -> list[Tensor]:
     return [weights[0][: max(1, wanted // weights[0].shape[1])]]
 
 
+def time_model(module: nn.Module, again: bool = False) -> dict[str, Times]:
+    """The kept times of all large linear layers in `module`, which may be on the meta device. Kinds
+    of weights without kept times, with `again` all, are measured on weights made for it."""
+    kinds = {
+        kind_of(part): part
+        for part in module.modules()
+        if isinstance(part, nn.Linear) and part.weight.nbytes >= MIN_BYTES
+    }
+    with Timings.open() as timings:
+        if again:
+            timings.forget(kinds)
+        return {kind: timings.get(kind, partial(time_copies, part)) for kind, part in kinds.items()}
+
+
+def time_copies(layer: nn.Linear) -> Times:
+    """`time_kernels` with new weights of the shape of a layer."""
+    count = max(1, READ_WEIGHTS // layer.weight.numel())
+    # Written, not only reserved: all untouched pages of zeros share one page of memory.
+    weights = [torch.full(layer.weight.shape, 0.01, dtype=layer.weight.dtype) for _ in range(count)]
+    return time_kernels(weights)
+
+
 def time_class(names: Sequence[str], weights: Sequence[Tensor], rows: int) -> dict[str, float]:
-    """The seconds of each kernel for this number of rows, the best of two rounds."""
+    """The seconds of each kernel for this number of rows, the best of `ROUNDS`."""
     x = torch.ones(rows, weights[0].shape[1], dtype=weights[0].dtype)
     for name in names:
         time_kernel(name, weights, x)  # loads the pages, and compiles
-    seconds = {name: time_kernel(name, weights, x) for name in names}
-    best = min(seconds.values())
-    for name in [name for name in names if seconds[name] <= HOPELESS * best]:
-        seconds[name] = min(seconds[name], time_kernel(name, weights, x))
+    seconds, tried = dict.fromkeys(names, inf), list(names)
+    for turn in range(ROUNDS):
+        for name in tried:
+            seconds[name] = min(seconds[name], time_kernel(name, weights, x))
+        if turn == 1:
+            best = min(seconds.values())
+            tried = [name for name in names if seconds[name] <= HOPELESS * best]
     return seconds
 
 

@@ -4,16 +4,18 @@
         times = timings.get("bfloat16 4096 x 4096", measure)    # measures only if nothing is kept
 
 A file that another machine, torch or number of threads wrote has another name. A damaged file is
-measured anew and replaced. The folder is `$XDG_CACHE_HOME/llava_lite`, else `~/.cache/llava_lite`.
+measured anew and replaced. Times that other programs have disturbed are used, and not kept. The
+folder is `$XDG_CACHE_HOME/llava_lite`, else `~/.cache/llava_lite`.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ import torch
 from llava_lite.fast.device import PROC, machine
 from llava_lite.saving import replace_json
 
+MOST_DISTURBED = 0.1  # the share of all cores that other programs may take during a timing
 FORMAT = 1  # another number after a change of the kernels or of the classes of rows
 # Settings of the libraries below torch that change their kernels.
 SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
@@ -54,15 +57,35 @@ class Timings:
 
     def get(self, kind: str, measure: Callable[[], Any]) -> Any:
         """The kept times of a kind, measured if there are none."""
-        if kind not in self.times:
-            self.times[kind] = measure()
+        if kind in self.times:
+            return self.times[kind]
+        before, start = others_seconds(), perf_counter()
+        times = measure()
+        cores = os.cpu_count() or 1
+        if others_seconds() - before <= MOST_DISTURBED * cores * (perf_counter() - start):
+            self.times[kind] = times
             self.new = True
-        return self.times[kind]
+        return times
+
+    def forget(self, kinds: Iterable[str]) -> None:
+        """Drop the kept times of these kinds."""
+        self.times = {kind: times for kind, times in self.times.items() if kind not in set(kinds)}
 
 
 def cache_folder() -> Path:
     """The folder for files that can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_lite"
+
+
+def others_seconds() -> float:
+    """The CPU seconds that all other programs, and other guests of a virtual machine, have taken
+    since the start of the system; 0 where the system does not tell."""
+    try:
+        line = (PROC / "stat").read_text(encoding="utf-8").split("\n", 1)[0]
+        user, nice, system, _, _, *rest = map(int, line.split()[1:9])
+    except (OSError, ValueError):
+        return 0.0
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK") - process_time()
 
 
 def machine_facts() -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Kernels for one row and for few: the same products, chosen by measurement."""
 
 import json
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ def plain(
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache folder for each test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(timings, "MOST_DISTURBED", float("inf"))  # other tests run at the same time
     return tmp_path / "cache" / "llava_lite"
 
 
@@ -48,7 +51,7 @@ def seconds_of(choice: Choice) -> kernels.Times:
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the other kernels were the fastest, of small weights, too."""
     monkeypatch.setattr(kernels, "MIN_BYTES", 1)
-    monkeypatch.setattr(kernels, "time_kernels", lambda linears: seconds_of(OTHERS))
+    monkeypatch.setattr(kernels, "time_kernels", lambda weights: seconds_of(OTHERS))
 
 
 @pytest.mark.parametrize("dtype", kernels.DTYPES)
@@ -208,8 +211,9 @@ def test_the_fastest_of_each_kind_is_chosen(monkeypatch: pytest.MonkeyPatch) -> 
     }
     asked = []
 
-    def time_kernels(linears: list[nn.Linear]) -> kernels.Times:
-        asked.append((kernels.kind_of(linears[0]), len(linears)))
+    def time_kernels(weights: list[Tensor]) -> kernels.Times:
+        dtype, (rows, width) = str(weights[0].dtype).removeprefix("torch."), weights[0].shape
+        asked.append((f"{dtype} {rows} x {width}", len(weights)))
         return seconds_of(best[asked[-1][0]])
 
     monkeypatch.setattr(kernels, "time_kernels", time_kernels)
@@ -230,7 +234,7 @@ def test_another_kernel_must_be_clearly_faster() -> None:
 
 @pytest.mark.parametrize("quick", TRIED[0])
 def test_time_decides(monkeypatch: pytest.MonkeyPatch, quick: str) -> None:
-    """The best of two rounds after a first one; a kernel that torch lacks is never chosen."""
+    """The best round after a first one; a kernel that torch lacks is never chosen."""
     clock, calls = [0.0], dict.fromkeys(TRIED[0], 0)
 
     def timed(name: str) -> kernels.Kernel:
@@ -262,11 +266,11 @@ def test_a_hopeless_kernel_is_tried_no_further(monkeypatch: pytest.MonkeyPatch) 
 
     def time_kernel(name: str, weights: list[Tensor], x: Tensor) -> float:
         calls.append(name)
-        return {"linear": 1.0, "mv": 1.9, "weight first": 2.1}[name]
+        return {"linear": 1.0, "mv": 2.9, "weight first": 3.1}[name]
 
     monkeypatch.setattr(kernels, "time_kernel", time_kernel)
     kernels.time_class(TRIED[0], [plain(32, 64).weight], 1)
-    assert calls == [*TRIED[0], *TRIED[0], "linear", "mv"]
+    assert calls == [*TRIED[0] * 3, *["linear", "mv"] * (kernels.ROUNDS - 2)]
 
 
 def test_weights_of_a_timing_are_as_large_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,6 +305,66 @@ def test_times_are_kept(always: None, monkeypatch: pytest.MonkeyPatch, folder: P
     content = json.loads(file.read_text())
     assert content["facts"]["torch"] == torch.__version__
     assert content["times"] == {"bfloat16 64 x 32": seconds_of(OTHERS)}
+
+
+def test_a_model_without_memory_is_timed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(kernels, "MIN_BYTES", 2 * 64 * 32)
+    monkeypatch.setattr(kernels, "READ_WEIGHTS", 3 * 64 * 32)
+    with torch.device("meta"):
+        model = nn.Sequential(plain(32, 64), plain(64, 32), plain(32, 64), plain(8, 8))
+    seen = []
+
+    def time_kernels(weights: list[Tensor]) -> kernels.Times:
+        seen.append([tuple(weight.shape) for weight in weights])
+        assert all(weight.device.type == "cpu" and weight.all() for weight in weights)
+        return seconds_of(OTHERS)
+
+    monkeypatch.setattr(kernels, "time_kernels", time_kernels)
+    found = kernels.time_model(model)
+    assert list(found) == ["bfloat16 64 x 32", "bfloat16 32 x 64"]
+    assert seen == [[(64, 32)] * 3, [(32, 64)] * 3]
+    assert kernels.time_model(model) == found and len(seen) == 2
+    assert kernels.time_model(model, again=True) == found and len(seen) == 4
+
+
+@pytest.mark.parametrize(("others", "kept"), [(0.0, True), (0.09, True), (0.2, False)])
+def test_disturbed_times_are_used_and_not_kept(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, others: float, kept: bool
+) -> None:
+    """others: the share of all cores that other programs take while a timing takes ten seconds."""
+    clock = [0.0]
+    monkeypatch.setattr(timings, "MOST_DISTURBED", 0.1)
+    monkeypatch.setattr(timings, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timings, "others_seconds", lambda: others * os.cpu_count() * clock[0])
+
+    def measure() -> int:
+        clock[0] += 10
+        return 7
+
+    with Timings.open() as opened:
+        assert opened.get("a", measure) == 7
+    assert folder.exists() is kept
+
+
+def test_the_time_of_others_leaves_out_our_own() -> None:
+    if not (timings.PROC / "stat").exists():
+        pytest.skip("the system does not tell the time of all programs")
+    before, own, wall = timings.others_seconds(), time.process_time(), time.perf_counter()
+    while time.process_time() - own < 0.3:
+        pass
+    passed = time.perf_counter() - wall
+    assert -0.1 <= timings.others_seconds() - before <= os.cpu_count() * passed - 0.2
+
+
+@pytest.mark.parametrize("text", ["", "cpu", "cpu a b c", "intr 1"])
+def test_a_system_that_does_not_tell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "stat").write_text(text)
+    monkeypatch.setattr(timings, "PROC", tmp_path)
+    assert timings.others_seconds() == 0
+    (tmp_path / "stat").unlink()
+    assert timings.others_seconds() == 0
 
 
 @pytest.mark.parametrize("fact", ["name", "flags", "threads", "torch", "format", "settings"])
