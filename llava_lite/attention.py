@@ -50,6 +50,8 @@ class HybridAttention(nn.Module):
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
+        # Of attention and the cache (None: that of the rows). Some CPUs attend faster in float32.
+        self.cache_dtype: torch.dtype | None = None
 
     def forward(
         self,
@@ -65,8 +67,9 @@ class HybridAttention(nn.Module):
         x (R, C) packed rows; cos and sin (S, D) of the layout's keys; per item the cache of this
         layer, and a mask (n, keys), bool (True = may attend) or additive (None = causal). Returns
         (R, C), and per item the longer cache and the last query (1, H, 1, D), which FastV needs."""
+        dtype = self.cache_dtype or x.dtype
         q, k, v = (
-            layout.unmerge(rearrange(proj(x), "r (h d) -> r h d", d=self.head_dim))
+            layout.unmerge(rearrange(proj(x).to(dtype), "r (h d) -> r h d", d=self.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (S, H, D)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
@@ -80,8 +83,8 @@ class HybridAttention(nn.Module):
             mixed.append(seen)
             caches.append(cache)
             queries.append(item_q[:, :, -1:])
-        x = torch.cat([rearrange(item, "1 h n d -> n (h d)") for item in mixed])  # (S, C)
-        return self.o_proj(layout.remerge(x)), caches, queries
+        keys = torch.cat([rearrange(item, "1 h n d -> n (h d)") for item in mixed])  # (S, C)
+        return self.o_proj(layout.remerge(keys).to(x.dtype)), caches, queries
 
 
 def split_items(packed: Sequence[Tensor], lengths: Sequence[int]) -> list[tuple[Tensor, ...]]:

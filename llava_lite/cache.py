@@ -64,10 +64,11 @@ class LayerCache(tuple[Tensor, Tensor]):
 
     @staticmethod
     def wrap(past: tuple[Tensor, Tensor] | None, like: Tensor) -> "LayerCache":
-        """Any pair as a LayerCache; None is an empty pair, shaped as `like` (1, H, n, D)."""
-        if isinstance(past, LayerCache):
+        """Any pair as a LayerCache in the dtype of `like` (1, H, n, D); None is an empty pair."""
+        if isinstance(past, LayerCache) and past[0].dtype == like.dtype:
             return past
-        return LayerCache(*past) if past is not None else LayerCache(like[:, :, :0], like[:, :, :0])
+        k, v = (like[:, :, :0],) * 2 if past is None else (part.to(like.dtype) for part in past)
+        return LayerCache(k, v, None, getattr(past, "log_sizes", None))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | None, mask: Tensor | None

@@ -22,6 +22,7 @@ ids, R rows of a prompt, C width, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from llava_lite.config import IMAGE_TOKEN_ID, LlavaConfig
 from llava_lite.errors import PromptError
 from llava_lite.fastv import Pruning
 from llava_lite.layout import PLACEMENTS, Layout, join, place_image
-from llava_lite.llama import LlamaDecoder
+from llava_lite.llama import DecoderLayer, LlamaDecoder
 from llava_lite.projector import Projector
 from llava_lite.reduction import NO_REDUCTION, DToMe, FastV, Reduction
 from llava_lite.vision import VisionTower
@@ -76,6 +77,11 @@ class Llava(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.decoder.norm.weight.dtype
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of keys and values (attention.py)."""
+        return cast(DecoderLayer, self.decoder.layers[0]).attn.cache_dtype or self.dtype
 
     def encode_image(
         self, pixel_values: Tensor, reduction: Reduction = NO_REDUCTION

@@ -66,6 +66,7 @@ class Work:
 
     config: LlavaConfig
     dtype: torch.dtype
+    cache_dtype: torch.dtype
     decoder_bytes: int
     tower_bytes: int
 
@@ -74,7 +75,8 @@ class Work:
         """The work of a model, plain or quantized."""
         embeddings = llava.decoder.embed_tokens.weight.nbytes  # only one or two rows are read
         read = stored_bytes(llava.decoder) - embeddings
-        return Work(llava.config, llava.dtype, read, stored_bytes(llava.vision))
+        tower = stored_bytes(llava.vision)
+        return Work(llava.config, llava.dtype, llava.cache_dtype, read, tower)
 
     def tower(self, tokens_per_block: Sequence[int]) -> Costs:
         """The tower, with so many tokens after each of its blocks."""
@@ -95,7 +97,7 @@ class Work:
         text, one = self.config.text, [1] * len(lengths)
         flops = self.prefill(1, decoder_flops(text, one, one, lengths))["flops"]
         halfway = [length + 1 + DECODED // 2 for length in lengths]
-        read = self.decoder_bytes + size * kv_bytes(text, halfway, self.dtype.itemsize)
+        read = self.decoder_bytes + size * kv_bytes(text, halfway, self.cache_dtype.itemsize)
         return {"steps": DECODED, "tokens": size, "flops": size * flops, "bytes": read}
 
 
@@ -226,7 +228,7 @@ def growing_cases(one: Contender, length: int) -> list[Case]:
     lengths = (length,) * text.num_layers
     state = State(pending_ids=word_ids(text, length))
     shape = 3, 1, length, text.num_heads, text.head_dim  # as the projections leave them in memory
-    rows = torch.randn(shape, device=model.llava.device, dtype=work.dtype).transpose(2, 3)
+    rows = torch.randn(shape, device=model.llava.device, dtype=work.cache_dtype).transpose(2, 3)
     attention = partial(attend, rows[0], rows[1], rows[2], None)
     prefill = work.prefill(length, decoder_flops(text, lengths, lengths))
     decode = Prepared(partial(begin_decoding, model, state, lengths, length, 1))
@@ -283,7 +285,7 @@ def begin_decoding(
     """Decode one token, which gives every cache room to grow, and return the call to time. The
     cache holds zeros: its values do not matter for speed."""
     text = model.config.text
-    zeros = partial(torch.zeros, device=model.llava.device, dtype=model.llava.dtype)
+    zeros = partial(torch.zeros, device=model.llava.device, dtype=model.llava.cache_dtype)
     shapes = [(1, text.num_heads, length, text.head_dim) for length in lengths]
     cache: KVCache = tuple((zeros(shape), zeros(shape)) for shape in shapes)
     state = replace(

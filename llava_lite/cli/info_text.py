@@ -244,7 +244,7 @@ def describe_fastv(fastv: "FastV") -> str:
     return f"{verb} {', '.join(stages)}".replace("from", "from layer", 1)
 
 
-def format_machine(facts: dict[str, Any], times: dict[str, list[dict[str, float]]]) -> str:
+def format_machine(facts: dict[str, Any], times: dict[str, Any]) -> str:
     """The processor, and for every kind of weight the kernel of each class of row counts."""
     from llava_lite.fast.kernels import choose, rows_of_classes
 
@@ -252,12 +252,16 @@ def format_machine(facts: dict[str, Any], times: dict[str, list[dict[str, float]
     lines += wrap(f"instructions: {' '.join(facts['flags']) or 'not known here'}", 96)
     lines += [f"setting: {name}={value}" for name, value in facts["settings"].items()]
     classes = [f"{rows} rows" if rows != "1" else "1 row" for rows in rows_of_classes()]
-    rows = []
+    rows, attention = [], []
     for kind, seconds in times.items():
+        if isinstance(seconds, dict):
+            shares = (f"{name} {1000 * value:.2f} ms" for name, value in seconds.items())
+            attention.append(f"{kind}, one query: {', '.join(shares)}")
+            continue
         chosen = zip(classes, choose(seconds).names, seconds, strict=True)
         cells = {name: compare_kernel(best, found) for name, best, found in chosen}
         rows.append({"weight": kind, **cells})
-    lines += ["", *table_lines(rows, ["weight", *classes]), ""]
+    lines += ["", *table_lines(rows, ["weight", *classes]), "", *attention, ""]
     lines += wrap(
         "The fastest kernel for each weight and number of rows, with its share of the time of "
         "torch's own product (linear). Kernels are measured at the first load; --again repeats it.",

@@ -370,7 +370,7 @@ class StaticDecoder:
         text, llava = self.llava.config.text, self.llava
         if not self.keys:
             nothing = torch.zeros(0, text.num_heads, 0, text.head_dim)
-            nothing = nothing.to(llava.device, llava.dtype)
+            nothing = nothing.to(llava.device, llava.cache_dtype)
             self.keys, self.values = ([nothing] * text.num_layers for _ in range(2))
         for buffers in (
             self.keys,
@@ -379,9 +379,9 @@ class StaticDecoder:
             for layer, buffer in enumerate(buffers):
                 buffers[layer] = resize_buffer(buffer, num_slots, capacity)
         # Float32 scores on a CPU take a float32 bias (`cache.add_sizes`); a GPU wants one dtype.
-        dtype = torch.promote_types(llava.dtype, torch.float32)
+        dtype = torch.promote_types(llava.cache_dtype, torch.float32)
         sizes = self.log_sizes.new_zeros(text.num_layers, num_slots, capacity)
-        sizes = sizes.to(llava.device, llava.dtype if llava.device.type == "cuda" else dtype)
+        sizes = sizes.to(llava.device, llava.cache_dtype if llava.device.type == "cuda" else dtype)
         layers, slots, length = self.log_sizes.shape
         sizes[:layers, :slots, :length] = self.log_sizes
         self.log_sizes = sizes
@@ -402,7 +402,7 @@ class StaticDecoder:
             return
         self.forget_steps()
         self.weights = weights
-        kind = self.llava.device, self.llava.dtype
+        kind = self.llava.device, self.llava.cache_dtype
         if self.keys and (self.keys[0].device, self.keys[0].dtype) != kind:
             for cache in [cache for handed in self.handed for cache in handed]:
                 _ = cache.pairs

@@ -6,7 +6,8 @@ read the weight. With many rows, its time is the time to compute. In 16 bits, to
 than a product in float32. So a few kernels are timed on the weights of each shape, for each class
 of row counts, when a model is loaded. The times are kept for the next load (timings.py).
 
-No kernel is less exact than `F.linear` in the same dtype.
+No kernel is less exact than `F.linear` in the same dtype. Attention and its cache are in float32
+where that is much faster.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from math import inf
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llava_lite.attention import HybridAttention
 from llava_lite.fast.timings import Timings
 
 Kernel = Callable[[Tensor, Tensor], Tensor]  # weight (out, in), x (rows, in) -> (rows, out)
@@ -35,6 +38,8 @@ ROUNDS = 4
 HOPELESS = 3.0  # a kernel that takes so much longer than the best after two rounds is left out
 # Weights in a timing: with one row more than most caches hold. With more rows reading matters less.
 READ_WEIGHTS, FEW_WEIGHTS, MANY_WEIGHTS = 1 << 25, 1 << 22, 1 << 20
+WORTH_MEMORY = 0.67  # the largest part of the time of 16 bits for attention in float32
+CACHED = 640  # keys in a timing of attention
 BLOCK_WEIGHTS = 1 << 20  # written out at once in float32: 4 MB stay in a cache
 
 
@@ -134,6 +139,11 @@ def choose_kernels(module: nn.Module) -> dict[str, Choice]:
             kind: choose(timings.get(kind, partial(time_kernels, weights)))
             for kind, weights in groups.items()
         }
+        for part in module.modules():
+            if isinstance(part, HybridAttention) and kind_of(part.q_proj) in found:
+                kind = kind_of_attention(part)
+                seconds = timings.get(kind, partial(time_attention, part))
+                part.cache_dtype = faster_dtype(seconds)
     for parent in list(module.modules()):
         for name, part in list(parent.named_children()):
             if isinstance(part, nn.Linear) and is_eligible(part) and found[kind_of(part)]:
@@ -157,6 +167,38 @@ def kind_of(layer: nn.Linear) -> str:
     """What the times of a weight depend on: "bfloat16 11008 x 4096"."""
     dtype = str(layer.weight.dtype).removeprefix("torch.")
     return f"{dtype} {layer.out_features} x {layer.in_features}"
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+def kind_of_attention(part: HybridAttention) -> str:
+    """What the time of attention depends on: "bfloat16 attention, heads of 128"."""
+    dtype = str(part.q_proj.weight.dtype).removeprefix("torch.")
+    return f"{dtype} attention, heads of {part.head_dim}"
+
+
+def faster_dtype(seconds: dict[str, float]) -> torch.dtype | None:
+    """The dtype of attention and the cache: float32 where 16 bits take much longer (None: 16 bits).
+    A cache in float32 takes twice the memory."""
+    usual = next(value for name, value in seconds.items() if name != "float32")
+    return torch.float32 if seconds["float32"] < WORTH_MEMORY * usual else None
+
+
+@torch.inference_mode()
+def time_attention(part: HybridAttention) -> dict[str, float]:
+    """The seconds in which one query attends to an image and a short text, by dtype."""
+    dtype = part.q_proj.weight.dtype
+    shape = (2, 1, part.q_proj.out_features // part.head_dim, CACHED, part.head_dim)
+    caches = {wanted: torch.full(shape, 0.01, dtype=wanted) for wanted in (dtype, torch.float32)}
+    seconds = dict.fromkeys(caches, inf)
+    for turn in range(1 + ROUNDS):
+        for wanted, (k, v) in caches.items():
+            start = perf_counter()
+            F.scaled_dot_product_attention(k[:, :, :1], k, v)
+            if turn:  # the first round loads the pages
+                seconds[wanted] = min(seconds[wanted], perf_counter() - start)
+    return {str(wanted).removeprefix("torch."): best for wanted, best in seconds.items()}
 
 
 # ---- timing --------------------------------------------------------------------------------------
@@ -190,18 +232,19 @@ def typical(weights: Sequence[Tensor], rows: int) -> list[Tensor]:
     return [weights[0][: max(1, wanted // weights[0].shape[1])]]
 
 
-def time_model(module: nn.Module, again: bool = False) -> dict[str, Times]:
-    """The kept times of all large linear layers in `module`, which may be on the meta device. Kinds
-    of weights without kept times, with `again` all, are measured on weights made for it."""
-    kinds = {
-        kind_of(part): part
-        for part in module.modules()
-        if isinstance(part, nn.Linear) and part.weight.nbytes >= MIN_BYTES
-    }
+def time_model(module: nn.Module, again: bool = False) -> dict[str, Any]:
+    """The kept times of attention and of all large linear layers in `module`, which may be on the
+    meta device. Kinds without kept times, with `again` all, are measured on tensors made for it."""
+    measures: dict[str, Callable[[], Any]] = {}
+    for part in module.modules():
+        if isinstance(part, nn.Linear) and part.weight.nbytes >= MIN_BYTES:
+            measures[kind_of(part)] = partial(time_copies, part)
+        if isinstance(part, HybridAttention):
+            measures[kind_of_attention(part)] = partial(time_attention, part)
     with Timings.open() as timings:
         if again:
-            timings.forget(kinds)
-        return {kind: timings.get(kind, partial(time_copies, part)) for kind, part in kinds.items()}
+            timings.forget(measures)
+        return {kind: timings.get(kind, measure) for kind, measure in measures.items()}
 
 
 def time_copies(layer: nn.Linear) -> Times:

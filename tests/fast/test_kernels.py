@@ -21,6 +21,7 @@ from llava_lite.fast.kernels import CLASSES, KERNELS, TRIED, Choice, ChosenLinea
 from llava_lite.fast.timings import Timings
 from llava_lite.generation.model import Model
 from llava_lite.inputs.tokenizer import Tokenizer
+from llava_lite.reduction import FastV, Reduction
 
 OTHERS = Choice(("mv", "weight first", "float32 blocks", "float32 blocks"))
 
@@ -290,6 +291,66 @@ def test_small_and_other_weights_keep_theirs() -> None:
         nn.Linear(2048, 2048, device="meta", dtype=torch.bfloat16),
     ):
         assert choose_kernels(nn.Sequential(layer)) == {}
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wide", "expected"),
+    [(1.0, 0.66, torch.float32), (1.0, 0.68, None), (1.0, 2.0, None)],
+)
+def test_float32_caches_must_be_worth_their_memory(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_tokenizer: Tokenizer,
+    narrow: float,
+    wide: float,
+    expected: torch.dtype | None,
+) -> None:
+    monkeypatch.setattr(kernels, "MIN_BYTES", 1)
+    monkeypatch.setattr(kernels, "time_kernels", lambda weights: seconds_of(OTHERS))
+    seconds = {"bfloat16": narrow, "float32": wide}
+    monkeypatch.setattr(kernels, "time_attention", lambda part: seconds)
+    llava = random_llava().bfloat16()
+    choose_kernels(llava)
+    assert llava.cache_dtype == (expected or torch.bfloat16)
+    image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)
+    model = Model(llava, tiny_tokenizer)
+    answer = model.generate(image, "What is it?", reduction="none", max_new_tokens=4, trace=True)
+    text = llava.config.text
+    positions = sum(answer.trace.positions_per_layer) if answer.trace else 0
+    number = llava.cache_dtype.itemsize
+    assert answer.trace and answer.trace.kv_bytes == 2 * positions * text.hidden_size * number
+
+
+def test_both_dtypes_of_attention_are_timed() -> None:
+    attn = random_llava().bfloat16().decoder.layers[0].attn
+    seconds = kernels.time_attention(attn)
+    assert list(seconds) == ["bfloat16", "float32"] and min(seconds.values()) > 0
+
+
+def test_attention_in_float32(tiny_tokenizer: Tokenizer) -> None:
+    """Nearer to the whole model in float32; a cache in 16 bits can be continued; FastV scores it
+    too."""
+    torch.manual_seed(0)
+    exact, llava = random_llava().bfloat16().float(), random_llava().bfloat16()
+    ids, pixels = torch.randint(5, 60, (1, 9)), torch.randn(1, 3, 56, 56)
+    ids[0, 4] = -200
+    wish = Reduction(fastv=FastV(keep=5, layer=1))
+    with torch.inference_mode():
+        expected, _, _ = exact.prefill(ids, pixels, wish)
+        before, narrow, position = llava.prefill(ids, pixels, wish)
+        for layer in llava.decoder.layers:
+            layer.attn.cache_dtype = torch.float32
+        after, wide, _ = llava.prefill(ids, pixels, wish)
+        assert {k.dtype for pair in wide for k in pair} == {torch.float32}
+        assert after.dtype == before.dtype == torch.bfloat16
+        assert (after - expected).norm() < 1.2 * (before - expected).norm()
+        token = torch.tensor([7])
+        on_wide, grown = llava.decode(token, position, wide)
+        on_narrow, _ = llava.decode(token, position, narrow)
+        assert {k.dtype for pair in grown for k in pair} == {torch.float32}
+        torch.testing.assert_close(on_narrow, on_wide, atol=0.05, rtol=0.05)
 
 
 # ---- kept times ----------------------------------------------------------------------------------
