@@ -325,8 +325,8 @@ REDUCTIONS = {
     "folded-72-36-18": Reduction(
         ToMe(keep=72), "folded", FastV(stages=((1, 36), (3, 18)), rest="fold")
     ),
-    "folded-36-18-9": Reduction(
-        ToMe(keep=36), "folded", FastV(stages=((1, 18), (3, 9)), rest="fold")
+    "folded-72-18-9": Reduction(
+        ToMe(keep=72), "folded", FastV(stages=((1, 18), (3, 9)), rest="fold")
     ),
     "fastv-72-folded": Reduction(None, "folded", FastV(keep=72, rest="fold")),
     # As published.

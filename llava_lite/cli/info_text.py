@@ -28,7 +28,7 @@ PURPOSES = {
     "folded-144-36": "accurate and fast",
     "folded-72-36": "try this first",
     "folded-72-36-18": "speed first",
-    "folded-36-18-9": "the least work",
+    "folded-72-18-9": "the least work",
     "fastv-72-folded": "prune only",
     "tome-72": "merge, unmerge",
     "tome-72-logical": "merge, lose weights",

@@ -258,7 +258,7 @@ def test_the_models_thresholds_stand_in() -> None:
 
 def test_presets_are_what_they_are_called() -> None:
     """The table of names, and that each fits LLaVA-1.5-7B, DToMe with some thresholds."""
-    tome, more, few = ToMe(keep=72), ToMe(keep=144), ToMe(keep=36)
+    tome, more = ToMe(keep=72), ToMe(keep=144)
 
     def fold(**amount: Any) -> FastV:
         return FastV(rest="fold", score="mean", **amount)
@@ -270,7 +270,7 @@ def test_presets_are_what_they_are_called() -> None:
         "folded-144-36": Reduction(more, "folded", fold(stages=((1, 48), (3, 36)))),
         "folded-72-36": Reduction(tome, "folded", fold(keep=36, layer=3)),
         "folded-72-36-18": Reduction(tome, "folded", fold(stages=((1, 36), (3, 18)))),
-        "folded-36-18-9": Reduction(few, "folded", fold(stages=((1, 18), (3, 9)))),
+        "folded-72-18-9": Reduction(tome, "folded", fold(stages=((1, 18), (3, 9)))),
         "fastv-72-folded": Reduction(None, "folded", FastV(keep=72, layer=3, rest="fold")),
         "tome-72": Reduction(tome, "vtu", None),
         "tome-72-logical": Reduction(tome, "logical", None),

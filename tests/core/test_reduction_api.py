@@ -159,7 +159,7 @@ def test_presets_go_by_name(tiny_tokenizer: Tokenizer) -> None:
         "folded-144-36": (144, 36),
         "folded-72-36": (72, 36),
         "folded-72-36-18": (72, 18),
-        "folded-36-18-9": (36, 9),
+        "folded-72-18-9": (72, 9),
         "fastv-72-folded": (144, 72),
         "tome-72": (72, 72),
         "tome-72-logical": (72, 72),

@@ -267,7 +267,7 @@ def test_run_counts_what_evaluation_counts(
         "dtome-72-logical": Reduction(DToMe(tuple(thresholds["72"])), "logical"),
         "fastv-k2-36": Reduction(fastv=FastV(keep=36, layer=2)),
         "hybrid-72-36-folded": REDUCTIONS["folded-72-36"],
-        "stages-36-18-9-folded": REDUCTIONS["folded-36-18-9"],
+        "stages-72-18-9-folded": REDUCTIONS["folded-72-18-9"],
     }
     for name, wish in wishes.items():
         tallies = evaluate_scenes(model, scenes, 4, reduction=wish)
