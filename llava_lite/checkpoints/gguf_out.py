@@ -36,6 +36,7 @@ from llava_lite.checkpoints.gguf_format import (
     pair_rows,
     rename,
 )
+from llava_lite.checkpoints.gguf_in import read_header
 from llava_lite.checkpoints.source import Source
 from llava_lite.config import LlavaConfig
 from llava_lite.errors import CheckpointError
@@ -154,6 +155,7 @@ def text_facts(config: LlavaConfig, kind: str) -> dict[str, Any]:
     text = config.text
     sizes = {key: getattr(text, name) for key, name in TEXT_KEYS.items()}
     own = own_facts(config.to_dict())
+    del own["format"]
     return {
         "general.type": "model",
         "general.name": config.name,
@@ -295,3 +297,17 @@ def add_facts(writer: Any, facts: Mapping[str, Any]) -> None:
     }
     for key, value in facts.items():
         adders[type(value)](key, value)
+
+
+def verify_files(folder: Path, table: Mapping[str, Mapping[str, Any]]) -> int:
+    """Compare the tensors of written files with the table of `write_files`. Returns their number.
+
+    Raises CheckpointError that names the file and the tensor."""
+    for path in sorted({folder / str(row["file"]) for row in table.values()}):
+        header = read_header(path)
+        for name in (name for name, row in table.items() if row["file"] == path.name):
+            stored = header.tensors[name]
+            data = np.memmap(path, np.uint8, "r", stored.start, stored.size)
+            if hashlib.sha256(data.data).hexdigest() != table[name]["sha256"]:
+                raise CheckpointError(f"{path}: tensor {name!r} differs from its sha256")
+    return len(table)
