@@ -36,7 +36,7 @@ from llava_lite.checkpoints.gguf_format import (
     pair_rows,
     rename,
 )
-from llava_lite.checkpoints.gguf_in import read_header
+from llava_lite.checkpoints.gguf_header import read_header
 from llava_lite.checkpoints.source import Source
 from llava_lite.config import LlavaConfig
 from llava_lite.errors import CheckpointError

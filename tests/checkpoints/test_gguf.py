@@ -22,10 +22,11 @@ from torch import Tensor
 import llava_lite
 from helpers.models import SHARED, TINY_CONFIG, random_llava
 from helpers.peers import peer
-from llava_lite.checkpoints import gguf_format, gguf_in
+from llava_lite.checkpoints import gguf_format
 from llava_lite.checkpoints.checkpoint import load_model, load_tokenizer, save_model
 from llava_lite.checkpoints.convert import convert
 from llava_lite.checkpoints.gguf_format import pair_rows, split_rows
+from llava_lite.checkpoints.gguf_header import read_header
 from llava_lite.checkpoints.gguf_in import open_gguf
 from llava_lite.checkpoints.info import describe_source
 from llava_lite.checkpoints.names import hf_name
@@ -293,7 +294,7 @@ def test_trained_tokenizer_survives(tmp_path: Path) -> None:
     """Its scores do not imply its merges, so the file has both."""
     original = Tokenizer.from_file(EMBEDDED / "tokenizer.json")
     path = write_tokenizer(original, tmp_path)
-    assert gguf_format.MERGES in gguf_in.read_header(path).facts
+    assert gguf_format.MERGES in read_header(path).facts
     assert load_tokenizer(path, TINY_CONFIG).merges == original.merges
 
 
