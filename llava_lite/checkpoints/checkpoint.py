@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from llava_lite.checkpoints.configs import parse_vision
+from llava_lite.checkpoints.gguf_format import SUFFIX
+from llava_lite.checkpoints.gguf_in import read_tokenizer
 from llava_lite.checkpoints.names import SHARD_SIZE, is_unused
 from llava_lite.checkpoints.opening import find_tokenizer, open_source, tower_from_shapes
 from llava_lite.checkpoints.quantized import QuantizedSource
@@ -153,7 +155,7 @@ def check_cast(name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> No
 
 
 def load_tokenizer(path: str | Path, config: LlavaConfig) -> "Tokenizer":
-    """Load the tokenizer of a folder, or a tokenizer.model or tokenizer.json file.
+    """Load the tokenizer of a folder, or a tokenizer.model, tokenizer.json or GGUF file.
 
     Raises CheckpointError if it is missing or damaged."""
     from llava_lite.inputs.tokenizer import Tokenizer
@@ -162,6 +164,8 @@ def load_tokenizer(path: str | Path, config: LlavaConfig) -> "Tokenizer":
     file = find_tokenizer(path) if path.is_dir() else path
     if file is None or not file.is_file():
         raise CheckpointError(f"{path}: holds neither tokenizer.json nor tokenizer.model")
+    if file.suffix == SUFFIX:
+        return read_tokenizer(file, config.legacy_tokenizer)
     read = Tokenizer.from_sentencepiece if file.suffix == ".model" else Tokenizer.from_file
     return read(file, legacy=config.legacy_tokenizer)
 

@@ -1,9 +1,11 @@
 """Parse the config.json of the published families: llava-hf (nested) and official (flat)."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
+from llava_lite.errors import CheckpointError
 
 # Our fields -> the published fields.
 TEXT_FIELDS = {
@@ -49,6 +51,31 @@ def parse(raw: dict[str, Any], vision: dict[str, Any] | None = None) -> LlavaCon
     if kind == "llava_lite":
         return LlavaConfig.from_dict(raw)
     return parse_llava_hf(raw) if kind == "llava-hf" else parse_official(raw, vision)
+
+
+def parse_config(raw: dict[str, Any], vision: dict[str, Any] | None, path: Path) -> LlavaConfig:
+    """`parse`, with a CheckpointError that names the file for every problem."""
+    try:
+        config = parse(raw, vision)
+        for part in (config.vision, config.text):
+            for name, value in vars(part).items():
+                check_number(name, value)
+        check_number("projector_depth", config.projector_depth)
+        return config
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise ValueError for an impossible field, before a model of this size is built."""
+    signed = name.endswith("_id") or name == "feature_layer"
+    limits = {"num_layers": 1024, "image_size": 1 << 14, "patch_size": 1 << 14}
+    lowest, highest = -1024 if signed else 0, limits.get(name, 1 << 24)
+    kinds = (int, float) if name.endswith("_eps") or name == "rope_theta" else (int,)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ValueError(f"{name} {value!r} is no {'number' if float in kinds else 'integer'}")
+    if not lowest <= value <= highest or (value == 0 and not signed):
+        raise ValueError(f"{name} {value!r} is out of range")
 
 
 def parse_llava_hf(raw: dict[str, Any]) -> LlavaConfig:

@@ -1,4 +1,4 @@
-"""Convert any checkpoint layout to a folder in our format or in llava-hf's.
+"""Convert any checkpoint layout to a folder in our format, in llava-hf's, or to GGUF files.
 
 One tensor at a time is in memory: read from the mapped source, cast, hashed and written to a shard.
 The folder appears at its destination only when all of it is written. This file imports nothing
@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from llava_lite.checkpoints.source import Source
 
 Progress = Callable[[int, int], None]
-FORMATS = ("llava_lite", "hf")
+FORMATS = ("llava_lite", "hf", "gguf")
 METHODS = ("int8", "int4")  # as in fast/quantize.py, which imports torch
+GGUF_METHODS = ("q8_0",)
+AUTO_DTYPES = {"llava_lite": "bfloat16", "hf": "bfloat16", "gguf": "float16"}
 # Loading packs the codes of a file while the file is mapped: small files keep this memory small.
 QUANTIZED_SHARD_SIZE = 500_000_000
-HF_QUANTIZED = "quantized weights are stored in our own format only, not as hf"
+WRONG_METHOD = "{} weights cannot be written as {}: {} has {}"
 
 
 @dataclass
@@ -74,7 +76,7 @@ def convert(
     source: str | Path,
     destination: str | Path | None,
     *,
-    dtype: "str | torch.dtype | None" = "bfloat16",
+    dtype: "str | torch.dtype | None" = "auto",
     shard_size: int | None = None,
     base: str | Path | None = None,
     vision_tower: "str | Path | nn.Module | None" = None,
@@ -88,10 +90,11 @@ def convert(
 ) -> Report:
     """Convert a checkpoint of any layout (see `opening.open_source`) to a self-contained folder.
 
-    dtype: of the weights written; None keeps the decoder's.
+    dtype: of the weights written; None keeps the decoder's; "auto" is bfloat16, for GGUF float16.
     shard_size: bytes per weight file, by default 2 GB, and 0.5 GB if quantized.
     dry_run: only report. verify: read everything back and compare hashes.
-    to: "llava_lite" or "hf". quantize: "int8" or "int4", for our own format only.
+    to: "llava_lite", "hf" or "gguf". quantize: the decoder, as "int8" or "int4" in our own format,
+    as "q8_0" in GGUF.
     force: replace a checkpoint at the destination. progress: called with (bytes done, all bytes).
     names: what the manifest records as "source" and "base" instead of their paths.
 
@@ -104,7 +107,7 @@ def convert(
         shard_size = QUANTIZED_SHARD_SIZE if quantize else SHARD_SIZE
     check_options(to, quantize, shard_size)
     opened = open_source(source, base, vision_tower)
-    wanted = parse_dtype(dtype) or opened.dtype
+    wanted = parse_dtype(AUTO_DTYPES[to] if dtype == "auto" else dtype) or opened.dtype
     output = make_output(opened, wanted, to, quantize)
     report = make_report(opened, destination, output, wanted, to, quantize)
     if not dry_run:
@@ -115,12 +118,23 @@ def convert(
     return report
 
 
+def methods_of(to: str) -> tuple[str, ...]:
+    """How a format can quantize."""
+    return {"llava_lite": METHODS, "gguf": GGUF_METHODS}.get(to, ())
+
+
 def check_options(to: str, quantize: str | None, shard_size: int) -> None:
     """Raise ValueError for an unknown format, and for options that exclude each other."""
     if to not in FORMATS or shard_size < 1:
-        raise ValueError(f"to {to!r} must be llava_lite or hf, shard_size {shard_size} at least 1")
-    if quantize is not None and to == "hf":
-        raise ValueError(HF_QUANTIZED)
+        known = ", ".join(FORMATS)
+        raise ValueError(f"to {to!r} must be one of {known}, shard_size {shard_size} at least 1")
+    if quantize is not None and quantize not in methods_of(to):
+        raise ValueError(explain_method(to, quantize))
+
+
+def explain_method(to: str, quantize: str) -> str:
+    """Say which quantization a format has instead."""
+    return WRONG_METHOD.format(quantize, to, to, " and ".join(methods_of(to)) or "none")
 
 
 def write_output(
@@ -137,14 +151,19 @@ def write_output(
     """Write a folder, and note in the report what was written."""
     from llava_lite.checkpoints.checkpoint import verify_tensors
     from llava_lite.checkpoints.export import write_side_files
+    from llava_lite.checkpoints.gguf_out import GgufOutput, verify_files, write_files
     from llava_lite.checkpoints.tensors import stage_folder, write_shards
 
     check_destination(place, opened, output.size)
     with stage_folder(place, force) as staging:
         read = add_progress(output, progress)
-        table = write_shards(staging, output.specs, read, shard_size)
+        if isinstance(output, GgufOutput):
+            table = write_files(staging, output, read)
+        else:
+            table = write_shards(staging, output.specs, read, shard_size)
         write_side_files(staging, opened, output, table, report.to, names or {})
-        report.verified = verify and verify_tensors(staging, table) == len(output.specs)
+        check = verify_files if isinstance(output, GgufOutput) else verify_tensors
+        report.verified = verify and check(staging, table) == len(output.specs)
     report.files = sorted({row["file"] for row in table.values()})
     report.written = True
 
@@ -152,11 +171,15 @@ def write_output(
 def make_output(opened: "Source", dtype: "torch.dtype", to: str, quantize: str | None) -> "Output":
     """Plan the tensors and documents to write."""
     from llava_lite.checkpoints.export import hf_output, own_output, quantized_output
+    from llava_lite.checkpoints.gguf_out import gguf_output
     from llava_lite.checkpoints.quantized import QuantizedSource
 
-    if quantize is not None:
+    if to == "gguf":
+        output: Output = gguf_output(opened, dtype, quantize)
+    elif quantize is not None:
         return quantized_output(opened, dtype, quantize)
-    output = (hf_output if to == "hf" else own_output)(opened, dtype)
+    else:
+        output = (hf_output if to == "hf" else own_output)(opened, dtype)
     if isinstance(opened, QuantizedSource):
         output.notes.append(f"the source is {opened.method}: its rounding stays in the result")
     return output

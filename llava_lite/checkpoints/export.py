@@ -75,6 +75,8 @@ def write_side_files(
     names: entries of the manifest for "source" and "base" instead of their paths."""
     for name, content in output.documents.items():
         write_json(folder / name, content)
+    if to == "gguf":
+        return  # the facts and the tokenizer are in the files
     if to == "hf":
         write_hf_index(folder, table, output.size)
         write_hf_tokenizer(folder, opened)

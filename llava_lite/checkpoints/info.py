@@ -127,6 +127,7 @@ def describe_source(
     vision_tower: str | Path | None = None,
 ) -> Info:
     """Describe a checkpoint of any layout, from its files' headers. Raises CheckpointError."""
+    from llava_lite.checkpoints.gguf_in import GgufSource
     from llava_lite.checkpoints.opening import open_source
     from llava_lite.checkpoints.quantized import QuantizedSource
     from llava_lite.checkpoints.skeleton import expected_shapes
@@ -139,8 +140,9 @@ def describe_source(
         if isinstance(source, QuantizedSource) and name in source.parts:
             module = name.removesuffix(".weight")
             entries = {f"{module}.{part}": e for part, e in source.parts[name].items()}
+        known = source.stored_type(name) if isinstance(source, GgufSource) else None
         tensors += [
-            TensorInfo(stored, entry.shape, str(entry.dtype).removeprefix("torch."))
+            TensorInfo(stored, entry.shape, known or str(entry.dtype).removeprefix("torch."))
             for stored, entry in entries.items()
         ]
     skipped = len(source.ignored) + len({entry.stored for entry in source.unused.values()})

@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from llava_lite.checkpoints.configs import family, parse
+from llava_lite.checkpoints.configs import family, parse_config
+from llava_lite.checkpoints.gguf_format import SUFFIX
+from llava_lite.checkpoints.gguf_in import open_gguf
 from llava_lite.checkpoints.names import describe
 from llava_lite.checkpoints.quantized import KEY, QuantizedSource, fold, read_method
 from llava_lite.checkpoints.source import Entry, Inventory, Source, check_entries, check_lora
@@ -42,6 +44,10 @@ def open_source(
     path = Path(path).expanduser()
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint")
+    if path.suffix == SUFFIX or (path.is_dir() and is_gguf_folder(path)):
+        if base is not None:
+            raise CheckpointError(f"{path}: GGUF files need no base")
+        return open_gguf(path, vision_tower)
     if path.is_file():
         return open_projector(path, base, vision_tower)
     if (path / "adapter_config.json").is_file():
@@ -66,6 +72,12 @@ def open_source(
         return source
     source.layout = f"llava_lite with {method} decoder"
     return QuantizedSource(**vars(source), method=method, parts=parts)
+
+
+def is_gguf_folder(folder: Path) -> bool:
+    """Whether a folder holds GGUF files, and no checkpoint of another layout."""
+    found = any(folder.glob(f"*{SUFFIX}"))
+    return found and not (folder / "config.json").is_file() and not weight_files(folder)
 
 
 def add_folder(inventory: Inventory, folder: Path) -> dict[str, Any]:
@@ -193,32 +205,7 @@ def complete(
             raw = {**raw, "mm_projector_type": f"mlp{max(len(layers), 1)}x_gelu"}
     elif vision_tower is not None:
         warnings.warn(TOWER_INSIDE.format(folder), stacklevel=3)
-    return parse_config(raw, vision, folder)
-
-
-def parse_config(raw: dict[str, Any], vision: dict[str, Any] | None, folder: Path) -> LlavaConfig:
-    """`configs.parse`, with a CheckpointError that names the folder for every problem."""
-    try:
-        config = parse(raw, vision)
-        for part in (config.vision, config.text):
-            for name, value in vars(part).items():
-                check_number(name, value)
-        check_number("projector_depth", config.projector_depth)
-        return config
-    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-
-
-def check_number(name: str, value: object) -> None:
-    """Raise ValueError for an impossible field, before a model of this size is built."""
-    signed = name.endswith("_id") or name == "feature_layer"
-    limits = {"num_layers": 1024, "image_size": 1 << 14, "patch_size": 1 << 14}
-    lowest, highest = -1024 if signed else 0, limits.get(name, 1 << 24)
-    kinds = (int, float) if name.endswith("_eps") or name == "rope_theta" else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise ValueError(f"{name} {value!r} is no {'number' if float in kinds else 'integer'}")
-    if not lowest <= value <= highest or (value == 0 and not signed):
-        raise ValueError(f"{name} {value!r} is out of range")
+    return parse_config(raw, vision, folder / "config.json")
 
 
 # ---- vision tower, tokenizer ---------------------------------------------------------------------

@@ -47,6 +47,7 @@ CHECKPOINT_FILES = (
     "*.safetensors.index.json",
     "*.bin",
     "*.bin.index.json",
+    "*.gguf",
     "adapter_config.json",
     "generation_config.json",
     "tokenizer.*",

@@ -6,7 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_lite.checkpoints.convert import FORMATS, HF_QUANTIZED, METHODS, convert
+from llava_lite.checkpoints.convert import (
+    FORMATS,
+    GGUF_METHODS,
+    METHODS,
+    convert,
+    explain_method,
+    methods_of,
+)
 from llava_lite.cli.arguments import add_command, add_flags, add_source_arguments
 from llava_lite.cli.console import OK
 from llava_lite.cli.progress import Progress
@@ -17,15 +24,22 @@ def add_convert(commands: Any) -> None:
     usage = "SOURCE DESTINATION"
     parser = add_command(commands, "convert", run_convert, usage, summary)
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="checkpoint folder, projector file, or cached hub id")
+    add(
+        "source",
+        metavar="SOURCE",
+        help="checkpoint folder, projector or GGUF file, or cached hub id",
+    )
     add("destination", metavar="DESTINATION", nargs="?", help="folder (not needed by --dry-run)")
-    text = "of the weights written; keep: the decoder's own (default: bfloat16)"
+    text = "of the weights written; keep: the decoder's own (default: bfloat16, for gguf float16)"
     dtypes = ("bfloat16", "float16", "float32", "keep")
-    add("--dtype", choices=dtypes, default="bfloat16", help=text)
-    text = "llava_lite: our format (the default); hf: llava-hf's, which transformers reads"
+    add("--dtype", choices=dtypes, default="auto", help=text)
+    text = (
+        "llava_lite: our format (the default); hf: llava-hf's, which transformers reads; "
+        "gguf: two files for llama.cpp"
+    )
     add("--to", choices=FORMATS, default="llava_lite", help=text)
-    text = "store the decoder's linear layers in so many bits, in our format"
-    add("--quantize", choices=METHODS, help=text)
+    text = "store the decoder's weights in fewer bits: int8, int4 in our format, q8_0 in gguf"
+    add("--quantize", choices=(*METHODS, *GGUF_METHODS), help=text)
     text = "of one weight file at most (default: 2GB, quantized 500MB)"
     add("--shard-size", type=parse_size, metavar="SIZE", help=text)
     add_source_arguments(parser)
@@ -57,8 +71,8 @@ def run_convert(args: argparse.Namespace) -> int:
     """`llava-lite convert`: report on stdout, progress on stderr. Raises CheckpointError."""
     if args.destination is None and not args.dry_run:
         args.parser.error("a destination is needed, except with --dry-run")
-    if args.quantize and args.to == "hf":
-        args.parser.error(HF_QUANTIZED)
+    if args.quantize and args.quantize not in methods_of(args.to):
+        args.parser.error(explain_method(args.to, args.quantize))
     from llava_lite.checkpoints.download import resolve
 
     tower = args.vision_tower

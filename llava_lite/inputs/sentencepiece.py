@@ -7,13 +7,15 @@ from typing import NamedTuple
 Merge = tuple[str, str]
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
+    """A token: its text, its score (higher merges earlier), and its type in a model file."""
+
     text: str
     score: float
     kind: int
 
 
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # piece types of a model file
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # piece types of a model file
 _BPE_MODEL = 2
 _Message = dict[int, int | bytes]  # protobuf field number -> last value
 
@@ -25,16 +27,22 @@ def read_sentencepiece(data: bytes) -> tuple[dict[str, int], list[Merge]]:
         raise ValueError("the sentencepiece model is not BPE")
     if normalizer.get(2) or normalizer.get(4, 1) or not normalizer.get(3, 1):
         raise ValueError("its normalization is not Llama's (identity, spaces kept, dummy prefix)")
+    return read_pieces(pieces)
+
+
+def read_pieces(pieces: Sequence[Piece]) -> tuple[dict[str, int], list[Merge]]:
+    """The vocabulary and the merges of all tokens in order. Raises ValueError for an unknown type
+    and for a token that occurs twice."""
     for piece in pieces:
-        if piece.kind not in (_NORMAL, _UNKNOWN, _CONTROL, _BYTE):
+        if piece.kind not in (NORMAL, UNKNOWN, CONTROL, BYTE):
             raise ValueError(f"piece {piece.text!r} has unsupported type {piece.kind}")
     vocab = {piece.text: index for index, piece in enumerate(pieces)}
     if len(vocab) != len(pieces):
         raise ValueError(f"{len(pieces) - len(vocab)} pieces occur twice")
-    return vocab, _merges_by_score([piece for piece in pieces if piece.kind == _NORMAL])
+    return vocab, _merges_by_score([piece for piece in pieces if piece.kind == NORMAL])
 
 
-def _merges_by_score(pieces: Sequence[_Piece]) -> list[Merge]:
+def _merges_by_score(pieces: Sequence[Piece]) -> list[Merge]:
     """All ways to join two pieces into a third, best score first. The file stores no merges."""
     known = {piece.text for piece in pieces}
     merges: list[Merge] = []
@@ -44,14 +52,14 @@ def _merges_by_score(pieces: Sequence[_Piece]) -> list[Merge]:
     return merges
 
 
-def _parse_model(data: bytes) -> tuple[list[_Piece], _Message, _Message]:
+def _parse_model(data: bytes) -> tuple[list[Piece], _Message, _Message]:
     """Pieces, trainer settings and normalizer settings of a sentencepiece model file.
 
     The file is one protobuf message: field 1 repeats the pieces (text 1, score 2, type 3), field 2
     holds the trainer's settings (model type 3), field 3 the normalizer's (character map 2,
     dummy prefix 3, remove extra whitespace 4).
     """
-    pieces: list[_Piece] = []
+    pieces: list[Piece] = []
     settings: dict[int, _Message] = {2: {}, 3: {}}
     for field, value in _fields(data):
         if field == 1 and isinstance(value, bytes):
@@ -61,12 +69,12 @@ def _parse_model(data: bytes) -> tuple[list[_Piece], _Message, _Message]:
     return pieces, settings[2], settings[3]
 
 
-def _parse_piece(data: bytes) -> _Piece:
+def _parse_piece(data: bytes) -> Piece:
     fields = dict(_fields(data))
-    text, score, kind = fields[1], fields.get(2, bytes(4)), fields.get(3, _NORMAL)
+    text, score, kind = fields[1], fields.get(2, bytes(4)), fields.get(3, NORMAL)
     if not isinstance(text, bytes) or not isinstance(score, bytes) or not isinstance(kind, int):
         raise ValueError("a piece has fields of the wrong type")
-    return _Piece(text.decode("utf-8"), struct.unpack("<f", score)[0], kind)
+    return Piece(text.decode("utf-8"), struct.unpack("<f", score)[0], kind)
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:

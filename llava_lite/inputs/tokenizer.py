@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Literal
 from llava_lite.config import IMAGE_TOKEN_ID
 from llava_lite.errors import CheckpointError
 from llava_lite.inputs.prompt import IMAGE_MARKER
-from llava_lite.inputs.sentencepiece import Merge, read_sentencepiece
+from llava_lite.inputs.sentencepiece import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    Merge,
+    Piece,
+    read_pieces,
+    read_sentencepiece,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -24,6 +33,7 @@ UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 SPECIAL_TOKENS = (UNK, BOS, EOS)
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _SPECIAL_LITERALS = re.compile("(<unk>|<s>|</s>)")
+SPACES_SCORE = -1e9  # of all pieces of spaces, as in Llama's model
 _RESERVED = frozenset(SPECIAL_TOKENS + BYTE_TOKENS)
 After = Literal["text"]
 
@@ -65,6 +75,35 @@ class Tokenizer:
         """Read a `tokenizer.model`, the BPE file of sentencepiece. Raises CheckpointError."""
         with _tokenizer_errors(path, "a Llama tokenizer.model"):
             return cls(*read_sentencepiece(Path(path).read_bytes()), legacy)
+
+    @classmethod
+    def from_pieces(
+        cls, pieces: Sequence[Piece], merges: Sequence[Merge] | None, legacy: bool, path: Path
+    ) -> "Tokenizer":
+        """Make a tokenizer from the tokens of a GGUF file, in order, with the merges that their
+        scores imply unless given. Raises CheckpointError that names the path."""
+        with _tokenizer_errors(path, "a Llama tokenizer"):
+            vocab, implied = read_pieces(pieces)
+            return cls(vocab, implied if merges is None else merges, legacy)
+
+    def to_pieces(self) -> list[Piece]:
+        """All tokens in order, with scores in the order of the merges."""
+        ranks: dict[str, int] = {}
+        for rank, (left, right) in enumerate(self._merges):
+            ranks.setdefault(left + right, rank)
+        pieces = []
+        for text in sorted(self._vocab, key=self._vocab.__getitem__):
+            score = -float(ranks.get(text, len(self._merges)))
+            kind = BYTE if text in _RESERVED else NORMAL
+            if text in SPECIAL_TOKENS:
+                kind = UNKNOWN if text == UNK else CONTROL
+            pieces.append(Piece(text, score if text.strip(SPACE) else SPACES_SCORE, kind))
+        return pieces
+
+    @property
+    def merges(self) -> list[Merge]:
+        """The merges in order of priority."""
+        return list(self._merges)
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json` that `from_file` and the `tokenizers` library both load.

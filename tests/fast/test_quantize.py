@@ -853,7 +853,7 @@ def test_wishes_that_do_not_go_together(
             CheckpointError, match=f"is {method} already: quantize its source instead"
         ):
             convert(folder, tmp_path / "out", quantize=wish)
-    with pytest.raises(ValueError, match="in our own format only, not as hf"):
+    with pytest.raises(ValueError, match="cannot be written as hf: hf has none"):
         convert(plain, tmp_path / "out", quantize=method, to="hf")
     with pytest.raises(CheckpointError, match="needs no base"):
         open_source(folder, base=plain)
