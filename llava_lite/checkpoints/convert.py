@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 FORMATS = ("llava_lite", "hf")
-METHODS = ("int8", "int4")  # as in fast/quantize.py, which imports torch
+METHODS = ("int8", "int4", "int8-dynamic")  # as in fast/quantize.py, which imports torch
 # Loading packs the codes of a file while the file is mapped: small files keep this memory small.
 QUANTIZED_SHARD_SIZE = 500_000_000
 HF_QUANTIZED = "quantized weights are stored in our own format only, not as hf"
@@ -91,7 +91,8 @@ def convert(
     dtype: of the weights written; None keeps the decoder's.
     shard_size: bytes per weight file, by default 2 GB, and 0.5 GB if quantized.
     dry_run: only report. verify: read everything back and compare hashes.
-    to: "llava_lite" or "hf". quantize: "int8" or "int4", for our own format only.
+    to: "llava_lite" or "hf". quantize: "int8", "int4" or "int8-dynamic", for our own
+    format only.
     force: replace a checkpoint at the destination. progress: called with (bytes done, all bytes).
     names: what the manifest records as "source" and "base" instead of their paths.
 
