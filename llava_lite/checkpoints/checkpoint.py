@@ -82,10 +82,9 @@ def load_source(
     or from a quantized source, the decoder's linear layers are quantized.
 
     Raises ValueError as `quantize`, and CheckpointError if the source has another method."""
+    kind = get_method(method) if method else None
     if isinstance(source, QuantizedSource):
         kind = source.find_kind(method)
-    else:
-        kind = get_method(method) if method else None
     device, wanted = torch.device(device), parse_dtype(dtype) or source.dtype
     model = meta_model(source.config, QuantizedLlava if kind else Llava)
     done = set_quantized(model, source, kind, device, wanted) if kind else []

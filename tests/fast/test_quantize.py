@@ -18,7 +18,6 @@ from dataclasses import replace
 from operator import eq
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -145,16 +144,18 @@ def test_int4_is_never_worse_than_rounding_to_nearest(
     plain = round_to_nearest(weight, dtype, module.GROUP_SIZE)
     restored = Int4Linear.restore(Int4Linear.round(weight, dtype)), OldInt4Linear.restore(plain)
     error, most = ((r.double() - weight.double()).square().sum(1) for r in restored)
-    noise = (5e-6 + torch.finfo(dtype).eps ** 2 / 4) * weight.double().square().sum(1)
-    assert (error <= 1.1 * most + noise).all()
+    noise = (5e-6 + torch.finfo(dtype).eps ** 2) * weight.double().square().sum(1)
+    # Steps of the smallest numbers have no digits left either.
+    assert (error <= 1.1 * most + noise + 1e-60).all()
     assert error[6:].sum() < most[6:].sum()  # usual weights
     groups = weight.unflatten(1, (-1, module.GROUP_SIZE))
-    errors = []
-    for choose in (module.fit_levels, lambda _, parts: Int4Linear.levels(parts)):
-        with patch.object(module, "fit_levels", choose):
-            levels = module.show_levels(groups, module.choose_levels(groups, dtype))
-        errors.append((levels - groups).square().sum(-1))
-    assert (errors[0] <= errors[1]).all()  # strictly, with the same digits
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    parts = module.choose_levels(groups, dtype)
+    ends = module.store_levels(parts["scales"], (high - low) / 15, low + (high - low) * 8 / 15)
+    ours, its = (
+        (module.show_levels(groups, stored) - groups).square().sum(-1) for stored in (parts, ends)
+    )
+    assert (ours <= its * (1 + 1e-6) + 1e-6 * groups.square().sum(-1)).all()  # the same digits
 
 
 def test_int8_in_plain_python() -> None:
@@ -1131,7 +1132,7 @@ print(max(seen) - before, private() - before, sum(b.nbytes for b in model.buffer
 
 @pytest.mark.slow
 def test_error_of_logits_at_7b_widths() -> None:
-    """One layer of normal random weights: 1.5 % of the logits' norm with int8, 15 % with int4."""
+    """One layer of normal random weights: 1.5 % of the logits' norm with int8, 11 % with int4."""
     text = TextConfig(num_layers=1, vocab_size=256, sampled_vocab_size=256)
     config = LlavaConfig(vision=TINY_CONFIG.vision, text=text)
     torch.manual_seed(0)
@@ -1153,6 +1154,7 @@ def test_error_of_logits_at_7b_widths() -> None:
             llava.set_submodule(name, layer)
     assert 0.01 < errors["int8"] < 0.02
     assert 0.1 < errors["int4"] < 0.2
+    assert 0.015 < errors["int8-dynamic"] < 0.05
 
 
 def test_the_embedded_model_answers_as_before() -> None:
