@@ -21,7 +21,9 @@ PARTS = ("tower", "prefill", "decode", "growing prefill")  # of cases.PARTS
 PRODUCTS, ATTENTION, OTHERS = KINDS = ("products", "attention", "others")
 PATTERNS = {
     ATTENTION: re.compile("attention|scaled_dot_product|flash"),
-    PRODUCTS: re.compile(r"::_?(addmm|baddbmm|bmm|mm|addmv|mv|\w*pack_mm\w*|\w*convolution\w*)_?$"),
+    PRODUCTS: re.compile(
+        r"::_?(addmm|baddbmm|bmm|int_mm|mm|addmv|mv|\w*pack_mm\w*|\w*convolution\w*)_?$"
+    ),
 }
 
 

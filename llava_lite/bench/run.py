@@ -45,7 +45,7 @@ from llava_lite.bench.models import (
 )
 from llava_lite.bench.profile import Profile, profile_cases
 from llava_lite.bench.transformers_peer import Peer, import_transformers
-from llava_lite.checkpoints.quantized import read_method
+from llava_lite.checkpoints.quantized import read_kind
 from llava_lite.checkpoints.skeleton import expected_shapes
 from llava_lite.config import LlavaConfig
 from llava_lite.errors import CheckpointError
@@ -56,7 +56,11 @@ from llava_lite.generation.model import Model
 from llava_lite.generation.trace import kv_bytes
 
 WITH_QUANTIZED = ("none", "tome-72-logical", "hybrid-72-36")  # reductions
-SHARE_OF_PLAIN = {"int4": 0.3, "int8": 0.55}  # bytes of quantized weights, scales included
+SHARE_OF_PLAIN = {
+    "int4": 0.35,
+    "int8": 0.55,
+    "int8-dynamic": 0.55,
+}  # bytes of quantized weights, scales included
 PEER_FOOTPRINT = "load and memory of transformers"
 SPARE_BYTES = 1_000_000_000
 GIGA = 1e9
@@ -150,13 +154,13 @@ def check(settings: Settings) -> None:
 
 def check_stored(settings: Settings, folder: Path) -> None:
     """Raise BenchError for a quantized folder if the settings need plain weights."""
-    method = read_method(folder)
+    stored = read_kind(folder)
     wishes = {"--quantize": settings.quantize, "--against transformers": settings.against}
     for wish, wanted in wishes.items():
-        if method and wanted:
+        if stored and wanted:
             raise BenchError(
-                f"{folder}: is {method} already, {wish} needs the plain weights; "
-                f"without {wish} the {method} weights are measured"
+                f"{folder}: is {stored.method} already, {wish} needs the plain weights; "
+                f"without {wish} the {stored.method} weights are measured"
             )
 
 

@@ -84,13 +84,12 @@ def load_source(
     or from a quantized source, the decoder's linear layers are quantized.
 
     Raises ValueError as `quantize`, and CheckpointError if the source has another method."""
-    stored = source.method if isinstance(source, QuantizedSource) else None
-    if stored and method not in (None, stored):
-        raise CheckpointError(f"{source.path}: is {stored} already, it cannot become {method}")
-    method = method or stored
+    kind = get_method(method) if method else None
+    if isinstance(source, QuantizedSource):
+        kind = source.find_kind(method)
     device, wanted = torch.device(device), parse_dtype(dtype) or source.dtype
-    model = meta_model(source.config, QuantizedLlava if method else Llava)
-    done = set_quantized(model, source, get_method(method), device, wanted) if method else []
+    model = meta_model(source.config, QuantizedLlava if kind else Llava)
+    done = set_quantized(model, source, kind, device, wanted) if kind else []
     names = [name for name in source.names() if name not in done]
     state = {name: source.read(name, wanted).to(device) for name in names}
     model.load_state_dict(state, strict=True, assign=True)

@@ -143,7 +143,7 @@ def quantized_output(opened: Source, dtype: torch.dtype, method: str) -> Output:
             last[module] = make_parts(opened, f"{module}.weight", kind, torch.device("cpu"), dtype)
         return last[module][part]
 
-    config = plain.documents["config.json"] | document(method)
+    config = plain.documents["config.json"] | document(kind)
     return replace(
         plain,
         specs=specs,

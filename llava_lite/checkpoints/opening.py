@@ -17,12 +17,11 @@ from llava_lite.checkpoints.configs import family, parse_config
 from llava_lite.checkpoints.gguf_format import SUFFIX
 from llava_lite.checkpoints.gguf_in import open_gguf
 from llava_lite.checkpoints.names import describe
-from llava_lite.checkpoints.quantized import KEY, QuantizedSource, fold, read_method
+from llava_lite.checkpoints.quantized import KEY, QuantizedSource, fold, read_kind
 from llava_lite.checkpoints.source import Entry, Inventory, Source, check_entries, check_lora
 from llava_lite.checkpoints.tensors import read_json, read_tensors, weight_files
 from llava_lite.config import LlavaConfig
 from llava_lite.errors import CheckpointError
-from llava_lite.fast.quantize import METHODS
 
 CLIP_REPO = "openai/clip-vit-large-patch14-336"
 TOWER_INSIDE = "{}: has its own vision tower, the one given is not used"
@@ -58,20 +57,20 @@ def open_source(
         raise CheckpointError(f"{path}: holds no config.json, so it is no checkpoint folder")
     if base is not None:
         raise CheckpointError(f"{path}: a whole model needs no base (only LoRA and projectors do)")
-    method = read_method(path)
+    quantized = read_kind(path)
     inventory = Inventory()
     raw = add_folder(inventory, path)
-    if method:
+    if quantized:
         del raw[KEY]
     config = complete(inventory, raw, path, vision_tower)
-    parts = fold(inventory, config, METHODS[method], path) if method else {}
+    parts = fold(inventory, config, quantized, path) if quantized else {}
     kind = family(raw)
     trusted = kind == "llava_lite" and (path / "manifest.json").is_file()
     source = finish(path, inventory, config, (path,), family=kind, trusted=trusted)
-    if method is None:
+    if quantized is None:
         return source
-    source.layout = f"llava_lite with {method} decoder"
-    return QuantizedSource(**vars(source), method=method, parts=parts)
+    source.layout = f"llava_lite with {quantized.method} decoder"
+    return QuantizedSource(**vars(source), kind=quantized, parts=parts)
 
 
 def is_gguf_folder(folder: Path) -> bool:

@@ -1,8 +1,10 @@
 """Quantized checkpoints: folders in our format whose decoder weights are codes and scales.
 
-config.json says {"quantization": {"method": "int4", "group_size": 128}}. The folder holds
-`...q_proj.weight_int4`, `...q_proj.scales` and `...q_proj.zeros` in place of `...q_proj.weight`, as
-fast/quantize.py describes them. All other tensors are as in other folders.
+config.json says {"quantization": {"method": "int4", "group_size": 32}}. The folder holds
+`...q_proj.weight_int4`, `...q_proj.scales`, `...q_proj.steps` and `...q_proj.offsets` in place of
+`...q_proj.weight`, as fast/quantize.py describes them. All other tensors are as in other folders.
+
+Folders of version 0.1 have groups of 128, and zeros in place of steps and offsets.
 """
 
 from dataclasses import dataclass, field
@@ -17,24 +19,48 @@ from llava_lite.checkpoints.source import Entry, Inventory, Source, check_finite
 from llava_lite.checkpoints.tensors import DTYPE_CODES, read_json
 from llava_lite.config import LlavaConfig
 from llava_lite.errors import CheckpointError
-from llava_lite.fast.quantize import METHODS, QuantizedLinear, decoder_linears
+from llava_lite.fast.quantize import (
+    METHODS,
+    OldInt4Linear,
+    QuantizedLinear,
+    decoder_linears,
+    get_method,
+)
 
 KEY = "quantization"
+KINDS = (*METHODS.values(), OldInt4Linear)
 
 
 @dataclass
 class QuantizedSource(Source):
-    """A source with quantized decoder weights. parts: our name of the weight -> name of the part ->
-    its entry. `entries` and `read` show these weights as if they were not quantized."""
+    """A source with quantized decoder weights. kind: the layer for them. parts: our name of the
+    weight -> name of the part -> its entry. `entries` and `read` show these weights as if they were
+    not quantized."""
 
-    method: str = ""
+    kind: type[QuantizedLinear] = QuantizedLinear
     parts: dict[str, dict[str, Entry]] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        return self.kind.method
+
+    def find_kind(self, method: str | None) -> type[QuantizedLinear]:
+        """The layer for a wished method (None: the stored one). Raises CheckpointError if the
+        stored codes are no codes of it."""
+        if method is None or method == self.method:
+            return self.kind
+        kind = get_method(method)
+        if kind.codes != self.kind.codes:
+            raise CheckpointError(
+                f"{self.path}: is {self.method} already, it cannot become {method}"
+            )
+        return kind
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """As `Source.read`; a quantized weight is restored from its codes."""
         if name not in self.parts:
             return super().read(name, dtype)
-        return METHODS[self.method].restore(self.read_parts(name)).to(dtype or self.dtype)
+        return self.kind.restore(self.read_parts(name)).to(dtype or self.dtype)
 
     def read_parts(self, name: str) -> dict[str, Tensor]:
         """The codes and scales of a quantized weight, as views of the mapped file."""
@@ -45,27 +71,24 @@ class QuantizedSource(Source):
         return parts
 
 
-def document(method: str) -> dict[str, Any]:
+def document(kind: type[QuantizedLinear]) -> dict[str, Any]:
     """The entry on quantization in config.json."""
-    group_size = METHODS[method].group_size
-    return {KEY: {"method": method, **({"group_size": group_size} if group_size > 1 else {})}}
+    group_size = {"group_size": kind.group_size} if kind.group_size > 1 else {}
+    return {KEY: {"method": kind.method, **group_size}}
 
 
-def read_method(folder: Path) -> str | None:
-    """The method of a quantized folder, None for any other source. Raises CheckpointError for an
-    unknown method."""
+def read_kind(folder: Path) -> type[QuantizedLinear] | None:
+    """The layer for the weights of a quantized folder, None for any other source. Raises
+    CheckpointError for an unknown one."""
     if not (folder / "config.json").is_file():
         return None
     raw = read_json(folder / "config.json")
     if raw.get("format") != "llava_lite" or KEY not in raw:
         return None
-    known = {method: document(method)[KEY] for method in METHODS}
-    found = next((method for method, said in known.items() if said == raw[KEY]), None)
-    if found is None:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: {KEY} {raw[KEY]!r} is none of {list(known.values())}"
-        )
-    return found
+    known = [document(kind)[KEY] for kind in KINDS]
+    if raw[KEY] not in known:
+        raise CheckpointError(f"{folder / 'config.json'}: {KEY} {raw[KEY]!r} is none of {known}")
+    return KINDS[known.index(raw[KEY])]
 
 
 def fold(

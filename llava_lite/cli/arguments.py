@@ -151,7 +151,7 @@ def add_notice_arguments(group: argparse._ArgumentGroup, stats: bool = True) -> 
 
 def add_model_arguments(
     parser: argparse.ArgumentParser,
-    quantize_help: str = "round the decoder's weights to so many bits while loading",
+    quantize_help: str = "round the decoder's weights while loading; dynamic: its inputs, too",
 ) -> None:
     """Which model, and where it runs."""
     group = parser.add_argument_group("model")

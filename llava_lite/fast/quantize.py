@@ -1,7 +1,8 @@
 """The decoder's linear layers in 8 or 4 bits; all other parts of the model stay as they are.
 
-    int8    w = code * scale               code -127..127, one scale per row of a weight
-    int4    w = (code - 8) * scale + zero  code 0..15, scale and zero per 128 weights of a row
+    int8           w = code * scale             code -127..127, one scale per row of a weight
+    int8-dynamic   the same w; inputs are rounded to 8 bits too, with one scale per row
+    int4           w = (code - 8) * s + z       code 0..15, s and z per 32 weights of a row
 
     quantize(model, "int4")                  replaces the layers, one after the other
     llava_lite.load(path, quantize="int4")   the same while loading (checkpoints/quantized.py)
@@ -13,11 +14,13 @@ second copy of the weights.
 Stored codes are the same on every machine:
 
     weight_int8 (N, K) int8       scales (N,)
-    weight_int4 (N, K/2) uint8    scales, zeros (N, K/128); byte j of a row holds the codes of
-                                  columns 2j (upper half of the byte) and 2j + 1
+    weight_int4 (N, K/2) uint8    scales (N,), steps (N, K/32) uint8, offsets (N, K/32) int8:
+                                  s = scale * step / 255, z = s * offset * 8 / 127; byte j of a
+                                  row holds the codes of columns 2j (upper half) and 2j + 1
 
-Scales have the dtype of the model. Shapes: R rows, K in_features, N out_features of a linear layer,
-M <= N rows of a block of the weight.
+So an int4 weight takes 4.5 bits in a file. In memory it takes 5: s and z have the dtype of the
+model, as scales have. Shapes: R rows, K in_features, N out_features of a linear layer, M <= N rows
+of a block of the weight.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +38,9 @@ from llava_lite.llava import Llava
 if TYPE_CHECKING:
     from llava_lite.generation.model import Model
 
-GROUP_SIZE = 128  # weights of a row that share scale and zero in int4
+GROUP_SIZE = 32  # weights of a row that share scale and zero in int4
+OLD_GROUP_SIZE = 128  # the same in folders of version 0.1
+MAX_STEP, MAX_OFFSET = 255, 127  # of the stored steps and offsets of int4
 ROW_MULTIPLE = 64  # torch packs rows of int4 weights in groups of 64, so they are padded
 # Weights that are rounded or packed at once, with 4 bytes each. Larger pieces would also leave
 # holes in the allocator's heap when they are freed.
@@ -45,6 +50,8 @@ PIECE_WEIGHTS = 1 << 20
 BLOCK_WEIGHTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 # The packed operators are private to torch, so their results are checked before use.
 TOLERANCE = 0.03
+TINY = torch.finfo(torch.float32).tiny
+WIDTH = 256  # K of the layers that check them
 
 # The named tensors of one weight, as above.
 Parts = Mapping[str, Tensor]
@@ -62,6 +69,7 @@ class QuantizedLinear(nn.Module):
     they are stored in."""
 
     method: ClassVar[str]
+    codes: ClassVar[str]  # the name of the part that holds them
     codes_rows: ClassVar[int]
     group_size: ClassVar[int] = 1
     codes_per_byte: ClassVar[int] = 1
@@ -70,7 +78,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, parts: Parts, own: bool = False) -> None:
         """own: the layer may write to the memory of the parts."""
         super().__init__()
-        rows, width = parts[f"weight_{self.method}"].shape
+        rows, width = parts[self.codes].shape
         self.out_features, self.in_features = rows, width * self.codes_per_byte
 
     @property
@@ -141,6 +149,7 @@ class Int8Linear(QuantizedLinear):
     a converted folder stay in the mapped file."""
 
     method = "int8"
+    codes = "weight_int8"
     codes_rows = 16
     weight_int8: Tensor
     scales: Tensor
@@ -194,14 +203,39 @@ class Int8Linear(QuantizedLinear):
             yield (codes.to(scales.dtype) * scales[:, None]).T
 
 
-class Int4Linear(QuantizedLinear):
-    """w = (code - 8) * scale + zero, asymmetric, in groups of 128 weights of a row.
+class Int8DynamicLinear(Int8Linear):
+    """As `Int8Linear`, and x is rounded too: to code * peak / 127, peak = max |x| of its row.
 
-    The 16 levels run from the smallest to the largest weight of a group, and always include 0:
-    scale = (max - min) / 15, zero = min + 8 scale, code = round((w - zero) / scale) + 8. The error
-    of a weight is at most half a scale. Codes are in the order of the device's packed operator."""
+    Codes are multiplied and summed as integers, without error. CPUs without instructions for that
+    add up pairs of products in 16 bits, which overflow: there x has 7 bits, and few rows are
+    multiplied as in int8, which is faster."""
+
+    method = "int8-dynamic"
+    codes_rows = 4
+
+    def matmul_codes(self, rows: Tensor) -> Tensor:
+        """(R, K) -> (R, N)."""
+        whole = find_levels(rows.device).shift == 0
+        return self.matmul_blocks(rows) if whole else super().matmul_codes(rows)
+
+    def matmul_blocks(self, rows: Tensor) -> Tensor:
+        """(R, K) -> (R, N)."""
+        levels, x = find_levels(rows.device), rows.float()
+        scales = x.abs().amax(1, keepdim=True) / levels.most
+        codes = (x / scales.clamp(min=TINY)).round()
+        y = levels.multiply(codes.to(torch.int8), self.weight_int8) * scales
+        return y.mul_(self.scales).to(rows.dtype)
+
+
+class Int4Linear(QuantizedLinear):
+    """w = (code - 8) * s + z, asymmetric, in groups of 32 weights of a row.
+
+    The 16 levels run from the smallest to the largest weight of a group, and always include 0: s is
+    about (max - min) / 15, z about min + 8 s. Both are stored in 8 bits and held in the dtype of
+    the model. Codes are in the order of the device's packed operator."""
 
     method = "int4"
+    codes = "weight_int4"
     codes_rows = 32
     group_size = GROUP_SIZE
     codes_per_byte = 2
@@ -211,46 +245,51 @@ class Int4Linear(QuantizedLinear):
 
     def __init__(self, parts: Parts, own: bool = False) -> None:
         super().__init__(parts, own)
-        codes, scales, zeros = parts["weight_int4"], parts["scales"], parts["zeros"]
+        codes, (scales, zeros) = parts["weight_int4"], self.levels(parts)
         missing = -len(codes) % ROW_MULTIPLE
         if missing:
             codes, scales, zeros = (F.pad(t, (0, 0, 0, missing)) for t in (codes, scales, zeros))
-        pairs = torch.stack((scales.T, zeros.T), dim=-1).contiguous()  # (K/128, N, 2)
+        pairs = torch.stack((scales.T, zeros.T), dim=-1).contiguous()  # (K/32, N, 2)
         self.register_buffer("weight_packed", pack(codes, own), persistent=False)
         self.register_buffer("scales_and_zeros", pairs, persistent=False)
 
     @staticmethod
-    def round(weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """weight (N, K) -> weight_int4 (N, K/2), scales and zeros (N, K/128) in `dtype`."""
-        n, k = weight.shape
-        packed = torch.empty(n, k // 2, dtype=torch.uint8, device=weight.device)
-        scales = torch.empty(n, k // GROUP_SIZE, dtype=dtype, device=weight.device)
-        zeros = torch.empty_like(scales)
-        for rows in pieces(n, k):
-            groups = weight[rows].float().unflatten(1, (-1, GROUP_SIZE))  # (M, K/128, 128)
-            low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-            scales[rows] = cast_scales((high - low) / 15, dtype)
-            # Use the stored scale and zero, as in int8.
-            scale = scales[rows].float()
-            zeros[rows] = low + 8 * scale
-            levels = (groups - zeros[rows, :, None].float()) / scale[..., None]
-            codes = (levels.round() + 8).clamp(0, 15).to(torch.uint8).flatten(1)  # (M, K)
-            packed[rows] = codes[:, ::2] << 4 | codes[:, 1::2]
-        return {"weight_int4": packed, "scales": scales, "zeros": zeros}
+    def levels(parts: Parts) -> tuple[Tensor, Tensor]:
+        """s and z of every group, (N, K/32) each, in the dtype of the scales."""
+        dtype = parts["scales"].dtype
+        s = parts["scales"].float()[:, None] * (parts["steps"].float() / MAX_STEP)
+        return s.to(dtype), (s * (parts["offsets"].float() * (8 / MAX_OFFSET))).to(dtype)
 
     @staticmethod
-    def restore(parts: Parts) -> Tensor:
+    def round(weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """weight (N, K) -> weight_int4 (N, K/2), scales (N,) in `dtype`, steps and offsets
+        (N, K/32)."""
+        done = []
+        for rows in pieces(*weight.shape):
+            groups = weight[rows].float().unflatten(1, (-1, GROUP_SIZE))  # (M, K/32, 32)
+            parts = choose_levels(groups, dtype)
+            codes = (round_codes(groups, parts) + 8).to(torch.uint8).flatten(1)  # (M, K)
+            done.append({"weight_int4": codes[:, ::2] << 4 | codes[:, 1::2], **parts})
+        return {name: torch.cat([parts[name] for parts in done]) for name in done[0]}
+
+    @classmethod
+    def restore(cls, parts: Parts) -> Tensor:
         """(N, K) float32."""
-        groups = unpack_bytes(parts["weight_int4"]).unflatten(1, (-1, GROUP_SIZE)).float() - 8
-        scales, zeros = (parts[name].float()[..., None] for name in ("scales", "zeros"))
-        return (groups * scales + zeros).flatten(1)
+        s, z = (level.float()[..., None] for level in cls.levels(parts))
+        groups = unpack_bytes(parts["weight_int4"]).unflatten(1, (s.shape[1], -1)).float() - 8
+        return (groups * s + z).flatten(1)
 
     @staticmethod
     def specs(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
         """As `round` makes them."""
         n, k = shape
-        groups = ((n, k // GROUP_SIZE), dtype)
-        return {"weight_int4": ((n, k // 2), torch.uint8), "scales": groups, "zeros": groups}
+        groups = (n, k // GROUP_SIZE)
+        return {
+            "weight_int4": ((n, k // 2), torch.uint8),
+            "scales": ((n,), dtype),
+            "steps": (groups, torch.uint8),
+            "offsets": (groups, torch.int8),
+        }
 
     def matmul_codes(self, rows: Tensor) -> Tensor:
         """(R, K) -> (R, N), N with its padding."""
@@ -258,7 +297,8 @@ class Int4Linear(QuantizedLinear):
         multiply = (
             operators._weight_int4pack_mm if rows.is_cuda else operators._weight_int4pack_mm_for_cpu
         )
-        y: Tensor = multiply(rows, self.weight_packed, GROUP_SIZE, self.scales_and_zeros)
+        group_size = self.in_features // len(self.scales_and_zeros)
+        y: Tensor = multiply(rows, self.weight_packed, group_size, self.scales_and_zeros)
         return y
 
     def weight_blocks(self) -> Iterator[Tensor]:
@@ -270,7 +310,7 @@ class Int4Linear(QuantizedLinear):
             scales, zeros = (part.contiguous()[:, None] for part in block.unbind(-1))
             weight = torch.empty(k, len(codes), dtype=pairs.dtype, device=pairs.device)
             order.unpack(codes, weight)
-            groups = weight.unflatten(0, (-1, GROUP_SIZE))  # (K/128, 128, M)
+            groups = weight.unflatten(0, (len(pairs), -1))  # (K/32, 32, M)
             yield torch.addcmul(zeros, groups, scales, out=groups).flatten(0, 1)
 
     def stored_codes(self) -> Tensor:
@@ -307,7 +347,27 @@ class Int4Linear(QuantizedLinear):
         super().check_apply(fn)
 
 
-METHODS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
+class OldInt4Linear(Int4Linear):
+    """As folders of version 0.1 hold it: s and z per 128 weights of a row, in the model's dtype."""
+
+    group_size = OLD_GROUP_SIZE
+
+    @staticmethod
+    def levels(parts: Parts) -> tuple[Tensor, Tensor]:
+        """s and z of every group, (N, K/128) each."""
+        return parts["scales"], parts["zeros"]
+
+    @staticmethod
+    def specs(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:
+        """As they are stored."""
+        n, k = shape
+        groups = ((n, k // OLD_GROUP_SIZE), dtype)
+        return {"weight_int4": ((n, k // 2), torch.uint8), "scales": groups, "zeros": groups}
+
+
+METHODS: dict[str, type[QuantizedLinear]] = {
+    kind.method: kind for kind in (Int8Linear, Int4Linear, Int8DynamicLinear)
+}
 
 
 def count_rows(weights: int, in_features: int) -> int:
@@ -327,6 +387,99 @@ def cast_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
     half_step = torch.finfo(dtype).tiny * torch.finfo(dtype).eps / 2
     narrow = (scales + half_step).to(dtype)
     return torch.where(narrow == 0, torch.ones_like(narrow), narrow)
+
+
+# ---- int4 rounding -------------------------------------------------------------------------------
+
+
+def choose_levels(groups: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Choose the levels of groups (M, G, 32) of weights: scales (M,) in `dtype`, steps and offsets
+    (M, G).
+
+    A group has the least-squares levels, or those from its smallest to its largest weight if these
+    leave less error."""
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    s = (high - low) / 15
+    scales = cast_scales(s.amax(1), dtype)
+    ends = store_levels(scales, s, low + 8 * s)
+    fitted = store_levels(scales, *fit_levels(groups, ends))
+    errors = [(show_levels(groups, parts) - groups).square().sum(-1) for parts in (fitted, ends)]
+    better = errors[0] < errors[1]
+    chosen = {part: torch.where(better, fitted[part], ends[part]) for part in ("steps", "offsets")}
+    return {"scales": scales, **chosen}
+
+
+def store_levels(scales: Tensor, s: Tensor, z: Tensor) -> dict[str, Tensor]:
+    """Round s and z (M, G) to steps and offsets of the scales (M,)."""
+    unit = scales.float()[:, None] / MAX_STEP
+    steps = (s / unit).round().clamp(1, MAX_STEP)
+    offsets = (z / (steps * unit) * (MAX_OFFSET / 8)).round().clamp(-MAX_OFFSET, MAX_OFFSET)
+    return {"scales": scales, "steps": steps.to(torch.uint8), "offsets": offsets.to(torch.int8)}
+
+
+def round_codes(groups: Tensor, parts: Parts) -> Tensor:
+    """The code - 8 of the level nearest to each weight (M, G, 32)."""
+    # Those of the stored levels, so their rounding does not add to the rounding of the codes.
+    s, z = (level.float()[..., None] for level in Int4Linear.levels(parts))
+    return ((groups - z) / s.clamp(min=TINY)).round().clamp(-8, 7)
+
+
+def show_levels(groups: Tensor, parts: Parts) -> Tensor:
+    """The level nearest to each weight (M, G, 32)."""
+    s, z = (level.float()[..., None] for level in Int4Linear.levels(parts))
+    return round_codes(groups, parts) * s + z
+
+
+def fit_levels(groups: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
+    """s and z (M, G) of the least squares of the errors of the weights, given their codes.
+
+    Once: repeated, it would lessen the squares further, but cut off more of the large weights, and
+    on real text that costs more than it gains (docs/quantization.md)."""
+    codes = round_codes(groups, parts)
+    mean_code, mean = codes.mean(-1), groups.mean(-1)
+    codes = codes - mean_code[..., None]
+    s = (codes * groups).sum(-1) / codes.square().sum(-1).clamp(min=TINY)
+    return s, mean - s * mean_code
+
+
+# ---- 8-bit inputs --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The codes of x that a device multiplies without error: -most to most, less `shift`."""
+
+    most: int
+    shift: int
+
+    def multiply(self, codes: Tensor, weight: Tensor) -> Tensor:
+        """codes (R, K) and weight (N, K), int8 both -> (R, N) int32."""
+        if self.shift == 0:
+            return torch._int_mm(codes, weight.T)
+        # A row of zeros becomes the sums of the weights, by which the shift moves every row.
+        sums = torch._int_mm(F.pad(codes, (0, 0, 0, 1)) - self.shift, weight.T)
+        return sums[:-1] - sums[-1]
+
+
+@lru_cache
+def find_levels(device: torch.device) -> Levels:
+    """Find out whether 8-bit codes can be multiplied without error, else 7-bit ones.
+
+    Raises ValueError if neither can."""
+    for levels in (Levels(127, 0), Levels(63, 64)):
+        # The largest sums of all: every code has the same sign as its weight, or the other.
+        signs = torch.tensor([1, -1] * ROW_MULTIPLE, device=device)[:, None]
+        x, weight = (
+            (signs * most).expand(-1, WIDTH).to(torch.int8).contiguous()
+            for most in (levels.most, 127)
+        )
+        sums = signs * signs.T * (WIDTH * levels.most * 127)
+        if all(
+            torch.equal(levels.multiply(x[:rows], weight).long(), sums[:rows])
+            for rows in (1, 2, len(x))
+        ):
+            return levels
+    raise ValueError("products of 8-bit codes are wrong")
 
 
 # ---- int4 packing --------------------------------------------------------------------------------
@@ -387,7 +540,7 @@ def find_order(device: torch.device) -> PackedOrder:
     """Find the order of a device's packed operator, which differs between CPUs too.
 
     Raises ValueError if none of `TILES` describes the order."""
-    n, k = 2 * ROW_MULTIPLE, 2 * GROUP_SIZE
+    n, k = 2 * ROW_MULTIPLE, WIDTH
     origins = find_origins(n, k, device)
     for rows, columns in TILES[device.type]:
         size = rows * columns
@@ -433,9 +586,10 @@ class QuantizedLlava(Llava):
 def quantize(model: "Model | Llava", method: str) -> None:
     """Quantize the decoder's linear layers (q, k, v, o, gate, up, down, lm_head) in place.
 
-    method: "int8" or "int4". Layers are replaced one by one, so the extra memory is one weight.
-    Raises ValueError for another method, a quantized model, in_features that are no multiple of 128
-    (int4), weights that are not finite, and a device, dtype or torch without the operator."""
+    method: "int8", "int4" or "int8-dynamic". Layers are replaced one by one, so the extra memory is
+    one weight. Raises ValueError for another method, a quantized model, in_features that are no
+    multiple of 32 (int4), weights that are not finite, and a device, dtype or torch without the
+    operator."""
     llava = model if isinstance(model, Llava) else model.llava
     kind = get_method(method)
     shapes = decoder_linears(llava)
@@ -516,9 +670,11 @@ def check_operator(method: str, device: torch.device, dtype: torch.dtype) -> Non
     here = f"{method} does not run here (torch {torch.__version__}, {device}, {dtype})"
     if device.type not in TILES:
         raise ValueError(f"{here}: it is for {' and '.join(TILES)}")
+    if dtype.itemsize > 4:
+        raise ValueError(f"{here}: it is for dtypes of 16 and 32 bits")
     kind, generator = METHODS[method], torch.Generator().manual_seed(0)
-    weight = torch.randn(3 * ROW_MULTIPLE, 2 * GROUP_SIZE, generator=generator)
-    rows = torch.randn(kind.codes_rows + 1, 2 * GROUP_SIZE, generator=generator)
+    weight = torch.randn(3 * ROW_MULTIPLE, WIDTH, generator=generator)
+    rows = torch.randn(kind.codes_rows + 1, WIDTH, generator=generator)
     rows = rows.to(device, dtype)
     try:
         parts = kind.round(weight.to(device), dtype)

@@ -26,6 +26,7 @@ from llava_lite.tables import table_lines
         *((f"aten::{name}", PRODUCTS) for name in ("mm", "addmm", "bmm", "mv", "baddbmm", "addmv")),
         ("aten::addmv_", PRODUCTS),
         ("aten::_weight_int8pack_mm", PRODUCTS),
+        ("aten::_int_mm", PRODUCTS),
         ("aten::_weight_int4pack_mm_for_cpu", PRODUCTS),
         ("aten::mkldnn_convolution", PRODUCTS),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", ATTENTION),
