@@ -893,7 +893,7 @@ def distance_plot(rows: Sequence[Line], every: Sequence[Configuration], facts: L
     axes.set_ylabel("distance to no reduction (KL, nats)")
     if lines:
         axes.legend(loc="lower right")
-    figure.suptitle(title_of(facts), fontsize=10)
+    figure.suptitle(f"{facts['model']}: {rows[0]['kl_asked']} questions", fontsize=10)
     return figure
 
 

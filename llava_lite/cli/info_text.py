@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 PURPOSES = {
     "none": "plain LLaVA",
     "folded-72": "merge only",
-    "folded-144-72": "accuracy first",
-    "folded-144-36": "accurate and fast",
-    "folded-72-36": "try this first",
-    "folded-72-36-18": "speed first",
-    "folded-72-18-9": "the least work",
-    "fastv-72-folded": "prune only",
+    "folded-144-72": "fewest mistakes",
+    "folded-144-36": "try this first",
+    "folded-72-36": "merge, then fold",
+    "folded-72-36-18": "faster",
+    "folded-72-18-9": "fastest",
+    "fastv-72-folded": "fold only",
     "tome-72": "merge, unmerge",
     "tome-72-logical": "merge, lose weights",
     "dymu-72": "few for plain images",
@@ -38,8 +38,23 @@ PURPOSES = {
     "hybrid-vtu-72-36": "merge, unmerge, drop",
 }
 
-# The right answers of the embedded model in percent. The study measured them on 150 scenes.
-RIGHT = dict.fromkeys(PURPOSES, 0.0)
+# The right answers of the embedded model in percent, float32, on the study's 150 scenes.
+RIGHT = {
+    "none": 96.1,
+    "folded-72": 93.5,
+    "folded-144-72": 95.6,
+    "folded-144-36": 94.4,
+    "folded-72-36": 92.4,
+    "folded-72-36-18": 90.4,
+    "folded-72-18-9": 84.4,
+    "fastv-72-folded": 94.0,
+    "tome-72": 94.7,
+    "tome-72-logical": 75.9,
+    "dymu-72": 94.6,
+    "fastv-50": 94.1,
+    "hybrid-72-36": 75.7,
+    "hybrid-vtu-72-36": 89.1,
+}
 
 NUM_TEXT = 64  # text tokens of the prompt behind work and KV cache
 LEGEND = f"""\
