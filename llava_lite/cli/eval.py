@@ -47,7 +47,7 @@ EVAL_HELP = """\
 examples:
   llava-lite eval mmbench MMBench_DEV_EN.tsv -o runs/mmbench -m weights/llava-1.5-7b
   llava-lite eval coco val2014/ captions_val2014.json -o runs/coco --limit 500
-  llava-lite eval jsonl questions.jsonl -o runs/own --reduction folded-72-36
+  llava-lite eval jsonl questions.jsonl -o runs/own --reduction folded-144-36
   llava-lite eval report runs/shard-*/ -o runs/all
   llava-lite eval --data-file coco_val_500.json --report-file report.json
 

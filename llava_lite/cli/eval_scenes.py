@@ -27,7 +27,7 @@ families: count, count_color, count_shape, color, shape, exists, where, relation
 
 examples:
   llava-lite eval scenes
-  llava-lite eval scenes --n 500 --reduction folded-72-36 --families where digit --mistakes 5"""
+  llava-lite eval scenes --n 500 --reduction folded-144-36 --families where digit --mistakes 5"""
 
 
 def add_scenes(commands: Any) -> None:

@@ -20,7 +20,7 @@ The page holds everything it shows, without scripts. The PNG shows the same. Tim
 run of the prompt, because the first run of a process is slower.
 
 examples:
-  llava-lite inspect -i photo.jpg -p "What is this?" --reduction folded-72-36 -o run.html
+  llava-lite inspect -i photo.jpg -p "What is this?" --reduction folded-144-36 -o run.html
   llava-lite inspect -i photo.jpg -p "What is this?" --fastv-k 0.5 -o run.png --force"""
 
 

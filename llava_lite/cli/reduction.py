@@ -19,7 +19,7 @@ def add_reduction_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the group of flags."""
     summary = "fewer image tokens: faster, with answers that may change"
     add = parser.add_argument_group("token reduction", summary).add_argument
-    text = "preset, such as folded-72-36 (info --presets: all)"
+    text = "preset, such as folded-144-36 (info --presets: all)"
     add("--reduction", metavar="NAME", help=text)
     text = f"merge image tokens in the vision tower: {MERGE_FORMS}"
     add("--merge", metavar="HOW", help=text)

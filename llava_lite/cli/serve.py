@@ -62,7 +62,7 @@ who reaches the port may ask. Before other machines can reach it, set a key ({KE
 
 examples:
   llava-lite serve
-  llava-lite serve -m weights/llava-1.5-7b --port 9000 --reduction folded-72-36
+  llava-lite serve -m weights/llava-1.5-7b --port 9000 --reduction folded-144-36
   {KEY_VARIABLE}=... llava-lite serve --host 0.0.0.0 --allow-url-domain images.example.org"""
 
 

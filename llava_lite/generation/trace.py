@@ -1,6 +1,6 @@
 """The path of the image tokens of a prompt, and the cost: for pictures and for teaching.
 
-    trace = model.generate(image, prompt, reduction="folded-72-36", trace=True).trace
+    trace = model.generate(image, prompt, reduction="folded-144-36", trace=True).trace
     trace.images[0].groups                 # the token that each of the 576 patches is part of
     trace.rows_per_layer                   # words + 72 tokens, from the pruned layer on + 36
     trace.decoder_flops["gated"].ratio     # remaining share of the work

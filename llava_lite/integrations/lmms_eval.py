@@ -1,7 +1,7 @@
 """The model behind the interface of lmms-eval, registered as an entry point.
 
     lmms-eval --model llava_lite --tasks pope,mmbench_en_dev --batch_size 8 \\
-        --model_args pretrained=weights/llava-1.5-7b,reduction=folded-72-36
+        --model_args pretrained=weights/llava-1.5-7b,reduction=folded-144-36
 
 Tasks with messages use `LlavaLiteChat`. All other tasks, and tasks that compare likelihoods, use
 `LlavaLite` (lmms-eval's --force_simple). Written for lmms-eval 0.7.3.

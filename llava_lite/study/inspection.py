@@ -1,6 +1,6 @@
 """`llava-lite inspect`: run a model once and draw a picture of the run, as HTML or PNG.
 
-llava_lite.inspect("photo.jpg", "What is this?", reduction="folded-72-36").save("run.html")
+llava_lite.inspect("photo.jpg", "What is this?", reduction="folded-144-36").save("run.html")
 """
 
 import os

@@ -1,6 +1,6 @@
 """Accuracy of a model on fresh scenes, by family of question.
 
-    tallies = evaluate_scenes(model, fresh_scenes(2000), reduction="folded-72-36")
+    tallies = evaluate_scenes(model, fresh_scenes(2000), reduction="folded-144-36")
     tallies["count"].accuracy, tallies["count"].interval(), overall(tallies).accuracy
 
 The intervals assume independent questions. Questions about one scene are not fully independent, so
