@@ -159,9 +159,9 @@ def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
         ("folded-72", "keep 72 folded - 21 % 68 MiB {} merge only"),
         (
             "folded-144-36",
-            "keep 144 folded fold to 48 from layer 1, 36 from 3 16 % 52 MiB {} accurate and fast",
+            "keep 144 folded fold to 48 from layer 1, 36 from 3 16 % 52 MiB {} try this first",
         ),
-        ("fastv-72-folded", "- folded fold to 72 from layer 3 28 % 92 MiB {} prune only"),
+        ("fastv-72-folded", "- folded fold to 72 from layer 3 28 % 92 MiB {} fold only"),
         ("tome-72", "keep 72 vtu - 23 % 320 MiB {} merge, unmerge"),
         ("dymu-72", "dynamic vtu - {} few for plain images"),
         ("fastv-50", "- - drop 50 % from layer 3 59 % 190 MiB {} prune only"),

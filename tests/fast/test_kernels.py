@@ -18,7 +18,7 @@ from helpers.models import TINY_CONFIG, random_llava
 from llava_lite.checkpoints.checkpoint import save_model
 from llava_lite.fast import kernels, timings
 from llava_lite.fast.kernels import CLASSES, KERNELS, TRIED, Choice, ChosenLinear, choose_kernels
-from llava_lite.fast.timings import Timings
+from llava_lite.fast.timings import Timings, cache_folder
 from llava_lite.generation.model import Model
 from llava_lite.inputs.tokenizer import Tokenizer
 from llava_lite.reduction import FastV, Reduction
@@ -36,6 +36,7 @@ def plain(
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache folder for each test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(timings, "cache_folder", cache_folder)  # the real one
     monkeypatch.setattr(timings, "MOST_DISTURBED", float("inf"))  # other tests run at the same time
     return tmp_path / "cache" / "llava_lite"
 

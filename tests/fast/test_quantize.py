@@ -701,7 +701,9 @@ def test_a_kernel_chosen_for_one_row_goes_with_the_weights(
     """Quantizing a model whose layers had their kernel chosen is quantizing the plain one."""
     llava, chosen = (random_llava(CONFIG, dtype=torch.bfloat16) for _ in range(2))
     monkeypatch.setattr(kernels, "MIN_BYTES", 0)
-    monkeypatch.setattr(kernels, "fastest", lambda linears, candidates, rows: candidates[0])
+    others = [{name: float(name == "linear") for name in names} for names in kernels.TRIED]
+    monkeypatch.setattr(kernels, "time_kernels", lambda weights: others)
+    monkeypatch.setattr(kernels, "faster_dtype", lambda seconds: None)
     assert kernels.choose_kernels(chosen.decoder)
     assert any(isinstance(module, kernels.ChosenLinear) for module in chosen.modules())
     for model in (llava, chosen):
