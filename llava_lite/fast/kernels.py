@@ -312,8 +312,9 @@ def typical(weights: Sequence[Tensor], rows: int) -> list[Tensor]:
 
 
 def time_model(module: nn.Module, again: bool = False) -> dict[str, Any]:
-    """The kept times of attention and of all large linear layers in `module`, which may be on the
-    meta device. Kinds without kept times, with `again` all, are measured on tensors made for it."""
+    """The kept times of attention, of all large linear layers in `module`, which may be on the meta
+    device, and of quantized ones. Kinds without kept times, with `again` all, are measured on
+    tensors made for it."""
     measures: dict[str, Callable[[], Any]] = {}
     for part in module.modules():
         if isinstance(part, nn.Linear) and is_large(part):
@@ -322,6 +323,8 @@ def time_model(module: nn.Module, again: bool = False) -> dict[str, Any]:
             dtype = part.q_proj.weight.dtype
             measure = partial(time_attention, dtype, *heads_of(part))
             measures[kind_of_attention(dtype, part.head_dim)] = measure
+            for method in ("int8", "int4"):
+                measures[kind_of_ways(method, dtype)] = partial(time_quantized, method, dtype)
     with Timings.open() as timings:
         if again:
             timings.forget(measures)
