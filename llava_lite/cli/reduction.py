@@ -116,7 +116,7 @@ def parse_fastv(
     if fastv is None:
         for name, value in (("--fastv-layer", layer), ("--fastv-rest", rest)):
             if value is not None:
-                raise ValueError(f"{name} needs --fastv-k or a preset that prunes")
+                raise ValueError(f"{name} needs --fastv-k, --fastv-stages or a preset that prunes")
         return None
     if preset is not None:  # only its amount is replaced
         fastv = replace(fastv, score=preset.score, per_image=preset.per_image, rest=preset.rest)
@@ -126,7 +126,6 @@ def parse_fastv(
         fastv,
         layer=fastv.layer if layer is None else layer,
         rest=fastv.rest if rest is None else rest,
-        score=fastv.score if rest in (None, fastv.rest) else None,  # the default of that rest
     )
 
 
