@@ -4,10 +4,15 @@ A call never changes them. `LlavaConfig.from_dict` reads our own format, checkpo
 published formats.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 IMAGE_TOKEN_ID = -200  # stands for an image among the ids of a prompt
+FASTVITHD_STRIDE = 64  # pixels between two features, along one side
+FASTVITHD_HEAD_DIM = 32  # channels of one attention head
+FASTVITHD_SIZES = (256, 2048)  # the smallest and the largest image, in pixels
+FASTVITHD_KIND = "fastvithd"  # tells the two towers apart in our config.json
 MAX_PROJECTOR_DEPTH = 8  # published models have 1 or 2; bounds the memory of a model
 
 
@@ -40,6 +45,58 @@ class VisionConfig:
         output of k blocks: -2 of 24 layers means 23 blocks."""
         layer = self.feature_layer
         return layer if layer >= 0 else self.num_layers + 1 + layer
+
+    def at(self, image_size: int | None) -> "VisionConfig":
+        """This tower for images of `image_size` pixels (None: its own size). Raises ValueError
+        for any other size."""
+        if image_size not in (None, self.image_size):
+            raise ValueError(
+                f"image_size {image_size!r}: the CLIP tower takes images of {self.image_size} px"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class FastViTHDConfig:
+    """The FastViTHD vision tower of FastVLM (arXiv 2412.13303, section 3.2). Sizes in pixels and
+    channels; depths and widths count the blocks and the channels of the five stages."""
+
+    image_size: int = 1024
+    depths: tuple[int, ...] = (2, 12, 24, 4, 2)
+    widths: tuple[int, ...] = (96, 192, 384, 768, 1536)
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "widths"):  # JSON has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_fastvithd(self)
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels along one side of the square that becomes one feature."""
+        return FASTVITHD_STRIDE
+
+    @property
+    def grid(self) -> int:
+        """Features along one side: 16 for 1024 px."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """P, the image tokens before merging: 256 for 1024 px."""
+        return self.grid**2
+
+    @property
+    def hidden_size(self) -> int:
+        """C, the width of a feature."""
+        return 2 * self.widths[-1]
+
+    def at(self, image_size: int | None) -> "FastViTHDConfig":
+        """This tower for images of `image_size` pixels (None: its own size): a smaller image is
+        the reduction that FastVLM itself uses. Raises ValueError for an impossible size."""
+        return self if image_size is None else replace(self, image_size=image_size)
+
+
+TowerConfig = VisionConfig | FastViTHDConfig
 
 
 @dataclass(frozen=True)
@@ -74,7 +131,7 @@ class LlavaConfig:
     projector_depth: linear layers of the projector (2 = `mlp2x_gelu`). pad: pad images to a square
     (True) or crop them. template: the chat template. legacy_tokenizer: the tokenizer's old mode."""
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
+    vision: TowerConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     projector_depth: int = 2
     pad: bool = True
@@ -87,15 +144,21 @@ class LlavaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Our config.json."""
-        return {"format": "llava_lite", **asdict(self)}
+        raw = {"format": "llava_lite", **asdict(self)}
+        if isinstance(self.vision, FastViTHDConfig):
+            raw["vision"]["kind"] = FASTVITHD_KIND
+        return raw
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "LlavaConfig":
         """Read our config.json. Raises ValueError that names an unknown or missing field."""
         raw = {key: value for key, value in raw.items() if key != "format"}
         try:
-            vision, text = VisionConfig(**raw.pop("vision")), TextConfig(**raw.pop("text"))
-            return cls(vision=vision, text=text, **raw)
+            vision, text = dict(raw.pop("vision")), TextConfig(**raw.pop("text"))
+            if vision.get("kind") == FASTVITHD_KIND:
+                del vision["kind"]
+                return cls(vision=FastViTHDConfig(**vision), text=text, **raw)
+            return cls(vision=VisionConfig(**vision), text=text, **raw)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a llava_lite config: {error}") from error
 
@@ -103,11 +166,28 @@ class LlavaConfig:
 def check(config: LlavaConfig) -> None:
     """Raise ValueError if sizes do not fit together."""
     vision, text = config.vision, config.text
-    for name, part in (("vision", vision), ("text", text)):
-        if part.hidden_size % part.num_heads:
-            raise ValueError(
-                f"{name}: hidden_size {part.hidden_size} is no multiple of {part.num_heads} heads"
-            )
+    if isinstance(vision, VisionConfig):
+        check_clip(vision)
+    check_heads("text", text)
+    if text.head_dim % 2:
+        raise ValueError(f"head_dim {text.head_dim} is odd, RoPE needs pairs")
+    if not 1 <= config.projector_depth <= MAX_PROJECTOR_DEPTH:
+        raise ValueError(
+            f"projector_depth {config.projector_depth} must be between 1 and {MAX_PROJECTOR_DEPTH}"
+        )
+
+
+def check_heads(name: str, part: VisionConfig | TextConfig) -> None:
+    """Raise ValueError if the heads do not share the width evenly."""
+    if part.hidden_size % part.num_heads:
+        raise ValueError(
+            f"{name}: hidden_size {part.hidden_size} is no multiple of {part.num_heads} heads"
+        )
+
+
+def check_clip(vision: VisionConfig) -> None:
+    """Raise ValueError if the sizes of a CLIP tower do not fit together."""
+    check_heads("vision", vision)
     if vision.image_size % vision.patch_size:
         raise ValueError(
             f"image_size {vision.image_size} is no multiple of patch_size {vision.patch_size}"
@@ -116,11 +196,24 @@ def check(config: LlavaConfig) -> None:
         raise ValueError(
             f"vision feature_layer {vision.feature_layer} is outside the {vision.num_layers} layers"
         )
-    if text.head_dim % 2:
-        raise ValueError(f"head_dim {text.head_dim} is odd, RoPE needs pairs")
-    if not 1 <= config.projector_depth <= MAX_PROJECTOR_DEPTH:
+
+
+def check_fastvithd(vision: FastViTHDConfig) -> None:
+    """Raise ValueError if the sizes of a FastViTHD tower do not fit together."""
+    size, (least, most) = vision.image_size, FASTVITHD_SIZES
+    if not isinstance(size, int) or not least <= size <= most or size % FASTVITHD_STRIDE:
         raise ValueError(
-            f"projector_depth {config.projector_depth} must be between 1 and {MAX_PROJECTOR_DEPTH}"
+            f"image_size {size!r} must be a multiple of {FASTVITHD_STRIDE} in {least}..{most}"
+        )
+    if not len(vision.depths) == len(vision.widths) == 5:
+        raise ValueError(
+            f"FastViTHD has 5 depths and 5 widths, not {vision.depths}, {vision.widths}"
+        )
+    if any(wider % width for width, wider in pairwise(vision.widths)):
+        raise ValueError(f"each width must be a multiple of the one before, not {vision.widths}")
+    if any(width % FASTVITHD_HEAD_DIM for width in vision.widths[3:]):
+        raise ValueError(
+            f"the last two widths must be multiples of {FASTVITHD_HEAD_DIM}, not {vision.widths}"
         )
 
 
@@ -142,4 +235,30 @@ TINY = LlavaConfig(
     ),
     name="llava-tiny-scenes",
 )
-PRESETS = {config.name: config for config in (LLAVA_1_5_7B, LLAVA_1_5_13B, TINY)}
+FASTVLM_0_5B, FASTVLM_1_5B, FASTVLM_7B = (
+    LlavaConfig(
+        vision=FastViTHDConfig(),
+        text=TextConfig(
+            vocab_size=rows,
+            hidden_size=width,
+            intermediate_size=mlp_width,
+            num_layers=layers,
+            num_heads=heads,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            max_positions=32768,
+            sampled_vocab_size=ids,
+            eos_id=151645,
+        ),
+        name=f"fastvlm-{size}",
+    )
+    for size, width, mlp_width, layers, heads, rows, ids in (
+        ("0.5b", 896, 4864, 24, 14, 151936, 151646),
+        ("1.5b", 1536, 8960, 28, 12, 151936, 151646),
+        ("7b", 3584, 18944, 28, 28, 152064, 151665),
+    )
+)
+PRESETS = {
+    config.name: config
+    for config in (LLAVA_1_5_7B, LLAVA_1_5_13B, FASTVLM_0_5B, FASTVLM_1_5B, FASTVLM_7B, TINY)
+}
