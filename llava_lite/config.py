@@ -4,10 +4,14 @@ A call never changes them. `LlavaConfig.from_dict` reads our own format, checkpo
 published formats.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from typing import Any, ClassVar
 
 IMAGE_TOKEN_ID = -200  # stands for an image among the ids of a prompt
+FASTVITHD_SIZES = range(256, 2049, 64)  # of an image, in pixels
+FASTVITHD_HEAD_DIM = 32
+FASTVITHD_KIND = "fastvithd"  # tells the two towers apart in our config.json
 MAX_PROJECTOR_DEPTH = 8  # published models have 1 or 2; bounds the memory of a model
 
 
@@ -40,6 +44,50 @@ class VisionConfig:
         output of k blocks: -2 of 24 layers means 23 blocks."""
         layer = self.feature_layer
         return layer if layer >= 0 else self.num_layers + 1 + layer
+
+    def at(self, image_size: int | None) -> "VisionConfig":
+        """This tower, for images of its own size only (or None). Raises ValueError."""
+        if image_size not in (None, self.image_size):
+            raise ValueError(f"image_size {image_size}: CLIP takes {self.image_size} px only")
+        return self
+
+
+@dataclass(frozen=True)
+class FastViTHDConfig:
+    """The vision tower of FastVLM (arXiv 2412.13303, section 3.2): image_size in pixels, and the
+    blocks and channels of its five stages."""
+
+    image_size: int = 1024
+    depths: tuple[int, ...] = (2, 12, 24, 4, 2)
+    widths: tuple[int, ...] = (96, 192, 384, 768, 1536)
+    patch_size: ClassVar[int] = 64  # the convolutions shrink the image so many times
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "widths"):  # JSON has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_fastvithd(self)
+
+    @property
+    def grid(self) -> int:
+        """Places along one side: 16 for 1024 px."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """P, the image tokens before merging: 256 for 1024 px."""
+        return self.grid**2
+
+    @property
+    def hidden_size(self) -> int:
+        """C, the width of a feature."""
+        return 2 * self.widths[-1]
+
+    def at(self, image_size: int | None) -> "FastViTHDConfig":
+        """This tower for images of `image_size` pixels (None: its own size). Raises ValueError."""
+        return self if image_size is None else replace(self, image_size=image_size)
+
+
+TowerConfig = VisionConfig | FastViTHDConfig
 
 
 @dataclass(frozen=True)
@@ -74,7 +122,7 @@ class LlavaConfig:
     projector_depth: linear layers of the projector (2 = `mlp2x_gelu`). pad: pad images to a square
     (True) or crop them. template: the chat template. legacy_tokenizer: the tokenizer's old mode."""
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
+    vision: TowerConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     projector_depth: int = 2
     pad: bool = True
@@ -85,17 +133,27 @@ class LlavaConfig:
     def __post_init__(self) -> None:
         check(self)
 
+    def at(self, image_size: int | None) -> "LlavaConfig":
+        """This model for images of another size (`FastViTHDConfig.at`)."""
+        return replace(self, vision=self.vision.at(image_size))
+
     def to_dict(self) -> dict[str, Any]:
         """Our config.json."""
-        return {"format": "llava_lite", **asdict(self)}
+        raw = {"format": "llava_lite", **asdict(self)}
+        if isinstance(self.vision, FastViTHDConfig):
+            raw["vision"]["kind"] = FASTVITHD_KIND
+        return raw
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "LlavaConfig":
         """Read our config.json. Raises ValueError that names an unknown or missing field."""
         raw = {key: value for key, value in raw.items() if key != "format"}
         try:
-            vision, text = VisionConfig(**raw.pop("vision")), TextConfig(**raw.pop("text"))
-            return cls(vision=vision, text=text, **raw)
+            vision, text = dict(raw.pop("vision")), TextConfig(**raw.pop("text"))
+            if vision.get("kind") == FASTVITHD_KIND:
+                del vision["kind"]
+                return cls(vision=FastViTHDConfig(**vision), text=text, **raw)
+            return cls(vision=VisionConfig(**vision), text=text, **raw)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a llava_lite config: {error}") from error
 
@@ -104,7 +162,7 @@ def check(config: LlavaConfig) -> None:
     """Raise ValueError if sizes do not fit together."""
     vision, text = config.vision, config.text
     for name, part in (("vision", vision), ("text", text)):
-        if part.hidden_size % part.num_heads:
+        if isinstance(part, VisionConfig | TextConfig) and part.hidden_size % part.num_heads:
             raise ValueError(
                 f"{name}: hidden_size {part.hidden_size} is no multiple of {part.num_heads} heads"
             )
@@ -112,7 +170,7 @@ def check(config: LlavaConfig) -> None:
         raise ValueError(
             f"image_size {vision.image_size} is no multiple of patch_size {vision.patch_size}"
         )
-    if not 1 <= vision.num_blocks <= vision.num_layers:
+    if isinstance(vision, VisionConfig) and not 1 <= vision.num_blocks <= vision.num_layers:
         raise ValueError(
             f"vision feature_layer {vision.feature_layer} is outside the {vision.num_layers} layers"
         )
@@ -121,6 +179,20 @@ def check(config: LlavaConfig) -> None:
     if not 1 <= config.projector_depth <= MAX_PROJECTOR_DEPTH:
         raise ValueError(
             f"projector_depth {config.projector_depth} must be between 1 and {MAX_PROJECTOR_DEPTH}"
+        )
+
+
+def check_fastvithd(vision: FastViTHDConfig) -> None:
+    """Raise ValueError for an impossible size, and if depths and widths do not fit together."""
+    if vision.image_size not in FASTVITHD_SIZES:
+        raise ValueError(f"image_size {vision.image_size} must be a multiple of 64 in 256..2048")
+    widths, heads = vision.widths, vision.widths[-2:]
+    five = len(vision.depths) == len(widths) == 5 and all(widths)
+    nested = five and not any(wider % width for width, wider in pairwise(widths))
+    if not nested or any(width % FASTVITHD_HEAD_DIM for width in heads):
+        raise ValueError(
+            f"FastViTHD: depths {vision.depths} and widths {widths} must be 5 each, a width a "
+            f"multiple of the one before, the last two of {FASTVITHD_HEAD_DIM}"
         )
 
 
@@ -142,4 +214,30 @@ TINY = LlavaConfig(
     ),
     name="llava-tiny-scenes",
 )
-PRESETS = {config.name: config for config in (LLAVA_1_5_7B, LLAVA_1_5_13B, TINY)}
+FASTVLM_0_5B, FASTVLM_1_5B, FASTVLM_7B = (
+    LlavaConfig(
+        vision=FastViTHDConfig(),
+        text=TextConfig(
+            vocab_size=rows,
+            hidden_size=width,
+            intermediate_size=mlp_width,
+            num_layers=layers,
+            num_heads=heads,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            max_positions=32768,
+            sampled_vocab_size=ids,
+            eos_id=151645,
+        ),
+        name=f"fastvlm-{size}",
+    )
+    for size, width, mlp_width, layers, heads, rows, ids in (
+        ("0.5b", 896, 4864, 24, 14, 151936, 151646),
+        ("1.5b", 1536, 8960, 28, 12, 151936, 151646),
+        ("7b", 3584, 18944, 28, 28, 152064, 151665),
+    )
+)
+PRESETS = {
+    config.name: config
+    for config in (LLAVA_1_5_7B, LLAVA_1_5_13B, FASTVLM_0_5B, FASTVLM_1_5B, FASTVLM_7B, TINY)
+}

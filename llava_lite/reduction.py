@@ -8,11 +8,11 @@ model are checked by `Reduction.check`. `REDUCTIONS` are the named presets.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from numbers import Integral, Real
 
-from llava_lite.config import LlavaConfig, VisionConfig
+from llava_lite.config import FastViTHDConfig, LlavaConfig, TowerConfig
 from llava_lite.layout import PLACEMENTS
 from llava_lite.tome import SCHEDULES, MergeStep, cap_merges, spread, spread_to_keep
 
@@ -20,6 +20,7 @@ POSITIONS = tuple(PLACEMENTS)
 SCORES = ("sum", "mean")
 RESTS = ("drop", "fold")
 PRUNE_LAYER = 3
+MAX_ROUNDS = 8  # of DToMe behind FastViTHD; 8 rounds can merge the 256 tokens of 1024 px into one
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,16 @@ class ToMe:
         if self.keep is not None and self.schedule != "constant":
             raise ValueError("a ToMe schedule goes with r, not with keep")
 
-    def most_tokens(self, vision: VisionConfig) -> int:
+    def most_tokens(self, vision: TowerConfig) -> int:
         """The image tokens that are left, which is the same number for every image."""
         counts = [step.r or 0 for step in self.steps(vision)]
         return vision.num_patches - sum(cap_merges(counts, vision.num_patches))
 
-    def steps(self, vision: VisionConfig) -> tuple[MergeStep, ...]:
-        """One step for each block that runs. Raises ValueError if `keep` cannot be reached."""
+    def steps(self, vision: TowerConfig) -> tuple[MergeStep, ...]:
+        """One step for each block that runs, or for each round behind FastViTHD. Raises ValueError
+        if `keep` cannot be reached."""
+        if isinstance(vision, FastViTHDConfig):
+            return self.rounds(vision.num_patches)
         patches, blocks = vision.num_patches, vision.num_blocks
         # Every block can merge at most half of its tokens.
         fewest = patches - sum(cap_merges([patches] * blocks, patches))
@@ -67,14 +71,25 @@ class ToMe:
             counts = spread_to_keep(self.keep, patches, blocks)
         return tuple(MergeStep(r=count) for count in counts[:blocks])
 
+    def rounds(self, num_patches: int) -> tuple[MergeStep, ...]:
+        """One step for each round behind FastViTHD: as few rounds as halving allows. Raises
+        ValueError for `r`, and if `keep` cannot be reached."""
+        if self.keep is None:
+            raise ValueError("FastViTHD merges after the tower: use keep, not r")
+        if self.keep > num_patches:
+            raise ValueError(f"ToMe keep {self.keep} must be in 1..{num_patches}")
+        num_rounds = (math.ceil(num_patches / self.keep) - 1).bit_length()
+        counts = spread_to_keep(self.keep, num_patches, num_rounds)
+        return tuple(MergeStep(r=count) for count in counts)
+
 
 @dataclass(frozen=True)
 class DToMe:
     """Merge all pairs above a threshold: many tokens of a simple image, few of a detailed one
     (DyMU, arXiv 2504.17040).
 
-    thresholds: one cosine per block of the tower. None: the model's own thresholds, which
-        `llava-lite thresholds` finds."""
+    thresholds: one cosine per block of the tower, or per round behind FastViTHD. None: the model's
+        own thresholds, which `llava-lite thresholds` finds."""
 
     thresholds: tuple[float, ...] | None = None
 
@@ -92,16 +107,24 @@ class DToMe:
             raise ValueError("DToMe thresholds must be finite numbers, at least one")
         object.__setattr__(self, "thresholds", thresholds)
 
-    def most_tokens(self, vision: VisionConfig) -> int:
+    def most_tokens(self, vision: TowerConfig) -> int:
         """The most image tokens that can be left; the number depends on the image."""
         return vision.num_patches
 
-    def steps(self, vision: VisionConfig) -> tuple[MergeStep, ...]:
-        """One step for each block that runs. Raises ValueError unless each has a threshold."""
+    def steps(self, vision: TowerConfig) -> tuple[MergeStep, ...]:
+        """One step for each block that runs, or for each round behind FastViTHD. Raises ValueError
+        unless each has a threshold."""
         if self.thresholds is None:
             raise ValueError(
                 "the model has no thresholds of its own: find some with `llava-lite thresholds`"
             )
+        if isinstance(vision, FastViTHDConfig):
+            if len(self.thresholds) > MAX_ROUNDS:
+                raise ValueError(
+                    f"{len(self.thresholds)} DToMe thresholds, but FastViTHD merges after the "
+                    f"tower: name 1 to {MAX_ROUNDS}"
+                )
+            return tuple(MergeStep(threshold=t) for t in self.thresholds)
         if len(self.thresholds) not in (vision.num_blocks, vision.num_layers):
             raise ValueError(
                 f"{len(self.thresholds)} DToMe thresholds, but the tower runs {vision.num_blocks} "
@@ -223,13 +246,18 @@ class Reduction:
     """All options together; None switches a part off.
 
     positions: where merged tokens stand in the decoder: "vtu", "folded", "logical" or "plain"
-        (layout.py)."""
+        (layout.py).
+    image_size: pixels of a side of the image, None for those of the model. Only FastViTHD takes
+        other sizes; a smaller image is FastVLM's own reduction."""
 
     merge: ToMe | DToMe | None = None
     positions: str = "vtu"
     fastv: FastV | None = None
+    image_size: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if self.image_size is not None:
+            object.__setattr__(self, "image_size", check_count("image_size", self.image_size))
         if not isinstance(self.merge, ToMe | DToMe | None):
             raise ValueError(f"merge {self.merge!r} must be a ToMe, a DToMe or None")
         if not isinstance(self.fastv, FastV | None):
@@ -242,7 +270,8 @@ class Reduction:
     def __str__(self) -> str:
         """The name of the preset with these parts, or else all parts."""
         names = {reduction: name for name, reduction in REDUCTIONS.items()}
-        return names.get(self) or repr(self)
+        text = names.get(replace(self, image_size=None)) or repr(self)
+        return text if self.image_size is None else f"{text} at {self.image_size} px"
 
     @staticmethod
     def of(wish: "Reduction | str | None") -> "Reduction":
@@ -256,8 +285,9 @@ class Reduction:
             raise ValueError(f"reduction {wish!r} is neither a Reduction nor a preset's name")
         return wish
 
-    def most_positions(self, vision: VisionConfig) -> int:
+    def most_positions(self, vision: TowerConfig) -> int:
         """The most positions that one image takes in the decoder, whatever it shows."""
+        vision = vision.at(self.image_size)
         patches = vision.num_patches
         tokens = patches if self.merge is None else self.merge.most_tokens(vision)
         return PLACEMENTS[self.positions].num_positions(patches, tokens)
@@ -265,12 +295,12 @@ class Reduction:
     def check(self, config: LlavaConfig, thresholds: Sequence[float] | None = None) -> "Reduction":
         """Check the values against a model, and fill in its own `thresholds` for a bare `DToMe()`.
         Raises ValueError that names the allowed range."""
-        checked = self
+        checked, vision = self, config.vision.at(self.image_size)
         if self.merge is not None:
             if self.merge == DToMe() and thresholds is not None:
                 checked = replace(self, merge=DToMe(tuple(thresholds)))
             assert checked.merge is not None
-            checked.merge.steps(config.vision)  # raises
+            checked.merge.steps(vision)  # raises
         last = config.text.num_layers - 1
         for layer in () if self.fastv is None else self.fastv.amounts:
             if layer > last:

@@ -59,7 +59,8 @@ def parse_config(raw: dict[str, Any], vision: dict[str, Any] | None, path: Path)
         config = parse(raw, vision)
         for part in (config.vision, config.text):
             for name, value in vars(part).items():
-                check_number(name, value)
+                for number in value if isinstance(value, tuple) else (value,):
+                    check_number(name, number)
         check_number("projector_depth", config.projector_depth)
         return config
     except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
@@ -69,7 +70,7 @@ def parse_config(raw: dict[str, Any], vision: dict[str, Any] | None, path: Path)
 def check_number(name: str, value: object) -> None:
     """Raise ValueError for an impossible field, before a model of this size is built."""
     signed = name.endswith("_id") or name == "feature_layer"
-    limits = {"num_layers": 1024, "image_size": 1 << 14, "patch_size": 1 << 14}
+    limits = {"num_layers": 1024, "depths": 1024, "image_size": 1 << 14, "patch_size": 1 << 14}
     lowest, highest = -1024 if signed else 0, limits.get(name, 1 << 24)
     kinds = (int, float) if name.endswith("_eps") or name == "rope_theta" else (int,)
     if isinstance(value, bool) or not isinstance(value, kinds):

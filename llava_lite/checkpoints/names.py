@@ -8,7 +8,7 @@ a model does not build.
 
 import re
 
-from llava_lite.config import VisionConfig
+from llava_lite.config import FastViTHDConfig, TowerConfig
 from llava_lite.errors import CheckpointError
 
 SHARD_SIZE = 2_000_000_000  # default bytes of tensors in one weight file
@@ -176,8 +176,10 @@ def hf_name(ours: str) -> str:
     return HF_CONTAINERS.get(exact.split(".")[0], "") + exact
 
 
-def is_unused(ours: str, vision: VisionConfig) -> bool:
+def is_unused(ours: str, vision: TowerConfig) -> bool:
     """Whether LLaVA never runs this part of the tower: a later block, or the final norm."""
+    if isinstance(vision, FastViTHDConfig):
+        return False
     if ours.startswith("vision.post_norm."):
         return True
     block = re.match(r"vision\.blocks\.(\d+)\.", ours)
