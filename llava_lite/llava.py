@@ -7,7 +7,7 @@
     decoder        32 layers; the logits of the last row choose the first token      (1, 1, 32000)
 
 Then the decoder runs one token at a time. Its cache is a tuple ((k, v), ...), one pair per layer,
-each (1, H, length, D).
+each (1, H, length, D), or with fewer heads (attention.py).
 
 A `Reduction` makes the image smaller. In `vision`, similar patches merge: 576 -> U (tome.py).
 `splice` places the merged tokens (layout.py). In front of one decoder layer, image tokens with

@@ -97,6 +97,7 @@ def random_model(config: LlavaConfig, dtype: torch.dtype, device: str) -> Llava:
     """An untrained model, the same every time. Norms are 1, so activations stay in range. The other
     weights repeat one block of noise, which takes seconds at any size."""
     model = meta_model(config).to(dtype).to_empty(device=device)  # never in memory in float32
+    model.decoder.tie_head()
     generator = torch.Generator().manual_seed(0)
     noise = (0.02 * torch.randn((1 << 22) + 4099, generator=generator)).to(device, dtype)
     block, start = 1 << 21, 0
@@ -117,7 +118,7 @@ def name_of(dtype: torch.dtype) -> str:
 def twin(model: Model) -> Model:
     """A second model on the same tensors. Its layers may be replaced."""
     llava = meta_model(model.llava.config)
-    llava.load_state_dict(model.llava.state_dict(), assign=True)
+    llava.load_state_dict(model.llava.state_dict(keep_vars=True), assign=True)
     copy = Model(
         llava.requires_grad_(False), model.tokenizer, model.config, thresholds=model.own_thresholds
     )

@@ -17,7 +17,7 @@ from llava_lite.checkpoints.gguf_in import read_tokenizer
 from llava_lite.checkpoints.names import SHARD_SIZE, is_unused
 from llava_lite.checkpoints.opening import find_tokenizer, open_source, tower_from_shapes
 from llava_lite.checkpoints.quantized import QuantizedSource
-from llava_lite.checkpoints.skeleton import meta_model
+from llava_lite.checkpoints.skeleton import HEAD, meta_model
 from llava_lite.checkpoints.source import Inventory, Source, check_finite
 from llava_lite.checkpoints.tensors import (
     DTYPE_CODES,
@@ -38,6 +38,7 @@ from llava_lite.fast.quantize import (
     check_shapes,
     decoder_linears,
     get_method,
+    replace_linear,
     round_weight,
 )
 from llava_lite.llava import Llava
@@ -87,12 +88,15 @@ def load_source(
     kind = get_method(method) if method else None
     if isinstance(source, QuantizedSource):
         kind = source.find_kind(method)
+    source.check_head()
     device, wanted = torch.device(device), parse_dtype(dtype) or source.dtype
     model = meta_model(source.config, QuantizedLlava if kind else Llava)
     done = set_quantized(model, source, kind, device, wanted) if kind else []
     names = [name for name in source.names() if name not in done]
     state = {name: source.read(name, wanted).to(device) for name in names}
     model.load_state_dict(state, strict=True, assign=True)
+    if kind is None:
+        model.decoder.tie_head()
     return model.eval().requires_grad_(False)
 
 
@@ -112,7 +116,7 @@ def set_quantized(
     for name in linears:
         parts = make_parts(source, name, kind, device, dtype)
         own = not isinstance(source, QuantizedSource)
-        model.set_submodule(name.removesuffix(".weight"), kind(parts, own=own))
+        replace_linear(model, name.removesuffix(".weight"), kind(parts, own=own))
     # Pages that were read count as this process's memory while the file is mapped. So unmap it, and
     # map it again for the tensors that stay in it, such as the embeddings.
     source.unmap()
@@ -206,6 +210,8 @@ def save_model(
     Raises CheckpointError for NaN or infinite weights, a folder that is not empty, or a full
     disk."""
     state, wanted = model.state_dict(), parse_dtype(dtype)
+    if config.text.tie_embeddings:
+        del state[HEAD]  # the embedding is written once
 
     def read(name: str) -> Tensor:
         tensor = state[name].to(dtype=wanted or state[name].dtype)

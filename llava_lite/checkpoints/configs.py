@@ -60,16 +60,25 @@ def parse_config(raw: dict[str, Any], vision: dict[str, Any] | None, path: Path)
         for part in (config.vision, config.text):
             for name, value in vars(part).items():
                 for number in value if isinstance(value, tuple) else (value,):
-                    check_number(name, number)
+                    check_field(name, number)
         check_number("projector_depth", config.projector_depth)
         return config
     except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
+def check_field(name: str, value: object) -> None:
+    """Raise ValueError for an impossible field of the tower or the decoder."""
+    if name in ("attention_bias", "tie_embeddings"):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} {value!r} is neither true nor false")
+    elif not (name == "num_kv_heads" and value is None):
+        check_number(name, value)
+
+
 def check_number(name: str, value: object) -> None:
     """Raise ValueError for an impossible field, before a model of this size is built."""
-    signed = name.endswith("_id") or name == "feature_layer"
+    signed = name.endswith(("_id", "_ids")) or name == "feature_layer"
     limits = {"num_layers": 1024, "depths": 1024, "image_size": 1 << 14, "patch_size": 1 << 14}
     lowest, highest = -1024 if signed else 0, limits.get(name, 1 << 24)
     kinds = (int, float) if name.endswith("_eps") or name == "rope_theta" else (int,)

@@ -106,8 +106,9 @@ def threshold_document(opened: Source) -> dict[str, dict[str, Any]]:
 
 def own_output(opened: Source, dtype: torch.dtype) -> Output:
     """Plan a folder in our format, with only the tensors that the model uses."""
+    names = [name for name in opened.names() if not opened.is_tied(name)]
     return Output(
-        specs={name: (opened.entries[name].shape, dtype) for name in opened.names()},
+        specs={name: (opened.entries[name].shape, dtype) for name in names},
         read=lambda name: opened.read(name, dtype),
         documents={"config.json": opened.config.to_dict()} | threshold_document(opened),
         unused=list(dict.fromkeys(entry.stored for entry in opened.unused.values())),
@@ -128,7 +129,8 @@ def quantized_output(opened: Source, dtype: torch.dtype, method: str) -> Output:
     shapes = decoder_linears(meta_model(opened.config))
     check_shapes(shapes, kind)
     specs: dict[str, Spec] = {}
-    for name, spec in plain.specs.items():
+    for name in opened.names():
+        spec = opened.shape(name), dtype
         module = name.removesuffix(".weight")
         parts = kind.specs(spec[0], dtype) if module in shapes else None
         specs |= {f"{module}.{part}": s for part, s in parts.items()} if parts else {name: spec}

@@ -73,7 +73,7 @@ class Info:
         """Bytes per dtype: of the weights, and of the KV cache for one token, for one image with
         `TEXT_TOKENS` tokens of text, and for a full context."""
         text = self.config.text
-        numbers_per_token = 2 * text.num_layers * text.num_heads * text.head_dim
+        numbers_per_token = 2 * text.num_layers * text.kv_width
         tokens = {"kv_cache_per_token": 1, "kv_cache_image_prompt": self.prompt_tokens}
         tokens["kv_cache_full_context"] = text.max_positions
         return {
@@ -115,9 +115,9 @@ def describe_preset(name: str) -> Info:
     """Describe an architecture of `config.PRESETS`. Raises ValueError for an unknown name."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
-    from llava_lite.checkpoints.skeleton import expected_shapes
+    from llava_lite.checkpoints.skeleton import stored_shapes
 
-    shapes = expected_shapes(PRESETS[name])
+    shapes = stored_shapes(PRESETS[name])
     return Info(PRESETS[name], tuple(TensorInfo(*item) for item in shapes.items()))
 
 
@@ -135,7 +135,7 @@ def describe_source(
 
     source = open_source(Path(path), base, vision_tower)
     tensors = []
-    for name in expected_shapes(source.config):
+    for name in (name for name in expected_shapes(source.config) if not source.is_tied(name)):
         entries = {name: source.entries[name]}
         if isinstance(source, QuantizedSource) and name in source.parts:
             module = name.removesuffix(".weight")

@@ -360,6 +360,8 @@ def finish(
     **facts: Any,
 ) -> Source:
     """Check all tensors against the model, and make the Source. facts: its other fields."""
+    if config.text.tie_embeddings and EMBEDDING in inventory.entries:
+        inventory.entries.setdefault(HEAD, inventory.entries[EMBEDDING])
     unused = check_entries(inventory.entries, config, path)
     facts = {"layout": describe(inventory.stored), **facts}
     tokenizers = (find_tokenizer(folder) for folder in tokenizer_from)
@@ -372,6 +374,7 @@ def finish(
         lora=inventory.lora,
         tokenizer_file=next((file for file in tokenizers if file), None),
         vision_tower=inventory.vision_tower,
+        stored_head=inventory.stored_head,
         in_memory=inventory.in_memory,
         **facts,
     )

@@ -175,7 +175,9 @@ def kind_of(layer: nn.Linear) -> str:
 def kind_of_attention(part: HybridAttention) -> str:
     """What the time of attention depends on: "bfloat16 attention, heads of 128"."""
     dtype = str(part.q_proj.weight.dtype).removeprefix("torch.")
-    return f"{dtype} attention, heads of {part.head_dim}"
+    shared = part.q_proj.out_features // part.k_proj.out_features
+    queries = f", {shared} queries per key" if shared > 1 else ""
+    return f"{dtype} attention, heads of {part.head_dim}{queries}"
 
 
 def faster_dtype(seconds: dict[str, float]) -> torch.dtype | None:
@@ -189,13 +191,14 @@ def faster_dtype(seconds: dict[str, float]) -> torch.dtype | None:
 def time_attention(part: HybridAttention) -> dict[str, float]:
     """The seconds in which one query attends to an image and a short text, by dtype."""
     dtype = part.q_proj.weight.dtype
-    shape = (2, 1, part.q_proj.out_features // part.head_dim, CACHED, part.head_dim)
+    shape = (2, 1, part.k_proj.out_features // part.head_dim, CACHED, part.head_dim)
+    shared = part.q_proj.out_features // part.k_proj.out_features  # rows of one attention
     caches = {wanted: torch.full(shape, 0.01, dtype=wanted) for wanted in (dtype, torch.float32)}
     seconds = dict.fromkeys(caches, inf)
     for turn in range(1 + ROUNDS):
         for wanted, (k, v) in caches.items():
             start = perf_counter()
-            F.scaled_dot_product_attention(k[:, :, :1], k, v)
+            F.scaled_dot_product_attention(k[:, :, :shared], k, v)
             if turn:  # the first round loads the pages
                 seconds[wanted] = min(seconds[wanted], perf_counter() - start)
     return {str(wanted).removeprefix("torch."): best for wanted, best in seconds.items()}

@@ -26,7 +26,7 @@ of a block of the weight.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 
 
 class QuantizedLinear(nn.Module):
-    """x @ w.T with a quantized w, without a bias and without gradients. One subclass per method.
+    """x @ w.T + b with a quantized w, without gradients. One subclass per method.
 
     codes_rows: the most rows for the packed operator, about where both ways take the same time.
     Another value changes results by rounding only. repacks: codes are held in another order than
@@ -74,10 +74,12 @@ class QuantizedLinear(nn.Module):
     group_size: ClassVar[int] = 1
     codes_per_byte: ClassVar[int] = 1
     repacks: ClassVar[bool] = False
+    bias: nn.Parameter | None
 
     def __init__(self, parts: Parts, own: bool = False) -> None:
         """own: the layer may write to the memory of the parts."""
         super().__init__()
+        self.register_parameter("bias", None)  # (N,), never quantized
         rows, width = parts[self.codes].shape
         self.out_features, self.in_features = rows, width * self.codes_per_byte
 
@@ -118,7 +120,8 @@ class QuantizedLinear(nn.Module):
         rows = x.reshape(-1, self.in_features).contiguous()
         few = 0 < len(rows) <= self.codes_rows  # the packed operators refuse 0 rows
         y = self.matmul_codes(rows) if few else self.matmul_blocks(rows)
-        return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
+        y = y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.method}"
@@ -605,7 +608,13 @@ def quantize(model: "Model | Llava", method: str) -> None:
         llava.__class__ = QuantizedLlava  # in place: the caller keeps the same object
     for name in shapes:
         weight = llava.get_parameter(f"{name}.weight").detach()
-        llava.set_submodule(name, kind(round_weight(name, weight, kind, llava.dtype), own=True))
+        replace_linear(llava, name, kind(round_weight(name, weight, kind, llava.dtype), own=True))
+
+
+def replace_linear(llava: Llava, name: str, layer: QuantizedLinear) -> None:
+    """Put a quantized layer in the place of a linear one, with the same bias."""
+    layer.register_parameter("bias", cast(nn.Linear, llava.get_submodule(name)).bias)
+    llava.set_submodule(name, layer)
 
 
 def find_method(llava: Llava) -> str | None:
