@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from llava_lite.cache import KVCache
-from llava_lite.config import IMAGE_TOKEN_ID, LlavaConfig
+from llava_lite.config import IMAGE_TOKEN_ID, FastViTHDConfig, LlavaConfig, TowerConfig
 from llava_lite.errors import PromptError
+from llava_lite.fastvithd import FastViTHD
 from llava_lite.fastv import Pruning
 from llava_lite.layout import PLACEMENTS, Layout, join, place_image
 from llava_lite.llama import DecoderLayer, LlamaDecoder
@@ -60,13 +61,18 @@ class EncodedImage:
         return PLACEMENTS[positions].num_positions(self.num_patches, len(self.image_embeds))
 
 
+def build_tower(config: TowerConfig) -> VisionTower | FastViTHD:
+    """The vision tower of a config."""
+    return FastViTHD(config) if isinstance(config, FastViTHDConfig) else VisionTower(config)
+
+
 class Llava(nn.Module):
     """The whole model: `vision`, `projector`, `decoder`. Holds weights, and no state of a call."""
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision = VisionTower(config.vision)
+        self.vision = build_tower(config.vision)
         self.projector = Projector(config)
         self.decoder = LlamaDecoder(config.text)
 
@@ -86,16 +92,19 @@ class Llava(nn.Module):
     def encode_image(
         self, pixel_values: Tensor, reduction: Reduction = NO_REDUCTION
     ) -> list[EncodedImage]:
-        """Encode pixel_values (B, 3, S, S): for each image its embeds (U, C)."""
-        pixel_values = pixel_values.to(self.device, self.dtype)
+        """Encode pixel_values (B, 3, S, S): for each image its embeds (U, C). Raises ValueError
+        for a size S that the tower does not take."""
+        vision = self.config.vision.at(pixel_values.shape[-1])
+        # A tower may be in float32 in front of a decoder in 16 bit.
+        pixel_values = pixel_values.to(self.device, next(self.vision.parameters()).dtype)
         merge = reduction.merge
-        steps = None if merge is None else merge.steps(self.config.vision)
+        steps = None if merge is None else merge.steps(vision)
         encoded = []
         # With thresholds each image keeps a different number of tokens: one image at a time.
         for images in pixel_values.split(1) if isinstance(merge, DToMe) else [pixel_values]:
             output = self.vision(images, steps)
             mappings = [None] * len(images) if output.mapping is None else output.mapping
-            image_embeds = self.projector(output.image_features)
+            image_embeds = self.projector(output.image_features.to(self.dtype))
             for embeds, mapping in zip(image_embeds, mappings, strict=True):
                 encoded.append(EncodedImage(embeds, mapping, reduction, output.tokens_per_block))
         return encoded

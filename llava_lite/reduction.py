@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Integral, Real
 
-from llava_lite.config import LlavaConfig, VisionConfig
+from llava_lite.config import FastViTHDConfig, LlavaConfig, TowerConfig
 from llava_lite.layout import PLACEMENTS
 from llava_lite.tome import SCHEDULES, MergeStep, cap_merges, spread, spread_to_keep
 
@@ -20,6 +20,7 @@ POSITIONS = tuple(PLACEMENTS)
 SCORES = ("sum", "mean")
 RESTS = ("drop", "fold")
 PRUNE_LAYER = 3
+MAX_ROUNDS = 8  # of DToMe behind FastViTHD; 8 rounds can merge the 256 tokens of 1024 px into one
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,16 @@ class ToMe:
         if self.keep is not None and self.schedule != "constant":
             raise ValueError("a ToMe schedule goes with r, not with keep")
 
-    def most_tokens(self, vision: VisionConfig) -> int:
+    def most_tokens(self, vision: TowerConfig) -> int:
         """The image tokens that are left, which is the same number for every image."""
         counts = [step.r or 0 for step in self.steps(vision)]
         return vision.num_patches - sum(cap_merges(counts, vision.num_patches))
 
-    def steps(self, vision: VisionConfig) -> tuple[MergeStep, ...]:
-        """One step for each block that runs. Raises ValueError if `keep` cannot be reached."""
+    def steps(self, vision: TowerConfig) -> tuple[MergeStep, ...]:
+        """One step for each block that runs, or for each round behind FastViTHD. Raises ValueError
+        if `keep` cannot be reached."""
+        if isinstance(vision, FastViTHDConfig):
+            return self.rounds(vision.num_patches)
         patches, blocks = vision.num_patches, vision.num_blocks
         # Every block can merge at most half of its tokens.
         fewest = patches - sum(cap_merges([patches] * blocks, patches))
@@ -67,14 +71,25 @@ class ToMe:
             counts = spread_to_keep(self.keep, patches, blocks)
         return tuple(MergeStep(r=count) for count in counts[:blocks])
 
+    def rounds(self, num_patches: int) -> tuple[MergeStep, ...]:
+        """One step for each round behind FastViTHD: as few rounds as halving allows. Raises
+        ValueError for `r`, and if `keep` cannot be reached."""
+        if self.keep is None:
+            raise ValueError("FastViTHD merges after the tower: use keep, not r")
+        if self.keep > num_patches:
+            raise ValueError(f"ToMe keep {self.keep} must be in 1..{num_patches}")
+        num_rounds = (math.ceil(num_patches / self.keep) - 1).bit_length()
+        counts = spread_to_keep(self.keep, num_patches, num_rounds)
+        return tuple(MergeStep(r=count) for count in counts)
+
 
 @dataclass(frozen=True)
 class DToMe:
     """Merge all pairs above a threshold: many tokens of a simple image, few of a detailed one
     (DyMU, arXiv 2504.17040).
 
-    thresholds: one cosine per block of the tower. None: the model's own thresholds, which
-        `llava-lite thresholds` finds."""
+    thresholds: one cosine per block of the tower, or per round behind FastViTHD. None: the model's
+        own thresholds, which `llava-lite thresholds` finds."""
 
     thresholds: tuple[float, ...] | None = None
 
@@ -92,16 +107,24 @@ class DToMe:
             raise ValueError("DToMe thresholds must be finite numbers, at least one")
         object.__setattr__(self, "thresholds", thresholds)
 
-    def most_tokens(self, vision: VisionConfig) -> int:
+    def most_tokens(self, vision: TowerConfig) -> int:
         """The most image tokens that can be left; the number depends on the image."""
         return vision.num_patches
 
-    def steps(self, vision: VisionConfig) -> tuple[MergeStep, ...]:
-        """One step for each block that runs. Raises ValueError unless each has a threshold."""
+    def steps(self, vision: TowerConfig) -> tuple[MergeStep, ...]:
+        """One step for each block that runs, or for each round behind FastViTHD. Raises ValueError
+        unless each has a threshold."""
         if self.thresholds is None:
             raise ValueError(
                 "the model has no thresholds of its own: find some with `llava-lite thresholds`"
             )
+        if isinstance(vision, FastViTHDConfig):
+            if len(self.thresholds) > MAX_ROUNDS:
+                raise ValueError(
+                    f"{len(self.thresholds)} DToMe thresholds, but FastViTHD merges after the "
+                    f"tower: name 1 to {MAX_ROUNDS}"
+                )
+            return tuple(MergeStep(threshold=t) for t in self.thresholds)
         if len(self.thresholds) not in (vision.num_blocks, vision.num_layers):
             raise ValueError(
                 f"{len(self.thresholds)} DToMe thresholds, but the tower runs {vision.num_blocks} "
@@ -253,7 +276,7 @@ class Reduction:
             raise ValueError(f"reduction {wish!r} is neither a Reduction nor a preset's name")
         return wish
 
-    def most_positions(self, vision: VisionConfig) -> int:
+    def most_positions(self, vision: TowerConfig) -> int:
         """The most positions that one image takes in the decoder, whatever it shows."""
         patches = vision.num_patches
         tokens = patches if self.merge is None else self.merge.most_tokens(vision)

@@ -13,6 +13,8 @@ A token of size s stands for s patches. Attention adds log(s) to its scores, so 
 much as s patches (ToMe section 3, "proportional attention"). The class token, at place 0, never
 merges. The record of all merges is one integer vector, the mapping: patch -> token.
 
+FastViTHD has no class token, and merges behind its last layer, by the features themselves.
+
 All functions are pure. Shapes: B images, T tokens before a merge and T' after, N tokens before the
 first merge, D metric width, C width; A = ceil(T/2) sources, F = T - A destinations.
 """
@@ -62,16 +64,20 @@ class Merged:
 
 
 def merge_tokens(
-    x: Tensor, metric: Tensor, merged: Merged | None, step: MergeStep
+    x: Tensor, metric: Tensor, merged: Merged | None, step: MergeStep, class_token: bool = True
 ) -> tuple[Tensor, Merged | None]:
     """Merge once: x (B, T, C) -> x (B, T', C), by the similarity of metric (B, T, D).
 
     `merged` holds the merges so far (None: no merge yet). The new order is: sources that stay, then
     all destinations, both in their old order. If nothing merges, x and `merged` are returned.
+    `class_token`: whether the token at place 0 is one, which stays.
 
     Raises ValueError for a threshold with more than one image: images would differ in length."""
-    best, destination = match_tokens(metric)
-    r = count_merges(best, step)
+    most = (x.shape[1] - class_token) // 2
+    if most == 0:
+        return x, merged
+    best, destination = match_tokens(metric, class_token)
+    r = count_merges(best, most, step)
     if r == 0:
         return x, merged
     if merged is None:
@@ -82,20 +88,20 @@ def merge_tokens(
     return x, Merged(places.gather(1, merged.mapping), size)
 
 
-def match_tokens(metric: Tensor) -> tuple[Tensor, Tensor]:
+def match_tokens(metric: Tensor, class_token: bool = True) -> tuple[Tensor, Tensor]:
     """Find the most similar destination of every source, by metric (B, T, D). Returns its cosine
     and its number, both (B, A)."""
     unit = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
     cosines = unit[:, ::2] @ unit[:, 1::2].mT  # (B, A, F)
-    cosines[:, 0] = -torch.inf  # the class token never merges
+    if class_token:
+        cosines[:, 0] = -torch.inf  # the class token never merges
     best, destination = cosines.max(dim=-1)
     return best, destination
 
 
-def count_merges(best: Tensor, step: MergeStep) -> int:
-    """Count the pairs that merge, from the best cosine of each source (B, A)."""
-    num_sources = best.shape[1] - 1  # without the class token
-    most = num_sources if step.r is None else min(step.r, num_sources)
+def count_merges(best: Tensor, most: int, step: MergeStep) -> int:
+    """Count the pairs that merge, at most `most`, from the best cosine of each source (B, A)."""
+    most = most if step.r is None else min(step.r, most)
     if step.threshold is None or most == 0:
         return most
     if len(best) > 1:
