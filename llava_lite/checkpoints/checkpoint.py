@@ -41,6 +41,7 @@ from llava_lite.fast.quantize import (
     replace_linear,
     round_weight,
 )
+from llava_lite.inputs.prompt import check_family
 from llava_lite.llava import Llava
 from llava_lite.saving import write_json
 
@@ -158,19 +159,38 @@ def check_cast(name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> No
 
 
 def load_tokenizer(path: str | Path, config: LlavaConfig) -> "Tokenizer":
-    """Load the tokenizer of a folder, or a tokenizer.model, tokenizer.json or GGUF file.
+    """Load the tokenizer of a folder, or a tokenizer.model, tokenizer.json, vocab.json or GGUF file.
 
-    Raises CheckpointError if it is missing or damaged."""
-    from llava_lite.inputs.tokenizer import Tokenizer
-
+    Raises CheckpointError if it is missing or damaged, or of another family than the template."""
     path = Path(path)
     file = find_tokenizer(path) if path.is_dir() else path
     if file is None or not file.is_file():
         raise CheckpointError(f"{path}: holds neither tokenizer.json nor tokenizer.model")
+    tokenizer = read_tokenizer_file(file, config.legacy_tokenizer)
+    try:
+        check_family(config.template, tokenizer.family)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: does not fit the config: {error}") from error
+    if tokenizer.family != "llama" and tokenizer.vocab_size > config.text.vocab_size:
+        raise CheckpointError(
+            f"{file}: the tokenizer has {tokenizer.vocab_size} ids, but the model has only "
+            f"{config.text.vocab_size}"
+        )
+    return tokenizer
+
+
+def read_tokenizer_file(file: Path, legacy: bool) -> "Tokenizer":
+    """Read a tokenizer file of any family. Raises CheckpointError if it is damaged."""
+    from llava_lite.inputs.byte_level import MERGES, VOCAB, ByteLevelTokenizer, is_byte_level
+    from llava_lite.inputs.tokenizer import Tokenizer
+
     if file.suffix == SUFFIX:
-        return read_tokenizer(file, config.legacy_tokenizer)
-    read = Tokenizer.from_sentencepiece if file.suffix == ".model" else Tokenizer.from_file
-    return read(file, legacy=config.legacy_tokenizer)
+        return read_tokenizer(file, legacy)
+    if file.suffix == ".model":
+        return Tokenizer.from_sentencepiece(file, legacy)
+    if file.name in (VOCAB, MERGES):
+        return ByteLevelTokenizer.from_folder(file.parent)
+    return (ByteLevelTokenizer if is_byte_level(file) else Tokenizer).from_file(file, legacy)
 
 
 def vision_state_from_open_clip(

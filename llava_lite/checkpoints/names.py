@@ -8,7 +8,9 @@ a model does not build.
 
 import re
 
-from llava_lite.config import VisionConfig
+from llava_lite.checkpoints.names_fastvithd import IGNORED as IGNORED_FASTVITHD
+from llava_lite.checkpoints.names_fastvithd import fastvithd_name
+from llava_lite.config import TowerConfig, VisionConfig
 from llava_lite.errors import CheckpointError
 
 SHARD_SIZE = 2_000_000_000  # default bytes of tensors in one weight file
@@ -46,6 +48,12 @@ PROJECTOR_OFFICIAL = {
     "mm_projector.2.*": "projector.layers.1.*",
     "mm_projector.4.*": "projector.layers.2.*",
     "mm_projector.6.*": "projector.layers.3.*",
+}
+
+# Qwen2 has biases where Llama has none.
+QWEN2 = {
+    f"model.layers.{{}}.self_attn.{part}_proj.bias": f"decoder.layers.{{}}.attn.{part}_proj.bias"
+    for part in "qkv"
 }
 
 PROJECTOR_HF = {
@@ -101,6 +109,10 @@ IGNORED = (
     r"input_resolution|context_length|vocab_size",  # scalars of the OpenAI archive
 )
 
+# The tower inside a FastVLM checkpoint, normalized. Its tensors that have no name of ours belong to
+# the training form; opening.py folds them.
+FASTVITHD_PREFIX, TRAINING = "vision_model.model.", "training."
+
 LORA_NAME = re.compile(r"(.+)\.lora_([AB])(\.[^.]+)?\.weight")
 
 
@@ -117,7 +129,7 @@ def expand(table: dict[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 HF_TABLES = expand(LLAMA | PROJECTOR_HF | CLIP_HF)
-LOOKUP = HF_TABLES | expand(PROJECTOR_OFFICIAL | CLIP_OPENAI) | PACKED_OPENAI
+LOOKUP = HF_TABLES | expand(PROJECTOR_OFFICIAL | CLIP_OPENAI | QWEN2) | PACKED_OPENAI
 TO_HF = {ours[0]: stored for stored, ours in HF_TABLES.items()}
 HF_CONTAINERS = {
     "model": "language_model.",
@@ -140,6 +152,8 @@ def our_names(stored: str) -> tuple[str, ...]:
     name = normalize(stored)
     if name in LOOKUP:
         return LOOKUP[name]
+    if name.startswith(FASTVITHD_PREFIX):
+        return fastvithd_names(name.removeprefix(FASTVITHD_PREFIX))
     number = re.search(r"\.(\d+)\.", name)
     pattern = name if number is None else re.sub(r"\.\d+\.", ".{}.", name, count=1)
     if number is not None and pattern in LOOKUP:
@@ -147,6 +161,14 @@ def our_names(stored: str) -> tuple[str, ...]:
     if any(re.fullmatch(ignored, name) for ignored in IGNORED):
         return ()
     raise CheckpointError(f"tensor {stored!r} belongs to no known layout")
+
+
+def fastvithd_names(published: str) -> tuple[str, ...]:
+    """As `our_names`, for a tensor of a FastViTHD tower."""
+    if IGNORED_FASTVITHD.fullmatch(published):
+        return ()
+    ours = fastvithd_name(published)
+    return (f"vision.{ours}" if ours else f"{TRAINING}{published}",)
 
 
 def lora_target(stored: str) -> tuple[str, str] | None:
@@ -176,8 +198,10 @@ def hf_name(ours: str) -> str:
     return HF_CONTAINERS.get(exact.split(".")[0], "") + exact
 
 
-def is_unused(ours: str, vision: VisionConfig) -> bool:
-    """Whether LLaVA never runs this part of the tower: a later block, or the final norm."""
+def is_unused(ours: str, vision: TowerConfig) -> bool:
+    """Whether LLaVA never runs this part of the tower: a later block of CLIP, or its final norm."""
+    if not isinstance(vision, VisionConfig):
+        return False
     if ours.startswith("vision.post_norm."):
         return True
     block = re.match(r"vision\.blocks\.(\d+)\.", ours)
@@ -188,6 +212,7 @@ def describe(names: list[str]) -> str:
     """Name the layout of stored names, for reports. Code decides by the config instead."""
     joined = "\n" + "\n".join(names)
     marks = (
+        ("\nmodel.vision_tower.vision_tower.model.", "FastVLM, official"),
         ("\nlanguage_model.model.", "llava-hf, old names"),
         ("\nmodel.vision_tower.vision_tower.", "official, tower inside"),
         ("\nmodel.vision_tower.vision_model.", "llava-hf, new names"),

@@ -54,6 +54,8 @@ CHECKPOINT_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
     "chat_template.*",
     "preprocessor_config.json",
     "processor_config.json",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_lite.config import VisionConfig
+from llava_lite.config import TowerConfig, VisionConfig
 from llava_lite.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -121,8 +121,10 @@ class OwnThresholds:
         return self.values
 
 
-def known_list(vision: VisionConfig) -> tuple[float, ...] | None:
+def known_list(vision: TowerConfig) -> tuple[float, ...] | None:
     """DyMU's published list, if the tower has the sizes of OpenAI's CLIP-L/336."""
+    if not isinstance(vision, VisionConfig):
+        return None
     openai = VisionConfig()
     depth = {"num_layers": openai.num_layers, "feature_layer": openai.feature_layer}
     if replace(vision, **depth) == openai and vision.num_layers <= openai.num_layers:
@@ -132,15 +134,22 @@ def known_list(vision: VisionConfig) -> tuple[float, ...] | None:
 
 def find_thresholds_file(source: "Source") -> Path | None:
     """The thresholds.json in the checkpoint's folder, else in the folder of its tower's weights."""
-    tower = source.entries["vision.class_embed"].file
+    tower = next(e.file for name, e in source.entries.items() if name.startswith("vision."))
     # An open_clip model object lies in no folder.
     folders = [source.path] if tower in source.in_memory else [source.path, tower.parent]
     files = (folder / FILE_NAME for folder in folders)
     return next((file for file in files if file.is_file()), None)
 
 
-def check_length(path: Path, thresholds: tuple[float, ...], vision: VisionConfig) -> None:
-    """Raise CheckpointError unless there is one threshold for each block of the tower."""
+def check_length(path: Path, thresholds: tuple[float, ...], vision: TowerConfig) -> None:
+    """Raise CheckpointError unless there is one threshold for each block of CLIP, or for each round
+    behind FastViTHD."""
+    if not isinstance(vision, VisionConfig):
+        try:
+            DToMe(thresholds).steps(vision)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        return
     if len(thresholds) not in (vision.num_blocks, vision.num_layers):
         raise CheckpointError(
             f"{path}: holds {len(thresholds)} thresholds, but the tower runs {vision.num_blocks} "
