@@ -6,12 +6,11 @@ published formats.
 
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 IMAGE_TOKEN_ID = -200  # stands for an image among the ids of a prompt
-FASTVITHD_STRIDE = 64  # pixels between two features, along one side
-FASTVITHD_HEAD_DIM = 32  # channels of one attention head
-FASTVITHD_SIZES = (256, 2048)  # the smallest and the largest image, in pixels
+FASTVITHD_SIZES = range(256, 2049, 64)  # of an image, in pixels
+FASTVITHD_HEAD_DIM = 32
 FASTVITHD_KIND = "fastvithd"  # tells the two towers apart in our config.json
 MAX_PROJECTOR_DEPTH = 8  # published models have 1 or 2; bounds the memory of a model
 
@@ -47,23 +46,22 @@ class VisionConfig:
         return layer if layer >= 0 else self.num_layers + 1 + layer
 
     def at(self, image_size: int | None) -> "VisionConfig":
-        """This tower for images of `image_size` pixels (None: its own size). Raises ValueError
-        for any other size."""
+        """This tower for images of `image_size` pixels. Raises ValueError for any size but its own,
+        which None means."""
         if image_size not in (None, self.image_size):
-            raise ValueError(
-                f"image_size {image_size!r}: the CLIP tower takes images of {self.image_size} px"
-            )
+            raise ValueError(f"image_size {image_size}: CLIP takes {self.image_size} px only")
         return self
 
 
 @dataclass(frozen=True)
 class FastViTHDConfig:
-    """The FastViTHD vision tower of FastVLM (arXiv 2412.13303, section 3.2). Sizes in pixels and
-    channels; depths and widths count the blocks and the channels of the five stages."""
+    """The vision tower of FastVLM (arXiv 2412.13303, section 3.2): image_size in pixels, and the
+    blocks and channels of its five stages."""
 
     image_size: int = 1024
     depths: tuple[int, ...] = (2, 12, 24, 4, 2)
     widths: tuple[int, ...] = (96, 192, 384, 768, 1536)
+    patch_size: ClassVar[int] = 64  # the convolutions shrink the image so many times
 
     def __post_init__(self) -> None:
         for name in ("depths", "widths"):  # JSON has lists
@@ -71,13 +69,8 @@ class FastViTHDConfig:
         check_fastvithd(self)
 
     @property
-    def patch_size(self) -> int:
-        """Pixels along one side of the square that becomes one feature."""
-        return FASTVITHD_STRIDE
-
-    @property
     def grid(self) -> int:
-        """Features along one side: 16 for 1024 px."""
+        """Places along one side: 16 for 1024 px."""
         return self.image_size // self.patch_size
 
     @property
@@ -91,8 +84,8 @@ class FastViTHDConfig:
         return 2 * self.widths[-1]
 
     def at(self, image_size: int | None) -> "FastViTHDConfig":
-        """This tower for images of `image_size` pixels (None: its own size): a smaller image is
-        the reduction that FastVLM itself uses. Raises ValueError for an impossible size."""
+        """This tower for images of `image_size` pixels (None: of its own size), as FastVLM itself
+        reduces tokens. Raises ValueError for an impossible size."""
         return self if image_size is None else replace(self, image_size=image_size)
 
 
@@ -185,9 +178,19 @@ class LlavaConfig:
 def check(config: LlavaConfig) -> None:
     """Raise ValueError if sizes do not fit together."""
     vision, text = config.vision, config.text
-    if isinstance(vision, VisionConfig):
-        check_clip(vision)
-    check_heads("text", text)
+    for name, part in (("vision", vision), ("text", text)):
+        if isinstance(part, VisionConfig | TextConfig) and part.hidden_size % part.num_heads:
+            raise ValueError(
+                f"{name}: hidden_size {part.hidden_size} is no multiple of {part.num_heads} heads"
+            )
+    if vision.image_size % vision.patch_size:
+        raise ValueError(
+            f"image_size {vision.image_size} is no multiple of patch_size {vision.patch_size}"
+        )
+    if isinstance(vision, VisionConfig) and not 1 <= vision.num_blocks <= vision.num_layers:
+        raise ValueError(
+            f"vision feature_layer {vision.feature_layer} is outside the {vision.num_layers} layers"
+        )
     if text.num_heads % text.kv_heads:
         raise ValueError(
             f"text: {text.num_heads} heads are no multiple of {text.kv_heads} key/value heads"
@@ -200,43 +203,20 @@ def check(config: LlavaConfig) -> None:
         )
 
 
-def check_heads(name: str, part: VisionConfig | TextConfig) -> None:
-    """Raise ValueError if the heads do not share the width evenly."""
-    if part.hidden_size % part.num_heads:
-        raise ValueError(
-            f"{name}: hidden_size {part.hidden_size} is no multiple of {part.num_heads} heads"
-        )
-
-
-def check_clip(vision: VisionConfig) -> None:
-    """Raise ValueError if the sizes of a CLIP tower do not fit together."""
-    check_heads("vision", vision)
-    if vision.image_size % vision.patch_size:
-        raise ValueError(
-            f"image_size {vision.image_size} is no multiple of patch_size {vision.patch_size}"
-        )
-    if not 1 <= vision.num_blocks <= vision.num_layers:
-        raise ValueError(
-            f"vision feature_layer {vision.feature_layer} is outside the {vision.num_layers} layers"
-        )
-
-
 def check_fastvithd(vision: FastViTHDConfig) -> None:
-    """Raise ValueError if the sizes of a FastViTHD tower do not fit together."""
-    size, (least, most) = vision.image_size, FASTVITHD_SIZES
-    if not isinstance(size, int) or not least <= size <= most or size % FASTVITHD_STRIDE:
+    """Raise ValueError for an impossible size, and if depths and widths do not fit together."""
+    sizes, widths = FASTVITHD_SIZES, vision.widths
+    if vision.image_size not in sizes:
         raise ValueError(
-            f"image_size {size!r} must be a multiple of {FASTVITHD_STRIDE} in {least}..{most}"
+            f"image_size {vision.image_size} must be a multiple of {sizes.step} in {sizes[0]}.."
+            f"{sizes[-1]}"
         )
-    if not len(vision.depths) == len(vision.widths) == 5:
+    nested = all(width and wider % width == 0 for width, wider in pairwise(widths))
+    heads = not any(width % FASTVITHD_HEAD_DIM for width in widths[-2:])
+    if not (len(vision.depths) == len(widths) == 5 and nested and heads):
         raise ValueError(
-            f"FastViTHD has 5 depths and 5 widths, not {vision.depths}, {vision.widths}"
-        )
-    if any(wider % width for width, wider in pairwise(vision.widths)):
-        raise ValueError(f"each width must be a multiple of the one before, not {vision.widths}")
-    if any(width % FASTVITHD_HEAD_DIM for width in vision.widths[3:]):
-        raise ValueError(
-            f"the last two widths must be multiples of {FASTVITHD_HEAD_DIM}, not {vision.widths}"
+            f"FastViTHD: depths {vision.depths} and widths {widths} must be 5 each, a width a "
+            f"multiple of the one before, the last two of {FASTVITHD_HEAD_DIM}"
         )
 
 

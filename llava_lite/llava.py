@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from llava_lite.cache import KVCache
-from llava_lite.config import IMAGE_TOKEN_ID, FastViTHDConfig, LlavaConfig, TowerConfig
+from llava_lite.config import IMAGE_TOKEN_ID, FastViTHDConfig, LlavaConfig
 from llava_lite.errors import PromptError
-from llava_lite.fastvithd import FastViTHD
 from llava_lite.fastv import Pruning
+from llava_lite.fastvithd import FastViTHD
 from llava_lite.layout import PLACEMENTS, Layout, join, place_image
 from llava_lite.llama import DecoderLayer, LlamaDecoder
 from llava_lite.projector import Projector
@@ -61,18 +61,16 @@ class EncodedImage:
         return PLACEMENTS[positions].num_positions(self.num_patches, len(self.image_embeds))
 
 
-def build_tower(config: TowerConfig) -> VisionTower | FastViTHD:
-    """The vision tower of a config."""
-    return FastViTHD(config) if isinstance(config, FastViTHDConfig) else VisionTower(config)
-
-
 class Llava(nn.Module):
     """The whole model: `vision`, `projector`, `decoder`. Holds weights, and no state of a call."""
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision = build_tower(config.vision)
+        vision = config.vision
+        self.vision = (
+            FastViTHD(vision) if isinstance(vision, FastViTHDConfig) else VisionTower(vision)
+        )
         self.projector = Projector(config)
         self.decoder = LlamaDecoder(config.text)
 

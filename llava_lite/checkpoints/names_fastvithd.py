@@ -36,7 +36,7 @@ def mixer_names(network: int, stage: int) -> dict[str, str]:
     return {
         **rename_all(f"{stored}.token_mixer.reparam_conv", f"{ours}.mixer"),
         **block_names(stored, ours),
-        f"{stored}.layer_scale": f"{ours}.ffn_scale.weight",
+        f"{stored}.layer_scale": f"{ours}.ffn.scale",
     }
 
 
@@ -45,27 +45,27 @@ def attention_names(network: int, stage: int) -> dict[str, str]:
     stored, ours = f"network.{network}.{{}}", f"stages.{stage}.blocks.{{}}"
     return {
         **rename_all(f"network.{network - 1}.reparam_conv", f"stages.{stage}.position"),
-        **rename_all(f"{stored}.norm", f"{ours}.norm"),
-        f"{stored}.token_mixer.qkv.weight": f"{ours}.attn.qkv.weight",
-        **rename_all(f"{stored}.token_mixer.proj", f"{ours}.attn.o_proj"),
-        f"{stored}.layer_scale_1": f"{ours}.attn_scale.weight",
+        **rename_all(f"{stored}.norm", f"{ours}.mixer.norm"),
+        f"{stored}.token_mixer.qkv.weight": f"{ours}.mixer.qkv.weight",
+        **rename_all(f"{stored}.token_mixer.proj", f"{ours}.mixer.o_proj"),
+        f"{stored}.layer_scale_1": f"{ours}.mixer.scale",
         **block_names(stored, ours),
-        f"{stored}.layer_scale_2": f"{ours}.ffn_scale.weight",
+        f"{stored}.layer_scale_2": f"{ours}.ffn.scale",
     }
 
 
 def downsample_names(network: int, stage: int) -> dict[str, str]:
     """The convolutions in front of a stage."""
     return {
-        **rename_all(f"network.{network}.proj.0.lkb_reparam", f"stages.{stage}.down.conv"),
-        **rename_all(f"network.{network}.proj.1.reparam_conv", f"stages.{stage}.down.mix"),
+        **rename_all(f"network.{network}.proj.0.lkb_reparam", f"stages.{stage}.down.0"),
+        **rename_all(f"network.{network}.proj.1.reparam_conv", f"stages.{stage}.down.1"),
     }
 
 
 FASTVITHD = {
-    **rename_all("patch_embed.0.reparam_conv", "stem.conv1"),
-    **rename_all("patch_embed.1.reparam_conv", "stem.conv2"),
-    **rename_all("patch_embed.2.reparam_conv", "stem.conv3"),
+    **rename_all("patch_embed.0.reparam_conv", "stem.0"),
+    **rename_all("patch_embed.1.reparam_conv", "stem.1"),
+    **rename_all("patch_embed.2.reparam_conv", "stem.2"),
     **mixer_names(0, 0),
     **downsample_names(1, 1),
     **mixer_names(2, 1),
@@ -75,9 +75,9 @@ FASTVITHD = {
     **attention_names(7, 3),
     **downsample_names(8, 4),
     **attention_names(10, 4),
-    **rename_all("conv_exp.reparam_conv", "expand.conv"),
-    **rename_all("conv_exp.se.reduce", "expand.gate.reduce"),
-    **rename_all("conv_exp.se.expand", "expand.gate.expand"),
+    **rename_all("conv_exp.reparam_conv", "expand.0"),
+    **rename_all("conv_exp.se.reduce", "expand.1.reduce"),
+    **rename_all("conv_exp.se.expand", "expand.1.expand"),
 }
 TO_PUBLISHED = {ours: stored for stored, ours in FASTVITHD.items()}
 

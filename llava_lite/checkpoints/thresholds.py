@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from llava_lite.config import TowerConfig, VisionConfig
 from llava_lite.errors import CheckpointError
+from llava_lite.reduction import DToMe
 
 if TYPE_CHECKING:
     from llava_lite.checkpoints.source import Source

@@ -2,7 +2,6 @@
 
 import math
 import zlib
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -57,8 +56,3 @@ def pictures(batch: int, height: int, width: int) -> Tensor:
 def sample_indices(count: int, samples: int = 512) -> Tensor:
     """The flat indices that the goldens sample of a tensor with `count` elements."""
     return torch.tensor([(k * 2654435761) % count for k in range(samples)])
-
-
-def training_shapes(depths: Iterable[int], widths: Iterable[int]) -> dict[str, tuple[int, ...]]:
-    """Published name and shape of every tensor in training form, without the counters."""
-    raise NotImplementedError
