@@ -201,7 +201,9 @@ def parse_fastvithd(raw: dict[str, Any]) -> FastViTHDConfig:
     name, sizes = raw.get("mm_vision_tower"), raw.get("vision_config") or {}
     known = re.fullmatch(r"mobileclip_([a-z]+)_(\d+)", name) if isinstance(name, str) else None
     if known is None or not (known[1] == "l" or sizes):
-        raise ValueError(f"mm_vision_tower {name!r} is not supported (supported: mobileclip_l_SIZE)")
+        raise ValueError(
+            f"mm_vision_tower {name!r} is not supported (supported: mobileclip_l_SIZE)"
+        )
     refuse_values(sizes, FASTVITHD_VALUES)
     fields = rename_fields(sizes, {"depths": "layers", "widths": "embed_dims"})
     return FastViTHDConfig(image_size=int(known[2]), **fields)

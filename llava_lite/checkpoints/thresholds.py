@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from llava_lite.config import TowerConfig, VisionConfig
 from llava_lite.errors import CheckpointError
-from llava_lite.reduction import DToMe
 
 if TYPE_CHECKING:
     from llava_lite.checkpoints.source import Source
@@ -146,6 +145,8 @@ def check_length(path: Path, thresholds: tuple[float, ...], vision: TowerConfig)
     """Raise CheckpointError unless there is one threshold for each block of CLIP, or for each round
     behind FastViTHD."""
     if not isinstance(vision, VisionConfig):
+        from llava_lite.reduction import DToMe
+
         try:
             DToMe(thresholds).steps(vision)
         except ValueError as error:

@@ -86,7 +86,9 @@ class ByteLevelTokenizer(Tokenizer):
         try:
             return cls(vocab, merges, added)
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / VOCAB}: not a byte-level vocabulary: {error}") from error
+            raise CheckpointError(
+                f"{folder / VOCAB}: not a byte-level vocabulary: {error}"
+            ) from error
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json` that `from_file` and the `tokenizers` library both load."""
@@ -159,9 +161,7 @@ def read_merges(path: Path, vocab: Mapping[str, int]) -> list[Merge]:
         left, _, right = line.partition(" ")
         unknown = [text for text in (left, right, left + right) if text not in vocab]
         if unknown:
-            raise CheckpointError(
-                f"{path}: line {number}: {unknown[0]!r} is no entry of {VOCAB}"
-            )
+            raise CheckpointError(f"{path}: line {number}: {unknown[0]!r} is no entry of {VOCAB}")
         merges.append((left, right))
     return merges
 
@@ -183,7 +183,9 @@ def read_added(folder: Path) -> dict[str, Added]:
             added[token["content"]] = Added(int(token_id), bool(token.get("special")))
         return added
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: its lists of added tokens are damaged: {error}") from error
+        raise CheckpointError(
+            f"{folder}: its lists of added tokens are damaged: {error}"
+        ) from error
 
 
 def count_ids(vocab: Mapping[str, int], added: Mapping[str, Added]) -> int:
@@ -191,7 +193,9 @@ def count_ids(vocab: Mapping[str, int], added: Mapping[str, Added]) -> int:
     ids = sorted({*vocab.values(), *(token.token_id for token in added.values())})
     hole = next((number for number, token_id in enumerate(ids) if token_id != number), None)
     if hole is not None:
-        raise ValueError(f"no token has the id {hole}, but there are {len(ids)} ids up to {ids[-1]}")
+        raise ValueError(
+            f"no token has the id {hole}, but there are {len(ids)} ids up to {ids[-1]}"
+        )
     return len(ids)
 
 
