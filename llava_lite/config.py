@@ -154,6 +154,10 @@ class LlavaConfig:
     def __post_init__(self) -> None:
         check(self)
 
+    def at(self, image_size: int | None) -> "LlavaConfig":
+        """This model for images of another size (`FastViTHDConfig.at`)."""
+        return replace(self, vision=self.vision.at(image_size))
+
     def to_dict(self) -> dict[str, Any]:
         """Our config.json."""
         raw = {"format": "llava_lite", **asdict(self)}

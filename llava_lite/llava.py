@@ -83,6 +83,11 @@ class Llava(nn.Module):
         return self.decoder.norm.weight.dtype
 
     @property
+    def vision_dtype(self) -> torch.dtype:
+        """The dtype of the tower, which may be float32 in front of a decoder in 16 bit."""
+        return next(self.vision.parameters()).dtype
+
+    @property
     def cache_dtype(self) -> torch.dtype:
         """The dtype of keys and values (attention.py)."""
         return cast(DecoderLayer, self.decoder.layers[0]).attn.cache_dtype or self.dtype
@@ -93,8 +98,7 @@ class Llava(nn.Module):
         """Encode pixel_values (B, 3, S, S): for each image its embeds (U, C). Raises ValueError
         for a size S that the tower does not take."""
         vision = self.config.vision.at(pixel_values.shape[-1])
-        # A tower may be in float32 in front of a decoder in 16 bit.
-        pixel_values = pixel_values.to(self.device, next(self.vision.parameters()).dtype)
+        pixel_values = pixel_values.to(self.device, self.vision_dtype)
         merge = reduction.merge
         steps = None if merge is None else merge.steps(vision)
         encoded = []

@@ -8,7 +8,7 @@ model are checked by `Reduction.check`. `REDUCTIONS` are the named presets.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from numbers import Integral, Real
 
@@ -243,13 +243,18 @@ class Reduction:
     """All options together; None switches a part off.
 
     positions: where merged tokens stand in the decoder: "vtu", "folded", "logical" or "plain"
-        (layout.py)."""
+        (layout.py).
+    image_size: pixels of a side of the image, None for those of the model. Only FastViTHD takes
+        other sizes; a smaller image is FastVLM's own reduction."""
 
     merge: ToMe | DToMe | None = None
     positions: str = "vtu"
     fastv: FastV | None = None
+    image_size: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if self.image_size is not None:
+            object.__setattr__(self, "image_size", check_count("image_size", self.image_size))
         if not isinstance(self.merge, ToMe | DToMe | None):
             raise ValueError(f"merge {self.merge!r} must be a ToMe, a DToMe or None")
         if not isinstance(self.fastv, FastV | None):
@@ -262,7 +267,8 @@ class Reduction:
     def __str__(self) -> str:
         """The name of the preset with these parts, or else all parts."""
         names = {reduction: name for name, reduction in REDUCTIONS.items()}
-        return names.get(self) or repr(self)
+        text = names.get(replace(self, image_size=None)) or repr(self)
+        return text if self.image_size is None else f"{text} at {self.image_size} px"
 
     @staticmethod
     def of(wish: "Reduction | str | None") -> "Reduction":
@@ -278,6 +284,7 @@ class Reduction:
 
     def most_positions(self, vision: TowerConfig) -> int:
         """The most positions that one image takes in the decoder, whatever it shows."""
+        vision = vision.at(self.image_size)
         patches = vision.num_patches
         tokens = patches if self.merge is None else self.merge.most_tokens(vision)
         return PLACEMENTS[self.positions].num_positions(patches, tokens)
@@ -285,12 +292,12 @@ class Reduction:
     def check(self, config: LlavaConfig, thresholds: Sequence[float] | None = None) -> "Reduction":
         """Check the values against a model, and fill in its own `thresholds` for a bare `DToMe()`.
         Raises ValueError that names the allowed range."""
-        checked = self
+        checked, vision = self, config.vision.at(self.image_size)
         if self.merge is not None:
             if self.merge == DToMe() and thresholds is not None:
                 checked = replace(self, merge=DToMe(tuple(thresholds)))
             assert checked.merge is not None
-            checked.merge.steps(config.vision)  # raises
+            checked.merge.steps(vision)  # raises
         last = config.text.num_layers - 1
         for layer in () if self.fastv is None else self.fastv.amounts:
             if layer > last:

@@ -26,12 +26,19 @@ from torch import Tensor, nn
 
 from llava_lite.bench.machine import Case, Prepared
 from llava_lite.cache import KVCache, attend
-from llava_lite.config import IMAGE_TOKEN_ID, LlavaConfig, TextConfig
+from llava_lite.config import IMAGE_TOKEN_ID, FastViTHDConfig, LlavaConfig, TextConfig, VisionConfig
 from llava_lite.errors import CheckpointError
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import sample
 from llava_lite.generation.state import NO_TOKENS, Request, State
-from llava_lite.generation.trace import Trace, decoder_flops, kv_bytes, tower_flops, trace_prompt
+from llava_lite.generation.trace import (
+    Trace,
+    decoder_flops,
+    fastvithd_flops,
+    kv_bytes,
+    tower_flops,
+    trace_prompt,
+)
 from llava_lite.llava import Llava
 from llava_lite.reduction import REDUCTIONS, Reduction
 
@@ -83,6 +90,8 @@ class Work:
     def tower(self, tokens_per_block: Sequence[int]) -> Costs:
         """The tower, with so many tokens after each of its blocks."""
         vision = self.config.vision
+        if isinstance(vision, FastViTHDConfig):  # tokens merge after this tower
+            return {"flops": 2 * fastvithd_flops(vision, vision.grid), "bytes": self.tower_bytes}
         patches = vision.num_patches * 3 * vision.patch_size**2 * vision.hidden_size
         share = len(tokens_per_block) / vision.num_blocks  # transformers runs one more
         flops = 2 * (patches + tower_flops(vision, tokens_per_block))
@@ -212,7 +221,7 @@ def prompt_cases(one: Contender, setting: str, walked: Walk) -> list[Case]:
         cases.append(case("first token, cold", run=Prepared(first_call)))
     if one.name == OURS and reduction.fastv is None and reduction.positions == "vtu":
         steps = reduction.merge.steps(work.config.vision) if reduction.merge else None
-        run = partial(model.llava.vision, pixels, steps)
+        run = partial(model.llava.vision, pixels.to(model.llava.vision_dtype), steps)
         cases.append(case("tower", run=run, **work.tower(image.tokens_per_block)))
     return cases
 
@@ -304,6 +313,7 @@ def begin_decoding(
 def peer_cases(one: Contender) -> tuple[list[Case], Tensor]:
     """The cases of transformers, without a reduction, and its logits (1, V)."""
     peer, work, text, vision = one.model, one.work, one.work.config.text, one.work.config.vision
+    assert isinstance(vision, VisionConfig)  # the only tower of transformers' LLaVA
     ids = peer.expand(prompt_ids(work.config))
     pixels = random_pixels(work, peer.device)
     logits, cache = peer.first_token(ids, pixels)

@@ -99,7 +99,8 @@ def threshold_document(opened: Source) -> dict[str, dict[str, Any]]:
     thresholds = own.read()
     if own.file is None or thresholds is None:
         return {}
-    thresholds = thresholds[: opened.config.vision.num_blocks]
+    if isinstance(opened.config.vision, VisionConfig):
+        thresholds = thresholds[: opened.config.vision.num_blocks]
     content = read_json_value(own.file)
     return {FILE_NAME: {**(content if isinstance(content, dict) else {}), "thresholds": thresholds}}
 
@@ -158,6 +159,7 @@ def quantized_output(opened: Source, dtype: torch.dtype, method: str) -> Output:
 def hf_output(opened: Source, dtype: torch.dtype) -> Output:
     """Plan a folder in llava-hf's format, with the old names, which all its versions read."""
     config, notes = opened.config, []
+    vision = clip_tower(config, "llava-hf")
     if config.projector_depth != 2:
         raise CheckpointError(f"{opened.path}: llava-hf has 2 projector layers, not the source's")
     whole = has_whole_tower(opened)
@@ -165,11 +167,11 @@ def hf_output(opened: Source, dtype: torch.dtype) -> Output:
     shapes = {name: opened.shape(ours[name]) for name in ours}
     made: dict[str, Tensor] = {}
     if not whole:
-        width = config.vision.hidden_size
+        width = vision.hidden_size
         made["vision_tower.vision_model.post_layernorm.weight"] = torch.ones(width)
         made["vision_tower.vision_model.post_layernorm.bias"] = torch.zeros(width)
         notes.append(
-            f"the source has only the {config.vision.num_blocks} vision blocks that LLaVA runs: "
+            f"the source has only the {vision.num_blocks} vision blocks that LLaVA runs: "
             "the result declares so many (vision_feature_layer -1), with an identity "
             "post_layernorm that LLaVA does not use; answers are the same"
         )
@@ -196,9 +198,16 @@ def hf_output(opened: Source, dtype: torch.dtype) -> Output:
     return Output(specs, read, documents, notes, left_out)
 
 
+def clip_tower(config: LlavaConfig, layout: str) -> VisionConfig:
+    """The CLIP tower of a model. Raises CheckpointError for any other tower."""
+    if not isinstance(config.vision, VisionConfig):
+        raise CheckpointError(f"{config.name}: {layout} cannot store a FastViTHD tower")
+    return config.vision
+
+
 def has_whole_tower(opened: Source) -> bool:
     """Whether the source has all blocks of its tower and the final norm, in matching shapes."""
-    vision = opened.config.vision
+    vision = clip_tower(opened.config, "llava-hf")
     block = [name for name in opened.entries if name.startswith("vision.blocks.0.")]
     expected = {
         name.replace(".0.", f".{number}.", 1): opened.entries[name].shape
@@ -229,7 +238,8 @@ def hf_documents(
     config: LlavaConfig, whole_tower: bool, rows: int, dtype: torch.dtype
 ) -> dict[str, dict[str, Any]]:
     """The JSON files of a llava-hf folder, except the tokenizer's."""
-    vision, text, image_id = config.vision, config.text, config.text.sampled_vocab_size
+    vision, text = clip_tower(config, "llava-hf"), config.text
+    image_id = text.sampled_vocab_size
     precision = {"torch_dtype": str(dtype).removeprefix("torch.")}
     ids = {"bos_token_id": text.bos_id, "eos_token_id": text.eos_id, "pad_token_id": image_id + 1}
     model_config: dict[str, Any] = {

@@ -160,6 +160,7 @@ def open_gguf(path: Path, vision_tower: object = None) -> GgufSource:
     text, tower = find_files(path, vision_tower)
     with facts_of(text, tower):
         config = read_config(text, tower)
+    assert isinstance(config.vision, VisionConfig)
     entries = list_entries(text) | swap_mlp(list_entries(tower), config.vision)
     unused = check_entries(entries, config, path)
     return GgufSource(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llava_lite.checkpoints.checkpoint import load_tokenizer
-from llava_lite.checkpoints.export import Output, threshold_document
+from llava_lite.checkpoints.export import Output, clip_tower, threshold_document
 from llava_lite.checkpoints.gguf_format import (
     FEATURE_LAYER,
     KINDS,
@@ -72,6 +72,7 @@ def gguf_output(opened: Source, dtype: torch.dtype, method: str | None) -> GgufO
     in 8 bits. Raises CheckpointError for a model that llama.cpp cannot represent."""
     import_gguf()
     config = opened.config
+    clip_tower(config, "GGUF")  # raises
     if config.projector_depth != 2:
         raise CheckpointError(f"{opened.path}: GGUF has 2 projector layers, not the source's")
     pieces, merges = read_vocabulary(opened)
@@ -208,7 +209,7 @@ def read_vocabulary(opened: Source) -> tuple[list[Piece], list[str] | None]:
 
 def vision_facts(config: LlavaConfig, kind: str) -> dict[str, Any]:
     """The facts of the tower and the projector. Only the blocks that run are in the file."""
-    vision = config.vision
+    vision = clip_tower(config, "GGUF")
     sizes = {key: getattr(vision, name) for key, name in VISION_KEYS.items()}
     return {
         "general.type": "mmproj",

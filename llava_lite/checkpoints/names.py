@@ -10,7 +10,7 @@ import re
 
 from llava_lite.checkpoints.names_fastvithd import IGNORED as IGNORED_FASTVITHD
 from llava_lite.checkpoints.names_fastvithd import fastvithd_name
-from llava_lite.config import TowerConfig, VisionConfig
+from llava_lite.config import FastViTHDConfig, TowerConfig
 from llava_lite.errors import CheckpointError
 
 SHARD_SIZE = 2_000_000_000  # default bytes of tensors in one weight file
@@ -199,8 +199,8 @@ def hf_name(ours: str) -> str:
 
 
 def is_unused(ours: str, vision: TowerConfig) -> bool:
-    """Whether LLaVA never runs this part of the tower: a later block of CLIP, or its final norm."""
-    if not isinstance(vision, VisionConfig):
+    """Whether LLaVA never runs this part of the tower: a later block, or the final norm."""
+    if isinstance(vision, FastViTHDConfig):
         return False
     if ours.startswith("vision.post_norm."):
         return True

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_lite.config import TowerConfig, VisionConfig
+from llava_lite.config import FastViTHDConfig, TowerConfig, VisionConfig
 from llava_lite.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -123,9 +123,9 @@ class OwnThresholds:
 
 def known_list(vision: TowerConfig) -> tuple[float, ...] | None:
     """DyMU's published list, if the tower has the sizes of OpenAI's CLIP-L/336."""
-    if not isinstance(vision, VisionConfig):
-        return None
     openai = VisionConfig()
+    if isinstance(vision, FastViTHDConfig):
+        return None
     depth = {"num_layers": openai.num_layers, "feature_layer": openai.feature_layer}
     if replace(vision, **depth) == openai and vision.num_layers <= openai.num_layers:
         return OPENAI_CLIP_L_336[: vision.num_layers]
@@ -134,7 +134,9 @@ def known_list(vision: TowerConfig) -> tuple[float, ...] | None:
 
 def find_thresholds_file(source: "Source") -> Path | None:
     """The thresholds.json in the checkpoint's folder, else in the folder of its tower's weights."""
-    tower = next(e.file for name, e in source.entries.items() if name.startswith("vision."))
+    is_fastvithd = isinstance(source.config.vision, FastViTHDConfig)
+    first = "vision.stem.0.weight" if is_fastvithd else "vision.class_embed"
+    tower = source.entries[first].file
     # An open_clip model object lies in no folder.
     folders = [source.path] if tower in source.in_memory else [source.path, tower.parent]
     files = (folder / FILE_NAME for folder in folders)
@@ -142,15 +144,16 @@ def find_thresholds_file(source: "Source") -> Path | None:
 
 
 def check_length(path: Path, thresholds: tuple[float, ...], vision: TowerConfig) -> None:
-    """Raise CheckpointError unless there is one threshold for each block of CLIP, or for each round
-    behind FastViTHD."""
-    if not isinstance(vision, VisionConfig):
-        from llava_lite.reduction import DToMe
+    """Raise CheckpointError unless there is one threshold for each block of CLIP, or for each of
+    some rounds behind FastViTHD."""
+    from llava_lite.reduction import MAX_ROUNDS
 
-        try:
-            DToMe(thresholds).steps(vision)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from None
+    if isinstance(vision, FastViTHDConfig):
+        if len(thresholds) > MAX_ROUNDS:
+            raise CheckpointError(
+                f"{path}: holds {len(thresholds)} thresholds, but FastViTHD merges after the "
+                f"tower: name 1 to {MAX_ROUNDS}"
+            )
         return
     if len(thresholds) not in (vision.num_blocks, vision.num_layers):
         raise CheckpointError(

@@ -14,7 +14,7 @@ from llava_lite.checkpoints.info import (
     format_bytes,
     format_count,
 )
-from llava_lite.config import LLAVA_1_5_7B, PRESETS
+from llava_lite.config import LLAVA_1_5_7B, PRESETS, FastViTHDConfig, TowerConfig
 from llava_lite.tables import table_lines
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ def architecture_lines(info: Info) -> list[str]:
         "layout": info.layout and f"{info.layout}, {', '.join(info.dtypes)}",
         "revision": info.revision,
         "vision": f"{vision.image_size} px in patches of {vision.patch_size}: {vision.grid} x "
-        f"{vision.grid} = {vision.num_patches} image tokens; {vision.num_blocks} of "
-        f"{vision.num_layers} blocks run, {vision.hidden_size} wide, {vision.num_heads} heads",
+        f"{vision.grid} = {vision.num_patches} image tokens; {format_blocks(vision)}",
         "projector": f"{config.projector_depth} linear layers, "
         f"{vision.hidden_size} -> {text.hidden_size}",
         "decoder": f"{text.num_layers} layers, {text.hidden_size} wide, {text.num_heads} heads of "
@@ -96,6 +95,17 @@ def architecture_lines(info: Info) -> list[str]:
         "thresholds": info.source and format_thresholds(info),
     }
     return [config.name, *(f"  {name:<11}{fact}" for name, fact in facts.items() if fact)]
+
+
+def format_blocks(vision: TowerConfig) -> str:
+    """The blocks of a tower and their widths."""
+    if isinstance(vision, FastViTHDConfig):
+        depths, widths = (" + ".join(map(str, part)) for part in (vision.depths, vision.widths))
+        return f"{depths} blocks, {widths.replace(' +', ',')} wide"
+    return (
+        f"{vision.num_blocks} of {vision.num_layers} blocks run, {vision.hidden_size} wide, "
+        f"{vision.num_heads} heads"
+    )
 
 
 def format_thresholds(info: Info) -> str:

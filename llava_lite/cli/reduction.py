@@ -21,6 +21,8 @@ def add_reduction_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("token reduction", summary).add_argument
     text = "preset, such as folded-144-36 (info --presets: all)"
     add("--reduction", metavar="NAME", help=text)
+    text = "FastVLM only: smaller images, which have fewer tokens; a multiple of 64 in 256..2048"
+    add("--image-size", type=int, metavar="PIXELS", help=text)
     text = f"merge image tokens in the vision tower: {MERGE_FORMS}"
     add("--merge", metavar="HOW", help=text)
     text = "for --merge dtome: JSON, or a checkpoint of DyMU (default: the model's own)"
@@ -57,7 +59,7 @@ def build_reduction(args: argparse.Namespace) -> "Reduction | None":
         amount, flag = os.environ.get("FASTV_K") or None, "FASTV_K"
     else:
         amount, flag = args.fastv_k, "--fastv-k"
-    parts = (args.reduction, args.merge, args.thresholds, args.positions)
+    parts = (args.reduction, args.merge, args.thresholds, args.positions, args.image_size)
     fastv_flags = (amount, args.fastv_stages, args.fastv_layer, args.fastv_rest)
     if all(given is None for given in parts + fastv_flags):
         return None
@@ -68,6 +70,7 @@ def build_reduction(args: argparse.Namespace) -> "Reduction | None":
         merge=parse_merge(args.merge, args.thresholds, preset.merge),
         positions=args.positions or preset.positions,
         fastv=parse_fastv(*fastv_flags, preset.fastv, flag),
+        image_size=args.image_size,
     )
 
 

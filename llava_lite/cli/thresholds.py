@@ -90,8 +90,8 @@ def run(args: argparse.Namespace, model: "Model") -> int:
     settings = run_settings(args, model, names)
     if args.force:
         progress.unlink(missing_ok=True)
-    num_blocks = model.config.vision.num_blocks
-    found = read_progress(progress, settings, num_blocks) if args.resume else None
+    num_steps = len(merge_option(args).steps(model.config.vision))
+    found = read_progress(progress, settings, num_steps) if args.resume else None
     found = find_and_save(args, model, [folder / name for name in names], found, settings)
     if not found.images:
         raise ImageError(f"{args.images}: none of {found.skipped} images can be read")
@@ -114,7 +114,7 @@ def find_and_save(
 ) -> Finding:
     """Run all batches after `found`, and save the result after each."""
     file = progress_file(Path(args.output))
-    found = found or Finding((0.0,) * model.config.vision.num_blocks)
+    found = found or Finding((0.0,) * len(merge_option(args).steps(model.config.vision)))
     with Progress("image", args.quiet) as progress:
         progress.start(len(images), found.images + found.skipped)
 
@@ -230,7 +230,7 @@ def save_progress(path: Path, settings: dict[str, Any], found: Finding) -> None:
     replace_json(path, {"settings": settings, **sums})
 
 
-def read_progress(path: Path, settings: dict[str, Any], num_blocks: int) -> Finding | None:
+def read_progress(path: Path, settings: dict[str, Any], num_steps: int) -> Finding | None:
     """The sums of an interrupted run; None without one.
 
     Raises BatchError if that run had other settings, or if the file is damaged."""
@@ -252,6 +252,6 @@ def read_progress(path: Path, settings: dict[str, Any], num_blocks: int) -> Find
                 f"{path}: that run had another {name!r} ({before.get(name)!r}, now "
                 f"{settings.get(name)!r}); --force forgets it"
             )
-    if len(found.sums) != num_blocks or min(found.images, found.skipped) < 0:
+    if len(found.sums) != num_steps or min(found.images, found.skipped) < 0:
         raise BatchError(f"{path}: is damaged; --force forgets it")
     return found

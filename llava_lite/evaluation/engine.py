@@ -127,23 +127,23 @@ def select_shard(samples: Sequence[Sample], shard: tuple[int, int]) -> list[Samp
 # ---- images --------------------------------------------------------------------------------------
 
 
-def prepare(model: Model, group: Group) -> Prepared:
+def prepare(model: Model, image_size: int | None, group: Group) -> Prepared:
     """Open the images of a group as squares. Uses no torch: torch in another thread would start a
     second set of CPU threads."""
     start = perf_counter()
     try:
-        images = tuple(square(model, image) for image in group.images)
+        images = tuple(square(model, image, image_size) for image in group.images)
     except ROW_ERRORS as error:
         return Prepared(group, error=strip_traceback(error), seconds=perf_counter() - start)
     return Prepared(group, images, seconds=perf_counter() - start)
 
 
-def square(model: Model, image: AnyImage) -> AnyImage:
+def square(model: Model, image: AnyImage, image_size: int | None) -> AnyImage:
     """The square image that the model's preprocessing starts from. A function is called first."""
     image = image() if callable(image) else image
     if isinstance(image, EncodedImage):
         return image
-    return load_square(image, model.config, model.exif)
+    return load_square(image, model.config.at(image_size), model.exif)
 
 
 def prepare_ahead(
@@ -200,7 +200,10 @@ class Engine:
                 yield Outcome(sample, error=sample.error)
         ahead = LOOK_AHEAD * self.batch_size
         opened = prepare_ahead(
-            longest_first(askable), partial(prepare, self.model), self.workers, ahead
+            longest_first(askable),
+            partial(prepare, self.model, self.reduction.image_size),
+            self.workers,
+            ahead,
         )
         try:
             yield from self.run(Feed(self, opened))

@@ -40,7 +40,7 @@ from llava_lite.fast.ranks import Ranks
 from llava_lite.generation.answer import Score
 from llava_lite.generation.chat import Chat
 from llava_lite.generation.model import Model
-from llava_lite.generation.sampling import GenerationOptions, Options
+from llava_lite.generation.sampling import GenerationOptions, Options, with_size
 from llava_lite.generation.state import Request, Row
 from llava_lite.layout import Layout
 from llava_lite.llama import LlamaDecoder
@@ -165,10 +165,12 @@ class ParallelModel(Model):
         with self.ranks.together():
             return ParallelChat(self, image, GenerationOptions(**options))
 
-    def encode(self, image: Any, reduction: Reduction | str | None = None) -> EncodedImage:
+    def encode(
+        self, image: Any, reduction: Reduction | str | None = None, image_size: int | None = None
+    ) -> EncodedImage:
         with self.ranks.together():
-            self.reduction_for([image], reduction)
-        return super().encode(image, reduction)
+            self.reduction_for([image], with_size(reduction, image_size))
+        return super().encode(image, reduction, image_size)
 
     def prefill(
         self,
@@ -212,9 +214,9 @@ class ParallelModel(Model):
         self.ranks.require_same("the images or their reductions", (kinds, batch_size))
         return super().encode_images(wanted, batch_size)
 
-    def prepare(self, image: Any) -> Tensor:
+    def prepare(self, image: Any, reduction: Reduction = NO_REDUCTION) -> Tensor:
         """Read the image on the first rank."""
-        return self.ranks.from_first(lambda: super(ParallelModel, self).prepare(image))
+        return self.ranks.from_first(lambda: super(ParallelModel, self).prepare(image, reduction))
 
     def next_tokens(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
         """Sample the tokens on the first rank."""

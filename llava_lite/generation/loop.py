@@ -155,6 +155,11 @@ class Loop:
                     f"an image was encoded with merge={reduction.merge}, but the call asks for "
                     f"merge={checked.merge}"
                 )
+            if checked.image_size not in (None, reduction.image_size):
+                raise ValueError(
+                    f"an image was encoded with image_size={reduction.image_size}, but the call "
+                    f"asks for image_size={checked.image_size}"
+                )
         return checked
 
     def check_reduction(self, wish: Reduction) -> Reduction:
@@ -319,7 +324,7 @@ class Loop:
             if isinstance(image, EncodedImage):
                 encoded[slot] = self.check_image(image)
             else:
-                pixel_values[slot] = self.prepare(image)
+                pixel_values[slot] = self.prepare(image, reduction)
                 slots.setdefault(reduction, []).append(slot)
         prepared = perf_counter()
         for reduction, alike in slots.items():
@@ -330,9 +335,9 @@ class Loop:
         seconds = {"preprocess": prepared - start, "vision": perf_counter() - prepared}
         return [encoded[slot] for slot in range(len(wanted))], seconds
 
-    def prepare(self, image: Any) -> Tensor:
+    def prepare(self, image: Any, reduction: Reduction = NO_REDUCTION) -> Tensor:
         """The pixel values (1, 3, S, S) of an image. Raises ImageError."""
-        return load_pixels(image, self.config, self.exif)
+        return load_pixels(image, self.config.at(reduction.image_size), self.exif)
 
     def check_image(self, image: EncodedImage) -> EncodedImage:
         """The image, if its width is that of this model. Raises ImageError."""

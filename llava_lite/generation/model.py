@@ -16,7 +16,13 @@ from llava_lite.errors import PromptError
 from llava_lite.generation.answer import Answer, Score, score_tokens
 from llava_lite.generation.chat import Chat
 from llava_lite.generation.loop import DEFAULT_BATCH_SIZE, Loop, check_batch_size
-from llava_lite.generation.sampling import GenerationOptions, Options, PromptOptions, check_names
+from llava_lite.generation.sampling import (
+    GenerationOptions,
+    Options,
+    PromptOptions,
+    check_names,
+    with_size,
+)
 from llava_lite.generation.state import Request, State, as_list
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import Reduction
@@ -77,6 +83,8 @@ class Model(Loop):
             system: replaces the system text of the template.
             template: replaces the model's prompt template.
             reduction: how to use fewer image tokens, a `Reduction` or the name of a preset.
+            image_size: for FastVLM, the side of the image in pixels, a multiple of 64 in 256..2048.
+                None (default) takes the model's size. Smaller images have fewer tokens.
             trace: True adds `Answer.trace`, the path of the image tokens and their cost (trace.py).
 
         Raises ImageError. Raises before any computation: PromptError, ContextError, ValueError, and
@@ -136,13 +144,15 @@ class Model(Loop):
         check_names("Model.chat", options, Options)
         return Chat(self, image, GenerationOptions(**options))
 
-    def encode(self, image: Any, reduction: Reduction | str | None = None) -> EncodedImage:
+    def encode(
+        self, image: Any, reduction: Reduction | str | None = None, image_size: int | None = None
+    ) -> EncodedImage:
         """Run the vision tower on one image now, to ask about the image many times later.
 
         Tokens merge here. Later calls that name no reduction use its positions and its FastV. For
-        an image that is encoded already, only these two can change. Raises ImageError and
-        ValueError."""
-        checked = self.reduction_for([image], reduction)
+        an image that is encoded already, only these two can change. image_size: as in `generate`.
+        Raises ImageError and ValueError."""
+        checked = self.reduction_for([image], with_size(reduction, image_size))
         [encoded], _ = self.encode_images([(image, checked)], DEFAULT_BATCH_SIZE)
         return replace(encoded, reduction=checked)
 
@@ -200,9 +210,9 @@ class Model(Loop):
         """How likely is `continuation` as the beginning of the answer? Lists are batches, as in
         `generate`.
 
-        Options: system, template, reduction and batch_size, as in `generate`. A space in front of
-        the continuation is implied, the end token is not scored. Raises as `generate`, and
-        ValueError for an empty continuation."""
+        Options: system, template, reduction, image_size and batch_size, as in `generate`. A space
+        in front of the continuation is implied, the end token is not scored. Raises as `generate`,
+        and ValueError for an empty continuation."""
         requests, targets, size = self.read_scores(image, prompt, continuation, options, batch_size)
         scores = self.score_requests(requests, targets, size)
         return scores[0] if isinstance(prompt, str) else scores

@@ -5,7 +5,7 @@ Shapes: B items, V vocabulary.
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import torch
@@ -22,6 +22,7 @@ class PromptOptions(TypedDict, total=False):
     system: str | None
     template: str | None
     reduction: Reduction | str | None
+    image_size: int | None
 
 
 class Options(PromptOptions, total=False):
@@ -57,10 +58,12 @@ class GenerationOptions:
     template: str | None = None
     reduction: Reduction | str | None = None
     trace: bool = False
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.reduction is not None:
-            object.__setattr__(self, "reduction", Reduction.of(self.reduction))
+        reduction = with_size(self.reduction, self.image_size)
+        object.__setattr__(self, "reduction", reduction)
+        object.__setattr__(self, "image_size", reduction and reduction.image_size)
         for name in ("max_new_tokens", "top_k", "seed"):
             value = getattr(self, name)
             if value is not None:
@@ -98,6 +101,13 @@ class GenerationOptions:
         else:
             generator.manual_seed(self.seed)
         return generator
+
+
+def with_size(wish: Reduction | str | None, image_size: int | None) -> Reduction | None:
+    """The reduction with this image size. None without a wish and a size. Raises ValueError."""
+    if image_size is not None:
+        return replace(Reduction.of(wish), image_size=image_size)
+    return None if wish is None else Reduction.of(wish)
 
 
 def check_integer(name: str, value: Any) -> int:

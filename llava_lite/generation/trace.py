@@ -43,13 +43,15 @@ same prompt or turn without any merging and pruning.
 its config.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from llava_lite.cache import KVCache
-from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
+from llava_lite.config import FastViTHDConfig, LlavaConfig, TextConfig, TowerConfig, VisionConfig
 from llava_lite.fastv import Pruning
+from llava_lite.fastvithd import ATTENTION_STAGES, GATE_RATIO
 from llava_lite.layout import place_image
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import DToMe, Reduction
@@ -187,7 +189,7 @@ def trace_prompt(
     whole = [num_text + sum(image.num_patches for image in images)] * num_layers
     past = [unreduced_past] * num_layers
     return Trace(
-        trace_images(config.vision.grid, images, reduction.positions, prunings),
+        trace_images(images, reduction.positions, prunings),
         tuple(pruning.layer for pruning in prunings),
         tuple(rows),
         tuple(positions),
@@ -206,7 +208,7 @@ def trace_prompt(
 
 
 def trace_images(
-    grid: int, images: Sequence[EncodedImage], positions: str, prunings: Sequence[Pruning]
+    images: Sequence[EncodedImage], positions: str, prunings: Sequence[Pruning]
 ) -> tuple[ImageTrace, ...]:
     """Split the pruning of all image tokens, one sequence, into images."""
     all_scores = tuple(prunings[0].scores.tolist()) if prunings else None
@@ -222,7 +224,7 @@ def trace_images(
         folded = tuple(None if at is None else at - start for at in all_folded[start:stop])
         traced.append(
             ImageTrace(
-                grid,
+                math.isqrt(image.num_patches),
                 groups,
                 tuple(sizes),
                 image.tokens_per_block,
@@ -262,8 +264,11 @@ def decoder_groups(image: EncodedImage, positions: str) -> tuple[int, ...]:
     return tuple(rows.tolist())
 
 
-def trace_tower(vision: VisionConfig, images: Sequence[EncodedImage]) -> Flops:
+def trace_tower(vision: TowerConfig, images: Sequence[EncodedImage]) -> Flops:
     """The work of the tower on all images. An image without `tokens_per_block` counts in full."""
+    if isinstance(vision, FastViTHDConfig):  # tokens merge after this tower
+        total = sum(fastvithd_flops(vision, math.isqrt(image.num_patches)) for image in images)
+        return Flops(total, total)
     unmerged = [vision.num_patches] * vision.num_blocks
     return Flops(
         sum(tower_flops(vision, image.tokens_per_block or unmerged) for image in images),
@@ -349,6 +354,26 @@ def tower_flops(vision: VisionConfig, tokens_per_block: Sequence[int]) -> int:
         4 * (t + 1) * d * d + 2 * (t + 1) ** 2 * d + 2 * (u + 1) * d * f
         for t, u in zip(entering, tokens_per_block, strict=True)
     )
+
+
+def fastvithd_flops(vision: FastViTHDConfig, grid: int) -> int:
+    """Multiply-adds of the convolutions and the attention of FastViTHD, for `grid` x `grid` tokens.
+
+    A convolution of k x k from c channels per group to d costs k^2 c d for each place of its
+    output. Blocks of width d on p places have a convolution of 3 x 3, or attention with 4 p d^2 +
+    2 p^2 d, then one of 7 x 7 and two matrices of 4 d^2."""
+    first, side = vision.widths[0], 16 * grid  # places along one side after the stem
+    total = (2 * side) ** 2 * 27 * first + side**2 * (9 * first + first**2)
+    for index, (depth, d) in enumerate(zip(vision.depths, vision.widths, strict=True)):
+        p = (side >> index) ** 2
+        total += p * (49 * d + d * d) if index else 0  # halves the side
+        mixer = 9 * p * d
+        if index in ATTENTION_STAGES:
+            total += 49 * p * d  # positions
+            mixer = 4 * p * d * d + 2 * p * p * d
+        total += depth * (mixer + p * (49 * d + 8 * d * d))
+    gate = 2 * (2 * d) ** 2 // GATE_RATIO
+    return total + grid**2 * 18 * d + gate
 
 
 def kv_bytes(text: TextConfig, positions: Sequence[int], bytes_per_number: int = 2) -> int:

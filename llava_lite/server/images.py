@@ -14,7 +14,7 @@ from llava_lite.config import LlavaConfig
 from llava_lite.errors import ImageError
 from llava_lite.inputs.fetch import SCHEME, Limits, describe, fetch
 from llava_lite.inputs.images import load_image
-from llava_lite.inputs.pixels import to_square
+from llava_lite.inputs.pixels import colors_of, to_square
 from llava_lite.server.settings import Settings
 
 LOG = logging.getLogger("llava_lite.server")
@@ -79,8 +79,8 @@ def square_picture(
             f"the image is {width}x{height}, a side may have {settings.max_side} pixels"
         )
     # Padding turns a strip of few pixels into a square of many.
-    side = math.isqrt(settings.max_pixels)
-    return to_square(image, config.vision.image_size, config.pad, side)
+    side, color = math.isqrt(settings.max_pixels), colors_of(config).background
+    return to_square(image, config.vision.image_size, config.pad, side, color)
 
 
 def read_file(source: str, settings: Settings) -> bytes:

@@ -46,7 +46,7 @@ class Preparer:
         ImageError, PromptError, ContextError."""
         request, conversation, options = await in_pool(self.work, lambda: self.read(body))
         images = [
-            await self.image(number, source)
+            await self.image(number, source, options.image_size)
             for number, source in enumerate(conversation.images, start=1)
         ]
         prompt = await in_pool(self.work, lambda: self.prompt(conversation, images, options))
@@ -93,20 +93,20 @@ class Preparer:
             raise ApiError(400, one_line(error)) from None
         return options
 
-    async def image(self, number: int, source: str) -> Image.Image:
+    async def image(self, number: int, source: str, size: int | None = None) -> Image.Image:
         """The picture of a source. Raises ImageError with the number of the image."""
         try:
             if not is_remote(source):
-                return await self.open(source)
+                return await self.open(source, size)
             async with self.fetched:
                 found = await in_pool(self.fetching, lambda: fetch_image(source, self.settings))
-                return await self.open(found)
+                return await self.open(found, size)
         except ImageError as error:
             raise ImageError(f"image {number}: {error}") from error
 
-    async def open(self, found: str | bytes) -> Image.Image:
-        """Open a data URL, a file or bytes in the working pool."""
-        config, exif = self.model.config, self.model.exif
+    async def open(self, found: str | bytes, size: int | None) -> Image.Image:
+        """Open a data URL, a file or bytes in the working pool. `size`: its side as a square."""
+        config, exif = self.model.config.at(size), self.model.exif
         return await in_pool(self.work, lambda: open_image(found, self.settings, config, exif))
 
     def prompt(

@@ -3,6 +3,8 @@
 A threshold is a cosine, one per block of the vision tower: more similar tokens merge. So a plain
 image keeps fewer tokens than a busy one. Files of thresholds are in checkpoints/thresholds.py.
 
+Behind FastViTHD, every round of merging has a threshold in place of every block.
+
 In every block, tokens of a whole batch compete for the merges: the most similar pairs merge, as
 many as `merge` wants on average. The cosine of the best pair that did not merge is the threshold of
 the batch. The result is the mean over all batches, weighted by their numbers of images.
@@ -22,6 +24,7 @@ from llava_lite.errors import ImageError, one_line
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from llava_lite.fastvithd import FastViTHD
     from llava_lite.generation.model import Model
     from llava_lite.reduction import ToMe
     from llava_lite.tome import Merged
@@ -88,6 +91,8 @@ def find_by_batches(
         raise ValueError(f"batch_size {batch_size} must be at least 1")
     steps = (merge or ToMe(keep=DEFAULT_KEEP)).steps(model.config.vision)
     counts = [step.r or 0 for step in steps]
+    if not counts:
+        raise ValueError("nothing merges, so there are no thresholds to find: keep fewer tokens")
     found = found or Finding((0.0,) * len(counts))
     for start in range(found.images + found.skipped, len(images), batch_size):
         batch = images[start : start + batch_size]
@@ -111,24 +116,34 @@ def open_image(
         else:
             on_error(error)
         return None
-    return pixel_values.to(model.llava.device, model.llava.dtype)
+    return pixel_values.to(model.llava.device, model.llava.vision_dtype)
 
 
 def batch_thresholds(
-    tower: "VisionTower", pixel_values: Sequence["Tensor"], counts: Sequence[int]
+    tower: "VisionTower | FastViTHD", pixel_values: Sequence["Tensor"], counts: Sequence[int]
 ) -> list[float]:
-    """The thresholds of one batch of images (1, 3, S, S), one per block. counts: how many tokens
-    each block merges per image, on average over the batch.
+    """The thresholds of one batch of images (1, 3, S, S), one per block or per round. counts: how
+    many tokens each merges per image, on average over the batch.
 
     Images keep different numbers of tokens, so each passes a block alone. This also makes the
     scores exactly equal to those at inference with thresholds."""
     import torch
 
+    from llava_lite.fastvithd import FastViTHD
+
     if not pixel_values:
         return []
     thresholds = []
+    tokens: Tokens
     with torch.inference_mode():
-        tokens: Tokens = [(tower.pre_norm(tower.embed(image)), None) for image in pixel_values]
+        if isinstance(tower, FastViTHD):
+            tokens = [(tower(image).image_features, None) for image in pixel_values]
+            for count in counts:
+                alike = [(x, x, merged) for x, merged in tokens]
+                threshold, tokens = merge_alike(alike, count, class_token=False)
+                thresholds.append(threshold)
+            return thresholds
+        tokens = [(tower.pre_norm(tower.embed(image)), None) for image in pixel_values]
         for block, count in zip(tower.blocks, counts, strict=True):
             threshold, tokens = merge_batch(cast("VisionBlock", block), tokens, count)
             thresholds.append(threshold)
@@ -137,22 +152,30 @@ def batch_thresholds(
 
 def merge_batch(block: "VisionBlock", tokens: Tokens, count: int) -> tuple[float, Tokens]:
     """Run one block on the tokens (1, T, C) of each image. Returns its threshold and the tokens."""
-    from llava_lite.tome import MergeStep, match_tokens, merge_tokens
-
     attended = []
     for x, merged in tokens:
         mixed, keys = block.attn(block.norm1(x), merged)
         attended.append((x + mixed, keys.mean(1), merged))
+    threshold, after = merge_alike(attended, count)
+    return threshold, [(x + block.mlp(block.norm2(x)), merged) for x, merged in after]
+
+
+def merge_alike(
+    images: Sequence[tuple["Tensor", "Tensor", "Merged | None"]],
+    count: int,
+    class_token: bool = True,
+) -> tuple[float, Tokens]:
+    """Merge the tokens (1, T, C) of each image, `count` on average, by the similarity of its metric
+    (1, T, D). Returns the threshold and the tokens."""
+    from llava_lite.tome import MergeStep, match_tokens, merge_tokens
+
     step, threshold = MergeStep(r=0), NEVER
     if count:
-        scores = [match_tokens(metric)[0][0, 1:] for _, metric, _ in attended]  # no class token
-        threshold = competing_threshold(scores, count)
+        metrics = [metric for _, metric, _ in images if metric.shape[1] > 1]
+        scores = [match_tokens(metric, class_token)[0][0, class_token:] for metric in metrics]
+        threshold = competing_threshold(scores, count) if scores else 0.0
         step = MergeStep(threshold=threshold)
-    after: Tokens = []
-    for x, metric, merged in attended:
-        x, merged = merge_tokens(x, metric, merged, step)
-        after.append((x + block.mlp(block.norm2(x)), merged))
-    return threshold, after
+    return threshold, [merge_tokens(*image, step, class_token) for image in images]
 
 
 def competing_threshold(scores: Sequence["Tensor"], count: int) -> float:

@@ -15,11 +15,12 @@ from PIL import Image
 from llava_lite.errors import ImageError, LlavaLiteError, PromptError
 from llava_lite.generation.answer import Answer
 from llava_lite.generation.model import Model
+from llava_lite.generation.sampling import with_size
 from llava_lite.generation.state import as_list
 from llava_lite.inputs.images import load_image
 from llava_lite.inputs.pixels import load_square
 from llava_lite.llava import EncodedImage
-from llava_lite.reduction import Reduction
+from llava_lite.reduction import NO_REDUCTION, Reduction
 from llava_lite.saving import check_output, replace_file
 from llava_lite.study.drawing import Drawing, xml
 from llava_lite.study.figure import draw_run
@@ -103,8 +104,9 @@ def inspect(model: Model, image: Any, prompt: str, **options: Any) -> Inspection
     options = {"batch_size": None, **options, "trace": True}
     warm_up(model, images, prompt, **options)
     answer = model.generate(images, prompt, **options)
-    squares = tuple(load_square(loaded, model.config) for loaded in images)
-    reduction = Reduction.of(options.get("reduction"))
+    reduction = with_size(options.get("reduction"), options.get("image_size")) or NO_REDUCTION
+    config = model.config.at(reduction.image_size)
+    squares = tuple(load_square(loaded, config) for loaded in images)
     return Inspection(squares, prompt, answer, reduction, model.config.name)
 
 
