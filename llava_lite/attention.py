@@ -25,8 +25,8 @@ The module keeps no state: caches go in and come out. Keys are cached rotated, s
 no earlier position. After pruning (fastv.py), caches differ in length from layer to layer. For a
 smaller cache, prune or use `folded` positions.
 
-Shapes: R packed rows, S packed keys, n keys of one item, H heads, G <= H heads of keys and values, D
-head dim, C width.
+Shapes: R packed rows, S packed keys, n keys of one item, H heads, G <= H heads of keys and values,
+D head dim, C width.
 """
 
 from collections.abc import Sequence

@@ -73,8 +73,8 @@ class LayerCache(tuple[Tensor, Tensor]):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, "LayerCache"]:
-        """Append k and v (1, G, n, D), then attend from q (1, H, n, D) to all keys; log_sizes (n,) of the new keys; mask as in `attend`. Returns the result and the longer
-        pair."""
+        """Append k and v (1, G, n, D), then attend from q (1, H, n, D) to all keys: (1, H, n, D),
+        and the longer pair. log_sizes (n,) of the new keys; mask as in `attend`."""
         grown = append(self, k, v, log_sizes)
         return attend(q, *grown, mask, grown.log_sizes), grown
 

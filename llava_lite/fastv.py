@@ -14,8 +14,8 @@ Kept tokens keep their order and their positions. Two things can happen to the r
 Pruning can go on in front of later layers, in stages. A merged token at several positions
 (layout.py) scores the sum over its positions.
 
-All functions are pure. Shapes: H heads, G of keys, D head dim, C width, n cached and new keys of an item, K
-new keys, U new rows, M image tokens among them.
+All functions are pure. Shapes: H heads, G of keys, D head dim, C width, n cached and new keys of an
+item, K new keys, U new rows, M image tokens among them.
 """
 
 from collections.abc import Sequence

@@ -159,7 +159,7 @@ def check_cast(name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> No
 
 
 def load_tokenizer(path: str | Path, config: LlavaConfig) -> "Tokenizer":
-    """Load the tokenizer of a folder, or a tokenizer.model, tokenizer.json, vocab.json or GGUF file.
+    """Load the tokenizer of a folder, or of a file: tokenizer.model or .json, vocab.json, GGUF.
 
     Raises CheckpointError if it is missing or damaged, or of another family than the template."""
     path = Path(path)

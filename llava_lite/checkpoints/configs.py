@@ -59,8 +59,8 @@ VISION_FIELDS = {
 
 
 def family(raw: dict[str, Any]) -> str:
-    """The family of a config.json: "llava_lite", "fastvlm", "llava-hf" (nested) or "official" (flat,
-    also Llama). Raises ValueError for any other."""
+    """The family of a config.json: "llava_lite", "fastvlm", "llava-hf" (nested) or "official"
+    (flat, also Llama). Raises ValueError for any other."""
     if raw.get("format") == "llava_lite":
         return "llava_lite"
     if raw.get("model_type") == "llava_qwen2":

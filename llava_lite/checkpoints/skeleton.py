@@ -9,7 +9,6 @@ from torch.overrides import TorchFunctionMode
 from llava_lite.config import LlavaConfig
 from llava_lite.llava import Llava
 
-
 HEAD, EMBEDDING = "decoder.lm_head.weight", "decoder.embed_tokens.weight"
 
 

@@ -1,32 +1,20 @@
 """FastVLM from published folders: the reference's prompts, ids, logits and caches."""
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import llava_lite
-from helpers.fastvlm import TOLERANCE, FastVLMGolden, replace_weights
+from helpers.fastvlm import TOLERANCE, FastVLMGolden
 from llava_lite.cache import KVCache
-from llava_lite.checkpoints.configs import parse
-from llava_lite.checkpoints.convert import convert
-from llava_lite.checkpoints.info import describe_preset, describe_source
-from llava_lite.checkpoints.names import our_names
-from llava_lite.checkpoints.names_fastvithd import PREFIX
-from llava_lite.checkpoints.opening import open_source
-from llava_lite.checkpoints.skeleton import stored_shapes
-from llava_lite.config import PRESETS, LlavaConfig
-from llava_lite.errors import CheckpointError
 from llava_lite.generation.model import Model
 from llava_lite.inputs.prompt import build_prompt
 from llava_lite.layout import Layout
 from llava_lite.llava import EncodedImage
-from llava_lite.reduction import FastV, Reduction
+from llava_lite.reduction import FastV
 
 PROMPTS = (
     "one_image",
