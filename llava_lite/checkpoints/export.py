@@ -19,7 +19,7 @@ from llava_lite.checkpoints.checkpoint import load_tokenizer, make_parts
 from llava_lite.checkpoints.configs import TEXT_FIELDS, VISION_FIELDS
 from llava_lite.checkpoints.names import hf_name
 from llava_lite.checkpoints.quantized import QuantizedSource, document
-from llava_lite.checkpoints.skeleton import meta_model
+from llava_lite.checkpoints.skeleton import STATISTICS, meta_model
 from llava_lite.checkpoints.source import Source
 from llava_lite.checkpoints.tensors import Spec, num_bytes, read_json_value
 from llava_lite.checkpoints.thresholds import FILE_NAME, OwnThresholds
@@ -59,7 +59,8 @@ class Output:
 
     @property
     def num_parameters(self) -> int:
-        return self.weights or sum(math.prod(shape) for shape, _ in self.specs.values())
+        counted = (spec for name, spec in self.specs.items() if not name.endswith(STATISTICS))
+        return self.weights or sum(math.prod(shape) for shape, _ in counted)
 
 
 def write_side_files(
@@ -139,7 +140,7 @@ def quantized_output(opened: Source, dtype: torch.dtype, method: str) -> Output:
 
     def read(name: str) -> Tensor:
         module, _, part = name.rpartition(".")
-        if module not in shapes:
+        if module not in shapes or part == "bias":
             return plain.read(name)
         if module not in last:
             last.clear()

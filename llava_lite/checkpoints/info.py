@@ -12,8 +12,11 @@ from llava_lite.errors import CheckpointError
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CODES = {"int8": 1, "uint8": 1}  # bytes of a quantized weight's codes, in every dtype
-# Weights of the model per number of a quantized tensor, by the end of its name.
-WEIGHTS = {"weight_int4": 2, "scales": 0, "zeros": 0, "steps": 0, "offsets": 0}
+# Weights of the model per number of a tensor, by the end of its name, where not 1.
+WEIGHTS = {
+    **{"weight_int4": 2, "scales": 0, "zeros": 0, "steps": 0, "offsets": 0},
+    **{"running_mean": 0, "running_var": 0},
+}
 # Text tokens of the memory estimate, prompt and answer, beside one image.
 TEXT_TOKENS = 256
 

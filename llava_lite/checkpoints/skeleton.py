@@ -9,6 +9,8 @@ from torch.overrides import TorchFunctionMode
 from llava_lite.config import LlavaConfig
 from llava_lite.llava import Llava
 
+# Ends of names: of training data, no weights of the model.
+STATISTICS = ("running_mean", "running_var")
 HEAD, EMBEDDING = "decoder.lm_head.weight", "decoder.embed_tokens.weight"
 
 

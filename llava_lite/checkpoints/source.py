@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_lite.checkpoints.names import is_unused, lora_target, our_names
-from llava_lite.checkpoints.skeleton import EMBEDDING, HEAD, expected_shapes
+from llava_lite.checkpoints.skeleton import EMBEDDING, HEAD, STATISTICS, expected_shapes
 from llava_lite.checkpoints.tensors import (
     DTYPE_CODES,
     DTYPES,
@@ -174,7 +174,9 @@ class Source:
 
     @property
     def num_parameters(self) -> int:
-        return sum(math.prod(entry.shape) for entry in set(self.entries.values()))
+        """The number of weights. A tied head counts once, statistics of a tower do not count."""
+        counted = [name for name in self.entries if not name.endswith(STATISTICS)]
+        return sum(math.prod(entry.shape) for entry in {self.entries[name] for name in counted})
 
     def is_tied(self, name: str) -> bool:
         """Whether a tensor is a tied head, which is read from the embedding."""

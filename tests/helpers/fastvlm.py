@@ -59,13 +59,52 @@ class FastVLMGolden:
 
 def replace_weights(folder: Path, state: dict[str, Tensor]) -> Path:
     """The folder with other weights."""
-    save_file(
-        {name: tensor.contiguous().clone() for name, tensor in state.items()},
-        folder / "model.safetensors",
-    )
+    state = {name: tensor.contiguous().clone() for name, tensor in state.items()}
+    save_file(state, folder / "model.safetensors")
     return folder
 
 
-def last_ids(logits: Tensor, vocabulary: int) -> int:
-    """The most likely id among the first ones."""
-    return int(torch.argmax(logits[..., :vocabulary]))
+def unfold(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with the tower in training form: branches whose sum is the folded tower."""
+    unfolded: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        unit, _, kind = name.rpartition(".")
+        if not unit.endswith(("reparam_conv", "lkb_reparam")):
+            unfolded[name] = tensor
+        elif kind == "weight":
+            parent = unit.rpartition(".")[0]
+            unfolded |= branches(parent, tensor.float(), state[f"{unit}.bias"].float())
+    return unfolded
+
+
+def branches(unit: str, kernel: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    """The branches of one convolution; all but one of them change nothing."""
+    identity = torch.zeros_like(kernel)
+    channels, middle = torch.arange(len(kernel)), kernel.shape[-1] // 2
+    identity[channels, channels % kernel.shape[1], middle, middle] = 1
+    if unit.endswith("token_mixer"):
+        return {
+            **norm(f"{unit}.norm.rbr_skip", torch.zeros_like(bias)),
+            **branches(f"{unit}.mixer", kernel, bias),
+            f"{unit}.layer_scale": torch.ones(len(kernel), 1, 1),
+        }
+    if unit.endswith("proj.0"):
+        small = torch.zeros_like(kernel[..., :3, :3])
+        return {
+            f"{unit}.lkb_origin.conv.weight": kernel,
+            **norm(f"{unit}.lkb_origin.bn", bias),
+            f"{unit}.small_conv.conv.weight": small,
+            **norm(f"{unit}.small_conv.bn", torch.zeros_like(bias)),
+        }
+    if unit.endswith(("network.6", "network.9")):
+        return {f"{unit}.pe.weight": kernel - identity, f"{unit}.pe.bias": bias}
+    branch = f"{unit}.rbr_conv.0"
+    return {f"{branch}.conv.weight": kernel, **norm(f"{branch}.bn", bias)}
+
+
+def norm(name: str, bias: Tensor) -> dict[str, Tensor]:
+    """A norm with fixed statistics that only adds a bias."""
+    ones, zeros = torch.ones_like(bias), torch.zeros_like(bias)
+    parts = {"weight": ones, "bias": bias, "running_mean": zeros, "running_var": ones - 1e-5}
+    counter = {f"{name}.num_batches_tracked": torch.tensor(7)}
+    return {f"{name}.{kind}": tensor for kind, tensor in parts.items()} | counter
