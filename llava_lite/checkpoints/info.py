@@ -61,7 +61,10 @@ class Info:
     def parameters(self) -> dict[str, int]:
         """The number of weights per part, and the total."""
         counts = {"vision": 0, "projector": 0, "decoder": 0}
+        tied = "decoder.lm_head." if self.config.text.tie_embeddings else None
         for tensor in self.tensors:
+            if tied and tensor.name.startswith(tied):
+                continue  # a quantized copy of the embedding
             counts[tensor.name.split(".")[0]] += tensor.num_weights
         return {**counts, "total": sum(counts.values())}
 

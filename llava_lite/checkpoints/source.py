@@ -175,8 +175,9 @@ class Source:
     @property
     def num_parameters(self) -> int:
         """The number of weights. A tied head counts once, statistics of a tower do not count."""
-        counted = [name for name in self.entries if not name.endswith(STATISTICS)]
-        return sum(math.prod(entry.shape) for entry in {self.entries[name] for name in counted})
+        left_out = (*STATISTICS, HEAD) if self.config.text.tie_embeddings else STATISTICS
+        counted = (name for name in self.entries if not name.endswith(left_out))
+        return sum(math.prod(self.entries[name].shape) for name in counted)
 
     def is_tied(self, name: str) -> bool:
         """Whether a tensor is a tied head, which is read from the embedding."""
