@@ -21,6 +21,7 @@ TEXT_FIELDS = {
     "bos_id": "bos_token_id",
     "eos_id": "eos_token_id",
 }
+FASTVLM = "llava_qwen2"  # the model_type of published FastVLM folders
 QWEN2_FIELDS = TEXT_FIELDS | {
     "num_kv_heads": "num_key_value_heads",
     "tie_embeddings": "tie_word_embeddings",
@@ -63,12 +64,12 @@ def family(raw: dict[str, Any]) -> str:
     (flat, also Llama). Raises ValueError for any other."""
     if raw.get("format") == "llava_lite":
         return "llava_lite"
-    if raw.get("model_type") == "llava_qwen2":
+    if raw.get("model_type") == FASTVLM:
         return "fastvlm"
     if raw.get("model_type") in ("fast_vlm", "fastvlm"):
         raise ValueError(
             f"model_type {raw['model_type']!r} is a conversion of FastVLM; give the published "
-            "folder, whose model_type is 'llava_qwen2'"
+            f"folder, whose model_type is {FASTVLM!r}"
         )
     if "text_config" in raw and "vision_config" in raw:
         return "llava-hf"

@@ -52,7 +52,7 @@ PROJECTOR_OFFICIAL = {
 
 # Qwen2 has biases where Llama has none.
 QWEN2 = {
-    f"model.layers.{{}}.self_attn.{part}_proj.bias": f"decoder.layers.{{}}.attn.{part}_proj.bias"
+    f"model.layers.{{}}.self_attn.{part}_proj.bias": (f"decoder.layers.{{}}.attn.{part}_proj.bias",)
     for part in "qkv"
 }
 
@@ -129,7 +129,7 @@ def expand(table: dict[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 HF_TABLES = expand(LLAMA | PROJECTOR_HF | CLIP_HF)
-LOOKUP = HF_TABLES | expand(PROJECTOR_OFFICIAL | CLIP_OPENAI | QWEN2) | PACKED_OPENAI
+LOOKUP = HF_TABLES | expand(PROJECTOR_OFFICIAL | CLIP_OPENAI) | PACKED_OPENAI
 TO_HF = {ours[0]: stored for stored, ours in HF_TABLES.items()}
 HF_CONTAINERS = {
     "model": "language_model.",
@@ -145,19 +145,19 @@ def normalize(name: str) -> str:
     return name
 
 
-def our_names(stored: str) -> tuple[str, ...]:
+def our_names(stored: str, qwen2: bool = False) -> tuple[str, ...]:
     """Our names of a stored tensor: one, three for a packed q, k, v, or none if it is ignored.
 
-    Raises CheckpointError for an unknown name."""
-    name = normalize(stored)
-    if name in LOOKUP:
-        return LOOKUP[name]
+    qwen2: the decoder is a Qwen2. Raises CheckpointError for an unknown name."""
+    name, table = normalize(stored), LOOKUP | QWEN2 if qwen2 else LOOKUP
+    if name in table:
+        return table[name]
     if name.startswith(FASTVITHD_PREFIX):
         return fastvithd_names(name.removeprefix(FASTVITHD_PREFIX))
     number = re.search(r"\.(\d+)\.", name)
     pattern = name if number is None else re.sub(r"\.\d+\.", ".{}.", name, count=1)
-    if number is not None and pattern in LOOKUP:
-        return tuple(ours.replace("{}", number[1]) for ours in LOOKUP[pattern])
+    if number is not None and pattern in table:
+        return tuple(ours.replace("{}", number[1]) for ours in table[pattern])
     if any(re.fullmatch(ignored, name) for ignored in IGNORED):
         return ()
     raise CheckpointError(f"tensor {stored!r} belongs to no known layout")

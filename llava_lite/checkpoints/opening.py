@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from llava_lite.checkpoints.configs import family, parse_config
+from llava_lite.checkpoints.configs import FASTVLM, family, parse_config
 from llava_lite.checkpoints.gguf_format import SUFFIX
 from llava_lite.checkpoints.gguf_in import open_gguf
 from llava_lite.checkpoints.names import TRAINING, describe
@@ -91,6 +91,10 @@ def add_folder(inventory: Inventory, folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: holds no weights (model*.safetensors or pytorch_model*.bin)"
         )
+    try:
+        inventory.qwen2 = family(raw) == "fastvlm"
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     inventory.add_files(files, own_names=raw.get("format") == "llava_lite")
     return raw
 
@@ -197,7 +201,7 @@ def complete(
     base_folder: Path | None = None,
 ) -> LlavaConfig:
     """Parse the config. For an official config, also find and add the missing tower."""
-    if raw.get("model_type") == "llava_qwen2":
+    if raw.get("model_type") == FASTVLM:
         if vision_tower is not None:
             warnings.warn(TOWER_INSIDE.format(folder), stacklevel=3)
         return complete_fastvlm(inventory, raw, folder, base_folder)
@@ -372,7 +376,7 @@ def find_tokenizer(folder: Path) -> Path | None:
     names: tuple[str, ...] = ("tokenizer.model", "tokenizer.json")
     if raw.get("format") == "llava_lite":
         names = ("tokenizer.json",)
-    elif raw.get("model_type") == "llava_qwen2":
+    elif raw.get("model_type") == FASTVLM:
         names = (VOCAB, MERGES, "tokenizer.json")
     files = (folder / name for name in names)
     return next((file for file in files if file.is_file()), None)

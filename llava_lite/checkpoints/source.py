@@ -51,6 +51,7 @@ class Inventory:
     in_memory: dict[Path, Mapping[str, Tensor]] = field(default_factory=dict)
     vision_tower: str | None = None  # where a tower from elsewhere came from
     stored_head: Entry | None = None  # left out, see `Source`
+    qwen2: bool = False  # whether the decoder is a Qwen2
 
     def add_files(self, files: Files, only: str = "", own_names: bool = False) -> None:
         """Add the tensors of the files; with `only`, those whose name of ours starts with it."""
@@ -81,7 +82,7 @@ class Inventory:
         for stored, tensor in tensors.items():
             self.stored.append(stored)
             try:
-                names = (stored,) if own_names else our_names(family + stored)
+                names = (stored,) if own_names else our_names(family + stored, self.qwen2)
             except CheckpointError as error:
                 raise CheckpointError(f"{file}: {error}") from None
             if not names:

@@ -169,7 +169,7 @@ def test_all_published_names_and_shapes_resolve(size: str, shared: Path, tmp_pat
     path = shared / "goldens" / "fastvlm" / "checkpoint_layouts_fastvlm.json"
     layouts = json.loads(path.read_text())
     raw, counts = layouts["models"][size]["config"], layouts["models"][size]["counts"]
-    inventory = Inventory()
+    inventory = Inventory(qwen2=True)
     inventory.entries = inventory.locate(tmp_path / "x", published_tensors(layouts, size))
     config = complete(inventory, raw, tmp_path, None)
     source = finish(tmp_path, inventory, config, ())
