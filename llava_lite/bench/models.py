@@ -13,6 +13,7 @@ from llava_lite.checkpoints.skeleton import meta_model
 from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, LlavaConfig
 from llava_lite.errors import LlavaLiteError
 from llava_lite.fast.compiled import CompiledModel
+from llava_lite.fast.device import pick_tower_dtype
 from llava_lite.fast.kernels import choose_kernels
 from llava_lite.fast.quantize import quantize as quantize_model
 from llava_lite.generation.model import Model
@@ -96,7 +97,9 @@ def random_dtype(settings: Settings) -> torch.dtype:
 def random_model(config: LlavaConfig, dtype: torch.dtype, device: str) -> Llava:
     """An untrained model, the same every time. Norms are 1, so activations stay in range. The other
     weights repeat one block of noise, which takes seconds at any size."""
-    model = meta_model(config).to(dtype).to_empty(device=device)  # never in memory in float32
+    model = meta_model(config).to(dtype)
+    model.vision.to(pick_tower_dtype(config.vision, dtype, torch.device(device)))
+    model.to_empty(device=device)  # never in memory in float32
     model.decoder.tie_head()
     generator = torch.Generator().manual_seed(0)
     noise = (0.02 * torch.randn((1 << 22) + 4099, generator=generator)).to(device, dtype)
@@ -108,6 +111,8 @@ def random_model(config: LlavaConfig, dtype: torch.dtype, device: str) -> Llava:
         for piece in parameter.view(-1).split(block):
             piece.copy_(noise[start : start + len(piece)])
             start = (start + 7919) % block
+    for name, statistic in model.named_buffers():  # of the norms of FastViTHD
+        statistic.fill_(float(name.endswith("running_var")))
     return model
 
 

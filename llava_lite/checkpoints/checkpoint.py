@@ -31,6 +31,7 @@ from llava_lite.checkpoints.tensors import (
 )
 from llava_lite.config import LlavaConfig, VisionConfig
 from llava_lite.errors import CheckpointError
+from llava_lite.fast.device import pick_tower_dtype
 from llava_lite.fast.quantize import (
     QuantizedLinear,
     QuantizedLlava,
@@ -93,8 +94,12 @@ def load_source(
     device, wanted = torch.device(device), parse_dtype(dtype) or source.dtype
     model = meta_model(source.config, QuantizedLlava if kind else Llava)
     done = set_quantized(model, source, kind, device, wanted) if kind else []
-    names = [name for name in source.names() if name not in done]
-    state = {name: source.read(name, wanted).to(device) for name in names}
+    tower = pick_tower_dtype(source.config.vision, wanted, device)
+    state = {
+        name: source.read(name, tower if name.startswith("vision.") else wanted).to(device)
+        for name in source.names()
+        if name not in done
+    }
     model.load_state_dict(state, strict=True, assign=True)
     if kind is None:
         model.decoder.tie_head()

@@ -14,6 +14,7 @@ from llava_lite.checkpoints.skeleton import meta_model
 from llava_lite.checkpoints.source import Source
 from llava_lite.config import TextConfig
 from llava_lite.errors import CheckpointError
+from llava_lite.fast.device import pick_tower_dtype
 from llava_lite.fast.ranks import Ranks
 from llava_lite.fast.tensor_parallel import ParallelLlava, SharedLinear, decoder_plan
 
@@ -55,13 +56,15 @@ def load_share(
         shared = SharedLinear(ranks, weight.to_local(), dim, gathered, bias)
         llava.decoder.set_submodule(name, shared)
     state: dict[str, Tensor] = {}
+    tower = pick_tower_dtype(source.config.vision, dtype, device)
 
     def read_all() -> None:
         for name in source.names():
             dim = cuts.get(name.removeprefix("decoder.").rpartition(".")[0])
             whole = source.shape(name)
             part = () if dim is None else (slice(None),) * dim + (ranks.part(whole[dim]),)
-            state[name] = source.read_part(name, part, dtype).to(device)
+            kind = tower if name.startswith("vision.") else dtype
+            state[name] = source.read_part(name, part, kind).to(device)
 
     ranks.gather(read_all)
     llava.load_state_dict(state, strict=True, assign=True)

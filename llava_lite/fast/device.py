@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from llava_lite.config import FastViTHDConfig, TowerConfig
+
 
 def pick_device(device: str | torch.device) -> torch.device:
     """The device of a name; "auto" is the first available of cuda, mps, cpu. Raises ValueError for
@@ -35,6 +37,22 @@ def pick_device(device: str | torch.device) -> torch.device:
 def pick_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to run in: the stored one, but bfloat16 for float16 on a CPU, which is faster."""
     return torch.bfloat16 if stored == torch.float16 and device.type == "cpu" else stored
+
+
+def pick_tower_dtype(vision: TowerConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the vision tower in front of a decoder in `dtype`.
+
+    FastViTHD runs in float32 instead of float16, whose range its features exceed, and on CPUs whose
+    convolutions in bfloat16 are many times slower than those in float32."""
+    if not isinstance(vision, FastViTHDConfig) or dtype not in (torch.float16, torch.bfloat16):
+        return dtype
+    fast = device.type != "cpu" or has_bfloat16_instructions()
+    return dtype if dtype == torch.bfloat16 and fast else torch.float32
+
+
+def has_bfloat16_instructions() -> bool:
+    """Whether the CPU multiplies in bfloat16. False where torch does not know."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 PROC = Path("/proc")

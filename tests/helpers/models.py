@@ -11,6 +11,7 @@ import torch
 
 from llava_lite.config import LlavaConfig, TextConfig, VisionConfig
 from llava_lite.llava import Llava
+from llava_lite.vision import VisionTower
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("LLAVA_LITE_SHARED", ROOT.parent / "shared"))
@@ -55,7 +56,8 @@ def random_llava(
                 tensor.copy_(noise * 1.5 / tensor[0].numel() ** 0.5)
             else:
                 tensor.copy_(noise * (1.0 if "embed" in name else 0.1))
-        llava.vision.patch_embed.weight *= 0.1
+        if isinstance(llava.vision, VisionTower):
+            llava.vision.patch_embed.weight *= 0.1
     return llava.to(dtype).eval()
 
 

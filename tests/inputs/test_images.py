@@ -31,6 +31,7 @@ import llava_lite.inputs.images as image_module
 from helpers.examples import examples
 from helpers.models import TINY_CONFIG
 from helpers.peers import peer
+from llava_lite.config import FastViTHDConfig, LlavaConfig
 from llava_lite.errors import ImageError
 from llava_lite.inputs.images import FORMATS, load_image, to_rgb
 from llava_lite.inputs.pixels import (
@@ -678,6 +679,41 @@ def test_golden_pixel_values(shared: Path) -> None:
             assert torch.equal(sample, tensors[f"{name}.{way}.sample"]), (name, way)
             if f"{name}.{way}.full" in tensors:
                 assert torch.equal(values, tensors[f"{name}.{way}.full"]), (name, way)
+
+
+def test_golden_pixel_values_of_fastvlm(shared: Path) -> None:
+    """A black square, bicubic, values in 0..1; or the center crop."""
+    goldens = shared / "goldens"
+    report = json.loads((goldens / "fastvlm/preproc/preproc_goldens.json").read_text())
+    assert len(report["images"]) == 13
+    config = LlavaConfig(vision=FastViTHDConfig())
+    for name, facts in report["images"].items():
+        places = (goldens / "fastvlm/preproc" / name, goldens / "llava/preproc" / name)
+        file = next(place for place in places if place.is_file())
+        image = load_image(file, exif=False)
+        if hashlib.sha256(image.tobytes()).hexdigest() != facts["rgb_sha256"]:
+            assert name.endswith(".jpg")  # another decoder
+            continue
+        for way, pad in (("pad", True), ("crop", False)):
+            for size in (256, 1024):
+                values = load_pixels(file, replace(config, pad=pad).at(size), exif=False)
+                expected, levels = facts[f"{way}_{size}"], (values[0] * 255).round().byte()
+                digest = hashlib.sha256(levels.numpy().tobytes()).hexdigest()
+                assert digest == expected["u8_chw_sha256"], (name, way, size)
+                if "f32_sha256" in expected:
+                    digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()
+                    assert digest == expected["f32_sha256"], (name, way, size)
+
+
+def test_fastvlm_keeps_all_levels_and_pads_with_black() -> None:
+    config = LlavaConfig(vision=FastViTHDConfig(256))
+    levels = np.arange(256, dtype=np.uint8)[None].repeat(256, 0)
+    values = load_pixels(Image.fromarray(levels), config)
+    assert torch.equal(values[0, 1, 7], torch.arange(256, dtype=torch.float32) / 255)
+    white = load_pixels(Image.new("RGB", (256, 64), "white"), config)
+    assert (white[..., :88, :] == 0).all() and (white[..., 112:144, :] == 1).all()
+    cropped = load_pixels(Image.new("RGB", (256, 64), "white"), replace(config, pad=False))
+    assert (cropped == 1).all()
 
 
 def _import_image_processor() -> Any:

@@ -792,7 +792,7 @@ def test_few_fetched_images_wait_to_be_decoded(
         preparer = prepare.Preparer(model, Settings(model_name="tiny"))
         decoding = asyncio.Event()
 
-        async def opened(_: str | bytes) -> Image.Image:
+        async def opened(*_: object) -> Image.Image:
             await decoding.wait()
             return Image.new("RGB", (8, 8))
 
