@@ -10,7 +10,7 @@ from llava_lite.bench.cases import OURS, TRANSFORMERS
 from llava_lite.checkpoints.checkpoint import load_tokenizer
 from llava_lite.checkpoints.load import embedded_model, load
 from llava_lite.checkpoints.skeleton import meta_model
-from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, LlavaConfig
+from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, PRESETS, TINY, LlavaConfig
 from llava_lite.errors import LlavaLiteError
 from llava_lite.fast.compiled import CompiledModel
 from llava_lite.fast.device import pick_tower_dtype
@@ -20,7 +20,9 @@ from llava_lite.generation.model import Model
 from llava_lite.llava import Llava
 from llava_lite.reduction import REDUCTIONS
 
-SIZES = {"7b": LLAVA_1_5_7B, "13b": LLAVA_1_5_13B, "tiny": TINY}
+SIZES = {"7b": LLAVA_1_5_7B, "13b": LLAVA_1_5_13B, "tiny": TINY} | {
+    name: config for name, config in PRESETS.items() if name.startswith("fastvlm-")
+}
 
 
 class BenchError(LlavaLiteError):

@@ -9,7 +9,7 @@ a model does not build.
 import re
 
 from llava_lite.checkpoints.names_fastvithd import IGNORED as IGNORED_FASTVITHD
-from llava_lite.checkpoints.names_fastvithd import fastvithd_name
+from llava_lite.checkpoints.names_fastvithd import PREFIX, fastvithd_name, published_name
 from llava_lite.config import FastViTHDConfig, TowerConfig
 from llava_lite.errors import CheckpointError
 
@@ -131,6 +131,8 @@ def expand(table: dict[str, str]) -> dict[str, tuple[str, ...]]:
 HF_TABLES = expand(LLAMA | PROJECTOR_HF | CLIP_HF)
 LOOKUP = HF_TABLES | expand(PROJECTOR_OFFICIAL | CLIP_OPENAI) | PACKED_OPENAI
 TO_HF = {ours[0]: stored for stored, ours in HF_TABLES.items()}
+PROJECTOR_NUMBERED = {n: ours for n, ours in PROJECTOR_OFFICIAL.items() if "." in n[:-2]}
+FASTVLM = expand(LLAMA | {f"model.{n}": ours for n, ours in PROJECTOR_NUMBERED.items()}) | QWEN2
 HF_CONTAINERS = {
     "model": "language_model.",
     "lm_head": "language_model.",
@@ -196,6 +198,19 @@ def hf_name(ours: str) -> str:
         pattern = re.sub(r"\.\d+\.", ".{}.", ours, count=1)
         exact = TO_HF[pattern].replace("{}", number[1] if number else "")
     return HF_CONTAINERS.get(exact.split(".")[0], "") + exact
+
+
+def fastvlm_name(ours: str) -> str:
+    """Our name -> the name in a published FastVLM folder. Raises KeyError for an unknown name."""
+    tower = published_name(ours.removeprefix("vision."))
+    if tower is not None:
+        return f"{PREFIX}{tower}"
+    part = re.sub(r"\.\d+\.", ".{}.", ours, count=1)
+    number = re.search(r"\.(\d+)\.", ours)
+    stored = next((stored for stored, (name,) in FASTVLM.items() if name in (ours, part)), None)
+    if stored is None:
+        raise KeyError(ours)
+    return stored.replace("{}", number[1] if number else "")
 
 
 def is_unused(ours: str, vision: TowerConfig) -> bool:

@@ -3,6 +3,7 @@ folder; and what is refused."""
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import llava_lite
-from helpers.fastvlm import TOLERANCE, FastVLMGolden, replace_weights, unfold
+from helpers.fastvlm import TINY_FASTVLM, TOLERANCE, FastVLMGolden, replace_weights, unfold
+from helpers.models import load_tool
 from llava_lite.cache import KVCache
 from llava_lite.checkpoints.checkpoint import load_model, load_tokenizer, verify_folder
 from llava_lite.checkpoints.configs import parse, parse_config
@@ -27,7 +29,7 @@ from llava_lite.checkpoints.source import Inventory
 from llava_lite.config import PRESETS
 from llava_lite.errors import CheckpointError
 from llava_lite.generation.model import Model
-from llava_lite.inputs.prompt import build_prompt
+from llava_lite.inputs.prompt import build_prompt, next_turn_text
 from llava_lite.layout import Layout
 from llava_lite.llava import EncodedImage
 from llava_lite.reduction import FastV
@@ -429,3 +431,79 @@ def test_families_do_not_mix(
         with pytest.raises(CheckpointError, match="cannot store a FastViTHD tower"):
             convert(golden.folder, tmp_path / to, to=to)
     assert not (tmp_path / "hf").exists()
+
+
+# ---- the tool that makes random folders --------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_random_folder_has_the_published_layout(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    tool = load_tool("make_random_checkpoint")
+    text = replace(TINY_FASTVLM.text, tie_embeddings=tied)
+    monkeypatch.setitem(tool.SIZES, "fastvlm-0.5b", replace(TINY_FASTVLM, text=text))
+    out = tmp_path / "m"
+    options = ["--layout", "fastvlm", "--size", "fastvlm-0.5b", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["make_random_checkpoint", *options])
+    assert tool.main() == 0
+    source = open_source(out)
+    assert replace(source.config.text, sampled_vocab_size=310) == text
+    assert source.config.vision == TINY_FASTVLM.vision
+    assert len(source.ignored) == 5 + 1 + tied  # counters, the contrastive head, a tied head
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")  # the stored head is the embedding
+        llava = load_model(out, dtype="float32")
+        logits, _, position = llava.prefill(
+            torch.tensor([[1, 7, -200, 9]]), torch.rand(1, 3, 256, 256)
+        )
+    assert position == 3 + 16
+    assert logits.isfinite().all() and 0.1 < logits.std() < 10
+
+
+def test_the_tool_knows_the_names_of_every_preset(shared: Path) -> None:
+    path = shared / "goldens" / "fastvlm" / "checkpoint_layouts_fastvlm.json"
+    layouts, tool = json.loads(path.read_text()), load_tool("make_random_checkpoint")
+    for size in ("0.5B", "1.5B", "7B"):
+        specs = tool.fastvlm_specs(PRESETS[f"fastvlm-{size.lower()}"])
+        expected = published_tensors(layouts, size)
+        assert {n: shape for n, (shape, _) in specs.items()} == {
+            n: tuple(t.shape) for n, t in expected.items()
+        }
+        made = tool.fastvlm_config(PRESETS[f"fastvlm-{size.lower()}"])
+        published = layouts["models"][size]["config"]
+        assert {n: published[n] for n in made} == made
+
+
+# ---- from image files to text ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [name for name in PROMPTS if name != "two_turns"])
+def test_answers_from_image_files(golden: FastVLMGolden, model: Model, prompt: str) -> None:
+    facts = golden.facts["prompts"][prompt]
+    files = [golden.images / golden.facts["images"][n]["file"] for n in facts["images"]]
+    question = facts["turns"][0][0]
+    reply = model.generate(files, question, max_new_tokens=12)
+    assert (list(reply.token_ids), reply) == (facts["greedy_12"], facts["decoded"].strip())
+    pieces = list(model.stream(files, question, max_new_tokens=12))
+    assert "".join(pieces) == reply and len(pieces) > 1
+
+
+def test_a_batch_and_a_chat_answer_as_single_calls(golden: FastVLMGolden, model: Model) -> None:
+    files = [golden.images / image["file"] for image in golden.facts["images"]]
+    items = [(files[0], "What are these?"), (None, "Hello, who are you?"), (files[1:], "Larger?")]
+    alone = [model.generate(image, text, max_new_tokens=8) for image, text in items]
+    images, texts = [image for image, _ in items], [text for _, text in items]
+    batch = model.generate(images, texts, max_new_tokens=8)
+    assert [reply.token_ids for reply in batch] == [reply.token_ids for reply in alone]
+    chat = model.chat(files[0], max_new_tokens=8)
+    assert chat.send("What are these?").token_ids == alone[0].token_ids
+    second = chat.send("And the background?")
+    ids = model.tokenizer.encode_prompt(
+        build_prompt("qwen_2", [("<image>\nWhat are these?", None)])
+    )
+    ids += alone[0].token_ids
+    new = next_turn_text("qwen_2", "And the background?")
+    ids += model.tokenizer.encode_prompt(new, after="text")
+    rows, layout = model.llava.splice(ids, [model.encode(files[0])])
+    assert list(second.token_ids) == answer(model, rows, layout, 8)[0]

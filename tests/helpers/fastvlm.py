@@ -24,7 +24,9 @@ TINY_FASTVLM = LlavaConfig(
         tie_embeddings=True,
         max_positions=512,
         sampled_vocab_size=310,
+        stop_ids=(1,),
     ),
+    template="qwen_2",
     name="random FastVLM",
 )
 
