@@ -438,7 +438,7 @@ def test_families_do_not_mix(
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_random_folder_has_the_published_layout(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
 ) -> None:
     tool = load_tool("make_random_checkpoint")
     text = replace(TINY_FASTVLM.text, tie_embeddings=tied)
