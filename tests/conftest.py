@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import settings
 
 from llava_lite.checkpoints.checkpoint import save_model
+from llava_lite.fast import timings
 from llava_lite.generation.model import Model
 from llava_lite.inputs.tokenizer import Tokenizer, train_tokenizer
 
@@ -33,6 +35,15 @@ if WORKERS > 1 and "OMP_NUM_THREADS" not in os.environ:
     THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
     os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the processes that tests start
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_timings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Times of kernels that tests measure stay out of the user's cache."""
+    folder = tmp_path_factory.mktemp("timings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timings, "cache_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -76,9 +76,9 @@ def open_model(settings: Settings, quantize: str | None = None) -> Model:
         options = {**settings.options, "quantize": quantize, "compile": settings.compile}
         return load(settings.source, device=settings.device, dtype=settings.dtype, **options)
     llava = random_model(random_config(settings), random_dtype(settings), settings.device)
-    choose_kernels(llava)  # as `load` does
     if quantize:
         quantize_model(llava, quantize)
+    choose_kernels(llava)  # as `load` does
     # Any tokenizer will do: words do not matter here.
     model = Model(llava, load_tokenizer(embedded_model(), TINY))
     return CompiledModel(model) if settings.compile else model

@@ -277,22 +277,26 @@ def describe_fastv(fastv: "FastV") -> str:
 
 def format_machine(facts: dict[str, Any], times: dict[str, Any]) -> str:
     """The processor, and for every kind of weight the kernel of each class of row counts."""
-    from llava_lite.fast.kernels import choose, rows_of_classes
+    from llava_lite.fast.kernels import best_ways, choose, rows_of_classes
 
     lines = [f"{facts['name']}, {facts['threads']} threads, torch {facts['torch']}"]
     lines += wrap(f"instructions: {' '.join(facts['flags']) or 'not known here'}", 96)
     lines += [f"setting: {name}={value}" for name, value in facts["settings"].items()]
     classes = [f"{rows} rows" if rows != "1" else "1 row" for rows in rows_of_classes()]
-    rows, attention = [], []
+    rows, others = [], []
     for kind, seconds in times.items():
         if isinstance(seconds, dict):
             shares = (f"{name} {1000 * value:.2f} ms" for name, value in seconds.items())
-            attention.append(f"{kind}, one query: {', '.join(shares)}")
-            continue
-        chosen = zip(classes, choose(seconds).names, seconds, strict=True)
-        cells = {name: compare_kernel(best, found) for name, best, found in chosen}
-        rows.append({"weight": kind, **cells})
-    lines += ["", *table_lines(rows, ["weight", *classes]), "", *attention, ""]
+            others.append(f"{kind}, one query: {', '.join(shares)}")
+        elif "codes" in seconds[0]:
+            most, dtype = best_ways(seconds)
+            wide = "the model's dtype" if dtype is None else "float32"
+            others.append(f"{kind}: codes for {most} rows at most, else weights written in {wide}")
+        else:
+            chosen = zip(classes, choose(seconds).names, seconds, strict=True)
+            cells = {name: compare_kernel(best, found) for name, best, found in chosen}
+            rows.append({"weight": kind, **cells})
+    lines += ["", *table_lines(rows, ["weight", *classes]), "", *others, ""]
     lines += wrap(
         "The fastest kernel for each weight and number of rows, with its share of the time of "
         "torch's own product (linear). Kernels are measured at the first load; --again repeats it.",

@@ -4,13 +4,14 @@ A linear layer multiplies a weight by the rows of a batch. With one row, its tim
 read the weight. With many rows, its time is the time to compute. In 16 bits, torch's product
 (`F.linear`) is at neither limit on many CPUs: without bfloat16 instructions it is five times slower
 than a product in float32. So a few kernels are timed on the weights of each shape, for each class
-of row counts, when a model is loaded. The times are kept for the next load (timings.py).
+of row counts, when a model is loaded. The times are kept for the next load (timings.py). Quantized
+layers (quantize.py) have their own ways to multiply, which are timed in the same manner.
 
 No kernel is less exact than `F.linear` in the same dtype. Attention and its cache are in float32
 where that is much faster.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava_lite.attention import HybridAttention
+from llava_lite.fast.quantize import METHODS, Int8DynamicLinear, QuantizedLinear
 from llava_lite.fast.timings import Timings
 
 Kernel = Callable[[Tensor, Tensor], Tensor]  # weight (out, in), x (rows, in) -> (rows, out)
+Times = list[dict[str, float]]  # for each class of row counts: seconds by name of the kernel
 
 # Numbers of rows that share a kernel: at most so many, and the number that is timed.
 CLASSES = ((1, 1), (8, 4), (64, 24), (inf, 128))
@@ -129,26 +132,31 @@ def choose_kernels(module: nn.Module) -> dict[str, Choice]:
     """Give the linear layers in `module` their fastest kernels. Changes only layers on a CPU in 16
     bits without hooks. Returns the choice for each kind of weight, except `F.linear` everywhere."""
     groups: dict[str, list[Tensor]] = {}
-    for part in module.modules():
+    parts = [part for part in module.modules() if is_large(part)]
+    for part in parts:
         if isinstance(part, nn.Linear) and is_eligible(part):
             groups.setdefault(kind_of(part), []).append(part.weight)
-    if not groups:
+    if not parts:
         return {}
     with Timings.open() as timings:
         found = {
             kind: choose(timings.get(kind, partial(time_kernels, weights)))
             for kind, weights in groups.items()
         }
-        for part in module.modules():
-            if isinstance(part, HybridAttention) and kind_of(part.q_proj) in found:
-                kind = kind_of_attention(part)
-                seconds = timings.get(kind, partial(time_attention, part))
-                part.cache_dtype = faster_dtype(seconds)
+        choose_ways(parts, timings)
+        choose_attention(module, timings)
     for parent in list(module.modules()):
         for name, part in list(parent.named_children()):
             if isinstance(part, nn.Linear) and is_eligible(part) and found[kind_of(part)]:
                 setattr(parent, name, ChosenLinear(part, found[kind_of(part)]))
     return {kind: choice for kind, choice in found.items() if choice}
+
+
+def is_large(part: nn.Module) -> bool:
+    """Whether a linear layer's weight, in 16 bits, reaches `MIN_BYTES`."""
+    if not isinstance(part, nn.Linear | QuantizedLinear):
+        return False
+    return 2 * part.in_features * part.out_features >= MIN_BYTES
 
 
 def is_eligible(layer: nn.Linear) -> bool:
@@ -159,25 +167,100 @@ def is_eligible(layer: nn.Linear) -> bool:
         and not any(hooks)
         and layer.weight.device.type == "cpu"
         and layer.weight.dtype in DTYPES
-        and layer.weight.nbytes >= MIN_BYTES
+        and is_large(layer)
     )
 
 
 def kind_of(layer: nn.Linear) -> str:
     """What the times of a weight depend on: "bfloat16 11008 x 4096"."""
-    dtype = str(layer.weight.dtype).removeprefix("torch.")
-    return f"{dtype} {layer.out_features} x {layer.in_features}"
+    return f"{name_of(layer.weight.dtype)} {layer.out_features} x {layer.in_features}"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- quantized layers ----------------------------------------------------------------------------
+
+SAMPLE = (256, 4096)  # shape of the weight in a timing
+
+
+def choose_ways(layers: Sequence[nn.Module], timings: Timings) -> None:
+    """Give quantized layers on a CPU their largest number of rows for the packed operator, and the
+    dtype of blocks. Dynamic ones keep theirs: their ways round x differently."""
+    for layer in layers:
+        if not isinstance(layer, QuantizedLinear) or isinstance(layer, Int8DynamicLinear):
+            continue
+        if next(layer.buffers()).device.type == "cpu":
+            measure = partial(time_quantized, layer.method, layer.dtype)
+            times = timings.get(kind_of_ways(layer.method, layer.dtype), measure)
+            layer.codes_rows, layer.block_dtype = best_ways(times)
+
+
+def kind_of_ways(method: str, dtype: torch.dtype) -> str:
+    """What the times of a quantized layer depend on: "int4 in bfloat16"."""
+    return f"{method} in {name_of(dtype)}"
+
+
+def best_ways(times: Times) -> tuple[int, torch.dtype | None]:
+    """The most rows for which codes are fastest, and the faster dtype of blocks (None: x's)."""
+    won = [most for (most, _), seconds in zip(CLASSES, times, strict=False) if codes_win(seconds)]
+    return int(max(won, default=0)), torch.float32 if "float32 blocks" in times[0] else None
+
+
+@torch.inference_mode()
+def time_quantized(method: str, dtype: torch.dtype) -> Times:
+    """Time codes and the faster blocks in every class but the last, where blocks win. The weight is
+    made for it."""
+    kind = METHODS[method]
+    layer = kind(kind.round(torch.full(SAMPLE, 0.01), dtype))
+    blocks = {
+        "blocks": layer.matmul_blocks,
+        "float32 blocks": lambda x: layer.matmul_blocks(x.float()).to(dtype),
+    }
+    x = torch.ones(CLASSES[-1][1], layer.in_features, dtype=dtype)
+    seconds = time_ways({name: partial(way, x) for name, way in blocks.items()})
+    best = min(seconds, key=seconds.__getitem__)
+    times: Times = []
+    for _, rows in CLASSES[:-1]:
+        ways = {best: partial(blocks[best], x[:rows])}
+        # Codes never win again with more rows, and some operators take seconds.
+        if all(codes_win(seconds) for seconds in times):
+            ways["codes"] = partial(layer.matmul_codes, x[:rows])
+        times.append({"codes": inf, **time_ways(ways)})
+    return times
+
+
+def codes_win(seconds: Mapping[str, float]) -> bool:
+    return seconds["codes"] == min(seconds.values())
 
 
 # ---- attention -----------------------------------------------------------------------------------
 
 
-def kind_of_attention(part: HybridAttention) -> str:
+def choose_attention(module: nn.Module, timings: Timings) -> None:
+    """Choose the dtype of attention and the cache, in large 16-bit decoders on a CPU."""
+    for part in module.modules():
+        if isinstance(part, HybridAttention) and is_large(part.q_proj):
+            tensors = (*part.q_proj.parameters(), *part.q_proj.buffers())
+            numbers = next(tensor for tensor in tensors if tensor.is_floating_point())
+            if numbers.device.type == "cpu" and numbers.dtype in DTYPES:
+                measure = partial(time_attention, numbers.dtype, *heads_of(part))
+                kind = kind_of_attention(numbers.dtype, *heads_of(part))
+                seconds = timings.get(kind, measure)
+                part.cache_dtype = faster_dtype(seconds)
+
+
+def heads_of(part: HybridAttention) -> tuple[int, int, int]:
+    """The number of key heads, their width, and the queries of each."""
+    width = part.k_proj.out_features
+    return width // part.head_dim, part.head_dim, part.q_proj.out_features // width
+
+
+def kind_of_attention(dtype: torch.dtype, heads: int, head_dim: int, shared: int) -> str:
     """What the time of attention depends on: "bfloat16 attention, heads of 128"."""
-    dtype = str(part.q_proj.weight.dtype).removeprefix("torch.")
-    shared = part.q_proj.out_features // part.k_proj.out_features
     queries = f", {shared} queries per key" if shared > 1 else ""
-    return f"{dtype} attention, heads of {part.head_dim}{queries}"
+    return f"{name_of(dtype)} attention, heads of {head_dim}{queries}"
 
 
 def faster_dtype(seconds: dict[str, float]) -> torch.dtype | None:
@@ -188,11 +271,12 @@ def faster_dtype(seconds: dict[str, float]) -> torch.dtype | None:
 
 
 @torch.inference_mode()
-def time_attention(part: HybridAttention) -> dict[str, float]:
-    """The seconds in which one query attends to an image and a short text, by dtype."""
-    dtype = part.q_proj.weight.dtype
-    shape = (2, 1, part.k_proj.out_features // part.head_dim, CACHED, part.head_dim)
-    shared = part.q_proj.out_features // part.k_proj.out_features  # rows of one attention
+def time_attention(
+    dtype: torch.dtype, heads: int, head_dim: int, shared: int = 1
+) -> dict[str, float]:
+    """The seconds in which a token attends to an image and a short text, in 16 and 32 bits. `heads`
+    of keys serve `shared` queries each."""
+    shape = (2, 1, heads, CACHED, head_dim)
     caches = {wanted: torch.full(shape, 0.01, dtype=wanted) for wanted in (dtype, torch.float32)}
     seconds = dict.fromkeys(caches, inf)
     for turn in range(1 + ROUNDS):
@@ -201,12 +285,10 @@ def time_attention(part: HybridAttention) -> dict[str, float]:
             F.scaled_dot_product_attention(k[:, :, :shared], k, v)
             if turn:  # the first round loads the pages
                 seconds[wanted] = min(seconds[wanted], perf_counter() - start)
-    return {str(wanted).removeprefix("torch."): best for wanted, best in seconds.items()}
+    return {name_of(wanted): best for wanted, best in seconds.items()}
 
 
 # ---- timing --------------------------------------------------------------------------------------
-
-Times = list[dict[str, float]]  # for each class: seconds by name of the kernel
 
 
 def choose(times: Times) -> Choice:
@@ -236,14 +318,19 @@ def typical(weights: Sequence[Tensor], rows: int) -> list[Tensor]:
 
 
 def time_model(module: nn.Module, again: bool = False) -> dict[str, Any]:
-    """The kept times of attention and of all large linear layers in `module`, which may be on the
-    meta device. Kinds without kept times, with `again` all, are measured on tensors made for it."""
+    """The kept times of attention, of all large linear layers in `module`, which may be on the meta
+    device, and of quantized ones. Kinds without kept times, with `again` all, are measured on
+    tensors made for it."""
     measures: dict[str, Callable[[], Any]] = {}
     for part in module.modules():
-        if isinstance(part, nn.Linear) and part.weight.nbytes >= MIN_BYTES:
+        if isinstance(part, nn.Linear) and is_large(part):
             measures[kind_of(part)] = partial(time_copies, part)
         if isinstance(part, HybridAttention):
-            measures[kind_of_attention(part)] = partial(time_attention, part)
+            dtype = part.q_proj.weight.dtype
+            measure = partial(time_attention, dtype, *heads_of(part))
+            measures[kind_of_attention(dtype, *heads_of(part))] = measure
+            for method in ("int8", "int4"):
+                measures[kind_of_ways(method, dtype)] = partial(time_quantized, method, dtype)
     with Timings.open() as timings:
         if again:
             timings.forget(measures)
@@ -259,27 +346,35 @@ def time_copies(layer: nn.Linear) -> Times:
 
 
 def time_class(names: Sequence[str], weights: Sequence[Tensor], rows: int) -> dict[str, float]:
-    """The seconds of each kernel for this number of rows, the best of `ROUNDS`."""
+    """The seconds of each kernel for this number of rows: one product with each weight."""
     x = torch.ones(rows, weights[0].shape[1], dtype=weights[0].dtype)
-    for name in names:
-        time_kernel(name, weights, x)  # loads the pages, and compiles
-    seconds, tried = dict.fromkeys(names, inf), list(names)
+
+    def multiply(kernel: Kernel) -> None:
+        for weight in weights:
+            kernel(weight, x)
+
+    return time_ways({name: partial(multiply, KERNELS[name]) for name in names})
+
+
+def time_ways(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """The seconds of each way, the best of `ROUNDS` in turns."""
+    for way in ways.values():
+        time_once(way)  # loads the pages, and compiles
+    seconds, tried = dict.fromkeys(ways, inf), list(ways)
     for turn in range(ROUNDS):
         for name in tried:
-            seconds[name] = min(seconds[name], time_kernel(name, weights, x))
+            seconds[name] = min(seconds[name], time_once(ways[name]))
         if turn == 1:
             best = min(seconds.values())
-            tried = [name for name in names if seconds[name] <= HOPELESS * best]
+            tried = [name for name in ways if seconds[name] <= HOPELESS * best]
     return seconds
 
 
-def time_kernel(name: str, weights: Sequence[Tensor], x: Tensor) -> float:
-    """The seconds of one product with each weight; infinity where torch lacks the operator."""
-    kernel = KERNELS[name]
+def time_once(way: Callable[[], object]) -> float:
+    """The seconds of one call; infinity where torch lacks the operator."""
     start = perf_counter()
     try:
-        for weight in weights:
-            kernel(weight, x)
+        way()
     except RuntimeError:
         return inf
     return perf_counter() - start

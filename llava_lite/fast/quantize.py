@@ -9,7 +9,8 @@
 
 For few rows, torch's packed operators multiply by the codes. For many rows, such as a prompt's, a
 block of the weights is written out, multiplied and dropped, then the next block: there is never a
-second copy of the weights.
+second copy of the weights. A loaded model has this machine's number of "few", and its fastest dtype
+of blocks (kernels.py).
 
 Stored codes are the same on every machine:
 
@@ -45,9 +46,9 @@ ROW_MULTIPLE = 64  # torch packs rows of int4 weights in groups of 64, so they a
 # Weights that are rounded or packed at once, with 4 bytes each. Larger pieces would also leave
 # holes in the allocator's heap when they are freed.
 PIECE_WEIGHTS = 1 << 20
-# Weights written out at once for many rows. On a CPU about 1,000 columns are as fast as all of
-# them; on a GPU every block costs a dozen kernel launches.
-BLOCK_WEIGHTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+# Bytes of weights written out at once for many rows. On a CPU about 1,000 columns in 16 bits are as
+# fast as all of them; on a GPU every block costs a dozen kernel launches.
+BLOCK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
 # The packed operators are private to torch, so their results are checked before use.
 TOLERANCE = 0.03
 TINY = torch.finfo(torch.float32).tiny
@@ -65,12 +66,14 @@ class QuantizedLinear(nn.Module):
     """x @ w.T + b with a quantized w, without gradients. One subclass per method.
 
     codes_rows: the most rows for the packed operator, about where both ways take the same time.
-    Another value changes results by rounding only. repacks: codes are held in another order than
-    they are stored in."""
+    block_dtype: of blocks that are written out (None: that of the scales). Other values of both
+    change results by rounding only. repacks: codes are held in another order than they are stored
+    in."""
 
     method: ClassVar[str]
     codes: ClassVar[str]  # the name of the part that holds them
-    codes_rows: ClassVar[int]
+    codes_rows: int
+    block_dtype: torch.dtype | None = None
     group_size: ClassVar[int] = 1
     codes_per_byte: ClassVar[int] = 1
     repacks: ClassVar[bool] = False
@@ -84,9 +87,14 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = rows, width * self.codes_per_byte
 
     @property
-    def block_rows(self) -> int:
+    def dtype(self) -> torch.dtype:
+        """That of the scales and of x."""
+        return next(part.dtype for part in self.buffers() if part.is_floating_point())
+
+    def block_rows(self, dtype: torch.dtype) -> int:
         """M, the rows of the weight to write out at once."""
-        return count_rows(BLOCK_WEIGHTS[next(self.buffers()).device.type], self.in_features)
+        most = BLOCK_BYTES[next(self.buffers()).device.type] // dtype.itemsize
+        return count_rows(most, self.in_features)
 
     @staticmethod
     def round(weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -108,18 +116,21 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def matmul_blocks(self, rows: Tensor) -> Tensor:
-        """(R, K) -> (R, N), by writing out the weight block by block."""
-        return torch.cat([rows @ block for block in self.weight_blocks()], dim=1)
+        """(R, K) -> (R, N) in the same dtype, by writing out the weight block by block."""
+        return torch.cat([rows @ block for block in self.weight_blocks(rows.dtype)], dim=1)
 
-    def weight_blocks(self) -> Iterator[Tensor]:
-        """The blocks of the weight in the dtype of the scales, transposed: (K, M) each."""
+    def weight_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The blocks of the weight in this dtype, transposed: (K, M) each."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) in the dtype of the scales -> (..., N)."""
         rows = x.reshape(-1, self.in_features).contiguous()
         few = 0 < len(rows) <= self.codes_rows  # the packed operators refuse 0 rows
-        y = self.matmul_codes(rows) if few else self.matmul_blocks(rows)
+        if few:
+            y = self.matmul_codes(rows)
+        else:
+            y = self.matmul_blocks(rows.to(self.block_dtype or x.dtype)).to(x.dtype)
         y = y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
@@ -193,17 +204,17 @@ class Int8Linear(QuantizedLinear):
         """(R, K) -> (R, N)."""
         if rows.dtype == torch.float16:  # sums without the scales overflow
             return super().matmul_blocks(rows)
-        blocks = self.weight_int8.split(self.block_rows)
+        blocks = self.weight_int8.split(self.block_rows(rows.dtype))
         # One buffer for all blocks: new memory costs more time than the conversion.
         buffer = torch.empty_like(blocks[0], dtype=rows.dtype)
         y = torch.cat([rows @ buffer[: len(codes)].copy_(codes).T for codes in blocks], dim=1)
         return y.mul_(self.scales)  # scale the few results instead of all weights
 
-    def weight_blocks(self) -> Iterator[Tensor]:
+    def weight_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """(K, M) each."""
-        blocks = (part.split(self.block_rows) for part in (self.weight_int8, self.scales))
+        blocks = (part.split(self.block_rows(dtype)) for part in (self.weight_int8, self.scales))
         for codes, scales in zip(*blocks, strict=True):
-            yield (codes.to(scales.dtype) * scales[:, None]).T
+            yield (codes.to(dtype) * scales[:, None].to(dtype)).T
 
 
 class Int8DynamicLinear(Int8Linear):
@@ -304,14 +315,14 @@ class Int4Linear(QuantizedLinear):
         y: Tensor = multiply(rows, self.weight_packed, group_size, self.scales_and_zeros)
         return y
 
-    def weight_blocks(self) -> Iterator[Tensor]:
+    def weight_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """(K, M) each, the last with the padding of N."""
         pairs, k = self.scales_and_zeros, self.in_features
-        step, order = self.block_rows, find_order(pairs.device)
+        step, order = self.block_rows(dtype), find_order(pairs.device)
         packed = self.weight_packed.view(torch.uint8).view(-1, k // 2)  # (N, K/2)
         for codes, block in zip(packed.split(step), pairs.split(step, dim=1), strict=True):
-            scales, zeros = (part.contiguous()[:, None] for part in block.unbind(-1))
-            weight = torch.empty(k, len(codes), dtype=pairs.dtype, device=pairs.device)
+            scales, zeros = (part.to(dtype).contiguous()[:, None] for part in block.unbind(-1))
+            weight = torch.empty(k, len(codes), dtype=dtype, device=pairs.device)
             order.unpack(codes, weight)
             groups = weight.unflatten(0, (len(pairs), -1))  # (K/32, 32, M)
             yield torch.addcmul(zeros, groups, scales, out=groups).flatten(0, 1)
@@ -321,9 +332,8 @@ class Int4Linear(QuantizedLinear):
         k = self.in_features
         packed = self.weight_packed.view(torch.uint8).view(-1, k // 2)
         order, stored = find_order(packed.device), torch.empty_like(packed)
-        for codes, out in zip(
-            packed.split(self.block_rows), stored.split(self.block_rows), strict=True
-        ):
+        step = self.block_rows(torch.int8)
+        for codes, out in zip(packed.split(step), stored.split(step), strict=True):
             wide = torch.empty(k, len(codes), dtype=torch.int8, device=packed.device)
             order.unpack(codes, wide)
             wide = (wide + 8).T.to(torch.uint8)  # (M, K)

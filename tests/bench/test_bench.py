@@ -769,7 +769,7 @@ def test_only_strict_runs_fail_beyond_a_bound(
         (["--size", "tiny", "--revision", "x"], "it does not go with --revision"),
         (["--size", "tiny", "--offline"], "it does not go with --offline"),
         (["--size", "tiny", "--download"], "it does not go with --download"),
-        (["--reductions", "tome-7"], "no reduction 'tome-7'; there are none, tome-72"),
+        (["--reductions", "tome-7"], "no reduction 'tome-7'; there are none, folded-72,"),
     ],
 )
 def test_wrong_usage(

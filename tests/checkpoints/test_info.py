@@ -4,10 +4,12 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from helpers.models import TINY_CONFIG, random_llava
 from llava_lite.checkpoints import info
@@ -17,6 +19,7 @@ from llava_lite.checkpoints.info import TensorInfo
 from llava_lite.cli import info_text
 from llava_lite.cli.program import main
 from llava_lite.config import PRESETS
+from llava_lite.fast import kernels
 from llava_lite.generation.model import Model
 from llava_lite.reduction import REDUCTIONS, FastV, Reduction
 
@@ -159,9 +162,9 @@ def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
         ("folded-72", "keep 72 folded - 21 % 68 MiB {} merge only"),
         (
             "folded-144-36",
-            "keep 144 folded fold to 48 from layer 1, 36 from 3 16 % 52 MiB {} accurate and fast",
+            "keep 144 folded fold to 48 from layer 1, 36 from 3 16 % 52 MiB {} try this first",
         ),
-        ("fastv-72-folded", "- folded fold to 72 from layer 3 28 % 92 MiB {} prune only"),
+        ("fastv-72-folded", "- folded fold to 72 from layer 3 28 % 92 MiB {} fold only"),
         ("tome-72", "keep 72 vtu - 23 % 320 MiB {} merge, unmerge"),
         ("dymu-72", "dynamic vtu - {} few for plain images"),
         ("fastv-50", "- - drop 50 % from layer 3 59 % 190 MiB {} prune only"),
@@ -276,3 +279,43 @@ def test_damaged_checkpoints(
 def test_no_such_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["info", str(tmp_path / "absent" / "model")]) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Chosen kernels with their share of torch's time, and the kept times as JSON."""
+    one = {"linear": 2.0, "mv": 1.0, "weight first": 3.0}
+    others = [{"linear": 1.0, "float32 blocks": share} for share in (0.99, 0.5, 0.25)]
+    times = {
+        "bfloat16 4096 x 4096": [one, *others],
+        "bfloat16 attention, heads of 128": {"bfloat16": 0.002, "float32": 0.0005},
+        "int4 in bfloat16": [
+            {"codes": 1.0, "blocks": 2.0},
+            {"codes": 3.0, "blocks": 2.0},
+            {"codes": math.inf, "blocks": 2.0},
+        ],
+    }
+    asked = []
+
+    def time_model(module: nn.Module, again: bool) -> dict[str, Any]:
+        assert next(module.parameters()).is_meta
+        asked.append(again)
+        return times
+
+    monkeypatch.setattr(kernels, "time_model", time_model)
+    assert main(["info", "--machine"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].endswith(f"torch {torch.__version__}")
+    assert "4096 x 4096  mv 0.50  linear       float32 blocks 0.50  float32 blocks 0.25" in printed
+    assert "heads of 128, one query: bfloat16 2.00 ms, float32 0.50 ms" in printed
+    assert (
+        "int4 in bfloat16: codes for 1 rows at most, else weights written in the model's" in printed
+    )
+    assert main(["info", "--machine", "--again", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["seconds"].keys() == times.keys() and content["flags"] is not None
+    assert asked == [False, True]
+
+
+def test_again_goes_with_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--again"]) == 1
+    assert "--again goes with --machine" in capsys.readouterr().err

@@ -105,10 +105,12 @@ def test_chosen_kernels_keep_the_head_tied(
 
 
 def test_timings_tell_decoders_with_fewer_heads_apart() -> None:
-    attn, other = (random_llava(c).decoder.layers[0].attn for c in (WIDE, GQA_CONFIG))
-    assert kernels.kind_of_attention(attn) == "float32 attention, heads of 32, 2 queries per key"
-    assert kernels.kind_of_attention(other) != kernels.kind_of_attention(attn)
-    assert set(kernels.time_attention(attn)) == {"float32"}
+    attn = random_llava(WIDE).decoder.layers[0].attn
+    assert kernels.heads_of(attn) == (2, 32, 2)
+    kind = kernels.kind_of_attention(torch.bfloat16, *kernels.heads_of(attn))
+    assert kind == "bfloat16 attention, heads of 32, 2 queries per key"
+    assert kernels.kind_of_attention(torch.bfloat16, 4, 32, 1) == "bfloat16 attention, heads of 32"
+    assert min(kernels.time_attention(torch.bfloat16, 2, 32, 2).values()) > 0
 
 
 def test_a_random_model_of_the_bench_is_tied(tiny_tokenizer: Tokenizer) -> None:

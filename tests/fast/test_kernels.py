@@ -3,7 +3,10 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,8 @@ from helpers.models import TINY_CONFIG, random_llava
 from llava_lite.checkpoints.checkpoint import save_model
 from llava_lite.fast import kernels, timings
 from llava_lite.fast.kernels import CLASSES, KERNELS, TRIED, Choice, ChosenLinear, choose_kernels
-from llava_lite.fast.timings import Timings
+from llava_lite.fast.quantize import Int8DynamicLinear, QuantizedLinear, quantize
+from llava_lite.fast.timings import Timings, cache_folder
 from llava_lite.generation.model import Model
 from llava_lite.inputs.tokenizer import Tokenizer
 from llava_lite.reduction import FastV, Reduction
@@ -36,6 +40,7 @@ def plain(
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache folder for each test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(timings, "cache_folder", cache_folder)  # the real one
     monkeypatch.setattr(timings, "MOST_DISTURBED", float("inf"))  # other tests run at the same time
     return tmp_path / "cache" / "llava_lite"
 
@@ -265,12 +270,13 @@ def test_time_decides(monkeypatch: pytest.MonkeyPatch, quick: str) -> None:
 def test_a_hopeless_kernel_is_tried_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def time_kernel(name: str, weights: list[Tensor], x: Tensor) -> float:
+    def time_once(way: Callable[[], object]) -> float:
+        name = str(way())
         calls.append(name)
         return {"linear": 1.0, "mv": 2.9, "weight first": 3.1}[name]
 
-    monkeypatch.setattr(kernels, "time_kernel", time_kernel)
-    kernels.time_class(TRIED[0], [plain(32, 64).weight], 1)
+    monkeypatch.setattr(kernels, "time_once", time_once)
+    kernels.time_ways({name: partial(str, name) for name in TRIED[0]})
     assert calls == [*TRIED[0] * 3, *["linear", "mv"] * (kernels.ROUNDS - 2)]
 
 
@@ -293,6 +299,65 @@ def test_small_and_other_weights_keep_theirs() -> None:
         assert choose_kernels(nn.Sequential(layer)) == {}
 
 
+# ---- quantized layers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("codes", "blocks", "expected"),
+    [
+        ((1.0, 1.0, 1.0), "float32 blocks", (64, torch.float32)),
+        ((1.0, 1.0, 3.0), "float32 blocks", (8, torch.float32)),
+        ((1.0, 1.0, 3.0), "blocks", (8, None)),
+        ((3.0, inf, inf), "blocks", (0, None)),
+    ],
+)
+def test_quantized_layers_have_their_ways(
+    method: str, codes: tuple, blocks: str, expected: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention follows the dtype of quantized layers, too."""
+    times = [{"codes": seconds, blocks: 2.0} for seconds in codes]
+    monkeypatch.setattr(kernels, "MIN_BYTES", 1)
+    monkeypatch.setattr(kernels, "time_kernels", lambda weights: seconds_of(OTHERS))
+    monkeypatch.setattr(kernels, "time_quantized", lambda *_: times)
+    monkeypatch.setattr(kernels, "time_attention", lambda *_: {"bfloat16": 1.0, "float32": 0.1})
+    llava = random_llava().bfloat16()
+    quantize(llava, method)
+    kept = Int8DynamicLinear(Int8DynamicLinear.round(torch.ones(64, 64), torch.bfloat16))
+    llava.add_module("dynamic", kept)
+    choose_kernels(llava)
+    layers = [part for part in llava.decoder.modules() if isinstance(part, QuantizedLinear)]
+    assert layers and {(part.codes_rows, part.block_dtype) for part in layers} == {expected}
+    assert (kept.codes_rows, kept.block_dtype) == (4, None)
+    assert isinstance(llava.vision.blocks[0].mlp.fc1, ChosenLinear)
+    assert llava.cache_dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [*kernels.DTYPES, torch.float32])
+def test_ways_are_timed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes until they lose, and the faster blocks."""
+    asked, clock = [], {"codes": 1.0, "blocks": 2.0, "float32 blocks": 1.5}
+
+    def time_ways(ways: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+        results = {name: way() for name, way in ways.items()}
+        [rows] = {len(y) for y in results.values()}
+        assert all(y.dtype == dtype for y in results.values())
+        asked.append((rows, *ways))
+        return {name: clock[name] * (rows if name == "codes" else 5) for name in ways}
+
+    monkeypatch.setattr(kernels, "SAMPLE", (64, 64))
+    monkeypatch.setattr(kernels, "time_ways", time_ways)
+    times = kernels.time_quantized("int8", dtype)
+    wide = "float32 blocks"
+    both = [(1, wide, "codes"), (4, wide, "codes"), (24, wide, "codes")]
+    assert asked == [(128, "blocks", wide), *both]
+    assert kernels.best_ways(times) == (8, torch.float32)
+    clock["codes"] = 100.0
+    asked.clear()
+    assert kernels.best_ways(kernels.time_quantized("int8", dtype)) == (0, torch.float32)
+    assert asked[1:] == [(1, wide, "codes"), (4, wide), (24, wide)]
+
+
 # ---- attention -----------------------------------------------------------------------------------
 
 
@@ -310,7 +375,7 @@ def test_float32_caches_must_be_worth_their_memory(
     monkeypatch.setattr(kernels, "MIN_BYTES", 1)
     monkeypatch.setattr(kernels, "time_kernels", lambda weights: seconds_of(OTHERS))
     seconds = {"bfloat16": narrow, "float32": wide}
-    monkeypatch.setattr(kernels, "time_attention", lambda part: seconds)
+    monkeypatch.setattr(kernels, "time_attention", lambda *_: seconds)
     llava = random_llava().bfloat16()
     choose_kernels(llava)
     assert llava.cache_dtype == (expected or torch.bfloat16)
@@ -324,8 +389,7 @@ def test_float32_caches_must_be_worth_their_memory(
 
 
 def test_both_dtypes_of_attention_are_timed() -> None:
-    attn = random_llava().bfloat16().decoder.layers[0].attn
-    seconds = kernels.time_attention(attn)
+    seconds = kernels.time_attention(torch.bfloat16, 4, 16)
     assert list(seconds) == ["bfloat16", "float32"] and min(seconds.values()) > 0
 
 

@@ -297,10 +297,10 @@ def test_many_rows_are_those_that_write_weights_out(
 def test_blocks_of_a_weight_are_the_weight(
     kind: type[QuantizedLinear], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BLOCK_WEIGHTS", {"cpu": 100 * 384})
+    monkeypatch.setattr(module, "BLOCK_BYTES", {"cpu": 100 * 384 * 4})
     parts = kind.round(random_weight(), torch.float32)
     layer = kind(parts)
-    blocks = list(layer.weight_blocks())
+    blocks = list(layer.weight_blocks(torch.float32))
     assert [block.shape[1] for block in blocks][:3] == [64, 64, 64] and len(blocks) == 4
     torch.testing.assert_close(
         torch.cat(blocks, dim=1).T[:200], kind.restore(parts), rtol=1e-6, atol=1e-9
@@ -319,6 +319,21 @@ def test_any_shape_of_input(kind: type[QuantizedLinear], shape: tuple[int, ...])
     turned = torch.randn(*shape[:-1], 768)[..., ::2]  # not contiguous
     expected = turned @ kind.restore(parts).T
     torch.testing.assert_close(kind(parts)(turned), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+def test_blocks_in_float32_are_the_most_exact(
+    kind: type[QuantizedLinear], dtype: torch.dtype
+) -> None:
+    parts = kind.round(random_weight(), dtype)
+    layer, x = kind(parts), torch.randn(100, 384).to(dtype)
+    expected = x.double() @ kind.restore(parts).double().T
+    narrow = (layer(x).double() - expected).abs().max()
+    layer.block_dtype = torch.float32
+    y = layer(x)
+    assert y.dtype == dtype
+    assert (y.double() - expected).abs().max() <= min(narrow, 2**-8 * expected.abs().max())
 
 
 def test_float16_sums_do_not_overflow() -> None:
@@ -701,7 +716,9 @@ def test_a_kernel_chosen_for_one_row_goes_with_the_weights(
     """Quantizing a model whose layers had their kernel chosen is quantizing the plain one."""
     llava, chosen = (random_llava(CONFIG, dtype=torch.bfloat16) for _ in range(2))
     monkeypatch.setattr(kernels, "MIN_BYTES", 0)
-    monkeypatch.setattr(kernels, "fastest", lambda linears, candidates, rows: candidates[0])
+    others = [{name: float(name == "linear") for name in names} for names in kernels.TRIED]
+    monkeypatch.setattr(kernels, "time_kernels", lambda weights: others)
+    monkeypatch.setattr(kernels, "faster_dtype", lambda seconds: None)
     assert kernels.choose_kernels(chosen.decoder)
     assert any(isinstance(module, kernels.ChosenLinear) for module in chosen.modules())
     for model in (llava, chosen):

@@ -44,8 +44,9 @@ SOME = ["none", "tome-36-*", "dtome-72-logical", "*-k2-36*", "random-144-*", "hy
 SOME += ["stages-36-*"]
 NAMES = [*("none", "tome-36-folded", "tome-36-vtu", "tome-36-logical", "tome-36-plain")]
 NAMES += ["dtome-72-logical", "fastv-k2-36", "fastv-k2-36-folded", "random-144-k1-36-folded"]
-NAMES += [f"hybrid-72-36-{rest}" for rest in ("folded", "logical", "folded-sum", "vtu", "dropped")]
-NAMES += ["stages-36-18-9-folded", "stages-36-18-9-dropped"]
+RESTS = ("folded", "logical", "folded-sum", "vtu", "dropped", "dropped-mean")
+NAMES += [f"hybrid-72-36-{rest}" for rest in RESTS]
+NAMES += [f"stages-36-18-9-{rest}" for rest in ("folded", "dropped", "dropped-mean")]
 
 
 FACTS = {"model": "random", "questions": 90, "scenes": 10, "timed_on": "a machine"}
@@ -108,7 +109,7 @@ def test_configurations(study: ModuleType) -> None:
     found = {one.name: one for one in study.configurations()}
     kinds = [one.kind for one in found.values()]
     assert {kind: kinds.count(kind) for kind in kinds} == {
-        **{"none": 1, "tome": 17, "dtome": 3, "fastv": 10, "random": 2, "hybrid": 29, "stages": 12}
+        **{"none": 1, "tome": 17, "dtome": 3, "fastv": 10, "random": 2, "hybrid": 32, "stages": 16}
     }
     fold = partial(FastV, rest="fold", score="mean")
     wishes = {
@@ -121,7 +122,12 @@ def test_configurations(study: ModuleType) -> None:
         "hybrid-144-72-logical": Reduction(ToMe(keep=144), "logical", FastV(keep=72)),
         "hybrid-72-36-vtu": Reduction(ToMe(keep=72), "vtu", FastV(keep=36)),
         "hybrid-72-36-dropped": Reduction(ToMe(keep=72), "folded", FastV(keep=36)),
-        "hybrid-72-36-folded-sum": Reduction(ToMe(keep=72), "folded", FastV(keep=36, rest="fold")),
+        "hybrid-72-36-dropped-mean": Reduction(
+            ToMe(keep=72), "folded", FastV(keep=36, score="mean")
+        ),
+        "hybrid-72-36-folded-sum": Reduction(
+            ToMe(keep=72), "folded", FastV(keep=36, rest="fold", score="sum")
+        ),
         "stages-576-144-36-folded": Reduction(None, "folded", fold(stages=((1, 144), (3, 36)))),
         "stages-72-18-9-dropped": Reduction(
             ToMe(keep=72), "folded", FastV(stages=((1, 18), (3, 9)))
@@ -172,18 +178,20 @@ def test_claims(study: ModuleType) -> None:
     """Each treatment once against folding, and both controls."""
     names = [one.name for one in study.configurations()]
     found = list(study.claims(names))
-    assert len(set(found)) == len(found) == 49
+    assert len(set(found)) == len(found) == 56
     expected = {(f"tome-{n}-folded", f"tome-{n}-vtu") for n in (144, 72, 36, 18, 9)}
     expected |= {("tome-72-folded", "tome-72-logical"), ("tome-72-folded", "tome-72-plain")}
     for name in ("k1-72", "k1-36", "k2-36", "k3-72", "k3-36"):
         expected.add((f"fastv-{name}-folded", f"fastv-{name}"))
     for name in ("144-k1-36", "72-36", "36-18"):
-        rests = ("logical", "vtu", "dropped", "folded-sum")
+        rests = ("logical", "vtu", "dropped", "dropped-mean", "folded-sum")
         expected |= {(f"hybrid-{name}-folded", f"hybrid-{name}-{rest}") for rest in rests}
         expected.add((f"hybrid-{name}-folded-sum", f"hybrid-{name}-dropped"))
     expected.add(("hybrid-36-9-folded", "hybrid-36-9-logical"))
     for name in ("576-144-72-36", "576-144-36", "144-48-36", "72-36-18", "72-18-9", "36-18-9"):
         expected.add((f"stages-{name}-folded", f"stages-{name}-dropped"))
+    for name in ("144-48-36", "72-36-18", "72-18-9", "36-18-9"):
+        expected.add((f"stages-{name}-folded", f"stages-{name}-dropped-mean"))
     expected.add(("fastv-k3-36", "random-k3-36"))
     expected.add(("hybrid-144-k1-36-folded", "random-144-k1-36-folded"))
     assert expected <= set(found)
@@ -267,7 +275,9 @@ def test_run_counts_what_evaluation_counts(
         "dtome-72-logical": Reduction(DToMe(tuple(thresholds["72"])), "logical"),
         "fastv-k2-36": Reduction(fastv=FastV(keep=36, layer=2)),
         "hybrid-72-36-folded": REDUCTIONS["folded-72-36"],
-        "stages-72-18-9-folded": REDUCTIONS["folded-72-18-9"],
+        "stages-36-18-9-folded": Reduction(
+            ToMe(keep=36), "folded", FastV(stages=((1, 18), (3, 9)), rest="fold")
+        ),
     }
     for name, wish in wishes.items():
         tallies = evaluate_scenes(model, scenes, 4, reduction=wish)
