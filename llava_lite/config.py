@@ -46,8 +46,7 @@ class VisionConfig:
         return layer if layer >= 0 else self.num_layers + 1 + layer
 
     def at(self, image_size: int | None) -> "VisionConfig":
-        """This tower for images of `image_size` pixels. Raises ValueError for any size but its own,
-        which None means."""
+        """This tower, for images of its own size only (or None). Raises ValueError."""
         if image_size not in (None, self.image_size):
             raise ValueError(f"image_size {image_size}: CLIP takes {self.image_size} px only")
         return self
@@ -84,8 +83,7 @@ class FastViTHDConfig:
         return 2 * self.widths[-1]
 
     def at(self, image_size: int | None) -> "FastViTHDConfig":
-        """This tower for images of `image_size` pixels (None: of its own size), as FastVLM itself
-        reduces tokens. Raises ValueError for an impossible size."""
+        """This tower for images of `image_size` pixels (None: its own size). Raises ValueError."""
         return self if image_size is None else replace(self, image_size=image_size)
 
 
@@ -209,15 +207,12 @@ def check(config: LlavaConfig) -> None:
 
 def check_fastvithd(vision: FastViTHDConfig) -> None:
     """Raise ValueError for an impossible size, and if depths and widths do not fit together."""
-    sizes, widths = FASTVITHD_SIZES, vision.widths
-    if vision.image_size not in sizes:
-        raise ValueError(
-            f"image_size {vision.image_size} must be a multiple of {sizes.step} in {sizes[0]}.."
-            f"{sizes[-1]}"
-        )
-    nested = all(width and wider % width == 0 for width, wider in pairwise(widths))
-    heads = not any(width % FASTVITHD_HEAD_DIM for width in widths[-2:])
-    if not (len(vision.depths) == len(widths) == 5 and nested and heads):
+    if vision.image_size not in FASTVITHD_SIZES:
+        raise ValueError(f"image_size {vision.image_size} must be a multiple of 64 in 256..2048")
+    widths, heads = vision.widths, vision.widths[-2:]
+    five = len(vision.depths) == len(widths) == 5 and all(widths)
+    nested = five and not any(wider % width for width, wider in pairwise(widths))
+    if not nested or any(width % FASTVITHD_HEAD_DIM for width in heads):
         raise ValueError(
             f"FastViTHD: depths {vision.depths} and widths {widths} must be 5 each, a width a "
             f"multiple of the one before, the last two of {FASTVITHD_HEAD_DIM}"

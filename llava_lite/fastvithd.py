@@ -41,23 +41,6 @@ class ConvGELU(nn.Conv2d):
         return F.gelu(super().forward(x))
 
 
-def stem(width: int) -> nn.Sequential:
-    """(B, 3, S, S) -> (B, C, S/4, S/4)"""
-    return nn.Sequential(
-        ConvGELU(3, width, 3, stride=2, padding=1),
-        ConvGELU(width, width, 3, stride=2, padding=1, groups=width),
-        ConvGELU(width, width, 1),
-    )
-
-
-def downsample(width_in: int, width: int) -> nn.Sequential:
-    """(B, C, h, w) -> (B, C', h/2, w/2)"""
-    return nn.Sequential(
-        ConvGELU(width_in, width, 7, stride=2, padding=3, groups=width_in),
-        ConvGELU(width, width, 1),
-    )
-
-
 def depthwise(width: int, kernel: int, bias: bool = True) -> nn.Conv2d:
     """(B, C, h, w) -> (B, C, h, w), each channel with its own kernel."""
     return nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width, bias=bias)
@@ -66,15 +49,12 @@ def depthwise(width: int, kernel: int, bias: bool = True) -> nn.Conv2d:
 class BatchNorm(nn.Module):
     """Normalize each channel by the statistics of the training data, which never change."""
 
-    running_mean: Tensor
-    running_var: Tensor
-
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
+        self.running_mean = nn.Buffer(torch.zeros(width))
+        self.running_var = nn.Buffer(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=EPS)
@@ -132,7 +112,11 @@ class Stage(nn.Module):
     def __init__(self, config: FastViTHDConfig, index: int) -> None:
         super().__init__()
         width, attends = config.widths[index], index in ATTENTION_STAGES
-        self.down = downsample(config.widths[index - 1], width) if index else nn.Identity()
+        self.down: nn.Module = nn.Identity()
+        if index:
+            before = config.widths[index - 1]
+            large = ConvGELU(before, width, 7, stride=2, padding=3, groups=before)
+            self.down = nn.Sequential(large, ConvGELU(width, width, 1))
         self.position = depthwise(width, 7) if attends else nn.Identity()
         self.blocks = nn.Sequential(*(Block(width, attends) for _ in range(config.depths[index])))
 
@@ -154,20 +138,20 @@ class Gate(nn.Module):
         return x * self.expand(self.reduce(means).relu()).sigmoid()
 
 
-def expand(width: int) -> nn.Sequential:
-    """(B, C, h, w) -> (B, 2 C, h, w)"""
-    conv = nn.Conv2d(width, 2 * width, 3, padding=1, groups=width)
-    return nn.Sequential(conv, Gate(2 * width), nn.GELU())
-
-
 class FastViTHD(nn.Module):
     """Pixels in, image features for the projector out."""
 
     def __init__(self, config: FastViTHDConfig) -> None:
         super().__init__()
-        self.stem = stem(config.widths[0])
+        first, last = config.widths[0], config.widths[-1]
+        self.stem = nn.Sequential(
+            ConvGELU(3, first, 3, stride=2, padding=1),
+            ConvGELU(first, first, 3, stride=2, padding=1, groups=first),
+            ConvGELU(first, first, 1),
+        )
         self.stages = nn.Sequential(*(Stage(config, index) for index in range(len(config.depths))))
-        self.expand = expand(config.widths[-1])
+        conv = nn.Conv2d(last, 2 * last, 3, padding=1, groups=last)
+        self.expand = nn.Sequential(conv, Gate(2 * last), nn.GELU())
 
     def forward(
         self, pixel_values: Tensor, steps: Sequence[MergeStep] | None = None

@@ -509,7 +509,9 @@ def tower_chart(trace: Trace, y: float) -> Section:
     known = [values for values in counts if len(values) > 1]
     shapes: list[Shape] = [Text(x, y + 16, "Tokens in the vision tower", 16, bold=True)]
     if not known:
-        note = Text(x, top + PLOT / 2, "not known for an image encoded before", 13, GRAY)
+        merged = any(len(image.sizes) < image.num_patches for image in trace.images)
+        text = "not known for an image encoded before" if merged else "nothing merges"
+        note = Text(x, top + PLOT / 2, text, 13, GRAY)
         return [*shapes, note], top + PLOT
     most = max(map(max, known))
     longest = max(known, key=sum)
