@@ -295,6 +295,31 @@ def test_a_tied_head_is_the_embedding(golden: FastVLMGolden, tmp_path: Path) -> 
     assert torch.equal(load_model(untied).decoder.lm_head.weight, state["lm_head.weight"])
 
 
+def test_adapter_and_projector_over_a_fastvlm_base(
+    golden: FastVLMGolden, model: Model, tmp_path: Path
+) -> None:
+    a, b = torch.randn(2, 64), torch.randn(32, 2)
+    stem = "base_model.model.model.layers.1.self_attn.k_proj.lora_"
+    bias = {"base_model.model.model.mm_projector.2.bias": torch.full((64,), 0.5)}
+    for name in ("lora", "projector"):
+        (tmp_path / name).mkdir()
+    torch.save({f"{stem}A.weight": a, f"{stem}B.weight": b}, tmp_path / "lora/adapter_model.bin")
+    torch.save(bias, tmp_path / "lora" / "non_lora_trainables.bin")
+    torch.save(bias, tmp_path / "projector" / "mm_projector.bin")
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 3}')
+    expected = dict(model.llava.state_dict())
+    expected["projector.layers.1.bias"] = bias.popitem()[1]
+    for name in ("projector", "lora"):
+        if name == "lora":
+            expected["decoder.layers.1.attn.k_proj.weight"] = (
+                expected["decoder.layers.1.attn.k_proj.weight"] + 1.5 * b @ a
+            )
+        loaded = llava_lite.load(tmp_path / name, "cpu", "float32", base=golden.folder)
+        assert loaded.tokenizer.family == "qwen2"
+        for key, tensor in loaded.llava.state_dict().items():
+            torch.testing.assert_close(tensor, expected[key], atol=1e-6, rtol=1e-6)
+
+
 def test_a_download_takes_the_files_of_the_tokenizer() -> None:
     names = ["model.safetensors", "vocab.json", "merges.txt", "added_tokens.json", "llava_qwen.py"]
     assert choose_files(names) == sorted(names[:-1])
