@@ -149,7 +149,7 @@ def attend(
 def share_keys(q: Tensor, k: Tensor) -> Tensor:
     """Turn single queries (n, H, 1, D) of the same key heads (n, G, keys, D) into rows of one head:
     (n, G, H / G, D). Kernels then read each key once. Several queries stay as they are."""
-    return q if q.shape[2] > 1 else q.reshape(len(q), k.shape[1], -1, q.shape[3])
+    return q if q.shape[2] != 1 else q.reshape(len(q), k.shape[1], -1, q.shape[3])
 
 
 def add_sizes(mask: Tensor | None, log_sizes: Tensor, q: Tensor) -> Tensor:

@@ -200,9 +200,13 @@ def hf_output(opened: Source, dtype: torch.dtype) -> Output:
 
 
 def clip_tower(config: LlavaConfig, layout: str) -> VisionConfig:
-    """The CLIP tower of a model. Raises CheckpointError for any other tower."""
+    """The CLIP tower of a model. Raises CheckpointError for any other tower, and for a decoder that
+    is no Llama-2."""
     if not isinstance(config.vision, VisionConfig):
         raise CheckpointError(f"{config.name}: {layout} cannot store a FastViTHD tower")
+    text = config.text
+    if text.kv_heads != text.num_heads or text.attention_bias or text.tie_embeddings:
+        raise CheckpointError(f"{config.name}: {layout} can store only a Llama-2 decoder")
     return config.vision
 
 

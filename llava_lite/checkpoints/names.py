@@ -151,6 +151,10 @@ def our_names(stored: str, qwen2: bool = False) -> tuple[str, ...]:
     """Our names of a stored tensor: one, three for a packed q, k, v, or none if it is ignored.
 
     qwen2: the decoder is a Qwen2. Raises CheckpointError for an unknown name."""
+    if qwen2 and stored.startswith("language_model."):
+        raise CheckpointError(
+            f"tensor {stored!r} has the name of an MLX export; give the published folder instead"
+        )
     name, table = normalize(stored), LOOKUP | QWEN2 if qwen2 else LOOKUP
     if name in table:
         return table[name]

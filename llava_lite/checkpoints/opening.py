@@ -229,11 +229,6 @@ def complete_fastvlm(
     in training form, and leave out the head if it is tied."""
     place = base_folder or folder
     config = parse_config(raw, None, folder / "config.json")
-    exported = next((name for name in inventory.stored if name.startswith("language_model.")), None)
-    if exported is not None:
-        raise CheckpointError(
-            f"{place}: {exported!r} is a name of an MLX export; give the published folder instead"
-        )
     fold_tower(inventory, place)
     if not any(name.startswith("vision.") for name in inventory.entries):
         raise CheckpointError(

@@ -399,7 +399,7 @@ NETWORK = f"{PREFIX}network."
         ),
         (
             lambda s: {re.sub("^model.", "language_model.model.", n): t for n, t in s.items()},
-            "is a name of an MLX export; give the published folder instead",
+            "has the name of an MLX export; give the published folder instead",
         ),
     ],
 )

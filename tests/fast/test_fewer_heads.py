@@ -14,6 +14,7 @@ from llava_lite.bench.machine import Prepared
 from llava_lite.bench.models import random_model, twin
 from llava_lite.checkpoints.checkpoint import load_model, save_model
 from llava_lite.checkpoints.convert import convert
+from llava_lite.errors import CheckpointError
 from llava_lite.fast import kernels
 from llava_lite.fast.compiled import CompiledModel
 from llava_lite.fast.quantize import METHODS, quantize
@@ -88,6 +89,15 @@ def test_a_quantized_folder_is_the_quantized_model(tmp_path: Path, method: str) 
     assert is_tied(llava) and is_tied(load_model(tmp_path / "plain", dtype="float32"))
     quantize(llava, method)
     assert torch.equal(answers_of(load_model(tmp_path / "m")), answers_of(llava))
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_formats_that_have_only_llama_refuse_it(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, to: str
+) -> None:
+    save_model(random_llava(GQA_CONFIG), GQA_CONFIG, tmp_path / "m", tiny_tokenizer)
+    with pytest.raises(CheckpointError, match="can store only a Llama-2 decoder"):
+        convert(tmp_path / "m", tmp_path / to, to=to)
 
 
 def test_chosen_kernels_keep_the_head_tied(
