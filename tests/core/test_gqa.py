@@ -187,9 +187,9 @@ def reference_qwen2(transformers: ModuleType, text: TextConfig) -> nn.Module:
         reference = transformers.Qwen2ForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for weight in reference.parameters():
+        for name, weight in reference.named_parameters():
             scale = weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.1
-            weight.normal_(generator=generator).mul_(scale)
+            weight.normal_(generator=generator).mul_(scale).add_(float("norm" in name))
     return reference
 
 
