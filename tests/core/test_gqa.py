@@ -252,4 +252,4 @@ def test_qwen2_with_7b_widths_equals_transformers() -> None:
         max_positions=32768,
         sampled_vocab_size=990,
     )
-    assert compare(peer("transformers"), text, [3 + 7 * n % 900 for n in range(40)]) < 1e-4
+    assert compare(peer("transformers"), text, [3 + 7 * n % 900 for n in range(40)]) < 1e-5

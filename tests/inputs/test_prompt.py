@@ -66,7 +66,7 @@ def test_system_text_can_be_replaced_or_left_out() -> None:
 
 
 def test_names_and_alias() -> None:
-    assert set(TEMPLATES) == {"vicuna_v1", "llava_v1", "plain", "llava-hf"}
+    assert set(TEMPLATES) == {"vicuna_v1", "llava_v1", "plain", "llava-hf", "qwen_2"}
     assert get_template("v1") is TEMPLATES["vicuna_v1"]
     own = Template("own", answer_end="###")
     assert get_template(own) is own
