@@ -157,9 +157,7 @@ class FastViTHD(nn.Module):
         self, pixel_values: Tensor, steps: Sequence[MergeStep] | None = None
     ) -> VisionOutput:
         """pixel_values (B, 3, S, S), and one merge step for each round (None: no merging)."""
-        # A CPU convolves several times faster with the channels of a place side by side.
-        x = pixel_values.contiguous(memory_format=torch.channels_last)
-        x = self.expand(self.stages(self.stem(x)))
+        x = self.expand(self.stages(self.stem(pixel_values)))  # (B, C, h, w)
         return merge_rounds(rearrange(x, "b c h w -> b (h w) c"), steps or ())
 
 
