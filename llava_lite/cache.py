@@ -1,7 +1,8 @@
 """The KV cache of one layer: a pair (k, v), each (1, G, length, D), and attention over it.
 
 The key of a folded image token stands for several patches (layout.py). So the pair also knows the
-log of the sizes of its first keys; all later keys count once.
+log of the sizes of its first keys; all later keys count once. Whoever rebuilds such a pair keeps
+them: `LayerCache(k, v, log_sizes=pair.log_sizes)`.
 
 `append` gives a longer pair. A plain append would copy the whole pair for every token. So the first
 append moves the pair into a `Room` with spare space behind it, and later ones write there.

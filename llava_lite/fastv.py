@@ -12,7 +12,7 @@ Kept tokens keep their order and their positions. Two things can happen to the r
             of both belong to the kept token, and the hidden state is their mean, weighted by size
 
 Pruning can go on in front of later layers, in stages. A merged token at several positions
-(layout.py) scores the sum over its positions.
+(layout.py) scores the sum over its positions; with folding, the mean.
 
 All functions are pure. Shapes: H heads, G of keys, D head dim, C width, n cached and new keys of an
 item, K new keys, U new rows, M image tokens among them.

@@ -89,6 +89,10 @@ class DecoderOutput:
     prunings: list[tuple[Pruning, ...]]
 
 
+# Hidden states (R', C); per item the layout, and all stages so far.
+Pruned = tuple[Tensor, list[Layout], list[tuple[Pruning, ...]]]
+
+
 class LlamaDecoder(nn.Module):
     """Embeddings in, normed hidden states and longer caches out. The caller applies `lm_head`, so
     the logits of most rows are never computed."""
@@ -160,7 +164,7 @@ class LlamaDecoder(nn.Module):
         queries: Sequence[Tensor],
         caches: Sequence[LayerCache],
         fastv: Sequence[FastV | None],
-    ) -> tuple[Tensor, list[Layout], list[tuple[Pruning, ...]]]:
+    ) -> Pruned:
         """Prune image rows in front of a layer, from every item whose FastV has a stage there.
 
         x (R, C); per item its layout, the earlier stages, and the last query (1, H, 1, D) and cache
@@ -174,7 +178,7 @@ class LlamaDecoder(nn.Module):
                 tokens = done[-1].image_rows if done else ImageRows.of(layout.image_spans, x.device)
                 budgets = wish.budgets(tokens.counts, layer_idx, tokens.num_images)
                 if budgets is not None:
-                    scores = self.fastv_scores(query, cache, layout, wish.score)
+                    scores = self.fastv_scores(query, cache, layout, wish.score_of_merged)
                     pruning = choose(scores, tokens, budgets, layer_idx, wish.rest == "fold")
                     if wish.rest == "fold":
                         rows, layout, pruning = fold_tokens(rows, layout, tokens, pruning)

@@ -162,10 +162,7 @@ class FastV:
             raise ValueError("FastV needs keep, drop or stages, one of the three")
         if not isinstance(self.per_image, bool):
             raise ValueError(f"FastV per_image {self.per_image!r} must be True or False")
-        if self.score is None:
-            # By sums, folding would keep tokens for their size: most often large background.
-            object.__setattr__(self, "score", "mean" if self.rest == "fold" else "sum")
-        if self.score not in SCORES:
+        if self.score not in (None, *SCORES):
             raise ValueError(f"FastV score {self.score!r} is not one of {', '.join(SCORES)}")
         if self.rest not in RESTS:
             raise ValueError(f"FastV rest {self.rest!r} is not one of {', '.join(RESTS)}")
@@ -178,6 +175,12 @@ class FastV:
             object.__setattr__(self, "keep", check_count("FastV keep", self.keep))
         else:
             object.__setattr__(self, "drop", check_share("FastV drop", self.drop))
+
+    @property
+    def score_of_merged(self) -> str:
+        """The score of a merged token, with its default."""
+        # By sums, folding would keep tokens for their size: most often large background.
+        return self.score or ("mean" if self.rest == "fold" else "sum")
 
     @property
     def amounts(self) -> dict[int, int | float]:

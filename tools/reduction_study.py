@@ -150,8 +150,8 @@ class Configuration:
         if fastv is None:
             return positions
         if fastv.rest == "fold":
-            return "summed" if fastv.score == "sum" else "folded"
-        if fastv.score == "mean":
+            return "summed" if fastv.score_of_merged == "sum" else "folded"
+        if fastv.score_of_merged == "mean":
             return "averaged"
         return "dropped" if self.reduction.merge is None else positions.replace("folded", "dropped")
 
@@ -170,8 +170,9 @@ class Configuration:
         merge, fastv = self.reduction.merge, self.reduction.fastv
         first = [] if merge is None else [merge.keep if isinstance(merge, ToMe) else self.target]
         amounts = {} if fastv is None else fastv.amounts
-        numbers = ARROW.join(map(str, (*first, *amounts.values())))
-        return f"{numbers}, K{fastv.layer}" if fastv and fastv.stages is None else numbers
+        if fastv and fastv.stages is None:
+            return f"{ARROW.join(map(str, (*first, self.target)))}, K{fastv.layer}"
+        return ARROW.join(map(str, (*first, *amounts.values())))
 
     def kept_tokens(self, count: int) -> int:
         """How many of `count` image tokens reach the last decoder layers."""
@@ -197,6 +198,7 @@ def configurations() -> list[Configuration]:
         fastv = FastV(keep=keep, layer=layer)
         add("fastv", f"k{layer}-{keep}", keep, None, "vtu", fastv)
         add("fastv", f"k{layer}-{keep}-folded", keep, None, "folded", fold(fastv))
+    add("fastv", "k3-288", 288, None, "vtu", FastV(drop=0.5))
     add("random", "k3-36", 36, None, "vtu", FastV(keep=36))
     add("random", "144-k1-36-folded", 36, ToMe(keep=144), "folded", fold(FastV(keep=36, layer=1)))
     for merged, layer, keep in HYBRIDS:
@@ -227,9 +229,8 @@ def average(fastv: FastV) -> FastV:
 
 
 def fold(fastv: FastV) -> FastV:
-    """The same pruning, with the rest folded instead of dropped. Scores are means over positions:
-    a token of many patches is not kept for its size alone."""
-    return replace(fastv, rest="fold", score="mean")
+    """The same pruning, with the rest folded instead of dropped."""
+    return replace(fastv, rest="fold")
 
 
 def possible(configuration: Configuration, model: Model) -> bool:

@@ -41,7 +41,8 @@ def load(
     source: None means `$LLAVA_LITE_MODEL`, else the embedded model.
     device: "auto" is the first available of cuda, mps, cpu.
     dtype: "float32", "bfloat16", "float16" or a torch dtype. "auto" is the dtype of the file, but
-        bfloat16 for a float16 file on the CPU, where float16 is about ten times slower.
+        on a CPU float32 for a small model, and bfloat16 for a float16 file. float16 is about ten
+        times slower there.
     download: fetch a hub id that is not on this disk. Otherwise the error names its size.
     revision: of a hub id. offline: never ask the network.
     base: the model below a LoRA adapter or a projector file.
@@ -65,7 +66,14 @@ def load(
         raise ValueError("tensor_parallel goes neither with quantize nor with compile")
     place = {"revision": revision, "offline": offline, "vision_tower": vision_tower}
     find = partial(find_checkpoint, source, download_missing=download, **place)
-    read = partial(open_checkpoint, dtype=dtype, base=base, vision_tower=vision_tower, pad=pad)
+    read = partial(
+        open_checkpoint,
+        dtype=dtype,
+        quantize=quantize,
+        base=base,
+        vision_tower=vision_tower,
+        pad=pad,
+    )
     if tensor_parallel:
         return load_in_ranks(find, read, device, exif)
     return load_whole(find, read, device, exif, quantize, compile)
@@ -92,6 +100,7 @@ def open_checkpoint(
     path: Path,
     device: "torch.device",
     *,
+    quantize: str | None,
     dtype: "str | torch.dtype",
     base: str | Path | None,
     vision_tower: "str | Path | nn.Module | None",
@@ -100,14 +109,16 @@ def open_checkpoint(
     """Open a checkpoint and check it, without reading its weights. Raises CheckpointError."""
     from llava_lite.checkpoints.checkpoint import load_tokenizer, parse_dtype
     from llava_lite.checkpoints.opening import open_source
+    from llava_lite.checkpoints.quantized import QuantizedSource
     from llava_lite.checkpoints.thresholds import OwnThresholds
     from llava_lite.fast.device import pick_dtype
 
     wanted = None if dtype == "auto" else parse_dtype(dtype)
     source = open_source(path, base, vision_tower)
+    quantized = quantize is not None or isinstance(source, QuantizedSource)
     return Checkpoint(
         source,
-        wanted or pick_dtype(source.dtype, device),
+        wanted or pick_dtype(source.dtype, device, source.num_parameters, quantized),
         load_tokenizer(source.tokenizer_file or path, source.config),
         source.config if pad is None else replace(source.config, pad=pad),
         OwnThresholds.of(source),

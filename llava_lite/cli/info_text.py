@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PURPOSES = {
     "none": "plain LLaVA",
     "folded-72": "merge only",
-    "folded-144-72": "fewest mistakes",
+    "folded-144-72": "closest to plain",
     "folded-144-36": "try this first",
     "folded-72-36": "merge, then fold",
     "folded-72-36-18": "faster",

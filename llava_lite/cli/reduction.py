@@ -117,9 +117,10 @@ def parse_fastv(
     elif amount is not None:
         fastv = FastV.parse(amount, PRUNE_LAYER if preset is None else preset.layer, flag)
     if fastv is None:
-        for name, value in (("--fastv-layer", layer), ("--fastv-rest", rest)):
-            if value is not None:
-                raise ValueError(f"{name} needs --fastv-k or a preset that prunes")
+        if layer is not None:
+            raise ValueError("--fastv-layer needs --fastv-k or a preset that prunes")
+        if rest is not None:
+            raise ValueError("--fastv-rest needs --fastv-k, --fastv-stages or a preset that prunes")
         return None
     if preset is not None:  # only its amount is replaced
         fastv = replace(fastv, score=preset.score, per_image=preset.per_image, rest=preset.rest)
@@ -129,7 +130,6 @@ def parse_fastv(
         fastv,
         layer=fastv.layer if layer is None else layer,
         rest=fastv.rest if rest is None else rest,
-        score=fastv.score if rest in (None, fastv.rest) else None,  # the default of that rest
     )
 
 

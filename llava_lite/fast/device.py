@@ -34,8 +34,18 @@ def pick_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def pick_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to run in: the stored one, but bfloat16 for float16 on a CPU, which is faster."""
+# Up to so many parameters, a model on a CPU runs in float32. The weights stay in the caches of the
+# CPU, so their size hardly matters, and float32 is faster and more exact.
+FEW_PARAMETERS = 1 << 24
+
+
+def pick_dtype(
+    stored: torch.dtype, device: torch.device, parameters: int, quantized: bool
+) -> torch.dtype:
+    """The dtype to run in: the stored one, but on a CPU float32 for a small model without quantized
+    layers, and bfloat16 for float16, which is slow there."""
+    if device.type == "cpu" and parameters <= FEW_PARAMETERS and not quantized:
+        return torch.float32
     return torch.bfloat16 if stored == torch.float16 and device.type == "cpu" else stored
 
 

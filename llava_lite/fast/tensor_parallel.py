@@ -37,15 +37,16 @@ from torch.nn import functional as F
 from llava_lite.cache import KVCache, LayerCache
 from llava_lite.config import LlavaConfig, TextConfig
 from llava_lite.fast.ranks import Ranks
+from llava_lite.fastv import Pruning
 from llava_lite.generation.answer import Score
 from llava_lite.generation.chat import Chat
 from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions, Options, with_size
 from llava_lite.generation.state import Request, Row
 from llava_lite.layout import Layout
-from llava_lite.llama import LlamaDecoder
+from llava_lite.llama import LlamaDecoder, Pruned
 from llava_lite.llava import EncodedImage, Llava
-from llava_lite.reduction import NO_REDUCTION, Reduction
+from llava_lite.reduction import NO_REDUCTION, FastV, Reduction
 
 
 def decoder_plan() -> dict[str, ParallelStyle]:
@@ -99,6 +100,24 @@ class ParallelDecoder(LlamaDecoder):
     def fastv_scores(self, query: Tensor, cache: LayerCache, layout: Layout, score: str) -> Tensor:
         """As `LlamaDecoder.fastv_scores`, over the heads of all ranks."""
         return self.ranks.mean(super().fastv_scores(query, cache, layout, score))
+
+    def prune(
+        self,
+        layer_idx: int,
+        x: Tensor,
+        layouts: Sequence[Layout],
+        prunings: Sequence[tuple[Pruning, ...]],
+        queries: Sequence[Tensor],
+        caches: Sequence[LayerCache],
+        fastv: Sequence[FastV | None],
+    ) -> Pruned:
+        """As `LlamaDecoder.prune`, with the same hidden states on all ranks."""
+        pruned = super().prune(layer_idx, x, layouts, prunings, queries, caches, fastv)
+        rows, kept_layouts, stages = pruned
+        # Folding sums hidden states, on a GPU in any order. The next stage folds by their last bit.
+        if any(wish is not None and wish.rest == "fold" for wish in fastv):
+            rows = self.ranks.mean(rows)
+        return rows, kept_layouts, stages
 
 
 class ParallelLlava(Llava):

@@ -2,7 +2,7 @@
 
     trace = model.generate(image, prompt, reduction="folded-144-36", trace=True).trace
     trace.images[0].groups                 # the token that each of the 576 patches is part of
-    trace.rows_per_layer                   # words + 72 tokens, from the pruned layer on + 36
+    trace.rows_per_layer                   # words + 144 tokens, from layer 1 on + 48, 3 on + 36
     trace.decoder_flops["gated"].ratio     # remaining share of the work
 
 The forward returns all of this anyway. Without `trace=True` nothing is computed here.

@@ -161,7 +161,8 @@ def describe_stages(fastv: FastV) -> str:
     """Every stage of FastV: keeps 36 from layer 1, then 18 from layer 3 on."""
     each, verb, stages = " of each image" if fastv.per_image else "", "", []
     for layer, amount in fastv.amounts.items():
-        before, verb = verb, "keeps" if isinstance(amount, int) else "drops"
+        share = "folds" if fastv.rest == "fold" else "drops"
+        before, verb = verb, "keeps" if isinstance(amount, int) else share
         number = str(amount) if isinstance(amount, int) else f"{100 * amount:g} %"
         words = number if verb == before else f"{verb} {number}"
         stages.append(f"{words}{each} from layer {layer}")
@@ -330,9 +331,11 @@ def weight_mark(seen: Seen, token: int, scale: "ScoreScale", x: float, top: floa
     row, column = own[((own - own.mean(0)) ** 2).sum(1).argmin()].tolist()
     height = min(seen.side, LARGEST_MARK)
     label, size = str(image.speakers().count(token)), 0.72 * height
-    width = max(height, text_width(label, size) + 3)
-    left = min(x + (column + 0.5) * seen.side - width / 2, x + COLUMN - width)
-    left, y = max(left, x), top + (row + 0.5) * seen.side - height / 2
+    wanted = text_width(label, size) + 3
+    width = min(seen.side, max(height, wanted))  # marks of neighbors do not meet
+    size *= min(1.0, (width - 3) / (wanted - 3))
+    left = x + (column + 0.5) * seen.side - width / 2
+    y = top + (row + 0.5) * seen.side - height / 2
     color = scale.color((image.scores or ())[token])
     ink = PAPER if sum(color) < DARK else INK
     shapes = (

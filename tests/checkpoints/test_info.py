@@ -1,5 +1,6 @@
 """`llava-lite info`: what is in a model, and what it needs."""
 
+import csv
 import json
 import math
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from helpers.models import TINY_CONFIG, random_llava
+from helpers.models import ROOT, TINY_CONFIG, random_llava
 from llava_lite.checkpoints import info
 from llava_lite.checkpoints.checkpoint import save_model
 from llava_lite.checkpoints.convert import convert
@@ -279,6 +280,35 @@ def test_damaged_checkpoints(
 def test_no_such_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["info", str(tmp_path / "absent" / "model")]) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_right_answers_are_those_of_the_study() -> None:
+    """The study has another name for every preset."""
+    with (ROOT / "docs" / "study" / "study.csv").open(encoding="utf-8") as file:
+        accuracy = {row["configuration"]: float(row["accuracy"]) for row in csv.DictReader(file)}
+    names = {
+        "none": "none",
+        "folded-72": "tome-72-folded",
+        "folded-144-72": "hybrid-144-k1-72-folded",
+        "folded-144-36": "stages-144-48-36-folded",
+        "folded-72-36": "hybrid-72-36-folded",
+        "folded-72-36-18": "stages-72-36-18-folded",
+        "folded-72-18-9": "stages-72-18-9-folded",
+        "fastv-72-folded": "fastv-k3-72-folded",
+        "tome-72": "tome-72-vtu",
+        "tome-72-logical": "tome-72-logical",
+        "dymu-72": "dtome-72-vtu",
+        "fastv-50": "fastv-k3-288",
+        "hybrid-72-36": "hybrid-72-36-logical",
+        "hybrid-vtu-72-36": "hybrid-72-36-vtu",
+    }
+    assert {name: round(100 * accuracy[there], 1) for name, there in names.items()} == (
+        info_text.RIGHT
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for name, right in info_text.RIGHT.items():
+        [line] = [line for line in readme if line.startswith(f"| `{name}` |")]
+        assert line.endswith(f"| {right} % |")
 
 
 def test_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,8 +119,14 @@ def test_an_amount_over_a_preset_still_counts_for_each_image() -> None:
             for positions in ("vtu", "logical", "plain")
         ),
         ("--fastv-k 4 --fastv-rest keep", "FastV rest 'keep' is not one of drop, fold"),
-        ("--fastv-rest fold", "--fastv-rest needs --fastv-k or a preset that prunes"),
-        ("--reduction folded-72 --fastv-rest fold", "--fastv-rest needs --fastv-k or a preset"),
+        (
+            "--fastv-rest fold",
+            "--fastv-rest needs --fastv-k, --fastv-stages or a preset that prunes",
+        ),
+        (
+            "--reduction folded-72 --fastv-rest fold",
+            "--fastv-rest needs --fastv-k, --fastv-stages or a preset",
+        ),
         ("--reduction folded-72-36 --fastv-k off --fastv-rest fold", "--fastv-rest needs"),
         ("--fastv-stages 1:9 --fastv-k 4", "--fastv-stages and --fastv-k both say how many"),
         ("--fastv-stages 1:9 --fastv-layer 2", "--fastv-layer does not go with stages"),

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from helpers.examples import examples
 from helpers.tensors import log_sizes_of
-from llava_lite.cache import FEWEST_SPARE, LayerCache, append
+from llava_lite.cache import FEWEST_SPARE, LayerCache, add_sizes, append
 
 H, D = 2, 3
 Step = tuple[int, int, bool]  # which pair goes on, by how many keys, and whether these have sizes
@@ -148,6 +148,22 @@ def test_it_is_a_plain_tuple() -> None:
         longer = append(twin, *draw(1, 2))
         assert same(longer, append(cache, *draw(1, 2)))
         assert log_sizes_of(longer) == [*log_sizes_of(cache), 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sizes_keep_their_digits_in_16_bits(dtype: torch.dtype) -> None:
+    """The log of 3 is not a number of 16 bits."""
+    logs = torch.tensor([1.0, 3, 577]).log()
+    for mask in (None, torch.ones(2, 3, dtype=torch.bool)):
+        bias = add_sizes(mask, logs, torch.zeros(1, 1, 2, 4, dtype=dtype))
+        assert bias.dtype == torch.float32 and (bias == logs).all()
+
+
+def test_sizes_stay_in_another_dtype() -> None:
+    pair = LayerCache(*draw(3), None, torch.tensor([0.5, 1.5]))
+    wide = LayerCache.wrap(pair, draw(1)[0].double())
+    assert {part.dtype for part in wide} == {torch.float64}
+    assert log_sizes_of(wide) == [0.5, 1.5, 0.0]
 
 
 def test_any_pair_can_be_continued() -> None:

@@ -244,7 +244,7 @@ def stack_oracle(
     for layer_idx in range(TEXT.num_layers):
         for index, turn in enumerate(turns if layer_idx in amounts else ()):
             assert fastv is not None
-            scores = ask(probs, seen, turn, hidden, fastv.score)
+            scores = ask(probs, seen, turn, hidden, fastv.score_of_merged)
             kept = stay(scores, images[index], amounts[layer_idx], fastv)
             candidates, before = sum(images[index], []), [r for r in rows if r in turn.rows]
             if len(kept) == len(candidates):

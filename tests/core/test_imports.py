@@ -191,11 +191,14 @@ def test_load_gives_the_saved_model(model_folder: Path, tiny_model: Model) -> No
         (torch.float32, "auto", torch.float32),
         (torch.bfloat16, "auto", torch.bfloat16),
         (torch.float16, "auto", torch.bfloat16),
+        (torch.bfloat16, "small", torch.float32),
+        (torch.float16, "small", torch.float32),
         (torch.float16, "float16", torch.float16),
         (torch.float16, torch.float32, torch.float32),
     ],
 )
-def test_dtype_auto_is_the_files_but_for_float16_on_the_cpu(
+def test_dtype_auto_is_the_files_but_for_float16_and_small_models_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     tiny_tokenizer: Tokenizer,
     stored: torch.dtype,
@@ -203,6 +206,12 @@ def test_dtype_auto_is_the_files_but_for_float16_on_the_cpu(
     expected: torch.dtype,
 ) -> None:
     save_model(random_llava(), TINY_CONFIG, tmp_path / "m", tiny_tokenizer, dtype=stored)
+    if wanted == "small":
+        wanted = "auto"
+        quantized = llava_lite.load(tmp_path / "m", device="cpu", quantize="int8")
+        assert quantized.llava.dtype == torch.bfloat16
+    else:
+        monkeypatch.setattr("llava_lite.fast.device.FEW_PARAMETERS", 1)
     model = llava_lite.load(tmp_path / "m", device="cpu", dtype=wanted)
     assert {parameter.dtype for parameter in model.llava.parameters()} == {expected}
 

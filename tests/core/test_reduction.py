@@ -261,7 +261,7 @@ def test_presets_are_what_they_are_called() -> None:
     tome, more = ToMe(keep=72), ToMe(keep=144)
 
     def fold(**amount: Any) -> FastV:
-        return FastV(rest="fold", score="mean", **amount)
+        return FastV(rest="fold", **amount)
 
     assert REDUCTIONS == {
         "none": Reduction(None, "vtu", None),
@@ -286,9 +286,11 @@ def test_presets_are_what_they_are_called() -> None:
 
 
 def test_the_score_of_a_merged_token_follows_the_rest() -> None:
-    assert FastV(keep=3).score == "sum" and FastV(keep=3, rest="fold").score == "mean"
-    assert FastV(keep=3, rest="fold", score="sum").score == "sum"
-    assert FastV(keep=3, score="mean").score == "mean"
+    assert FastV(keep=3).score_of_merged == "sum"
+    assert FastV(keep=3, rest="fold").score_of_merged == "mean"
+    assert replace(FastV(keep=3), rest="fold") == FastV(keep=3, rest="fold")
+    assert FastV(keep=3, rest="fold", score="sum").score_of_merged == "sum"
+    assert FastV(keep=3, score="mean").score_of_merged == "mean"
 
 
 def test_wishes_never_change() -> None:

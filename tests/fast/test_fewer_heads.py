@@ -108,7 +108,7 @@ def test_chosen_kernels_keep_the_head_tied(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     save_model(random_llava(WIDE), WIDE, tmp_path / "m", tiny_tokenizer, dtype="bfloat16")
     plain = load_model(tmp_path / "m")
-    chosen = llava_lite.load(tmp_path / "m", device="cpu").llava
+    chosen = llava_lite.load(tmp_path / "m", device="cpu", dtype="bfloat16").llava
     assert isinstance(chosen.decoder.lm_head, kernels.ChosenLinear) and is_tied(chosen)
     found, expected = answers_of(chosen), answers_of(plain)
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()

@@ -537,7 +537,7 @@ def test_loading_chooses(
 ) -> None:
     folder = f"{tmp_path}/model"
     save_model(random_llava().bfloat16(), replace(TINY_CONFIG), folder, tiny_tokenizer)
-    model = llava_lite.load(folder, device="cpu")
+    model = llava_lite.load(folder, device="cpu", dtype="bfloat16")
     assert isinstance(model.llava.decoder.lm_head, ChosenLinear)
     whole = llava_lite.load(folder, device="cpu", dtype="float32")
     assert type(whole.llava.decoder.lm_head) is nn.Linear

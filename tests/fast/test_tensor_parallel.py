@@ -253,6 +253,27 @@ def errors_of_one(model: ParallelModel, rank: int, tiny: Path) -> dict[str, Call
     }
 
 
+@pytest.mark.parametrize(
+    ("rest", "expected"), [("fold", [(8,), (6, TINY_CONFIG.text.hidden_size)]), ("drop", [(8,)])]
+)
+def test_ranks_agree_on_folded_hidden_states(rest: str, expected: list[tuple[int, ...]]) -> None:
+    """A mean over ranks: on a GPU the sums of two ranks may differ in their last bit."""
+    asked = []
+
+    def mean(x: Tensor) -> Tensor:
+        asked.append(tuple(x.shape))
+        return x if x.ndim == 1 else torch.zeros_like(x)
+
+    text = TINY_CONFIG.text
+    decoder = ParallelDecoder(cast(Ranks, SimpleNamespace(mean=mean)), text).double()
+    layout = Layout(8, torch.arange(8), 8, torch.arange(8), True, ((1, 7),))
+    x = torch.randn(8, text.hidden_size, dtype=torch.float64)
+    out = decoder(x, [layout], [None], [FastV(keep=4, layer=text.num_layers - 1, rest=rest)])
+    assert asked == expected
+    assert len(out.hidden_states) == 6
+    assert out.hidden_states.any() == (rest == "drop")  # zeros stay zeros in the last layer
+
+
 def load_parallel(folder: Path, **options: Any) -> Model:
     return llava_lite.load(folder, **{"device": "cpu", **options}, tensor_parallel=True)
 

@@ -230,7 +230,7 @@ def test_marks_show_the_score_and_the_weight_of_kept_tokens(tiny_model: Model, w
 
 
 def test_a_mark_of_three_digits_stays_inside() -> None:
-    """On the last patch of a row, whose mark would reach over the edge."""
+    """The numbers of neighbors never meet."""
     trace = figure_trace.ImageTrace(
         24, (1,) * 23 + (0,) + (1,) * 552, (1, 575), (), (0.5, 0.1), (0,), (0, 0)
     )
@@ -240,7 +240,7 @@ def test_a_mark_of_three_digits_stays_inside() -> None:
     [number] = shapes_of(mark.shapes, Text)
     assert number.text == "576" and number.color == drawing.PAPER  # on the darkest color
     assert frame.x + frame.width == pytest.approx(100 + COLUMN)
-    assert drawing.text_width("576", number.size) < frame.width > seen.side
+    assert drawing.text_width("576", number.size) < frame.width == seen.side
     pale = figure.weight_mark(seen, 0, figure.ScoreScale(50), 100, 200)
     assert shapes_of(pale.shapes, Text)[0].color == drawing.INK
 

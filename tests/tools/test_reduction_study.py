@@ -109,14 +109,15 @@ def test_configurations(study: ModuleType) -> None:
     found = {one.name: one for one in study.configurations()}
     kinds = [one.kind for one in found.values()]
     assert {kind: kinds.count(kind) for kind in kinds} == {
-        **{"none": 1, "tome": 17, "dtome": 3, "fastv": 10, "random": 2, "hybrid": 32, "stages": 16}
+        **{"none": 1, "tome": 17, "dtome": 3, "fastv": 11, "random": 2, "hybrid": 32, "stages": 16}
     }
-    fold = partial(FastV, rest="fold", score="mean")
+    fold = partial(FastV, rest="fold")
     wishes = {
         "none": Reduction(),
         "tome-72-plain": Reduction(ToMe(keep=72), "plain"),
         "dtome-72-folded": Reduction(DToMe(), "folded"),
         "fastv-k1-72": Reduction(fastv=FastV(keep=72, layer=1)),
+        "fastv-k3-288": REDUCTIONS["fastv-50"],
         "fastv-k3-36-folded": Reduction(None, "folded", fold(keep=36, layer=3)),
         "random-k3-36": Reduction(fastv=FastV(keep=36)),
         "hybrid-144-72-logical": Reduction(ToMe(keep=144), "logical", FastV(keep=72)),
