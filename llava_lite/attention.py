@@ -18,11 +18,15 @@ log_sizes make the key count as often as it has positions (proportional attentio
 2210.09461, section 3). If every row stands at one position, all of this is the identity and costs
 nothing.
 
+The keys and values may have fewer heads (GQA, arXiv 2305.13245): each serves H / G queries, and the
+cache holds G.
+
 The module keeps no state: caches go in and come out. Keys are cached rotated, so later tokens need
 no earlier position. After pruning (fastv.py), caches differ in length from layer to layer. For a
 smaller cache, prune or use `folded` positions.
 
-Shapes: R packed rows, S packed keys, n keys of one item, H heads, D head dim, C width.
+Shapes: R packed rows, S packed keys, n keys of one item, H heads, G <= H heads of keys and values,
+D head dim, C width.
 """
 
 from collections.abc import Sequence
@@ -45,10 +49,10 @@ class HybridAttention(nn.Module):
         super().__init__()
         # No number of heads: it follows from the width of the projections, which may be a share.
         self.head_dim = config.head_dim
-        width = config.hidden_size
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
+        width, kv_width, bias = config.hidden_size, config.kv_width, config.attention_bias
+        self.q_proj = nn.Linear(width, width, bias=bias)
+        self.k_proj = nn.Linear(width, kv_width, bias=bias)
+        self.v_proj = nn.Linear(width, kv_width, bias=bias)
         self.o_proj = nn.Linear(width, width, bias=False)
         # Of attention and the cache (None: that of the rows). Some CPUs attend faster in float32.
         self.cache_dtype: torch.dtype | None = None
@@ -71,10 +75,10 @@ class HybridAttention(nn.Module):
         q, k, v = (
             layout.unmerge(rearrange(proj(x).to(dtype), "r (h d) -> r h d", d=self.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (S, H, D)
+        )  # (S, H, D), (S, G, D), (S, G, D)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         mixed, caches, queries = [], [], []
-        items = split_items((q, k, v), layout.num_keys)  # (1, H, n, D) each
+        items = split_items((q, k, v), layout.num_keys)  # (1, H or G, n, D) each
         for past, mask, log_sizes, (item_q, item_k, item_v) in zip(
             past_key_values, masks, layout.log_sizes, items, strict=True
         ):
@@ -88,7 +92,7 @@ class HybridAttention(nn.Module):
 
 
 def split_items(packed: Sequence[Tensor], lengths: Sequence[int]) -> list[tuple[Tensor, ...]]:
-    """Split packed (S, H, D) tensors: for each item, one (1, H, n, D) slice of every tensor."""
+    """Split packed (S, heads, D) tensors: for each item, one (1, heads, n, D) of every tensor."""
     pieces = [tensor.split(list(lengths)) for tensor in packed]
     return [
         tuple(rearrange(piece, "n h d -> 1 h n d") for piece in item)

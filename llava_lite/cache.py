@@ -1,4 +1,4 @@
-"""The KV cache of one layer: a pair (k, v), each (1, H, length, D), and attention over it.
+"""The KV cache of one layer: a pair (k, v), each (1, G, length, D), and attention over it.
 
 The key of a folded image token stands for several patches (layout.py). So the pair also knows the
 log of the sizes of its first keys; all later keys count once. Whoever rebuilds such a pair keeps
@@ -10,7 +10,7 @@ append moves the pair into a `Room` with spare space behind it, and later ones w
 A pair never changes after it was handed out: it shows its own positions only. Two continuations of
 one pair never meet, because only the first of them gets the spare space.
 
-Shapes: H heads, D head dim, n new positions of one item.
+Shapes: H heads, G <= H heads of keys and values, D head dim, n new positions of one item.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ TAKING = Lock()
 
 @dataclass
 class Room:
-    """keys and values (1, H, capacity, D); the first `used` positions are taken."""
+    """keys and values (1, G, capacity, D); the first `used` positions are taken."""
 
     keys: Tensor
     values: Tensor
@@ -65,7 +65,7 @@ class LayerCache(tuple[Tensor, Tensor]):
 
     @staticmethod
     def wrap(past: tuple[Tensor, Tensor] | None, like: Tensor) -> "LayerCache":
-        """Any pair as a LayerCache in the dtype of `like` (1, H, n, D); None is an empty pair."""
+        """Any pair as a LayerCache in the dtype of `like` (1, G, n, D); None is an empty pair."""
         if isinstance(past, LayerCache) and past[0].dtype == like.dtype:
             return past
         k, v = (like[:, :, :0],) * 2 if past is None else (part.to(like.dtype) for part in past)
@@ -74,9 +74,8 @@ class LayerCache(tuple[Tensor, Tensor]):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, "LayerCache"]:
-        """Append k and v, then attend from q to all keys. q, k, v and the result (1, H, n, D);
-        log_sizes (n,) of the new keys; mask as in `attend`. Returns the result and the longer
-        pair."""
+        """Append k and v (1, G, n, D), then attend from q (1, H, n, D) to all keys: (1, H, n, D),
+        and the longer pair. log_sizes (n,) of the new keys; mask as in `attend`."""
         grown = append(self, k, v, log_sizes)
         return attend(q, *grown, mask, grown.log_sizes), grown
 
@@ -87,7 +86,7 @@ KVCache = tuple[tuple[Tensor, Tensor], ...]
 def append(
     past: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor, log_sizes: Tensor | None = None
 ) -> LayerCache:
-    """The pair `past` (None: empty) with the new k and v (1, H, n, D) behind it, and the log sizes
+    """The pair `past` (None: empty) with the new k and v (1, G, n, D) behind it, and the log sizes
     (n,) of the new keys (None: each counts once)."""
     if past is None or past[0].shape[2] == 0:
         return LayerCache(k, v, None, log_sizes)
@@ -115,7 +114,7 @@ def pad_sizes(log_sizes: Tensor, num_keys: int) -> Tensor:
 
 
 def add_space(x: Tensor, capacity: int) -> Tensor:
-    """Copy x (1, H, length, D) to the beginning of a new (1, H, capacity, D)."""
+    """Copy x (1, G, length, D) to the beginning of a new (1, G, capacity, D)."""
     wide = x.new_empty(1, x.shape[1], capacity, x.shape[3])
     wide[:, :, : x.shape[2]] = x
     return wide
@@ -130,7 +129,7 @@ def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_sizes: Tensor | None = None
 ) -> Tensor:
-    """Fused attention of one item: q (1, H, n, D), k and v (1, H, keys, D) -> (1, H, n, D).
+    """Fused attention of one item: q (1, H, n, D), k and v (1, G, keys, D) -> (1, H, n, D).
 
     mask (n, keys): bool or added to the scores (None: causal). log_sizes (m,) of the first m keys:
     a key of size s counts s times (None: every key counts once)."""
@@ -141,7 +140,17 @@ def attend(
         mask = causal_mask(num_queries, num_keys, q.device)
     if log_sizes is not None:
         mask = add_sizes(mask, pad_sizes(log_sizes, num_keys), q)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    rows = share_keys(q, k)
+    mixed = F.scaled_dot_product_attention(
+        rows, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=rows.shape[1] != k.shape[1]
+    )
+    return mixed.reshape(q.shape)
+
+
+def share_keys(q: Tensor, k: Tensor) -> Tensor:
+    """Turn single queries (n, H, 1, D) of the same key heads (n, G, keys, D) into rows of one head:
+    (n, G, H / G, D). Kernels then read each key once. Several queries stay as they are."""
+    return q if q.shape[2] != 1 else q.reshape(len(q), k.shape[1], -1, q.shape[3])
 
 
 def add_sizes(mask: Tensor | None, log_sizes: Tensor, q: Tensor) -> Tensor:

@@ -92,10 +92,12 @@ TowerConfig = VisionConfig | FastViTHDConfig
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The Llama decoder, by default Llama-2 7B.
+    """The Llama decoder, by default Llama-2 7B; with the last four fields Qwen2 (arXiv 2407.10671).
 
     Ids from `sampled_vocab_size` on are never generated: the image marker, padding, and the unused
-    rows of llava-hf."""
+    rows of llava-hf. num_kv_heads: of keys and values, each for as many queries (None: num_heads;
+    GQA, arXiv 2305.13245). attention_bias: q, k and v have biases. tie_embeddings: the head is the
+    embedding. stop_ids: they end an answer, beside `eos_id`."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -108,11 +110,28 @@ class TextConfig:
     sampled_vocab_size: int = 32000
     bos_id: int = 1
     eos_id: int = 2
+    num_kv_heads: int | None = None
+    attention_bias: bool = False
+    tie_embeddings: bool = False
+    stop_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))  # JSON has lists
 
     @property
     def head_dim(self) -> int:
         """D, channels of one attention head."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """G, heads of keys and values. Query head h reads key head h // (H / G)."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def kv_width(self) -> int:
+        """Channels of all keys, and of all values, of one row: G * D."""
+        return self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -174,6 +193,10 @@ def check(config: LlavaConfig) -> None:
         raise ValueError(
             f"vision feature_layer {vision.feature_layer} is outside the {vision.num_layers} layers"
         )
+    if text.num_heads % text.kv_heads:
+        raise ValueError(
+            f"text: {text.num_heads} heads are no multiple of {text.kv_heads} key/value heads"
+        )
     if text.head_dim % 2:
         raise ValueError(f"head_dim {text.head_dim} is odd, RoPE needs pairs")
     if not 1 <= config.projector_depth <= MAX_PROJECTOR_DEPTH:
@@ -223,18 +246,24 @@ FASTVLM_0_5B, FASTVLM_1_5B, FASTVLM_7B = (
             intermediate_size=mlp_width,
             num_layers=layers,
             num_heads=heads,
+            num_kv_heads=kv_heads,
+            attention_bias=True,
+            tie_embeddings=tied,
             rms_norm_eps=1e-6,
             rope_theta=1e6,
             max_positions=32768,
             sampled_vocab_size=ids,
+            bos_id=151643,
             eos_id=151645,
+            stop_ids=(151643,),
         ),
+        template="qwen_2",
         name=f"fastvlm-{size}",
     )
-    for size, width, mlp_width, layers, heads, rows, ids in (
-        ("0.5b", 896, 4864, 24, 14, 151936, 151646),
-        ("1.5b", 1536, 8960, 28, 12, 151936, 151646),
-        ("7b", 3584, 18944, 28, 28, 152064, 151665),
+    for size, width, mlp_width, layers, heads, kv_heads, tied, rows, ids in (
+        ("0.5b", 896, 4864, 24, 14, 2, True, 151936, 151646),
+        ("1.5b", 1536, 8960, 28, 12, 2, True, 151936, 151646),
+        ("7b", 3584, 18944, 28, 28, 4, False, 152064, 151665),
     )
 )
 PRESETS = {

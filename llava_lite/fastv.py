@@ -14,8 +14,8 @@ Kept tokens keep their order and their positions. Two things can happen to the r
 Pruning can go on in front of later layers, in stages. A merged token at several positions
 (layout.py) scores the sum over its positions; with folding, the mean.
 
-All functions are pure. Shapes: H heads, D head dim, C width, n cached and new keys of an item, K
-new keys, U new rows, M image tokens among them.
+All functions are pure. Shapes: H heads, G of keys, D head dim, C width, n cached and new keys of an
+item, K new keys, U new rows, M image tokens among them.
 """
 
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llava_lite.cache import share_keys
 from llava_lite.layout import Layout
 from llava_lite.tome import average
 
@@ -70,14 +71,14 @@ class Pruning:
 
 
 def last_row(query: Tensor, keys: Tensor, log_sizes: Tensor | None = None) -> Tensor:
-    """Attention of the last token: query (1, H, 1, D) and keys (1, H, n, D), both rotated ->
-    probabilities (n,), the mean over heads. log_sizes (n,) of the keys (None: each counts once).
+    """Attention of the last token: query (1, H, 1, D) and keys (1, G, n, D), both rotated ->
+    probabilities (n,), the mean over H heads. log_sizes (n,) of the keys (None: each counts once).
     Computes in float32 at least."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(wide) @ keys.to(wide).mT * query.shape[-1] ** -0.5  # (1, H, 1, n)
+    scores = share_keys(query.to(wide), keys) @ keys.to(wide).mT * query.shape[-1] ** -0.5
     if log_sizes is not None:
         scores = scores + log_sizes
-    return scores.softmax(-1).mean(1).flatten()
+    return scores.softmax(-1).flatten(0, 2).mean(0)  # (1, G, H / G, n) -> (n,)
 
 
 def row_scores(probs: Tensor, layout: Layout, score: str) -> Tensor:

@@ -1,9 +1,10 @@
-"""The Llama-2 decoder (arXiv 2307.09288): RMSNorm, SwiGLU, RoPE, causal attention, no biases.
+"""The Llama-2 decoder (arXiv 2307.09288): RMSNorm, SwiGLU, RoPE, causal attention, no biases. Qwen2
+(arXiv 2407.10671) differs in facts of its `TextConfig` only.
 
 In front of some layers the decoder may prune image rows (fastv.py).
 
 Shapes: R packed rows of all items (attention.py), S packed keys, C width, V vocabulary; of one
-item: U rows, K new keys, n cached and new keys, H heads, D head dim.
+item: U rows, K new keys, n cached and new keys, H heads, G of keys, D head dim.
 """
 
 from collections.abc import Sequence
@@ -103,6 +104,13 @@ class LlamaDecoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tied = config.tie_embeddings
+        self.tie_head()
+
+    def tie_head(self) -> None:
+        """Let a tied head read the embedding's tensor. Call it again after tensors are replaced."""
+        if self.tied:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def forward(
         self,
@@ -186,7 +194,7 @@ class LlamaDecoder(nn.Module):
     def fastv_scores(self, query: Tensor, cache: LayerCache, layout: Layout, score: str) -> Tensor:
         """The score of every row of one item (U,): the attention of the last query (1, H, 1, D)
         to the keys of its positions. `score` is "sum" or "mean", see `FastV`."""
-        keys, log_sizes = cache[0], cache.log_sizes  # (1, H, n, D)
+        keys, log_sizes = cache[0], cache.log_sizes  # (1, G, n, D)
         if log_sizes is not None:
             log_sizes = pad_sizes(log_sizes, keys.shape[2])
         # Cached keys before this item's new rows are never pruned.

@@ -7,7 +7,8 @@
     decoder        32 layers; the logits of the last row choose the first token      (1, 1, 32000)
 
 Then the decoder runs one token at a time. Its cache is a tuple ((k, v), ...), one pair per layer,
-each (1, H, length, D). A pair with folded tokens also knows their sizes (cache.py).
+each (1, H, length, D), or with fewer heads (attention.py). A pair with folded tokens also knows
+their sizes (cache.py).
 
 A `Reduction` makes the image smaller. In `vision`, similar patches merge: 576 -> U (tome.py).
 `splice` places the merged tokens (layout.py). In front of one decoder layer, image tokens with

@@ -10,8 +10,16 @@ writes the vision half of the CLIP repository into the folder clip-vit-large-pat
 with a few tensors to be ignored in place of its text half (1.2 GB instead of 1.7). There is no
 tokenizer but the file given as --tokenizer, and no mm_projector.bin.
 
+python tools/make_random_checkpoint.py --layout fastvlm --size fastvlm-0.5b --out big/fastvlm \
+    --tokenizer path/to/folder
+
+`fastvlm` is the layout of the published FastVLM folders: one file or some shards, with the tower
+and the tensors to be ignored. Its tokenizer is a folder with vocab.json and merges.txt; their three
+added tokens are written beside them.
+
 The values are noise of a sensible scale, so logits are finite and speed is the real one, but
-answers are not. A 7B model takes 13.5 GB of disk (official, without the tower) or 14.1 GB.
+answers are not. A 7B model takes 13.5 GB of disk (official, without the tower) or 14.1 GB;
+fastvlm-0.5b takes 1.5 GB, fastvlm-7b 15.5 GB.
 """
 
 import argparse
@@ -29,6 +37,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llava_lite.bench.models import SIZES
+from llava_lite.checkpoints.configs import FASTVLM, QWEN2_FIELDS
 from llava_lite.checkpoints.export import (
     hf_documents,
     hf_text_config,
@@ -36,12 +45,15 @@ from llava_lite.checkpoints.export import (
     hf_vocab_size,
     write_hf_index,
 )
-from llava_lite.checkpoints.names import hf_name
-from llava_lite.checkpoints.skeleton import expected_shapes
-from llava_lite.checkpoints.tensors import Spec, num_bytes, plan_shards, write_shards
-from llava_lite.config import LlavaConfig
+from llava_lite.checkpoints.names import fastvlm_name, hf_name
+from llava_lite.checkpoints.names_fastvithd import PREFIX
+from llava_lite.checkpoints.skeleton import EMBEDDING, HEAD, expected_shapes
+from llava_lite.checkpoints.tensors import Spec, num_bytes, plan_shards, read_json, write_shards
+from llava_lite.config import FastViTHDConfig, LlavaConfig
+from llava_lite.inputs.byte_level import MERGES, VOCAB
 from llava_lite.saving import write_json
 
+ADDED_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 OFFICIAL_SHARD, HF_SHARD = 10_000_000_000, 5_000_000_000
 TOWER_NAME = "clip-vit-large-patch14-336"
 
@@ -56,7 +68,11 @@ class Noise:
 
     def fill(self, name: str, tensor: Tensor) -> None:
         """Fill in place: norms 1, biases small, matrices with variance 1 / fan-in."""
-        if tensor.dtype == torch.int64:
+        if "layer_scale" in name:
+            tensor.fill_(0.1)
+        elif name.endswith(("running_var", "bn.weight")):
+            tensor.fill_(1.0)
+        elif tensor.dtype == torch.int64:
             tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape))
         elif tensor.ndim <= 1 and "norm" in name and "weight" in name:
             tensor.fill_(1.0)
@@ -187,25 +203,99 @@ def write_llava_hf(config: LlavaConfig, folder: Path, noise: Noise) -> None:
         write_json(folder / name, content)
 
 
+def fastvlm_specs(config: LlavaConfig) -> dict[str, Spec]:
+    """Names of a published FastVLM folder, in bfloat16. The head is stored even if it is tied."""
+    specs: dict[str, Spec] = {}
+    for ours, shape in expected_shapes(config).items():
+        name = fastvlm_name(ours)
+        specs[name] = (shape, torch.bfloat16)
+        if name.endswith("running_var"):
+            specs[name.replace("running_var", "num_batches_tracked")] = ((), torch.int64)
+    specs[f"{PREFIX}head.proj"] = ((config.vision.hidden_size, 768), torch.bfloat16)
+    return specs
+
+
+def fastvlm_config(config: LlavaConfig) -> dict[str, Any]:
+    """The config.json of a published FastVLM folder, with the sizes of other towers."""
+    text, vision = config.text, config.vision
+    assert isinstance(vision, FastViTHDConfig)
+    raw = {theirs: getattr(text, ours) for ours, theirs in QWEN2_FIELDS.items()}
+    sizes = {"layers": vision.depths, "embed_dims": vision.widths}
+    is_published = vision == FastViTHDConfig(image_size=vision.image_size)
+    return raw | {
+        "architectures": ["LlavaQwen2ForCausalLM"],
+        "model_type": FASTVLM,
+        "hidden_act": "silu",
+        "image_aspect_ratio": "pad",
+        "mm_hidden_size": vision.hidden_size,
+        "mm_projector_type": f"mlp{config.projector_depth}x_gelu",
+        "mm_use_im_start_end": False,
+        "mm_vision_tower": f"mobileclip_l_{vision.image_size}",
+        "torch_dtype": "bfloat16",
+        "unfreeze_mm_vision_tower": True,
+        "use_sliding_window": False,
+        **({} if is_published else {"vision_config": sizes}),
+    }
+
+
+def write_fastvlm(config: LlavaConfig, folder: Path, noise: Noise) -> None:
+    """model.safetensors, or shards with an index, and the config."""
+    specs = fastvlm_specs(config)
+    head, embedding = fastvlm_name(HEAD), fastvlm_name(EMBEDDING)
+    tied: dict[str, Tensor] = {}
+
+    def random_tensor(name: str) -> Tensor:
+        if name == head and config.text.tie_embeddings:
+            return tied.pop(embedding)
+        shape, dtype = specs[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        noise.fill(name, tensor)
+        if name == embedding and config.text.tie_embeddings:
+            tied[name] = tensor
+        return tensor
+
+    table = write_shards(folder, specs, random_tensor, HF_SHARD)
+    write_hf_index(folder, table, sum(map(num_bytes, specs.values())))
+    write_json(folder / "config.json", fastvlm_config(config))
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a file, or from a folder the files of a byte-level tokenizer."""
+    if not source.is_dir():
+        shutil.copyfile(source, folder / source.name)
+        return
+    for name in (VOCAB, MERGES):
+        shutil.copyfile(source / name, folder / name)
+    count = len(read_json(folder / VOCAB))
+    added = {text: count + number for number, text in enumerate(ADDED_TOKENS)}
+    write_json(folder / "added_tokens.json", added)
+    write_json(folder / "special_tokens_map.json", {"additional_special_tokens": list(added)})
+
+
+WRITERS = {"official": write_official, "llava-hf": write_llava_hf, "fastvlm": write_fastvlm}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layout", choices=("official", "llava-hf"), required=True)
+    parser.add_argument("--layout", choices=tuple(WRITERS), required=True)
     parser.add_argument("--size", choices=tuple(SIZES), default="7b")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model or tokenizer.json to copy")
+    text = "tokenizer.model or tokenizer.json to copy, or a folder with vocab.json and merges.txt"
+    parser.add_argument("--tokenizer", type=Path, help=text)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.size.startswith("fastvlm") != (args.layout == "fastvlm"):
+        parser.error(f"the size {args.size} has no layout {args.layout}")
     folders = [args.out, args.out.absolute().parent / TOWER_NAME]
     for folder in folders if args.layout == "official" else folders[:1]:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             parser.error(f"{folder} is there and not empty, nothing is overwritten")
     args.out.mkdir(parents=True, exist_ok=True)
-    write = write_official if args.layout == "official" else write_llava_hf
-    write(SIZES[args.size], args.out, Noise(args.seed))
+    WRITERS[args.layout](SIZES[args.size], args.out, Noise(args.seed))
     if args.tokenizer:
-        shutil.copyfile(args.tokenizer, args.out / args.tokenizer.name)
+        copy_tokenizer(args.tokenizer, args.out)
     print(json.dumps({"folder": str(args.out), "layout": args.layout, "size": args.size}))
     return 0
 

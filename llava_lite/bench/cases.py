@@ -81,6 +81,8 @@ class Work:
     def of(llava: Llava) -> "Work":
         """The work of a model, plain or quantized."""
         embeddings = llava.decoder.embed_tokens.weight.nbytes  # only one or two rows are read
+        if getattr(llava.decoder.lm_head, "weight", None) is llava.decoder.embed_tokens.weight:
+            embeddings = 0  # the tied head reads all rows
         read = stored_bytes(llava.decoder) - embeddings
         tower = stored_bytes(llava.vision)
         return Work(llava.config, llava.dtype, llava.cache_dtype, read, tower)
@@ -236,9 +238,11 @@ def growing_cases(one: Contender, length: int) -> list[Case]:
     model, work, text = one.model, one.work, one.work.config.text
     lengths = (length,) * text.num_layers
     state = State(pending_ids=word_ids(text, length))
-    shape = 3, 1, length, text.num_heads, text.head_dim  # as the projections leave them in memory
-    rows = torch.randn(shape, device=model.llava.device, dtype=work.cache_dtype).transpose(2, 3)
-    attention = partial(attend, rows[0], rows[1], rows[2], None)
+    heads = text.num_heads, text.kv_heads, text.kv_heads
+    shapes = [(1, length, count, text.head_dim) for count in heads]  # as the projections leave them
+    noise = partial(torch.randn, device=model.llava.device, dtype=work.cache_dtype)
+    q, k, v = (noise(shape).transpose(1, 2) for shape in shapes)
+    attention = partial(attend, q, k, v, None)
     prefill = work.prefill(length, decoder_flops(text, lengths, lengths))
     decode = Prepared(partial(begin_decoding, model, state, lengths, length, 1))
     repeated, calls = partial(call_repeatedly, attention), ATTENTION_CALLS
@@ -295,7 +299,7 @@ def begin_decoding(
     cache holds zeros: its values do not matter for speed."""
     text = model.config.text
     zeros = partial(torch.zeros, device=model.llava.device, dtype=model.llava.cache_dtype)
-    shapes = [(1, text.num_heads, length, text.head_dim) for length in lengths]
+    shapes = [(1, text.kv_heads, length, text.head_dim) for length in lengths]
     cache: KVCache = tuple((zeros(shape), zeros(shape)) for shape in shapes)
     state = replace(
         before, past_key_values=cache, next_position=position, pending_ids=(5,), images=()

@@ -10,7 +10,7 @@ from llava_lite.bench.cases import OURS, TRANSFORMERS
 from llava_lite.checkpoints.checkpoint import load_tokenizer
 from llava_lite.checkpoints.load import embedded_model, load
 from llava_lite.checkpoints.skeleton import meta_model
-from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, LlavaConfig
+from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, PRESETS, TINY, LlavaConfig
 from llava_lite.errors import LlavaLiteError
 from llava_lite.fast.compiled import CompiledModel
 from llava_lite.fast.device import pick_tower_dtype
@@ -20,7 +20,9 @@ from llava_lite.generation.model import Model
 from llava_lite.llava import Llava
 from llava_lite.reduction import REDUCTIONS
 
-SIZES = {"7b": LLAVA_1_5_7B, "13b": LLAVA_1_5_13B, "tiny": TINY}
+SIZES = {"7b": LLAVA_1_5_7B, "13b": LLAVA_1_5_13B, "tiny": TINY} | {
+    name: config for name, config in PRESETS.items() if name.startswith("fastvlm-")
+}
 
 
 class BenchError(LlavaLiteError):
@@ -100,6 +102,7 @@ def random_model(config: LlavaConfig, dtype: torch.dtype, device: str) -> Llava:
     model = meta_model(config).to(dtype)
     model.vision.to(pick_tower_dtype(config.vision, dtype, torch.device(device)))
     model.to_empty(device=device)  # never in memory in float32
+    model.decoder.tie_head()
     generator = torch.Generator().manual_seed(0)
     noise = (0.02 * torch.randn((1 << 22) + 4099, generator=generator)).to(device, dtype)
     block, start = 1 << 21, 0
@@ -122,7 +125,7 @@ def name_of(dtype: torch.dtype) -> str:
 def twin(model: Model) -> Model:
     """A second model on the same tensors. Its layers may be replaced."""
     llava = meta_model(model.llava.config)
-    llava.load_state_dict(model.llava.state_dict(), assign=True)
+    llava.load_state_dict(model.llava.state_dict(keep_vars=True), assign=True)
     copy = Model(
         llava.requires_grad_(False), model.tokenizer, model.config, thresholds=model.own_thresholds
     )

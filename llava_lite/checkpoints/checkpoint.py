@@ -17,7 +17,7 @@ from llava_lite.checkpoints.gguf_in import read_tokenizer
 from llava_lite.checkpoints.names import SHARD_SIZE, is_unused
 from llava_lite.checkpoints.opening import find_tokenizer, open_source, tower_from_shapes
 from llava_lite.checkpoints.quantized import QuantizedSource
-from llava_lite.checkpoints.skeleton import meta_model
+from llava_lite.checkpoints.skeleton import HEAD, meta_model
 from llava_lite.checkpoints.source import Inventory, Source, check_finite
 from llava_lite.checkpoints.tensors import (
     DTYPE_CODES,
@@ -39,8 +39,10 @@ from llava_lite.fast.quantize import (
     check_shapes,
     decoder_linears,
     get_method,
+    replace_linear,
     round_weight,
 )
+from llava_lite.inputs.prompt import check_family
 from llava_lite.llava import Llava
 from llava_lite.saving import write_json
 
@@ -88,6 +90,7 @@ def load_source(
     kind = get_method(method) if method else None
     if isinstance(source, QuantizedSource):
         kind = source.find_kind(method)
+    source.check_head()
     device, wanted = torch.device(device), parse_dtype(dtype) or source.dtype
     model = meta_model(source.config, QuantizedLlava if kind else Llava)
     done = set_quantized(model, source, kind, device, wanted) if kind else []
@@ -98,6 +101,8 @@ def load_source(
         if name not in done
     }
     model.load_state_dict(state, strict=True, assign=True)
+    if kind is None:
+        model.decoder.tie_head()
     return model.eval().requires_grad_(False)
 
 
@@ -117,7 +122,7 @@ def set_quantized(
     for name in linears:
         parts = make_parts(source, name, kind, device, dtype)
         own = not isinstance(source, QuantizedSource)
-        model.set_submodule(name.removesuffix(".weight"), kind(parts, own=own))
+        replace_linear(model, name.removesuffix(".weight"), kind(parts, own=own))
     # Pages that were read count as this process's memory while the file is mapped. So unmap it, and
     # map it again for the tensors that stay in it, such as the embeddings.
     source.unmap()
@@ -159,19 +164,38 @@ def check_cast(name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> No
 
 
 def load_tokenizer(path: str | Path, config: LlavaConfig) -> "Tokenizer":
-    """Load the tokenizer of a folder, or a tokenizer.model, tokenizer.json or GGUF file.
+    """Load the tokenizer of a folder, or of a file: tokenizer.model or .json, vocab.json, GGUF.
 
-    Raises CheckpointError if it is missing or damaged."""
-    from llava_lite.inputs.tokenizer import Tokenizer
-
+    Raises CheckpointError if it is missing or damaged, or of another family than the template."""
     path = Path(path)
     file = find_tokenizer(path) if path.is_dir() else path
     if file is None or not file.is_file():
         raise CheckpointError(f"{path}: holds neither tokenizer.json nor tokenizer.model")
+    tokenizer = read_tokenizer_file(file, config.legacy_tokenizer)
+    try:
+        check_family(config.template, tokenizer.family)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: does not fit the config: {error}") from error
+    if tokenizer.family != "llama" and tokenizer.vocab_size > config.text.vocab_size:
+        raise CheckpointError(
+            f"{file}: the tokenizer has {tokenizer.vocab_size} ids, but the model has only "
+            f"{config.text.vocab_size}"
+        )
+    return tokenizer
+
+
+def read_tokenizer_file(file: Path, legacy: bool) -> "Tokenizer":
+    """Read a tokenizer file of any family. Raises CheckpointError if it is damaged."""
+    from llava_lite.inputs.byte_level import MERGES, VOCAB, ByteLevelTokenizer, is_byte_level
+    from llava_lite.inputs.tokenizer import Tokenizer
+
     if file.suffix == SUFFIX:
-        return read_tokenizer(file, config.legacy_tokenizer)
-    read = Tokenizer.from_sentencepiece if file.suffix == ".model" else Tokenizer.from_file
-    return read(file, legacy=config.legacy_tokenizer)
+        return read_tokenizer(file, legacy)
+    if file.suffix == ".model":
+        return Tokenizer.from_sentencepiece(file, legacy)
+    if file.name in (VOCAB, MERGES):
+        return ByteLevelTokenizer.from_folder(file.parent)
+    return (ByteLevelTokenizer if is_byte_level(file) else Tokenizer).from_file(file, legacy)
 
 
 def vision_state_from_open_clip(
@@ -211,6 +235,8 @@ def save_model(
     Raises CheckpointError for NaN or infinite weights, a folder that is not empty, or a full
     disk."""
     state, wanted = model.state_dict(), parse_dtype(dtype)
+    if config.text.tie_embeddings:
+        del state[HEAD]  # the embedding is written once
 
     def read(name: str) -> Tensor:
         tensor = state[name].to(dtype=wanted or state[name].dtype)

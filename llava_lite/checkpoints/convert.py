@@ -155,6 +155,7 @@ def write_output(
     from llava_lite.checkpoints.tensors import stage_folder, write_shards
 
     check_destination(place, opened, output.size)
+    opened.check_head()
     with stage_folder(place, force) as staging:
         read = add_progress(output, progress)
         if isinstance(output, GgufOutput):

@@ -18,6 +18,7 @@ SIDE_FILES = (
     "*.json",
     "*.jinja",
     "tokenizer.model",
+    "merges.txt",
     "mm_projector.*",
     "adapter_model.*",
     "non_lora_trainables.*",

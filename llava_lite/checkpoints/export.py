@@ -19,7 +19,7 @@ from llava_lite.checkpoints.checkpoint import load_tokenizer, make_parts
 from llava_lite.checkpoints.configs import TEXT_FIELDS, VISION_FIELDS
 from llava_lite.checkpoints.names import hf_name
 from llava_lite.checkpoints.quantized import QuantizedSource, document
-from llava_lite.checkpoints.skeleton import meta_model
+from llava_lite.checkpoints.skeleton import STATISTICS, meta_model
 from llava_lite.checkpoints.source import Source
 from llava_lite.checkpoints.tensors import Spec, num_bytes, read_json_value
 from llava_lite.checkpoints.thresholds import FILE_NAME, OwnThresholds
@@ -59,7 +59,8 @@ class Output:
 
     @property
     def num_parameters(self) -> int:
-        return self.weights or sum(math.prod(shape) for shape, _ in self.specs.values())
+        counted = (spec for name, spec in self.specs.items() if not name.endswith(STATISTICS))
+        return self.weights or sum(math.prod(shape) for shape, _ in counted)
 
 
 def write_side_files(
@@ -107,8 +108,9 @@ def threshold_document(opened: Source) -> dict[str, dict[str, Any]]:
 
 def own_output(opened: Source, dtype: torch.dtype) -> Output:
     """Plan a folder in our format, with only the tensors that the model uses."""
+    names = [name for name in opened.names() if not opened.is_tied(name)]
     return Output(
-        specs={name: (opened.entries[name].shape, dtype) for name in opened.names()},
+        specs={name: (opened.entries[name].shape, dtype) for name in names},
         read=lambda name: opened.read(name, dtype),
         documents={"config.json": opened.config.to_dict()} | threshold_document(opened),
         unused=list(dict.fromkeys(entry.stored for entry in opened.unused.values())),
@@ -129,7 +131,8 @@ def quantized_output(opened: Source, dtype: torch.dtype, method: str) -> Output:
     shapes = decoder_linears(meta_model(opened.config))
     check_shapes(shapes, kind)
     specs: dict[str, Spec] = {}
-    for name, spec in plain.specs.items():
+    for name in opened.names():
+        spec = opened.shape(name), dtype
         module = name.removesuffix(".weight")
         parts = kind.specs(spec[0], dtype) if module in shapes else None
         specs |= {f"{module}.{part}": s for part, s in parts.items()} if parts else {name: spec}
@@ -137,7 +140,7 @@ def quantized_output(opened: Source, dtype: torch.dtype, method: str) -> Output:
 
     def read(name: str) -> Tensor:
         module, _, part = name.rpartition(".")
-        if module not in shapes:
+        if module not in shapes or part == "bias":
             return plain.read(name)
         if module not in last:
             last.clear()
@@ -197,9 +200,13 @@ def hf_output(opened: Source, dtype: torch.dtype) -> Output:
 
 
 def clip_tower(config: LlavaConfig, layout: str) -> VisionConfig:
-    """The CLIP tower of a model. Raises CheckpointError for any other tower."""
+    """The CLIP tower of a model. Raises CheckpointError for any other tower, and for a decoder that
+    is no Llama-2."""
     if not isinstance(config.vision, VisionConfig):
         raise CheckpointError(f"{config.name}: {layout} cannot store a FastViTHD tower")
+    text = config.text
+    if text.kv_heads != text.num_heads or text.attention_bias or text.tie_embeddings:
+        raise CheckpointError(f"{config.name}: {layout} can store only a Llama-2 decoder")
     return config.vision
 
 

@@ -12,8 +12,11 @@ from llava_lite.errors import CheckpointError
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CODES = {"int8": 1, "uint8": 1}  # bytes of a quantized weight's codes, in every dtype
-# Weights of the model per number of a quantized tensor, by the end of its name.
-WEIGHTS = {"weight_int4": 2, "scales": 0, "zeros": 0, "steps": 0, "offsets": 0}
+# Weights of the model per number of a tensor, by the end of its name, where not 1.
+WEIGHTS = {
+    **{"weight_int4": 2, "scales": 0, "zeros": 0, "steps": 0, "offsets": 0},
+    **{"running_mean": 0, "running_var": 0},
+}
 # Text tokens of the memory estimate, prompt and answer, beside one image.
 TEXT_TOKENS = 256
 
@@ -58,7 +61,10 @@ class Info:
     def parameters(self) -> dict[str, int]:
         """The number of weights per part, and the total."""
         counts = {"vision": 0, "projector": 0, "decoder": 0}
+        tied = "decoder.lm_head." if self.config.text.tie_embeddings else None
         for tensor in self.tensors:
+            if tied and tensor.name.startswith(tied):
+                continue  # a quantized copy of the embedding
             counts[tensor.name.split(".")[0]] += tensor.num_weights
         return {**counts, "total": sum(counts.values())}
 
@@ -73,7 +79,7 @@ class Info:
         """Bytes per dtype: of the weights, and of the KV cache for one token, for one image with
         `TEXT_TOKENS` tokens of text, and for a full context."""
         text = self.config.text
-        numbers_per_token = 2 * text.num_layers * text.num_heads * text.head_dim
+        numbers_per_token = 2 * text.num_layers * text.kv_width
         tokens = {"kv_cache_per_token": 1, "kv_cache_image_prompt": self.prompt_tokens}
         tokens["kv_cache_full_context"] = text.max_positions
         return {
@@ -115,9 +121,9 @@ def describe_preset(name: str) -> Info:
     """Describe an architecture of `config.PRESETS`. Raises ValueError for an unknown name."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
-    from llava_lite.checkpoints.skeleton import expected_shapes
+    from llava_lite.checkpoints.skeleton import stored_shapes
 
-    shapes = expected_shapes(PRESETS[name])
+    shapes = stored_shapes(PRESETS[name])
     return Info(PRESETS[name], tuple(TensorInfo(*item) for item in shapes.items()))
 
 
@@ -135,7 +141,7 @@ def describe_source(
 
     source = open_source(Path(path), base, vision_tower)
     tensors = []
-    for name in expected_shapes(source.config):
+    for name in (name for name in expected_shapes(source.config) if not source.is_tied(name)):
         entries = {name: source.entries[name]}
         if isinstance(source, QuantizedSource) and name in source.parts:
             module = name.removesuffix(".weight")

@@ -8,6 +8,8 @@ a model does not build.
 
 import re
 
+from llava_lite.checkpoints.names_fastvithd import IGNORED as IGNORED_FASTVITHD
+from llava_lite.checkpoints.names_fastvithd import PREFIX, fastvithd_name, published_name
 from llava_lite.config import FastViTHDConfig, TowerConfig
 from llava_lite.errors import CheckpointError
 
@@ -46,6 +48,12 @@ PROJECTOR_OFFICIAL = {
     "mm_projector.2.*": "projector.layers.1.*",
     "mm_projector.4.*": "projector.layers.2.*",
     "mm_projector.6.*": "projector.layers.3.*",
+}
+
+# Qwen2 has biases where Llama has none.
+QWEN2 = {
+    f"model.layers.{{}}.self_attn.{part}_proj.bias": (f"decoder.layers.{{}}.attn.{part}_proj.bias",)
+    for part in "qkv"
 }
 
 PROJECTOR_HF = {
@@ -101,6 +109,10 @@ IGNORED = (
     r"input_resolution|context_length|vocab_size",  # scalars of the OpenAI archive
 )
 
+# The tower inside a FastVLM checkpoint, normalized. Its tensors that have no name of ours belong to
+# the training form; opening.py folds them.
+FASTVITHD_PREFIX, TRAINING = "vision_model.model.", "training."
+
 LORA_NAME = re.compile(r"(.+)\.lora_([AB])(\.[^.]+)?\.weight")
 
 
@@ -119,6 +131,8 @@ def expand(table: dict[str, str]) -> dict[str, tuple[str, ...]]:
 HF_TABLES = expand(LLAMA | PROJECTOR_HF | CLIP_HF)
 LOOKUP = HF_TABLES | expand(PROJECTOR_OFFICIAL | CLIP_OPENAI) | PACKED_OPENAI
 TO_HF = {ours[0]: stored for stored, ours in HF_TABLES.items()}
+PROJECTOR_NUMBERED = {n: ours for n, ours in PROJECTOR_OFFICIAL.items() if "." in n[:-2]}
+FASTVLM = expand(LLAMA | {f"model.{n}": ours for n, ours in PROJECTOR_NUMBERED.items()}) | QWEN2
 HF_CONTAINERS = {
     "model": "language_model.",
     "lm_head": "language_model.",
@@ -133,20 +147,34 @@ def normalize(name: str) -> str:
     return name
 
 
-def our_names(stored: str) -> tuple[str, ...]:
+def our_names(stored: str, qwen2: bool = False) -> tuple[str, ...]:
     """Our names of a stored tensor: one, three for a packed q, k, v, or none if it is ignored.
 
-    Raises CheckpointError for an unknown name."""
-    name = normalize(stored)
-    if name in LOOKUP:
-        return LOOKUP[name]
+    qwen2: the decoder is a Qwen2. Raises CheckpointError for an unknown name."""
+    if qwen2 and stored.startswith("language_model."):
+        raise CheckpointError(
+            f"tensor {stored!r} has the name of an MLX export; give the published folder instead"
+        )
+    name, table = normalize(stored), LOOKUP | QWEN2 if qwen2 else LOOKUP
+    if name in table:
+        return table[name]
+    if name.startswith(FASTVITHD_PREFIX):
+        return fastvithd_names(name.removeprefix(FASTVITHD_PREFIX))
     number = re.search(r"\.(\d+)\.", name)
     pattern = name if number is None else re.sub(r"\.\d+\.", ".{}.", name, count=1)
-    if number is not None and pattern in LOOKUP:
-        return tuple(ours.replace("{}", number[1]) for ours in LOOKUP[pattern])
+    if number is not None and pattern in table:
+        return tuple(ours.replace("{}", number[1]) for ours in table[pattern])
     if any(re.fullmatch(ignored, name) for ignored in IGNORED):
         return ()
     raise CheckpointError(f"tensor {stored!r} belongs to no known layout")
+
+
+def fastvithd_names(published: str) -> tuple[str, ...]:
+    """As `our_names`, for a tensor of a FastViTHD tower."""
+    if IGNORED_FASTVITHD.fullmatch(published):
+        return ()
+    ours = fastvithd_name(published)
+    return (f"vision.{ours}" if ours else f"{TRAINING}{published}",)
 
 
 def lora_target(stored: str) -> tuple[str, str] | None:
@@ -176,6 +204,19 @@ def hf_name(ours: str) -> str:
     return HF_CONTAINERS.get(exact.split(".")[0], "") + exact
 
 
+def fastvlm_name(ours: str) -> str:
+    """Our name -> the name in a published FastVLM folder. Raises KeyError for an unknown name."""
+    tower = published_name(ours.removeprefix("vision."))
+    if tower is not None:
+        return f"{PREFIX}{tower}"
+    part = re.sub(r"\.\d+\.", ".{}.", ours, count=1)
+    number = re.search(r"\.(\d+)\.", ours)
+    stored = next((stored for stored, (name,) in FASTVLM.items() if name in (ours, part)), None)
+    if stored is None:
+        raise KeyError(ours)
+    return stored.replace("{}", number[1] if number else "")
+
+
 def is_unused(ours: str, vision: TowerConfig) -> bool:
     """Whether LLaVA never runs this part of the tower: a later block, or the final norm."""
     if isinstance(vision, FastViTHDConfig):
@@ -190,6 +231,7 @@ def describe(names: list[str]) -> str:
     """Name the layout of stored names, for reports. Code decides by the config instead."""
     joined = "\n" + "\n".join(names)
     marks = (
+        ("\nmodel.vision_tower.vision_tower.model.", "FastVLM, official"),
         ("\nlanguage_model.model.", "llava-hf, old names"),
         ("\nmodel.vision_tower.vision_tower.", "official, tower inside"),
         ("\nmodel.vision_tower.vision_model.", "llava-hf, new names"),

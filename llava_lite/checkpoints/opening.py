@@ -13,15 +13,19 @@ from typing import Any
 
 from torch import nn
 
-from llava_lite.checkpoints.configs import family, parse_config
+from llava_lite.checkpoints.configs import FASTVLM, family, parse_config
 from llava_lite.checkpoints.gguf_format import SUFFIX
 from llava_lite.checkpoints.gguf_in import open_gguf
-from llava_lite.checkpoints.names import describe
+from llava_lite.checkpoints.names import TRAINING, describe
+from llava_lite.checkpoints.names_fastvithd import PREFIX as FASTVITHD
 from llava_lite.checkpoints.quantized import KEY, QuantizedSource, fold, read_kind
+from llava_lite.checkpoints.reparameterize import is_training_form, reparameterize
+from llava_lite.checkpoints.skeleton import EMBEDDING, HEAD
 from llava_lite.checkpoints.source import Entry, Inventory, Source, check_entries, check_lora
 from llava_lite.checkpoints.tensors import read_json, read_tensors, weight_files
 from llava_lite.config import LlavaConfig
 from llava_lite.errors import CheckpointError
+from llava_lite.inputs.byte_level import MERGES, VOCAB, ByteLevelTokenizer, read_added
 
 CLIP_REPO = "openai/clip-vit-large-patch14-336"
 TOWER_INSIDE = "{}: has its own vision tower, the one given is not used"
@@ -87,6 +91,10 @@ def add_folder(inventory: Inventory, folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: holds no weights (model*.safetensors or pytorch_model*.bin)"
         )
+    try:
+        inventory.qwen2 = family(raw) == "fastvlm"
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     inventory.add_files(files, own_names=raw.get("format") == "llava_lite")
     return raw
 
@@ -193,6 +201,10 @@ def complete(
     base_folder: Path | None = None,
 ) -> LlavaConfig:
     """Parse the config. For an official config, also find and add the missing tower."""
+    if raw.get("model_type") == FASTVLM:
+        if vision_tower is not None:
+            warnings.warn(TOWER_INSIDE.format(folder), stacklevel=3)
+        return complete_fastvlm(inventory, raw, folder, base_folder)
     vision: dict[str, Any] | None = None
     if "hidden_size" in raw and raw.get("format") != "llava_lite":
         vision = add_tower(inventory, raw, folder, vision_tower, base_folder)
@@ -205,6 +217,76 @@ def complete(
     elif vision_tower is not None:
         warnings.warn(TOWER_INSIDE.format(folder), stacklevel=3)
     return parse_config(raw, vision, folder / "config.json")
+
+
+# ---- FastVLM -------------------------------------------------------------------------------------
+
+
+def complete_fastvlm(
+    inventory: Inventory, raw: dict[str, Any], folder: Path, base_folder: Path | None
+) -> LlavaConfig:
+    """Parse the config of a FastVLM folder, and make its tensors those of the model: fold a tower
+    in training form, and leave out the head if it is tied."""
+    place = base_folder or folder
+    config = parse_config(raw, None, folder / "config.json")
+    fold_tower(inventory, place)
+    if not any(name.startswith("vision.") for name in inventory.entries):
+        raise CheckpointError(
+            f"{place}: holds no vision tower; published FastVLM folders hold the tower among their "
+            f"weights ({FASTVITHD}*)"
+        )
+    head = inventory.entries.get(HEAD)
+    if config.text.tie_embeddings and head is not None:
+        inventory.stored_head = inventory.entries.pop(HEAD)
+        inventory.ignored.append(head.stored)
+    elif not config.text.tie_embeddings and head is None:
+        raise CheckpointError(f"{place}: holds no lm_head.weight, and the config does not tie it")
+    ids = max((count_ids(place) for place in (folder, place)), default=0)
+    if ids > config.text.vocab_size:
+        raise CheckpointError(
+            f"{place}: the tokenizer has {ids} ids, but vocab_size is {config.text.vocab_size}"
+        )
+    # Without a tokenizer: at least the tokens that end an answer.
+    ids = ids or 1 + max(config.text.eos_id, *config.text.stop_ids)
+    text = replace(config.text, sampled_vocab_size=min(ids, config.text.vocab_size))
+    return replace(config, text=text)
+
+
+def fold_tower(inventory: Inventory, folder: Path) -> None:
+    """Fold the tensors of a tower in training form, if there are any, into those of the model."""
+    entries = inventory.entries
+    branches = {
+        name.removeprefix(TRAINING): entry
+        for name, entry in entries.items()
+        if name.startswith(TRAINING)
+    }
+    for name, entry in branches.items():
+        if not is_training_form([name]):
+            raise CheckpointError(
+                f"{entry.file}: tensor {entry.stored!r} belongs to no known layout"
+            )
+    if not branches:
+        return
+    stored = {file: read_tensors(file) for file in {entry.file for entry in branches.values()}}
+    state = {name: stored[entry.file][entry.stored] for name, entry in branches.items()}
+    try:
+        folded = {f"{FASTVITHD}{name}": tensor for name, tensor in reparameterize(state).items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    file = folder / "folded tower"
+    inventory.in_memory[file] = folded
+    for name in branches:
+        del entries[f"{TRAINING}{name}"]
+    entries |= inventory.locate(file, folded)
+
+
+def count_ids(folder: Path) -> int:
+    """The ids of the byte-level tokenizer in a folder, 0 without one. Added tokens have the last
+    ids. Raises CheckpointError for a damaged file."""
+    added = read_added(folder)
+    if not added and (folder / "tokenizer.json").is_file():
+        return ByteLevelTokenizer.from_file(folder / "tokenizer.json").vocab_size
+    return 1 + max((token.token_id for token in added.values()), default=-1)
 
 
 # ---- vision tower, tokenizer ---------------------------------------------------------------------
@@ -283,11 +365,14 @@ def tower_from_shapes(entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The tokenizer file of a folder: the original tokenizer.model before tokenizer.json. Our own
-    format has only tokenizer.json."""
-    config = folder / "config.json"
-    is_own = config.is_file() and read_json(config).get("format") == "llava_lite"
-    names = ("tokenizer.json",) if is_own else ("tokenizer.model", "tokenizer.json")
+    """The tokenizer file of a folder: the original tokenizer.model, or vocab.json with merges.txt,
+    before tokenizer.json. Our own format has only tokenizer.json."""
+    raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    names: tuple[str, ...] = ("tokenizer.model", "tokenizer.json")
+    if raw.get("format") == "llava_lite":
+        names = ("tokenizer.json",)
+    elif raw.get("model_type") == FASTVLM:
+        names = (VOCAB, MERGES, "tokenizer.json")
     files = (folder / name for name in names)
     return next((file for file in files if file.is_file()), None)
 
@@ -360,6 +445,8 @@ def finish(
     **facts: Any,
 ) -> Source:
     """Check all tensors against the model, and make the Source. facts: its other fields."""
+    if config.text.tie_embeddings and EMBEDDING in inventory.entries:
+        inventory.entries.setdefault(HEAD, inventory.entries[EMBEDDING])
     unused = check_entries(inventory.entries, config, path)
     facts = {"layout": describe(inventory.stored), **facts}
     tokenizers = (find_tokenizer(folder) for folder in tokenizer_from)
@@ -372,6 +459,7 @@ def finish(
         lora=inventory.lora,
         tokenizer_file=next((file for file in tokenizers if file), None),
         vision_tower=inventory.vision_tower,
+        stored_head=inventory.stored_head,
         in_memory=inventory.in_memory,
         **facts,
     )

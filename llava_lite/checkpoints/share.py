@@ -21,7 +21,10 @@ from llava_lite.fast.tensor_parallel import ParallelLlava, SharedLinear, decoder
 
 def check_divides(text: TextConfig, count: int) -> None:
     """Raise ValueError if `count` ranks cannot share the decoder evenly."""
-    for name, size in (("heads", text.num_heads), ("intermediate_size", text.intermediate_size)):
+    sizes = {"heads": text.num_heads, "intermediate_size": text.intermediate_size}
+    if text.kv_heads != text.num_heads:
+        sizes = {"key/value heads": text.kv_heads, **sizes}
+    for name, size in sizes.items():
         if size % count:
             raise ValueError(
                 f"{count} ranks cannot share the decoder evenly: {name} {size} must be a multiple "
@@ -46,15 +49,18 @@ def load_share(
     mesh = init_device_mesh(device.type, (ranks.count,))
     cuts = cut_dims(parallelize_module(llava.decoder, mesh, decoder_plan()))
     for name, dim in cuts.items():
-        weight = cast(DTensor, llava.decoder.get_parameter(f"{name}.weight"))
+        linear = cast(nn.Linear, llava.decoder.get_submodule(name))
+        weight = cast(DTensor, linear.weight)
+        bias = None if linear.bias is None else cast(DTensor, linear.bias).to_local()
         gathered = weight.shape[0] if name == "lm_head" else None
-        llava.decoder.set_submodule(name, SharedLinear(ranks, weight.to_local(), dim, gathered))
+        shared = SharedLinear(ranks, weight.to_local(), dim, gathered, bias)
+        llava.decoder.set_submodule(name, shared)
     state: dict[str, Tensor] = {}
     tower = pick_tower_dtype(source.config.vision, dtype, device)
 
     def read_all() -> None:
         for name in source.names():
-            dim = cuts.get(name.removeprefix("decoder.").removesuffix(".weight"))
+            dim = cuts.get(name.removeprefix("decoder.").rpartition(".")[0])
             whole = source.shape(name)
             part = () if dim is None else (slice(None),) * dim + (ranks.part(whole[dim]),)
             kind = tower if name.startswith("vision.") else dtype
@@ -71,7 +77,7 @@ def cut_dims(decoder: nn.Module) -> dict[str, int]:
     return {
         name.removesuffix(".weight"): placement.dim
         for name, weight in decoder.named_parameters()
-        if isinstance(weight, DTensor)
+        if isinstance(weight, DTensor) and name.endswith(".weight")
         for placement in weight.placements
         if isinstance(placement, Shard)
     }

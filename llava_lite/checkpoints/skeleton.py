@@ -9,10 +9,20 @@ from torch.overrides import TorchFunctionMode
 from llava_lite.config import LlavaConfig
 from llava_lite.llava import Llava
 
+# Ends of names: of training data, no weights of the model.
+STATISTICS = ("running_mean", "running_var")
+HEAD, EMBEDDING = "decoder.lm_head.weight", "decoder.embed_tokens.weight"
+
 
 def expected_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     """Our name and shape of every tensor of a model."""
     return {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
+
+
+def stored_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
+    """As `expected_shapes`, without a tied head: only the embedding is stored."""
+    tied = {HEAD} if config.text.tie_embeddings else set()
+    return {name: shape for name, shape in expected_shapes(config).items() if name not in tied}
 
 
 def meta_model(config: LlavaConfig, build: Callable[[LlavaConfig], Llava] = Llava) -> Llava:

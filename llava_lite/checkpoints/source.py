@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_lite.checkpoints.names import is_unused, lora_target, our_names
-from llava_lite.checkpoints.skeleton import expected_shapes
+from llava_lite.checkpoints.skeleton import EMBEDDING, HEAD, STATISTICS, expected_shapes
 from llava_lite.checkpoints.tensors import (
     DTYPE_CODES,
     DTYPES,
@@ -50,6 +50,8 @@ class Inventory:
     )  # our name -> {"A": .., "B": ..}
     in_memory: dict[Path, Mapping[str, Tensor]] = field(default_factory=dict)
     vision_tower: str | None = None  # where a tower from elsewhere came from
+    stored_head: Entry | None = None  # left out, see `Source`
+    qwen2: bool = False  # whether the decoder is a Qwen2
 
     def add_files(self, files: Files, only: str = "", own_names: bool = False) -> None:
         """Add the tensors of the files; with `only`, those whose name of ours starts with it."""
@@ -80,7 +82,7 @@ class Inventory:
         for stored, tensor in tensors.items():
             self.stored.append(stored)
             try:
-                names = (stored,) if own_names else our_names(family + stored)
+                names = (stored,) if own_names else our_names(family + stored, self.qwen2)
             except CheckpointError as error:
                 raise CheckpointError(f"{file}: {error}") from None
             if not names:
@@ -136,6 +138,7 @@ class Source:
     """An opened checkpoint: its config, and its tensors by our name, read one at a time.
 
     unused: tower parts that LLaVA never runs. ignored: stored names of other skipped tensors.
+    stored_head: the head of a file whose config ties the head to the embedding, which wins.
     family: of the config.json, "llava_lite", "llava-hf" or "official" (also adapters and
     projectors). base, vision_tower: the names of the model and tower that were added.
 
@@ -156,6 +159,7 @@ class Source:
     trusted: bool = False
     base: str | None = None
     vision_tower: str | None = None
+    stored_head: Entry | None = None
     in_memory: dict[Path, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
     _last: tuple[Path, Mapping[str, Tensor]] | None = field(default=None, repr=False)
 
@@ -171,7 +175,24 @@ class Source:
 
     @property
     def num_parameters(self) -> int:
-        return sum(math.prod(entry.shape) for entry in self.entries.values())
+        """The number of weights. A tied head counts once, statistics of a tower do not count."""
+        left_out = (*STATISTICS, HEAD) if self.config.text.tie_embeddings else STATISTICS
+        counted = (name for name in self.entries if not name.endswith(left_out))
+        return sum(math.prod(self.entries[name].shape) for name in counted)
+
+    def is_tied(self, name: str) -> bool:
+        """Whether a tensor is a tied head, which is read from the embedding."""
+        return name == HEAD and self.entries[HEAD] is self.entries[EMBEDDING]
+
+    def check_head(self) -> None:
+        """Warn if the head that the config leaves out differs from the embedding."""
+        head, embedding = self.stored_head, self.entries[EMBEDDING]
+        if head is not None and not torch.equal(self._stored(embedding), self._stored(head)):
+            warnings.warn(
+                f"{head.file}: {head.stored!r} differs from {embedding.stored!r}, but the config "
+                f"says tie_word_embeddings: {embedding.stored!r} is used as the head",
+                stacklevel=2,
+            )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor by our name."""

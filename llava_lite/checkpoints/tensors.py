@@ -26,6 +26,7 @@ from llava_lite.errors import CheckpointError
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DTYPE_CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 BYTE_CODES = {torch.int8: "I8", torch.uint8: "U8"}  # codes of quantized weights
+COUNTER_CODES = {torch.int64: "I64"}  # steps of a training
 
 # The first pattern with a file is used: safetensors before pickle, an index before loose files.
 # open_clip repositories also hold model.safetensors, a second copy with timm's names.
@@ -54,6 +55,8 @@ CHECKPOINT_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
     "chat_template.*",
     "preprocessor_config.json",
     "processor_config.json",
@@ -189,7 +192,7 @@ def write_safetensors(
     for name, (shape, dtype) in specs.items():
         end = offset + num_bytes((shape, dtype))
         header[name] = {
-            "dtype": (DTYPE_CODES | BYTE_CODES)[dtype],
+            "dtype": (DTYPE_CODES | BYTE_CODES | COUNTER_CODES)[dtype],
             "shape": list(shape),
             "data_offsets": [offset, end],
         }

@@ -14,11 +14,13 @@ from llava_lite.cli.arguments import (
 )
 from llava_lite.cli.console import FAILED, OK
 from llava_lite.cli.wanted import choose_download_bars, default_source
+from llava_lite.config import PRESETS
 from llava_lite.saving import check_output, replace_json
 
 if TYPE_CHECKING:
     from llava_lite.bench.models import Settings
 
+FASTVLM = tuple(name for name in PRESETS if name.startswith("fastvlm-"))
 SOURCE_OPTIONS = ("base", "vision_tower", "revision", "offline", "download")
 BENCH_HELP = """\
 In every round, llava-lite, transformers (on the same weights) and the machine's limits take turns.
@@ -35,8 +37,11 @@ def add_bench(commands: Any) -> None:
     summary = "measure speed and memory, beside the machine's limits and transformers"
     parser = add_command(commands, "bench", run_bench, "[-m MODEL]", summary, BENCH_HELP)
     add = parser.add_argument
-    text = "random weights of that size instead of a model: speed does not depend on values"
-    add("--size", choices=["7b", "13b", "tiny"], help=text)
+    text = (
+        "random weights of that size instead of a model (7b, 13b, tiny, "
+        f"{', '.join(FASTVLM)}): speed does not depend on values"
+    )
+    add("--size", choices=["7b", "13b", "tiny", *FASTVLM], metavar="SIZE", help=text)
     text = "with --size: so many decoder layers"
     add("--layers", type=positive, metavar="N", help=text)
     text = "run the same weights through it, too"

@@ -14,7 +14,7 @@ from llava_lite.checkpoints.info import (
     format_bytes,
     format_count,
 )
-from llava_lite.config import LLAVA_1_5_7B, PRESETS, FastViTHDConfig, TowerConfig
+from llava_lite.config import LLAVA_1_5_7B, PRESETS, FastViTHDConfig, TextConfig, TowerConfig
 from llava_lite.tables import table_lines
 
 if TYPE_CHECKING:
@@ -89,12 +89,18 @@ def architecture_lines(info: Info) -> list[str]:
         "projector": f"{config.projector_depth} linear layers, "
         f"{vision.hidden_size} -> {text.hidden_size}",
         "decoder": f"{text.num_layers} layers, {text.hidden_size} wide, {text.num_heads} heads of "
-        f"{text.head_dim}, vocabulary {text.vocab_size}",
+        f"{text.head_dim}{format_kv_heads(text)}, vocabulary {text.vocab_size}",
         "context": f"{text.max_positions} tokens",
         "template": f"{config.template}, images {images}",
         "thresholds": info.source and format_thresholds(info),
     }
     return [config.name, *(f"  {name:<11}{fact}" for name, fact in facts.items() if fact)]
+
+
+def format_kv_heads(text: TextConfig) -> str:
+    """The heads of keys and values, where they are fewer."""
+    fewer = text.kv_heads < text.num_heads
+    return f", {text.kv_heads} for keys and values" if fewer else ""
 
 
 def format_blocks(vision: TowerConfig) -> str:

@@ -19,7 +19,7 @@ valid positions and is overwritten by the next real token.
 Prompts and the next turn of a chat run as usual. Answers equal those of the ordinary decoder up to
 rounding, because attention over a longer, masked buffer adds in another order.
 
-Shapes: n slots of a step, of S; L layers, H heads, D head dim, V vocabulary.
+Shapes: n slots of a step, of S; L layers, H heads, G of keys, D head dim, V vocabulary.
 """
 
 import os
@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava_lite.cache import KVCache, LayerCache, pad_sizes
+from llava_lite.cache import KVCache, LayerCache, pad_sizes, share_keys
 from llava_lite.errors import LlavaLiteError, one_line
 from llava_lite.generation.model import Model
 from llava_lite.generation.state import State
@@ -58,7 +58,7 @@ class CompileError(LlavaLiteError):
 
 
 class SlotPair(LayerCache):
-    """One layer's buffers (k, v) of all slots, each (n, H, capacity, D).
+    """One layer's buffers (k, v) of all slots, each (n, G, capacity, D).
 
     slots (n,) is 0..n-1; places (n,), where each slot stores its new position; bias
     (n, 1, 1, capacity), added to attention scores: the log sizes of the keys (0 for most), and -inf
@@ -78,13 +78,14 @@ class SlotPair(LayerCache):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, LayerCache]:
-        """As `LayerCache.attend`, but row i of q, k and v (1, H, n, D) belongs to slot i. The
+        """As `LayerCache.attend`, but row i of q, k and v (1, ..., n, D) belongs to slot i. The
         slots' own bias takes the place of `log_sizes` and `mask`."""
         keys, values = self
-        keys[self.slots, :, self.places] = k[0].transpose(0, 1)  # (n, H, D)
+        keys[self.slots, :, self.places] = k[0].transpose(0, 1)  # (n, G, D)
         values[self.slots, :, self.places] = v[0].transpose(0, 1)
-        mixed = F.scaled_dot_product_attention(q.transpose(0, 2), keys, values, self.bias)
-        return mixed.transpose(0, 2), self
+        q = q.transpose(0, 2)  # (n, H, 1, D)
+        mixed = F.scaled_dot_product_attention(share_keys(q, keys), keys, values, self.bias)
+        return mixed.reshape(q.shape).transpose(0, 2), self
 
 
 def decode_step(
@@ -95,7 +96,7 @@ def decode_step(
     log_sizes: Tensor,
 ) -> Tensor:
     """Run one token for every slot: table (2 + L, n) of tokens, positions and places. Writes to the
-    buffers of each layer (n, H, capacity, D); log_sizes (L, n, capacity) of their keys. Returns
+    buffers of each layer (n, G, capacity, D); log_sizes (L, n, capacity) of their keys. Returns
     logits (n, V).
 
     All control flow depends on shapes, never on values. A second run changes nothing."""
@@ -179,7 +180,7 @@ class SlotCache(Sequence[tuple[Tensor, Tensor]]):
             return self.copied
 
     def views(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values (1, H, length, D) of each layer, valid until the slot is reused."""
+        """Keys and values (1, G, length, D) of each layer, valid until the slot is reused."""
         if self.copied is not None:
             yield from self.copied
             return
@@ -217,7 +218,7 @@ class StaticDecoder:
     def __init__(self, llava: Llava, way: str) -> None:
         self.llava, self.way = llava, way
         self.lock = RLock()
-        self.keys: list[Tensor] = []  # per layer (S, H, capacity, D)
+        self.keys: list[Tensor] = []  # per layer (S, G, capacity, D)
         self.values: list[Tensor] = []
         self.log_sizes = torch.zeros(0, 0, 0)  # of all keys (L, S, capacity)
         self.handed: list[WeakSet[SlotCache]] = []  # the caches in each slot
@@ -369,7 +370,7 @@ class StaticDecoder:
         self.forget_steps()  # they use the old buffers
         text, llava = self.llava.config.text, self.llava
         if not self.keys:
-            nothing = torch.zeros(0, text.num_heads, 0, text.head_dim)
+            nothing = torch.zeros(0, text.kv_heads, 0, text.head_dim)
             nothing = nothing.to(llava.device, llava.cache_dtype)
             self.keys, self.values = ([nothing] * text.num_layers for _ in range(2))
         for buffers in (
@@ -425,7 +426,7 @@ def sizes_of(cache: KVCache | SlotCache) -> tuple[Tensor | None, ...]:
 
 
 def resize_buffer(buffer: Tensor, num_slots: int, capacity: int) -> Tensor:
-    """Copy buffer (S, H, length, D) to zeros (num_slots, H, capacity, D), as far as both reach.
+    """Copy buffer (S, G, length, D) to zeros (num_slots, G, capacity, D), as far as both reach.
 
     A buffer may be the larger one, if memory ran out halfway through an earlier `reserve`. The rest
     of it was never used."""

@@ -246,18 +246,21 @@ def choose_attention(module: nn.Module, timings: Timings) -> None:
             numbers = next(tensor for tensor in tensors if tensor.is_floating_point())
             if numbers.device.type == "cpu" and numbers.dtype in DTYPES:
                 measure = partial(time_attention, numbers.dtype, *heads_of(part))
-                seconds = timings.get(kind_of_attention(numbers.dtype, part.head_dim), measure)
+                kind = kind_of_attention(numbers.dtype, *heads_of(part))
+                seconds = timings.get(kind, measure)
                 part.cache_dtype = faster_dtype(seconds)
 
 
-def heads_of(part: HybridAttention) -> tuple[int, int]:
-    """The number of heads and their width."""
-    return part.q_proj.out_features // part.head_dim, part.head_dim
+def heads_of(part: HybridAttention) -> tuple[int, int, int]:
+    """The number of key heads, their width, and the queries of each."""
+    width = part.k_proj.out_features
+    return width // part.head_dim, part.head_dim, part.q_proj.out_features // width
 
 
-def kind_of_attention(dtype: torch.dtype, head_dim: int) -> str:
+def kind_of_attention(dtype: torch.dtype, heads: int, head_dim: int, shared: int) -> str:
     """What the time of attention depends on: "bfloat16 attention, heads of 128"."""
-    return f"{name_of(dtype)} attention, heads of {head_dim}"
+    queries = f", {shared} queries per key" if shared > 1 else ""
+    return f"{name_of(dtype)} attention, heads of {head_dim}{queries}"
 
 
 def faster_dtype(seconds: dict[str, float]) -> torch.dtype | None:
@@ -268,15 +271,18 @@ def faster_dtype(seconds: dict[str, float]) -> torch.dtype | None:
 
 
 @torch.inference_mode()
-def time_attention(dtype: torch.dtype, heads: int, head_dim: int) -> dict[str, float]:
-    """The seconds in which one query attends to an image and a short text, in 16 and 32 bits."""
+def time_attention(
+    dtype: torch.dtype, heads: int, head_dim: int, shared: int = 1
+) -> dict[str, float]:
+    """The seconds in which a token attends to an image and a short text, in 16 and 32 bits. `heads`
+    of keys serve `shared` queries each."""
     shape = (2, 1, heads, CACHED, head_dim)
     caches = {wanted: torch.full(shape, 0.01, dtype=wanted) for wanted in (dtype, torch.float32)}
     seconds = dict.fromkeys(caches, inf)
     for turn in range(1 + ROUNDS):
         for wanted, (k, v) in caches.items():
             start = perf_counter()
-            F.scaled_dot_product_attention(k[:, :, :1], k, v)
+            F.scaled_dot_product_attention(k[:, :, :shared], k, v)
             if turn:  # the first round loads the pages
                 seconds[wanted] = min(seconds[wanted], perf_counter() - start)
     return {name_of(wanted): best for wanted, best in seconds.items()}
@@ -322,7 +328,7 @@ def time_model(module: nn.Module, again: bool = False) -> dict[str, Any]:
         if isinstance(part, HybridAttention):
             dtype = part.q_proj.weight.dtype
             measure = partial(time_attention, dtype, *heads_of(part))
-            measures[kind_of_attention(dtype, part.head_dim)] = measure
+            measures[kind_of_attention(dtype, *heads_of(part))] = measure
             for method in ("int8", "int4"):
                 measures[kind_of_ways(method, dtype)] = partial(time_quantized, method, dtype)
     with Timings.open() as timings:

@@ -27,7 +27,7 @@ of a block of the weight.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 
 
 class QuantizedLinear(nn.Module):
-    """x @ w.T with a quantized w, without a bias and without gradients. One subclass per method.
+    """x @ w.T + b with a quantized w, without gradients. One subclass per method.
 
     codes_rows: the most rows for the packed operator, about where both ways take the same time.
     block_dtype: of blocks that are written out (None: that of the scales). Other values of both
@@ -77,10 +77,12 @@ class QuantizedLinear(nn.Module):
     group_size: ClassVar[int] = 1
     codes_per_byte: ClassVar[int] = 1
     repacks: ClassVar[bool] = False
+    bias: nn.Parameter | None
 
     def __init__(self, parts: Parts, own: bool = False) -> None:
         """own: the layer may write to the memory of the parts."""
         super().__init__()
+        self.register_parameter("bias", None)  # (N,), never quantized
         rows, width = parts[self.codes].shape
         self.out_features, self.in_features = rows, width * self.codes_per_byte
 
@@ -129,7 +131,8 @@ class QuantizedLinear(nn.Module):
             y = self.matmul_codes(rows)
         else:
             y = self.matmul_blocks(rows.to(self.block_dtype or x.dtype)).to(x.dtype)
-        return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
+        y = y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.method}"
@@ -615,7 +618,13 @@ def quantize(model: "Model | Llava", method: str) -> None:
         llava.__class__ = QuantizedLlava  # in place: the caller keeps the same object
     for name in shapes:
         weight = llava.get_parameter(f"{name}.weight").detach()
-        llava.set_submodule(name, kind(round_weight(name, weight, kind, llava.dtype), own=True))
+        replace_linear(llava, name, kind(round_weight(name, weight, kind, llava.dtype), own=True))
+
+
+def replace_linear(llava: Llava, name: str, layer: QuantizedLinear) -> None:
+    """Put a quantized layer in the place of a linear one, with the same bias."""
+    layer.register_parameter("bias", cast(nn.Linear, llava.get_submodule(name)).bias)
+    llava.set_submodule(name, layer)
 
 
 def find_method(llava: Llava) -> str | None:

@@ -2,7 +2,8 @@
 
 Every rank (ranks.py) runs the whole program on its share of the decoder's weights:
 
-    q, k, v, gate, up     rows of the weight: whole heads, and channels of the MLP
+    q, k, v, gate, up     rows of the weight: whole heads, and channels of the MLP. With fewer heads
+                          of keys and values, a rank holds all queries of its key heads
     o, down               the columns for these heads and channels; the results are summed over
                           ranks. A layer has these two sums and no other.
     lm_head               rows; the logits are gathered
@@ -60,20 +61,27 @@ def decoder_plan() -> dict[str, ParallelStyle]:
 
 
 class SharedLinear(nn.Module):
-    """A linear layer without a bias. This rank holds rows (dim 0) or columns (dim 1) of the weight
-    (out, in).
+    """A linear layer. This rank holds rows (dim 0) or columns (dim 1) of the weight (out, in).
 
     Rows compute a part of the outputs: x (R, in) -> (R, out / ranks), or (R, out) if `gathered`
-    names out. Columns take a part of the inputs: x (R, in / ranks) -> (R, out), a sum over
-    ranks."""
+    names out; they may have a bias (out / ranks,). Columns take a part of the inputs: x
+    (R, in / ranks) -> (R, out), a sum over ranks."""
 
-    def __init__(self, ranks: Ranks, weight: Tensor, dim: int, gathered: int | None = None) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        weight: Tensor,
+        dim: int,
+        gathered: int | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.ranks, self.dim, self.gathered = ranks, dim, gathered
         self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = F.linear(x, self.weight, self.bias)
         if self.dim == 1:
             return self.ranks.sum(y)
         return y if self.gathered is None else self.ranks.concatenate(y, self.gathered)

@@ -34,11 +34,12 @@ from llava_lite.inputs.pixels import load_pixels
 from llava_lite.inputs.prompt import (
     Turn,
     build_prompt,
+    check_family,
     check_images,
     next_turn_text,
     place_images,
 )
-from llava_lite.inputs.tokenizer import After, StreamDecoder, Tokenizer
+from llava_lite.inputs.tokenizer import After, Tokenizer
 from llava_lite.llava import EncodedImage, Llava
 from llava_lite.reduction import NO_REDUCTION, DToMe, Reduction
 
@@ -87,8 +88,10 @@ class Loop:
         a conversation with markers. system: replaces `options.system` for this prompt alone; its
         keys and values are not shared with later calls (prefix.py). state, counts: a chat so far
         and its tokens; the question is the chat's next message. Raises PromptError, ContextError,
-        and ValueError for a reduction that the model or the images do not allow."""
+        and ValueError for a reduction that the model or the images do not allow, and for a template
+        of another family of models."""
         template = options.template or self.config.template
+        check_family(template, self.tokenizer.family)
         if isinstance(prompt, str):
             prompt = [(place_images(prompt, len(images), template), None)]
         if state.next_position:
@@ -200,7 +203,7 @@ class Loop:
                 request,
                 state,
                 wish,
-                AnswerText(StreamDecoder(self.tokenizer), wish.stop_strings),
+                AnswerText(self.tokenizer.stream(), wish.stop_strings),
                 wish.make_generator(),
                 {**seconds, "prefill": 0.0, "decode": 0.0},
             )
@@ -218,7 +221,7 @@ class Loop:
         for row, token, state, own in zip(rows, tokens, states, pending, strict=True):
             if row.options.trace and row.steps == 0:
                 row.trace = self.trace(row.state, state, row.request.counts)
-            row.accept(token, state, self.config.text.eos_id)
+            row.accept(token, state, (self.config.text.eos_id, *self.config.text.stop_ids))
             phase = "decode" if row.steps > 1 else "prefill"
             row.seconds[phase] += seconds
             row.shares[phase] += seconds * own / sum(pending)

@@ -1,5 +1,6 @@
 """One item in the loop: its checked request, its state between two steps, its growing answer."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,14 +104,14 @@ class Row:
     piece: str = ""
     shares: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0})
 
-    def accept(self, token: int, state: State, eos_id: int) -> None:
-        """Take the sampled token and the state after the step."""
+    def accept(self, token: int, state: State, end_ids: Collection[int]) -> None:
+        """Take the sampled token and the state after the step. `end_ids` end the answer."""
         if self.steps == 0:
             positions = state.reduction.positions
             self.counts = self.request.counts.add_images(
                 self.state.images, state.prunings, positions
             )
-        is_eos = token == eos_id
+        is_eos = token in end_ids
         new_ids = () if is_eos else (token,)
         answer_ids = self.state.answer_ids + new_ids
         self.state = replace(state, pending_ids=new_ids, answer_ids=answer_ids)

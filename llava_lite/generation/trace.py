@@ -19,12 +19,14 @@ The numbers:
     rows                  Words and image tokens: the input of norms, projections and MLPs.
     positions             The keys of attention and of the KV cache. More than rows with "vtu",
                           where a merged token counts once per patch (layout.py).
-    KV bytes              Keys and values in memory: 2 * width * bytes of a number, for every
-                          position of every layer.
+    KV bytes              Keys and values in memory: 2 * kv * bytes of a number, for every position
+                          of every layer. kv is the width of the keys: d, or less with fewer
+                          key/value heads.
     FLOPs                 Multiply-adds, each counted as one, as in FastV's paper
                           (arXiv 2403.06764).
                           n tokens of width d, an MLP of width f, one layer:
-                              4 n d^2     four projections
+                              2 n d^2     projections of queries and outputs
+                              2 n d kv    projections of keys and values
                               2 n^2 d     scores of all pairs, then the mix of the values; the
                                           causal mask is not subtracted
                               2 n d f     "paper": an MLP of two matrices
@@ -308,10 +310,11 @@ def decoder_flops(
     """Multiply-adds of decoder layers, from the rows, new positions and cached positions per layer.
     `convention`: "paper" or "gated", see the head of this file."""
     d, f = text.hidden_size, text.intermediate_size
+    row = 2 * d * d + 2 * d * text.kv_width + MLP_MATRICES[convention] * d * f
     cached = [0] * len(rows) if cached is None else cached
     keys = [past + new for past, new in zip(cached, positions, strict=True)]
     return sum(
-        (4 * d * d + MLP_MATRICES[convention] * d * f) * num_rows + 2 * new * all_keys * d
+        row * num_rows + 2 * new * all_keys * d
         for num_rows, new, all_keys in zip(rows, positions, keys, strict=True)
     )
 
@@ -375,4 +378,4 @@ def fastvithd_flops(vision: FastViTHDConfig, grid: int) -> int:
 
 def kv_bytes(text: TextConfig, positions: Sequence[int], bytes_per_number: int = 2) -> int:
     """Bytes of a cache with these positions in each layer; a number has 2 bytes in 16 bit."""
-    return sum(positions) * 2 * text.hidden_size * bytes_per_number
+    return sum(positions) * 2 * text.kv_width * bytes_per_number

@@ -20,18 +20,24 @@ _SYSTEM = (
 
 @dataclass(frozen=True)
 class Template:
-    """One chat format: `system + system_end`, then per turn `user_start + question + user_end`
-    and `answer_start + answer + answer_end`. A prompt ends with `user_end`.
+    """One chat format: `system_start + system + system_end`, then per turn `user_start + question +
+    user_end` and `answer_start + answer + answer_end`. A prompt ends with `user_end`.
+
+    family: of the tokenizers that know its markers, None: any. skips_empty: an empty message has no
+    end, as in the reference of `qwen_2`.
     """
 
     name: str
     system: str = ""
+    system_start: str = ""
     system_end: str = " "
     user_start: str = "USER: "
     user_end: str = " ASSISTANT:"
     answer_start: str = " "
     answer_end: str = "</s>"
     image_end: str = "\n"
+    family: str | None = "llama"
+    skips_empty: bool = False
 
 
 VICUNA_V1 = Template("vicuna_v1", system=_SYSTEM.format(user="user"))
@@ -39,11 +45,29 @@ LLAVA_V1 = Template("llava_v1", system=_SYSTEM.format(user="human"))
 LLAVA_HF = Template("llava-hf", answer_end=" ")
 # Projectors of stage 1 were trained on an image and its caption: no roles, no newline.
 PLAIN = Template(
-    "plain", user_start="", user_end="", answer_start="", answer_end="\n", image_end=""
+    "plain",
+    user_start="",
+    user_end="",
+    answer_start="",
+    answer_end="\n",
+    image_end="",
+    family=None,
+)
+QWEN_2 = Template(  # ChatML
+    "qwen_2",
+    system="You are a helpful assistant.",
+    system_start="<|im_start|>system\n",
+    system_end="<|im_end|>\n",
+    user_start="<|im_start|>user\n",
+    user_end="<|im_end|>\n<|im_start|>assistant\n",
+    answer_start="",
+    answer_end="<|im_end|>\n",
+    family="qwen2",
+    skips_empty=True,
 )
 
 TEMPLATES: dict[str, Template] = {
-    template.name: template for template in (VICUNA_V1, LLAVA_V1, PLAIN, LLAVA_HF)
+    template.name: template for template in (VICUNA_V1, LLAVA_V1, PLAIN, LLAVA_HF, QWEN_2)
 }
 ALIASES = {"v1": "vicuna_v1"}
 DEFAULT_TEMPLATE = "vicuna_v1"
@@ -58,6 +82,17 @@ def get_template(template: str | Template) -> Template:
         names = ", ".join([*TEMPLATES, *ALIASES])
         raise ValueError(f"unknown prompt template {template!r}; known templates: {names}")
     return TEMPLATES[name]
+
+
+def check_family(template: str | Template, family: str) -> None:
+    """Raise ValueError if a template is none of a tokenizer's family: it has unknown markers."""
+    template = get_template(template)
+    if template.family not in (None, family):
+        fitting = ", ".join(t.name for t in TEMPLATES.values() if t.family in (None, family))
+        raise ValueError(
+            f"the prompt template {template.name!r} is for {template.family} models, this one is "
+            f"{family}; templates that fit: {fitting}"
+        )
 
 
 def build_prompt(
@@ -75,11 +110,18 @@ def build_prompt(
     if not turns:
         raise PromptError("a prompt needs at least one turn, got 0")
     system = template.system if system is None else system
-    prompt = system + template.system_end if system else ""
+    prompt = ""
+    if system:  # a text with its marker stays as it is
+        start = "" if system.startswith(template.system_start) else template.system_start
+        prompt = start + system + template.system_end
     for index, (question, answer) in enumerate(turns):
-        prompt += template.user_start + question + template.user_end
+        end = template.user_end
+        if template.skips_empty and not question:
+            end = end.removeprefix(template.answer_end)
+        prompt += template.user_start + question + end
         if answer is not None:
-            prompt += template.answer_start + answer + template.answer_end
+            end = "" if template.skips_empty and not answer else template.answer_end
+            prompt += template.answer_start + answer + end
         elif index < len(turns) - 1:
             raise PromptError(f"turn {index + 1} of {len(turns)} has no answer; only the last may")
     return prompt

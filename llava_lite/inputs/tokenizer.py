@@ -45,6 +45,8 @@ class Tokenizer:
     puts it before the whole text only; this is the default, as in Vicuna and LLaVA-1.5.
     """
 
+    family = "llama"  # of the prompt templates that fit
+
     def __init__(
         self, vocab: dict[str, int], merges: Sequence[Merge], legacy: bool = False
     ) -> None:
@@ -145,8 +147,12 @@ class Tokenizer:
 
         Other whitespace stays at both ends. Every byte outside UTF-8 becomes one U+FFFD.
         """
-        stream = StreamDecoder(self)
+        stream = self.stream()
         return "".join([stream.push(token_id) for token_id in ids]) + stream.flush()
+
+    def stream(self) -> "StreamDecoder":
+        """A decoder of ids, one at a time."""
+        return StreamDecoder(self)
 
     @property
     def pieces(self) -> list[str]:
@@ -154,12 +160,17 @@ class Tokenizer:
         return list(self._texts)
 
     def _encode_segment(self, text: str, prefix: bool) -> list[int]:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = replace_surrogates(text)
         text = (SPACE if prefix else "") + text.replace(" ", SPACE)
         return self._bpe.encode(text, add_special_tokens=False).ids
 
     def _kept(self, token_id: int) -> bool:
         return 0 <= token_id < self.vocab_size and token_id not in self._special_ids.values()
+
+
+def replace_surrogates(text: str) -> str:
+    """The text with U+FFFD in place of lone surrogates, which no library takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class StreamDecoder:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +29,11 @@ TINY_TEXT = TextConfig(
     sampled_vocab_size=310,
 )
 TINY_CONFIG = LlavaConfig(vision=TINY_VISION, text=TINY_TEXT, name="random")
+# Facts of Qwen2: fewer key/value heads, biases, a tied head.
+GQA_TEXT = replace(
+    TINY_TEXT, num_kv_heads=2, attention_bias=True, tie_embeddings=True, rope_theta=1e6
+)
+GQA_CONFIG = replace(TINY_CONFIG, text=GQA_TEXT, name="random, fewer heads")
 CORPUS = [
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions. USER: ASSISTANT:",

@@ -66,11 +66,11 @@ def test_system_text_can_be_replaced_or_left_out() -> None:
 
 
 def test_names_and_alias() -> None:
-    assert set(TEMPLATES) == {"vicuna_v1", "llava_v1", "plain", "llava-hf"}
+    assert set(TEMPLATES) == {"vicuna_v1", "llava_v1", "plain", "llava-hf", "qwen_2"}
     assert get_template("v1") is TEMPLATES["vicuna_v1"]
     own = Template("own", answer_end="###")
     assert get_template(own) is own
-    with pytest.raises(ValueError, match="'v2'.*vicuna_v1, llava_v1, plain, llava-hf, v1"):
+    with pytest.raises(ValueError, match="'v2'.*vicuna_v1, llava_v1, plain, llava-hf, qwen_2, v1"):
         get_template("v2")
 
 
@@ -81,7 +81,7 @@ def test_wrong_turns_are_refused() -> None:
         build_prompt("v1", [("Q1", None), ("Q2", None)])
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1", "llava_v1", "llava-hf", "plain"])
+@pytest.mark.parametrize("template", ["vicuna_v1", "llava_v1", "llava-hf", "plain", "qwen_2"])
 def test_next_turn_completes_the_history(template: str) -> None:
     cached = build_prompt(template, ONE_TURN) + get_template(template).answer_start + "A1"
     assert cached + next_turn_text(template, "Q2") == build_prompt(template, TWO_TURNS)
