@@ -52,6 +52,8 @@ def table(report: Report) -> Iterator[str]:
         if cells:
             yield f"\n{TITLES[part]}"
             yield from table_lines(cells)
+    if not report.counted_rounds:
+        yield "\nno round was completed: figures are of the warming round where no other ran"
     if report.profiles:
         yield "\nwhere the time goes: one pass of each under torch's profiler"
         yield from table_lines(list(map(profile_cells, report.profiles)), ("", "longest others"))
@@ -119,7 +121,8 @@ def heading(report: Report) -> Iterator[str]:
     layers = f"{report.config.text.num_layers} decoder layers"
     yield (
         f"{report.config.name}, {weights}, {layers}, {precision(report)}; "
-        f"medians of {settings.repeat} rounds"
+        f"medians of {report.counted_rounds} rounds"
+        + (", then interrupted" if report.interrupted else "")
         + ("; our tokens in compiled steps" if settings.compile else "")
     )
     yield ", ".join(f"{name} {value}" for name, value in report.machine.items())
@@ -134,6 +137,10 @@ def heading(report: Report) -> Iterator[str]:
             if report.difference is not None
             else ""
         )
+    if report.llamacpp:
+        yield f"{report.llamacpp}, random weights of the same shapes"
+    if report.choice:
+        yield report.choice
     turns = " | ".join(" and ".join(phase) for phase in report.phases)
     yield f"took turns in every round: {turns}" + (
         " (not all fit into memory together)" if len(report.phases) > 1 else ""
