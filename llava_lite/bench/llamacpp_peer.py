@@ -13,6 +13,7 @@ alone.
 
 import base64
 import io
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
@@ -138,9 +139,5 @@ def import_xllamacpp() -> Any:
 def describe_build() -> str:
     """The version of the package, and the instructions that its llama.cpp uses."""
     library = import_xllamacpp()
-    flags = [
-        part.removesuffix("= 1").strip()
-        for part in library.get_system_info().replace(":", "|").split("|")
-        if part.strip().endswith("= 1")
-    ]
+    flags = re.findall(r"(\w+) = 1", library.get_system_info())
     return f"xllamacpp {library.__version__} with {', '.join(flags)}"

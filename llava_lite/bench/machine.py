@@ -126,7 +126,8 @@ def run_round(
             clock.show(f"{name}: {1000 * elapsed:.1f} ms, the first time")
     clock.rounds = turn
     took = perf_counter() - start
-    clock.show(f"round {turn} took {took:.1f} s" if turn else f"warming up took {took:.1f} s")
+    name = f"round {turn}" if turn else "the round that warms up"
+    clock.show(f"{name} took {took:.1f} s; Ctrl-C ends the rounds and prints the table")
     return clock.has(took)
 
 
@@ -196,7 +197,9 @@ def time_cases(
     fastest ("read"). With a clock, see `time_in_turns`; KeyboardInterrupt without any limit."""
     hurried = clock is not None and clock.deadline < math.inf
     limits = limit_cases(dtype, device, ROWS_IN_A_HURRY if hurried else MATMUL[0])
-    runs = {case.key: case.run for case in (*limits, *cases)}
+    expected = clock.expected if clock else {}
+    in_order = sorted(cases, key=lambda case: expected.get(case.key, 0.0))  # the quickest first
+    runs = {case.key: case.run for case in (*limits, *in_order)}
     seconds = time_in_turns(runs, repeat, device, hidden, clock)
     if any(limit.key not in seconds for limit in limits):
         raise KeyboardInterrupt

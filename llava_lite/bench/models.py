@@ -32,9 +32,9 @@ class Settings:
 
     source, options: arguments of `load`. source None: random weights of a `size`, with `layers`
     decoder layers (None: all). against: compare with transformers. compile: decode our tokens in
-    compiled steps (compiled.py). profile: also profile each part (profile.py). llamacpp: compare with
-    llama.cpp in these formats (gguf_files.py). gguf_folder: keep its files there. quick: choose the
-    sizes so that a table stands soon (quick.py)."""
+    compiled steps (compiled.py). profile: also profile each part (profile.py). llamacpp: compare
+    with llama.cpp in these formats (gguf_files.py). gguf_folder: keep its files there. quick:
+    choose sizes so that a table stands soon (quick.py)."""
 
     source: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)

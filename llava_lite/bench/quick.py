@@ -1,11 +1,12 @@
 """A quick look: choose sizes so that a table stands within three minutes on any machine.
 
-One product is timed, and gives the rate of the slowest contender. The number of whole prompts until
-the end of the first round is known, so the decoder layers and the lengths follow. Rounds go on until
-the time is over (`Clock` in machine.py). A rate that is estimated too low costs layers, not time.
+One product is timed, and gives the rate of the slowest contender. The number of whole prompts
+until the end of the first round is known, so the decoder layers and the lengths follow. Rounds go
+on until the time is over (`Clock` in machine.py). A rate that is estimated too low costs layers,
+not time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -13,17 +14,18 @@ import torch
 from torch.nn import functional as F
 
 from llava_lite.bench.cases import count_positions
-from llava_lite.bench.machine import MATMUL, ROWS_IN_A_HURRY, time_call
+from llava_lite.bench.machine import MATMUL, ROWS_IN_A_HURRY, Case, time_call
 from llava_lite.bench.models import Settings, name_of, random_config, random_dtype
 from llava_lite.config import LlavaConfig
 from llava_lite.generation.trace import decoder_flops, tower_flops
 
-QUICK_REDUCTIONS = ("none", "folded-144-36")
-SECONDS = 165.0  # until the last round ends; the rest is for the start and the table
+QUICK_REDUCTIONS = ("none", "folded-72")  # with any number of layers
+SECONDS = 155.0  # until the last round ends; the rest is for the start and the table
 FIRST_SHARE = 0.25  # of these seconds, for the prompts until the end of the first round
-# Whole prompts until the end of the first round. Ours: memory, walk, tower and prefill, two first
-# tokens; a reduction saves two thirds. transformers: walk, tower and prefill, first token.
-OUR_PROMPTS, REDUCED_PROMPTS, PEER_PROMPTS, LLAMACPP_PROMPTS = 5.0, 1.6, 3.0, 4.0
+PEER_SHARE = 0.3  # transformers is left out if one prompt takes a larger share
+# Whole prompts until the end of the first round. Ours: walk, tower and prefill, two first tokens;
+# a reduction saves two thirds. transformers: walk, tower and prefill, first token.
+OUR_PROMPTS, REDUCED_PROMPTS, PEER_PROMPTS, LLAMACPP_PROMPTS = 4.0, 1.3, 3.0, 3.0
 
 
 def choose_sizes(settings: Settings) -> tuple[Settings, str]:
@@ -44,7 +46,22 @@ def choose_sizes(settings: Settings) -> tuple[Settings, str]:
         f"{layers} of {most} layers, {' '.join(map(str, lengths)) or 'no'} growing words, no "
         f"batches, and at most {settings.repeat} rounds until {SECONDS:.0f} s are over"
     )
-    return replace(settings, layers=layers, lengths=lengths, batch_sizes=()), line
+    against = settings.against and seconds[layers] <= PEER_SHARE * SECONDS
+    if against != settings.against:
+        line += f"; transformers is left out, one prompt would take {seconds[layers]:.0f} s"
+    chosen = replace(
+        settings, layers=layers, lengths=lengths, batch_sizes=(), against=against, profile=False
+    )
+    return chosen, line
+
+
+def expect_seconds(
+    cases: Sequence[Case], prompt_seconds: float, prompt_flops: int
+) -> dict[tuple[str, str, str], float]:
+    """At most so many seconds a contender's cases take, by key: at most a whole prompt, and at most
+    twice its seconds per operation."""
+    shares = {case.key: 2 * case.steps * case.flops / prompt_flops or 1.0 for case in cases}
+    return {key: min(1.0, share) * prompt_seconds for key, share in shares.items()}
 
 
 def time_product(dtype: torch.dtype, device: str) -> float:

@@ -52,8 +52,6 @@ def table(report: Report) -> Iterator[str]:
         if cells:
             yield f"\n{TITLES[part]}"
             yield from table_lines(cells)
-    if not report.counted_rounds:
-        yield "\nno round was completed: figures are of the warming round where no other ran"
     if report.profiles:
         yield "\nwhere the time goes: one pass of each under torch's profiler"
         yield from table_lines(list(map(profile_cells, report.profiles)), ("", "longest others"))
@@ -121,7 +119,7 @@ def heading(report: Report) -> Iterator[str]:
     layers = f"{report.config.text.num_layers} decoder layers"
     yield (
         f"{report.config.name}, {weights}, {layers}, {precision(report)}; "
-        f"medians of {report.counted_rounds} rounds"
+        + (f"medians of {n} rounds" if (n := report.counted_rounds) else "no round was completed")
         + (", then interrupted" if report.interrupted else "")
         + ("; our tokens in compiled steps" if settings.compile else "")
     )

@@ -60,7 +60,7 @@ from llava_lite.bench.models import (
     twin,
 )
 from llava_lite.bench.profile import Profile, profile_cases
-from llava_lite.bench.quick import SECONDS, choose_sizes
+from llava_lite.bench.quick import SECONDS, choose_sizes, expect_seconds, prompt_flops
 from llava_lite.bench.transformers_peer import Peer, import_transformers
 from llava_lite.checkpoints.quantized import read_kind
 from llava_lite.checkpoints.skeleton import expected_shapes
@@ -142,7 +142,7 @@ def bench(settings: Settings) -> Report:
         clock.deadline = start + SECONDS
         settings, choice = choose_sizes(settings)
         clock.show(choice)
-    footprints = {name: find_footprint(settings, name) for name in settings.ours}
+    footprints = find_our_footprints(settings)
     plain, not_loaded = footprints[OURS], {}
     if settings.against:
         try:
@@ -152,7 +152,8 @@ def bench(settings: Settings) -> Report:
     with gguf_files(plain.config, settings.llamacpp, settings.gguf_folder) as files:
         for form in settings.llamacpp:
             name = f"{LLAMACPP} {form}"
-            footprints[name] = find_llamacpp_footprint(settings, plain, form, files)
+            if not settings.quick:
+                footprints[name] = find_llamacpp_footprint(settings, plain, form, files)
         phases = plan(settings, plain, free_bytes(settings.device), count_bytes(files))
         found = run_phases(settings, plain, phases, files, clock)
     logits = {name: tensor for phase in found for name, tensor in phase.logits.items()}
@@ -176,6 +177,20 @@ def bench(settings: Settings) -> Report:
     )
 
 
+def find_our_footprints(settings: Settings) -> dict[str, Footprint]:
+    """The footprints of our models. A quick look measures none: loading takes too long."""
+    if not settings.quick:
+        return {name: find_footprint(settings, name) for name in settings.ours}
+    config, dtype = random_config(settings), random_dtype(settings)
+    size = random_bytes(config, dtype)
+    return {OURS: Footprint(config, name_of(dtype), size, None, None, None, None)}
+
+
+def random_bytes(config: LlavaConfig, dtype: torch.dtype) -> int:
+    """Bytes of all weights of a model."""
+    return sum(map(math.prod, expected_shapes(config).values())) * dtype.itemsize
+
+
 def show_line(line: str) -> None:
     """Print one line of progress to stderr, above the bar."""
     tqdm.write(line, file=sys.stderr)
@@ -197,7 +212,7 @@ def check(settings: Settings) -> None:
         check_stored(settings, Path(settings.source).expanduser())
     else:
         config, dtype = random_config(settings), random_dtype(settings)
-        needed = sum(map(math.prod, expected_shapes(config).values())) * dtype.itemsize
+        needed = random_bytes(config, dtype)
         free = free_bytes(settings.device)
         if free is not None and needed > free:
             raise BenchError(
@@ -354,8 +369,9 @@ def time_contenders(settings: Settings, contenders: Sequence[Contender], clock: 
         else:
             found, logits[one.name], reasons = make_our_cases(settings, one)
             skipped |= reasons
-        # Making the cases ran a whole prompt, which takes longer than most cases.
-        clock.expected |= dict.fromkeys([case.key for case in found], perf_counter() - start)
+        if settings.quick:
+            prompt = prompt_flops(one.work.config, one.work.config.text.num_layers)
+            clock.expected |= expect_seconds(found, perf_counter() - start, prompt)
         cases += found
     cases.sort(key=lambda case: PARTS.index(case.part))
     hidden = settings.quiet or not sys.stderr.isatty()

@@ -83,8 +83,11 @@ def add_conditions(report: Report, row: Row) -> Row:
     ]
     if rounds < FEWEST_ROUNDS:
         different.append(f"{rounds} rounds, not {FEWEST_ROUNDS}")
+    missing = row.missing
+    if not missing or (missing == AGAINST and report.settings.against):
+        missing = "the run ended before"
     text = "; ".join(different) or ", ".join([*conditions, f"{rounds} rounds"])
-    return replace(row, judged=not different, conditions=text)
+    return replace(row, judged=not different, conditions=text, missing=missing)
 
 
 def describe_width(config: LlavaConfig) -> str:
