@@ -11,7 +11,8 @@ with a few tensors to be ignored in place of its text half (1.2 GB instead of 1.
 tokenizer but the file given as --tokenizer, and no mm_projector.bin.
 
 The values are noise of a sensible scale, so logits are finite and speed is the real one, but
-answers are not. A 7B model takes 13.5 GB of disk (official, without the tower) or 14.1 GB.
+answers are not. A 7B model takes 13.5 GB of disk (official, without the tower) or 14.1 GB. With
+--layers the decoder has fewer layers, of 0.4 GB each.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llava_lite.bench.models import SIZES
+from llava_lite.bench.models import SIZES, Settings, random_config
 from llava_lite.checkpoints.export import (
     hf_documents,
     hf_text_config,
@@ -39,6 +40,7 @@ from llava_lite.checkpoints.export import (
 from llava_lite.checkpoints.names import hf_name
 from llava_lite.checkpoints.skeleton import expected_shapes
 from llava_lite.checkpoints.tensors import Spec, num_bytes, plan_shards, write_shards
+from llava_lite.cli.arguments import positive
 from llava_lite.config import LlavaConfig
 from llava_lite.saving import write_json
 
@@ -193,6 +195,7 @@ def main() -> int:
     )
     parser.add_argument("--layout", choices=("official", "llava-hf"), required=True)
     parser.add_argument("--size", choices=tuple(SIZES), default="7b")
+    parser.add_argument("--layers", type=positive, help="decoder layers (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.model or tokenizer.json to copy")
     parser.add_argument("--seed", type=int, default=0)
@@ -203,10 +206,12 @@ def main() -> int:
             parser.error(f"{folder} is there and not empty, nothing is overwritten")
     args.out.mkdir(parents=True, exist_ok=True)
     write = write_official if args.layout == "official" else write_llava_hf
-    write(SIZES[args.size], args.out, Noise(args.seed))
+    config = random_config(Settings(size=args.size, layers=args.layers))
+    write(config, args.out, Noise(args.seed))
     if args.tokenizer:
         shutil.copyfile(args.tokenizer, args.out / args.tokenizer.name)
-    print(json.dumps({"folder": str(args.out), "layout": args.layout, "size": args.size}))
+    facts = {"layout": args.layout, "size": args.size, "layers": config.text.num_layers}
+    print(json.dumps({"folder": str(args.out), **facts}))
     return 0
 
 

@@ -26,7 +26,7 @@ from llava_lite.bench.cases import (
     stored_bytes,
 )
 from llava_lite.bench.gguf_files import MMPROJ, PlannedFile
-from llava_lite.bench.llamacpp_peer import LlamaCpp, import_xllamacpp, picture_prompt
+from llava_lite.bench.llamacpp_peer import LlamaCpp, chat_prompt, import_xllamacpp
 from llava_lite.bench.memory import MemoryWatch, private_bytes
 from llava_lite.bench.models import BenchError, Settings, name_of, open_model
 from llava_lite.bench.transformers_peer import Peer, import_transformers
@@ -157,10 +157,10 @@ def llamacpp_footprint(
     import."""
     start_process(settings)
     import_xllamacpp()
-    picture = partial(picture_prompt, plain.config.vision.image_size)
+    picture = chat_prompt(plain.config.vision.image_size, WORDS_AFTER)
 
     def run(peer: LlamaCpp) -> None:
-        peer.run(picture(WORDS_AFTER), 1 + DECODED)
+        peer.run(picture, 1 + DECODED)
 
     opening = partial(LlamaCpp, text, mmproj, plain.config)
     _, loading, answering = watch(settings.device, opening, run if answer else None)

@@ -69,10 +69,11 @@ class LlamaCpp:
             raise LlamaCppError(f"llama.cpp refused a prompt: {response['error']['message']}")
         return response
 
-    def fit(self, make: Callable[[int], Prompt], positions: int) -> Prompt:
-        """The prompt of that many positions. make: a prompt from its number of words."""
-        taken = self.run(make(1))["usage"]["prompt_tokens"]
-        return make(1 + positions - taken)
+    def count_words(self, make: Callable[[int], Prompt], positions: int) -> int:
+        """The number of words with which a prompt has that many positions. make: a prompt of so
+        many words."""
+        taken: int = self.run(make(1))["usage"]["prompt_tokens"]
+        return 1 + positions - taken
 
     def begin_decoding(self, prompt: Prompt, steps: int) -> Callable[[], Any]:
         """Run a prompt, unless the last one was equal, and return a call that generates tokens."""
@@ -100,15 +101,14 @@ def words_prompt(count: int) -> Prompt:
     return {"prompt": WORD * count}
 
 
-def picture_prompt(size: int, count: int) -> Prompt:
-    """A gray image of size x size pixels, and so many words."""
-    file = io.BytesIO()
-    Image.new("RGB", (size, size), "gray").save(file, "PNG")
-    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    content = [
-        {"type": "image_url", "image_url": {"url": url}},
-        {"type": "text", "text": WORD * count},
-    ]
+def chat_prompt(size: int | None, count: int) -> Prompt:
+    """A chat with a gray image of size x size pixels (None: no image), and so many words."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": WORD * count}]
+    if size is not None:
+        file = io.BytesIO()
+        Image.new("RGB", (size, size), "gray").save(file, "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
     return {"messages": [{"role": "user", "content": content}]}
 
 
@@ -117,8 +117,10 @@ def llamacpp_cases(one: Contender) -> list[Case]:
     peer, work, vision = one.model, one.work, one.work.config.vision
     length = count_positions(work.config)
     lengths = (length,) * work.config.text.num_layers
-    words = peer.fit(words_prompt, length)
-    picture = peer.fit(partial(picture_prompt, vision.image_size), length)
+    words = words_prompt(peer.count_words(words_prompt, length))
+    count = peer.count_words(partial(chat_prompt, None), length - vision.num_patches)
+    picture = chat_prompt(vision.image_size, count)
+    peer.run(words)  # once before any turn, as the other contenders do
     prefill = work.prefill(length, decoder_flops(work.config.text, lengths, lengths))
     decode = Prepared(partial(peer.begin_decoding, picture, DECODED))
     case = partial(Case, one.name, setting="none", image_tokens=vision.num_patches)

@@ -112,7 +112,7 @@ def run_round(
     clock, start = clock or Clock(), perf_counter()
     clock.rounds = max(0, turn - 1)
     for key, run in runs.items():
-        if turn == 0 and not clock.has(clock.expected.get(key, 0.0)):
+        if turn == 0 and key in clock.expected and not clock.has(clock.expected[key]):
             clock.left_out.append(key)
         if key in clock.left_out:
             continue

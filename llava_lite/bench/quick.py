@@ -22,10 +22,11 @@ from llava_lite.generation.trace import decoder_flops, tower_flops
 QUICK_REDUCTIONS = ("none", "folded-72")  # with any number of layers
 SECONDS = 155.0  # until the last round ends; the rest is for the start and the table
 FIRST_SHARE = 0.25  # of these seconds, for the prompts until the end of the first round
+MARGIN = 1.25  # of expected seconds
 PEER_SHARE = 0.3  # transformers is left out if one prompt takes a larger share
 # Whole prompts until the end of the first round. Ours: walk, tower and prefill, two first tokens;
 # a reduction saves two thirds. transformers: walk, tower and prefill, first token.
-OUR_PROMPTS, REDUCED_PROMPTS, PEER_PROMPTS, LLAMACPP_PROMPTS = 4.0, 1.3, 3.0, 3.0
+OUR_PROMPTS, REDUCED_PROMPTS, PEER_PROMPTS, LLAMACPP_PROMPTS = 4.0, 1.3, 3.0, 2.5
 
 
 def choose_sizes(settings: Settings) -> tuple[Settings, str]:
@@ -56,12 +57,11 @@ def choose_sizes(settings: Settings) -> tuple[Settings, str]:
 
 
 def expect_seconds(
-    cases: Sequence[Case], prompt_seconds: float, prompt_flops: int
+    cases: Sequence[Case], rate: float, prompt: int
 ) -> dict[tuple[str, str, str], float]:
-    """At most so many seconds a contender's cases take, by key: at most a whole prompt, and at most
-    twice its seconds per operation."""
-    shares = {case.key: 2 * case.steps * case.flops / prompt_flops or 1.0 for case in cases}
-    return {key: min(1.0, share) * prompt_seconds for key, share in shares.items()}
+    """At most so many seconds a contender's cases take, by key. rate: operations per second of the
+    contender. prompt: operations of a whole prompt, for cases whose operations are not counted."""
+    return {case.key: MARGIN * (case.steps * case.flops or prompt) / rate for case in cases}
 
 
 def time_product(dtype: torch.dtype, device: str) -> float:

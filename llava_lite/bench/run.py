@@ -26,14 +26,8 @@ from llava_lite.bench.cases import (
     DECODED,
     LLAMACPP,
     OURS,
-    PARTS,
     TRANSFORMERS,
-    Contender,
-    Work,
     count_positions,
-    our_cases,
-    peer_cases,
-    walk_all,
 )
 from llava_lite.bench.footprint import (
     Footprint,
@@ -41,38 +35,32 @@ from llava_lite.bench.footprint import (
     find_llamacpp_footprint,
     find_peer_footprint,
 )
-from llava_lite.bench.gguf_files import PlannedFile, count_bytes, gguf_files
+from llava_lite.bench.gguf_files import count_bytes, gguf_files
 from llava_lite.bench.llamacpp_peer import (
     describe_build,
     import_xllamacpp,
-    llamacpp_cases,
-    open_llamacpp,
 )
-from llava_lite.bench.machine import READ_BYTES, Case, Clock, Measurement, time_cases
+from llava_lite.bench.machine import READ_BYTES, Clock, Measurement
 from llava_lite.bench.memory import free_bytes
 from llava_lite.bench.models import (
     BenchError,
     Settings,
     name_of,
-    open_model,
     random_config,
     random_dtype,
-    twin,
 )
-from llava_lite.bench.profile import Profile, profile_cases
-from llava_lite.bench.quick import SECONDS, choose_sizes, expect_seconds, prompt_flops
-from llava_lite.bench.transformers_peer import Peer, import_transformers
+from llava_lite.bench.phases import run_phases
+from llava_lite.bench.profile import Profile
+from llava_lite.bench.quick import SECONDS, choose_sizes
+from llava_lite.bench.transformers_peer import import_transformers
 from llava_lite.checkpoints.quantized import read_kind
 from llava_lite.checkpoints.skeleton import expected_shapes
 from llava_lite.config import LlavaConfig
 from llava_lite.errors import CheckpointError
 from llava_lite.fast.compiled import buckets, check_way, power_of_two
 from llava_lite.fast.device import machine
-from llava_lite.fast.quantize import quantize as quantize_model
-from llava_lite.generation.model import Model
 from llava_lite.generation.trace import kv_bytes
 
-WITH_QUANTIZED = ("none", "tome-72-logical", "hybrid-72-36")  # reductions
 SHARE_OF_PLAIN = {
     "int4": 0.35,
     "int8": 0.55,
@@ -134,14 +122,15 @@ class Report:
 def bench(settings: Settings) -> Report:
     """Measure everything. Raises BenchError, PeerError, and the errors of `load`."""
     start, choice = perf_counter(), ""
+    clock = Clock(show=(lambda line: None) if settings.quiet else show_line)
     check(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    clock = Clock(show=(lambda line: None) if settings.quiet else show_line)
     if settings.quick:
         clock.deadline = start + SECONDS
         settings, choice = choose_sizes(settings)
         clock.show(choice)
+        check_memory(settings)
     footprints = find_our_footprints(settings)
     plain, not_loaded = footprints[OURS], {}
     if settings.against:
@@ -210,15 +199,19 @@ def check(settings: Settings) -> None:
             )
     if settings.source is not None:
         check_stored(settings, Path(settings.source).expanduser())
-    else:
-        config, dtype = random_config(settings), random_dtype(settings)
-        needed = random_bytes(config, dtype)
-        free = free_bytes(settings.device)
-        if free is not None and needed > free:
-            raise BenchError(
-                f"{config.name} with {config.text.num_layers} layers in {name_of(dtype)} needs "
-                f"{needed / GIGA:.1f} GB, but {free / GIGA:.1f} GB are free: use fewer --layers"
-            )
+    elif not settings.quick:  # which chooses the layers later
+        check_memory(settings)
+
+
+def check_memory(settings: Settings) -> None:
+    """Raise BenchError for random weights that do not fit."""
+    config, dtype = random_config(settings), random_dtype(settings)
+    needed, free = random_bytes(config, dtype), free_bytes(settings.device)
+    if free is not None and needed > free:
+        raise BenchError(
+            f"{config.name} with {config.text.num_layers} layers in {name_of(dtype)} needs "
+            f"{needed / GIGA:.1f} GB, but {free / GIGA:.1f} GB are free: use fewer --layers"
+        )
 
 
 def check_stored(settings: Settings, folder: Path) -> None:
@@ -272,7 +265,7 @@ def needed_bytes(
         words = [length for length in settings.lengths if length <= text.max_positions]
         longest = buckets(max([prompt, *words]) + DECODED + 1)
         slot = kv_bytes(text, [longest] * text.num_layers, number)
-        needed += sum(name != TRANSFORMERS for name in names) * power_of_two(largest) * slot
+        needed += sum(name in settings.ours for name in names) * power_of_two(largest) * slot
     return needed
 
 
@@ -280,116 +273,3 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference of logits (1, V), as a share of the largest logit."""
     ours, theirs = ours.float().cpu(), theirs.float().cpu()
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
-# ---- contenders --------------------------------------------------------------------------------
-
-
-def build(settings: Settings, names: Sequence[str]) -> list[Contender]:
-    """The named contenders but llama.cpp. They share the plain weights."""
-    if not names:
-        return []
-    model = open_model(settings)
-    models: dict[str, Model | Peer] = {OURS: model}
-    works = dict.fromkeys(names, Work.of(model.llava))
-    if TRANSFORMERS in names:
-        models[TRANSFORMERS] = Peer.of(model.llava)
-    if settings.quantize and settings.quantized in names:
-        copy = model if len(names) == 1 else twin(model)
-        quantize_model(copy.llava, settings.quantize)
-        models[settings.quantized], works[settings.quantized] = copy, Work.of(copy.llava)
-    return [Contender(name, models[name], works[name]) for name in names]
-
-
-# ---- what is timed -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Phase:
-    """The figures of contenders that ran together. logits: of the prompt's last row, by name.
-    rounds: how many were completed."""
-
-    limits: dict[str, float]
-    measurements: list[Measurement]
-    skipped: dict[str, str]
-    logits: dict[str, Tensor]
-    profiles: list[Profile]
-    rounds: int
-
-
-def run_phases(
-    settings: Settings,
-    plain: Footprint,
-    phases: Sequence[Sequence[str]],
-    files: Mapping[str, PlannedFile],
-    clock: Clock,
-) -> list[Phase]:
-    """Run the phases until the user interrupts. Raises KeyboardInterrupt before any figure."""
-    found: list[Phase] = []
-    for names in phases:
-        try:
-            found.append(run_phase(settings, plain, names, files, clock))
-        except KeyboardInterrupt:
-            clock.interrupted = True
-        if clock.interrupted:
-            break
-    if not found:
-        raise KeyboardInterrupt
-    return found
-
-
-def run_phase(
-    settings: Settings,
-    plain: Footprint,
-    names: Sequence[str],
-    files: Mapping[str, PlannedFile],
-    clock: Clock,
-) -> Phase:
-    """Build some contenders, time them and the machine in turns, and free them."""
-    theirs = [name for name in names if name.startswith(LLAMACPP)]
-    # not in inference mode: transformers is not built in it
-    contenders = build(settings, [name for name in names if name not in theirs])
-    dtype = getattr(torch, plain.dtype)
-    contenders += [open_llamacpp(plain.config, dtype, name, files) for name in theirs]
-    with torch.inference_mode():
-        return time_contenders(settings, contenders, clock)
-
-
-def time_contenders(settings: Settings, contenders: Sequence[Contender], clock: Clock) -> Phase:
-    """Make all cases, and time them and the machine in turns."""
-    cases: list[Case] = []
-    skipped: dict[str, str] = {}
-    logits: dict[str, Tensor] = {}
-    for one in contenders:
-        start = perf_counter()
-        if one.name == TRANSFORMERS:
-            found, logits[one.name] = peer_cases(one)
-        elif one.name.startswith(LLAMACPP):
-            found = llamacpp_cases(one)
-        else:
-            found, logits[one.name], reasons = make_our_cases(settings, one)
-            skipped |= reasons
-        if settings.quick:
-            prompt = prompt_flops(one.work.config, one.work.config.text.num_layers)
-            clock.expected |= expect_seconds(found, perf_counter() - start, prompt)
-        cases += found
-    cases.sort(key=lambda case: PARTS.index(case.part))
-    hidden = settings.quiet or not sys.stderr.isatty()
-    dtype = contenders[0].work.dtype
-    rates, measured = time_cases(cases, settings.repeat, dtype, settings.device, hidden, clock)
-    seen = [case for case in cases if not case.contender.startswith(LLAMACPP)]
-    wanted = settings.profile and not clock.interrupted
-    profiles = profile_cases(seen, settings.device) if wanted else []
-    return Phase(rates, measured, skipped, logits, profiles, clock.rounds)
-
-
-def make_our_cases(settings: Settings, one: Contender) -> tuple[list[Case], Tensor, dict[str, str]]:
-    """The cases of one of our models, its logits (1, V), and the reasons for missing cases."""
-    names, lengths = settings.reductions, settings.lengths
-    if one.name != OURS:  # fewer for quantized weights
-        names, lengths = tuple(name for name in names if name in WITH_QUANTIZED), ()
-    walks, reasons = walk_all(one.model, names)
-    context = one.work.config.text.max_positions
-    too_long = {f"{n} words": f"the context is {context} positions" for n in lengths if n > context}
-    cases = our_cases(one, walks, settings.batch_sizes, lengths)
-    return cases, walks["none"].logits, reasons | too_long

@@ -128,6 +128,7 @@ def int4_rows(report: Report) -> Iterator[Row]:
     missing = AGAINST if int4 else "--quantize int4"
     decode = ratio(report, "decode", TRANSFORMERS, int4)
     yield Row("int4 decode, tokens/s: times transformers", decode, 3.5, True, "", missing)
+    missing = FOLDER if int4 else "--quantize int4"
     footprint, peak = report.footprints.get(OURS if report.method == "int4" else int4), None
     if footprint:
         missing = FOLDER if settings.source is None else UNKNOWN
