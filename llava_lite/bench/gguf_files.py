@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import numpy as np
 import torch
@@ -126,9 +126,7 @@ def write_files(
 ) -> dict[str, PlannedFile]:
     """Write the files that are not there yet, each completely or not at all."""
     files = plan_files(config, formats, folder)
-    missing = [file for file in files.values() if not is_written(file)]
-    needed = sum(sum(file.sizes.values()) for file in missing)
-    check_space(folder, needed)
+    missing = find_missing(files, folder)
     folder.mkdir(parents=True, exist_ok=True)
     for file in missing:
         staging = file.path.with_suffix(".part")
@@ -140,6 +138,26 @@ def write_files(
     return files
 
 
+def check_files(config: LlavaConfig, formats: Sequence[str], folder: str | None) -> None:
+    """Raise the errors of `gguf_files` before anything slow."""
+    place = Path(folder or gettempdir()).expanduser()
+    find_missing(plan_files(config, formats, place), place)
+
+
+def find_missing(files: Mapping[str, PlannedFile], folder: Path) -> list[PlannedFile]:
+    """The files that are not there. Raises BenchError if the disk has too little space for them."""
+    missing = [file for file in files.values() if not is_written(file)]
+    needed = sum(sum(file.sizes.values()) for file in missing)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise BenchError(
+            f"{folder}: the GGUF files need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free "
+            "on this disk: use fewer --layers, fewer --gguf-formats or another --gguf-folder"
+        )
+    return missing
+
+
 def is_written(file: PlannedFile) -> bool:
     """Whether the file is there. Raises BenchError if it has other tensors."""
     if not file.path.exists():
@@ -148,17 +166,6 @@ def is_written(file: PlannedFile) -> bool:
     if stored != file.sizes:
         raise BenchError(f"{file.path}: is of another model, name another --gguf-folder")
     return True
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Raise BenchError if the disk of a folder has too little space."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise BenchError(
-            f"{folder}: the GGUF files need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free "
-            "on this disk: use fewer --layers, fewer --gguf-formats or another --gguf-folder"
-        )
 
 
 def random_bytes(file: PlannedFile, name: str) -> Tensor:

@@ -64,6 +64,7 @@ class LlamaCpp:
         Returns the response. Raises LlamaCppError."""
         call = "handle_chat_completions" if "messages" in prompt else "handle_completions"
         options = {"n_predict": steps, "cache_prompt": cached, "temperature": 0, "ignore_eos": True}
+        self.last = prompt
         response: dict[str, Any] = getattr(self.server, call)({**prompt, **options})
         if "error" in response:
             raise LlamaCppError(f"llama.cpp refused a prompt: {response['error']['message']}")
@@ -75,10 +76,9 @@ class LlamaCpp:
         taken: int = self.run(make(1))["usage"]["prompt_tokens"]
         return 1 + positions - taken
 
-    def begin_decoding(self, prompt: Prompt, steps: int) -> Callable[[], Any]:
-        """Run a prompt, unless the last one was equal, and return a call that generates tokens."""
-        self.run(prompt, cached=True)
-        return partial(self.run, prompt, steps, cached=True)
+    def begin_decoding(self, steps: int) -> Callable[[], Any]:
+        """A call that generates tokens after the last prompt, which the server has cached."""
+        return partial(self.run, self.last, steps, cached=True)
 
 
 def open_llamacpp(
@@ -118,11 +118,13 @@ def llamacpp_cases(one: Contender) -> list[Case]:
     length = count_positions(work.config)
     lengths = (length,) * work.config.text.num_layers
     words = words_prompt(peer.count_words(words_prompt, length))
-    count = peer.count_words(partial(chat_prompt, None), length - vision.num_patches)
+    # An image splits the words beside it, which makes one token more.
+    without_image = length - vision.num_patches - 1
+    count = peer.count_words(partial(chat_prompt, None), without_image)
     picture = chat_prompt(vision.image_size, count)
     peer.run(words)  # once before any turn, as the other contenders do
     prefill = work.prefill(length, decoder_flops(work.config.text, lengths, lengths))
-    decode = Prepared(partial(peer.begin_decoding, picture, DECODED))
+    decode = Prepared(partial(peer.begin_decoding, DECODED))
     case = partial(Case, one.name, setting="none", image_tokens=vision.num_patches)
     return [
         case("prefill", run=partial(peer.run, words), **prefill),

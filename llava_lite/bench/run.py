@@ -35,7 +35,7 @@ from llava_lite.bench.footprint import (
     find_llamacpp_footprint,
     find_peer_footprint,
 )
-from llava_lite.bench.gguf_files import count_bytes, gguf_files
+from llava_lite.bench.gguf_files import check_files, count_bytes, gguf_files
 from llava_lite.bench.llamacpp_peer import (
     describe_build,
     import_xllamacpp,
@@ -130,7 +130,7 @@ def bench(settings: Settings) -> Report:
         clock.deadline = start + SECONDS
         settings, choice = choose_sizes(settings)
         clock.show(choice)
-        check_memory(settings)
+        check_random(settings)
     footprints = find_our_footprints(settings)
     plain, not_loaded = footprints[OURS], {}
     if settings.against:
@@ -200,11 +200,11 @@ def check(settings: Settings) -> None:
     if settings.source is not None:
         check_stored(settings, Path(settings.source).expanduser())
     elif not settings.quick:  # which chooses the layers later
-        check_memory(settings)
+        check_random(settings)
 
 
-def check_memory(settings: Settings) -> None:
-    """Raise BenchError for random weights that do not fit."""
+def check_random(settings: Settings) -> None:
+    """Raise BenchError for random weights that do not fit into memory or on the disk."""
     config, dtype = random_config(settings), random_dtype(settings)
     needed, free = random_bytes(config, dtype), free_bytes(settings.device)
     if free is not None and needed > free:
@@ -212,6 +212,8 @@ def check_memory(settings: Settings) -> None:
             f"{config.name} with {config.text.num_layers} layers in {name_of(dtype)} needs "
             f"{needed / GIGA:.1f} GB, but {free / GIGA:.1f} GB are free: use fewer --layers"
         )
+    if settings.llamacpp:
+        check_files(config, settings.llamacpp, settings.gguf_folder)
 
 
 def check_stored(settings: Settings, folder: Path) -> None:
