@@ -58,6 +58,8 @@ class LlamaCpp:
             self.server = library.Server(params)
         except RuntimeError as error:
             raise LlamaCppError(f"llama.cpp cannot load {text}: {error}") from error
+        # A server that ends before its loop has begun waits forever. The loop refuses this prompt.
+        self.server.handle_completions({**words_prompt(2 * context), "n_predict": 1})
 
     def run(self, prompt: Prompt, steps: int = 1, cached: bool = False) -> dict[str, Any]:
         """Run a prompt and generate `steps` tokens. cached: reuse the cache of an equal prompt.
