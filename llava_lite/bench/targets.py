@@ -144,7 +144,7 @@ def llamacpp_rows(report: Report) -> Iterator[Row]:
     wide = [f"{LLAMACPP} {form}" for form in settings.llamacpp if form in ("bf16", "f16")]
     for theirs in wide or [f"{LLAMACPP} bf16"]:
         decode = ratio(report, "decode", theirs, OURS)
-        missing = f"--gguf-formats {theirs.removeprefix(LLAMACPP).strip()}"
+        missing = "" if wide else "--gguf-formats bf16"
         yield Row(f"decode, tokens/s: times {theirs}", decode, 1.0, True, "", missing)
         for part, how, limit in (
             ("first token", f"{SHARED_WORDS} words cached", 0.8),
@@ -155,7 +155,8 @@ def llamacpp_rows(report: Report) -> Iterator[Row]:
             yield Row(f"first token, {how}: time, {theirs} = 1", value, limit, False, "", missing)
     int4 = settings.quantized if settings.quantize == "int4" else ""
     decode = ratio(report, "decode", f"{LLAMACPP} q4_k", int4)
-    missing = "--gguf-formats q4_k" if int4 else "--quantize int4"
+    missing = "" if "q4_k" in settings.llamacpp else "--gguf-formats q4_k"
+    missing = missing if int4 else "--quantize int4"
     yield Row(f"int4 decode, tokens/s: times {LLAMACPP} q4_k", decode, 0.8, True, "", missing)
 
 
