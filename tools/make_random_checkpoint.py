@@ -19,7 +19,7 @@ added tokens are written beside them.
 
 The values are noise of a sensible scale, so logits are finite and speed is the real one, but
 answers are not. A 7B model takes 13.5 GB of disk (official, without the tower) or 14.1 GB;
-fastvlm-0.5b takes 1.5 GB, fastvlm-7b 15.5 GB.
+fastvlm-0.5b takes 1.5 GB, fastvlm-7b 15.5 GB. With --layers the decoder has fewer layers.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llava_lite.bench.models import SIZES
+from llava_lite.bench.models import SIZES, Settings, random_config
 from llava_lite.checkpoints.configs import FASTVLM, QWEN2_FIELDS
 from llava_lite.checkpoints.export import (
     hf_documents,
@@ -49,6 +49,7 @@ from llava_lite.checkpoints.names import fastvlm_name, hf_name
 from llava_lite.checkpoints.names_fastvithd import PREFIX
 from llava_lite.checkpoints.skeleton import EMBEDDING, HEAD, expected_shapes
 from llava_lite.checkpoints.tensors import Spec, num_bytes, plan_shards, read_json, write_shards
+from llava_lite.cli.arguments import positive
 from llava_lite.config import FastViTHDConfig, LlavaConfig
 from llava_lite.inputs.byte_level import MERGES, VOCAB
 from llava_lite.saving import write_json
@@ -281,6 +282,7 @@ def main() -> int:
     )
     parser.add_argument("--layout", choices=tuple(WRITERS), required=True)
     parser.add_argument("--size", choices=tuple(SIZES), default="7b")
+    parser.add_argument("--layers", type=positive, help="decoder layers (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     text = "tokenizer.model or tokenizer.json to copy, or a folder with vocab.json and merges.txt"
     parser.add_argument("--tokenizer", type=Path, help=text)
@@ -293,10 +295,12 @@ def main() -> int:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             parser.error(f"{folder} is there and not empty, nothing is overwritten")
     args.out.mkdir(parents=True, exist_ok=True)
-    WRITERS[args.layout](SIZES[args.size], args.out, Noise(args.seed))
+    config = random_config(Settings(size=args.size, layers=args.layers))
+    WRITERS[args.layout](config, args.out, Noise(args.seed))
     if args.tokenizer:
         copy_tokenizer(args.tokenizer, args.out)
-    print(json.dumps({"folder": str(args.out), "layout": args.layout, "size": args.size}))
+    facts = {"layout": args.layout, "size": args.size, "layers": config.text.num_layers}
+    print(json.dumps({"folder": str(args.out), **facts}))
     return 0
 
 

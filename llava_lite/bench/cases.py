@@ -43,6 +43,7 @@ from llava_lite.llava import Llava
 from llava_lite.reduction import REDUCTIONS, Reduction
 
 OURS, TRANSFORMERS = "llava_lite", "transformers"
+LLAMACPP = "llama.cpp"  # a contender is named with its format: "llama.cpp q4_k"
 WORDS_BEFORE, WORDS_AFTER = 35, 29
 SHARED_WORDS = WORDS_BEFORE - 1  # the last word may merge with what follows it
 DECODED = 8  # tokens per timing
@@ -114,7 +115,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Contender:
-    """One of our models (`Model`), or transformers (`Peer`)."""
+    """One of our models (`Model`), transformers (`Peer`), or llama.cpp (`LlamaCpp`)."""
 
     name: str
     model: Any
@@ -125,6 +126,11 @@ def prompt_ids(config: LlavaConfig) -> tuple[int, ...]:
     """Some words, with the image between them."""
     words = word_ids(config.text, WORDS_BEFORE + WORDS_AFTER)
     return (*words[:WORDS_BEFORE], IMAGE_TOKEN_ID, *words[WORDS_BEFORE:])
+
+
+def count_positions(config: LlavaConfig) -> int:
+    """Positions of that prompt, with one token for every patch."""
+    return WORDS_BEFORE + config.vision.num_patches + WORDS_AFTER
 
 
 def word_ids(text: TextConfig, count: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Load time and memory of a model, measured in fresh processes."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ import torch
 from llava_lite.bench.cases import (
     DECODED,
     OURS,
+    WORDS_AFTER,
     Work,
     decode,
     first_token,
@@ -24,6 +25,8 @@ from llava_lite.bench.cases import (
     random_pixels,
     stored_bytes,
 )
+from llava_lite.bench.gguf_files import MMPROJ, PlannedFile
+from llava_lite.bench.llamacpp_peer import LlamaCpp, chat_prompt, import_xllamacpp
 from llava_lite.bench.memory import MemoryWatch, private_bytes
 from llava_lite.bench.models import BenchError, Settings, name_of, open_model
 from llava_lite.bench.transformers_peer import Peer, import_transformers
@@ -86,6 +89,16 @@ def find_peer_footprint(settings: Settings, plain: Footprint) -> Footprint:
         return repeat_apart(settings.repeat, peer_footprint, settings, plain, folder)
 
 
+def find_llamacpp_footprint(
+    settings: Settings, plain: Footprint, form: str, files: Mapping[str, PlannedFile]
+) -> Footprint:
+    """The footprint of llama.cpp with one of its formats, on files that were just written or are
+    cached."""
+    paths = files[form].path, files[MMPROJ].path
+    count = settings.repeat if settings.source is not None else 1
+    return repeat_apart(count, llamacpp_footprint, settings, plain, form, *paths)
+
+
 def repeat_apart(count: int, task: Callable[..., Footprint], *args: Any) -> Footprint:
     """The footprint of the first of `count` fresh processes, with the load times of all. Only the
     first process answers."""
@@ -135,6 +148,24 @@ def peer_footprint(settings: Settings, plain: Footprint, folder: Path, answer: b
     opening = partial(Peer.from_folder, folder, dtype, settings.device)
     peer, loading, answering = watch(settings.device, opening, run if answer else None)
     return Footprint(plain.config, plain.dtype, stored_bytes(peer.model), *loading, answering)
+
+
+def llamacpp_footprint(
+    settings: Settings, plain: Footprint, form: str, text: Path, mmproj: Path, answer: bool
+) -> Footprint:
+    """`footprint` of llama.cpp: a prompt of the same length and as many tokens, without its
+    import."""
+    start_process(settings)
+    import_xllamacpp()
+    picture = chat_prompt(plain.config.vision.image_size, WORDS_AFTER)
+
+    def run(peer: LlamaCpp) -> None:
+        peer.run(picture, 1 + DECODED)
+
+    opening = partial(LlamaCpp, text, mmproj, plain.config)
+    _, loading, answering = watch(settings.device, opening, run if answer else None)
+    weights = text.stat().st_size + mmproj.stat().st_size
+    return Footprint(plain.config, form, weights, *loading, answering)
 
 
 def watch(

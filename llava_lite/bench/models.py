@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llava_lite.bench.cases import OURS, TRANSFORMERS
+from llava_lite.bench.cases import LLAMACPP, OURS, TRANSFORMERS
 from llava_lite.checkpoints.checkpoint import load_tokenizer
 from llava_lite.checkpoints.load import embedded_model, load
 from llava_lite.checkpoints.skeleton import meta_model
@@ -35,7 +35,9 @@ class Settings:
 
     source, options: arguments of `load`. source None: random weights of a `size`, with `layers`
     decoder layers (None: all). against: compare with transformers. compile: decode our tokens in
-    compiled steps (compiled.py). profile: also profile each part (profile.py)."""
+    compiled steps (compiled.py). profile: also profile each part (profile.py). llamacpp: compare
+    with llama.cpp in these formats (gguf_files.py). gguf_folder: keep its files there. quick:
+    choose sizes so that a table stands soon (quick.py)."""
 
     source: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -53,6 +55,9 @@ class Settings:
     quiet: bool = False
     compile: bool = False
     profile: bool = False
+    llamacpp: tuple[str, ...] = ()
+    gguf_folder: str | None = None
+    quick: bool = False
 
     @property
     def ours(self) -> tuple[str, ...]:
@@ -62,7 +67,8 @@ class Settings:
     @property
     def contenders(self) -> tuple[str, ...]:
         """The names of all contenders, ours first."""
-        return (*self.ours, TRANSFORMERS) if self.against else self.ours
+        theirs = (TRANSFORMERS,) if self.against else ()
+        return (*self.ours, *theirs, *(f"{LLAMACPP} {form}" for form in self.llamacpp))
 
     @property
     def quantized(self) -> str:

@@ -56,7 +56,9 @@ def draw_bars(
     axes: Any, report: Report, part: str, title: str, value_of: Callable[[float], float]
 ) -> None:
     """Draw a bar for each contender, with the value of its median seconds at its end."""
-    rows, labels, colors = zip(*bars(report, part), strict=True)
+    if not (found := bars(report, part)):  # an interrupted run may lack a part
+        return
+    rows, labels, colors = zip(*found, strict=True)
     values = [value_of(row.seconds) for row in rows]
     ends = [sorted(map(value_of, row.quartiles)) for row in rows]
     below = [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)]

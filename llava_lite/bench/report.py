@@ -119,7 +119,8 @@ def heading(report: Report) -> Iterator[str]:
     layers = f"{report.config.text.num_layers} decoder layers"
     yield (
         f"{report.config.name}, {weights}, {layers}, {precision(report)}; "
-        f"medians of {settings.repeat} rounds"
+        + (f"medians of {n} rounds" if (n := report.counted_rounds) else "no round was completed")
+        + (", then interrupted" if report.interrupted else "")
         + ("; our tokens in compiled steps" if settings.compile else "")
     )
     yield ", ".join(f"{name} {value}" for name, value in report.machine.items())
@@ -134,6 +135,10 @@ def heading(report: Report) -> Iterator[str]:
             if report.difference is not None
             else ""
         )
+    if report.llamacpp:
+        yield f"{report.llamacpp}, random weights of the same shapes"
+    if report.choice:
+        yield report.choice
     turns = " | ".join(" and ".join(phase) for phase in report.phases)
     yield f"took turns in every round: {turns}" + (
         " (not all fit into memory together)" if len(report.phases) > 1 else ""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from llava_lite.bench.cases import OURS, PARTS, SHARED_WORDS, TRANSFORMERS
+from llava_lite.bench.cases import LLAMACPP, OURS, PARTS, SHARED_WORDS, TRANSFORMERS
 from llava_lite.bench.machine import Measurement
 from llava_lite.bench.run import PEER_FOOTPRINT, Report
 from llava_lite.config import LLAVA_1_5_7B, LlavaConfig
@@ -20,6 +20,7 @@ FEWEST_ROUNDS = 5  # for a verdict
 # near 1. A cache copied at every token takes four passes (read, fetch, write, read): at most 0.25.
 CACHE_BANDWIDTH = 0.3
 GIGA = 1e9
+GROWING = PARTS[-3:]
 # Why a figure is missing: the option or the model that it needs, or the system.
 AGAINST, LENGTHS = "--against transformers", "--lengths 128 2048"
 FOLDER, UNKNOWN = "of a folder: -m MODEL", "not known here"
@@ -60,12 +61,13 @@ class Row:
 def rows(report: Report) -> list[Row]:
     """All figures with a bound, and a few related ones without."""
     found = [*speed_rows(report), *int4_rows(report), *load_rows(report), *work_rows(report)]
+    found += llamacpp_rows(report) if report.settings.llamacpp else ()
     return [add_conditions(report, row) for row in found]
 
 
 def add_conditions(report: Report, row: Row) -> Row:
     """The row with its conditions, judged only if they hold."""
-    here, target, rounds = report.config, LLAVA_1_5_7B, report.settings.repeat
+    here, target, rounds = report.config, LLAVA_1_5_7B, report.counted_rounds
     conditions = {
         report.machine["device"]: "cpu",
         report.dtype: "bfloat16",
@@ -81,8 +83,11 @@ def add_conditions(report: Report, row: Row) -> Row:
     ]
     if rounds < FEWEST_ROUNDS:
         different.append(f"{rounds} rounds, not {FEWEST_ROUNDS}")
+    missing = row.missing
+    if not missing or (missing == AGAINST and report.settings.against):
+        missing = "the run ended before"
     text = "; ".join(different) or ", ".join([*conditions, f"{rounds} rounds"])
-    return replace(row, judged=not different, conditions=text)
+    return replace(row, judged=not different, conditions=text, missing=missing)
 
 
 def describe_width(config: LlavaConfig) -> str:
@@ -123,12 +128,36 @@ def int4_rows(report: Report) -> Iterator[Row]:
     missing = AGAINST if int4 else "--quantize int4"
     decode = ratio(report, "decode", TRANSFORMERS, int4)
     yield Row("int4 decode, tokens/s: times transformers", decode, 3.5, True, "", missing)
+    missing = FOLDER if int4 else "--quantize int4"
     footprint, peak = report.footprints.get(OURS if report.method == "int4" else int4), None
     if footprint:
         missing = FOLDER if settings.source is None else UNKNOWN
         if footprint.loading and footprint.answering:
             peak = max(footprint.loading, footprint.answering) / GIGA
     yield Row("int4 peak memory", peak, 5.5, False, "GB", missing, plain=False)
+
+
+def llamacpp_rows(report: Report) -> Iterator[Row]:
+    """Against llama.cpp, which has no reduction. It computes every prompt from its first word on,
+    so a first token compares with both of ours, as for transformers."""
+    settings = report.settings
+    wide = [f"{LLAMACPP} {form}" for form in settings.llamacpp if form in ("bf16", "f16")]
+    for theirs in wide or [f"{LLAMACPP} bf16"]:
+        decode = ratio(report, "decode", theirs, OURS)
+        missing = "" if wide else "--gguf-formats bf16"
+        yield Row(f"decode, tokens/s: times {theirs}", decode, 1.0, True, "", missing)
+        for part, how, limit in (
+            ("first token", f"{SHARED_WORDS} words cached", 0.8),
+            ("first token, cold", "nothing cached", None),
+        ):
+            ours, peer = report.find(OURS, part), report.find(theirs, "first token")
+            value = ours.seconds / peer.seconds if ours and peer else None
+            yield Row(f"first token, {how}: time, {theirs} = 1", value, limit, False, "", missing)
+    int4 = settings.quantized if settings.quantize == "int4" else ""
+    decode = ratio(report, "decode", f"{LLAMACPP} q4_k", int4)
+    missing = "" if "q4_k" in settings.llamacpp else "--gguf-formats q4_k"
+    missing = missing if int4 else "--quantize int4"
+    yield Row(f"int4 decode, tokens/s: times {LLAMACPP} q4_k", decode, 0.8, True, "", missing)
 
 
 def load_rows(report: Report) -> Iterator[Row]:
@@ -156,7 +185,7 @@ def work_rows(report: Report) -> Iterator[Row]:
     one, eight = (report.find(OURS, "batch", f"none x {size}") for size in (1, 8))
     batch = 8 * one.seconds / eight.seconds if one and eight else None
     yield Row("batch of 8, tokens/s: times batch of 1", batch, 5.0, True, "", "--batch-sizes 1 8")
-    lengths = sorted(int(row.setting) for row in report.measurements if row.part == PARTS[-1])
+    lengths = grown_lengths(report)
     span = f"{lengths[0]} to {lengths[-1]} words" if len(lengths) > 1 else "by length"
     prefill = [seconds_per_token(report, length) for length in lengths]
     spread = max(prefill) / min(prefill) if len(prefill) > 1 else None
@@ -179,6 +208,12 @@ def ratio(report: Report, part: str, above: str, below: str, setting: str = "non
 def find_theirs(report: Report, part: str) -> Measurement | None:
     """The measurement of transformers to compare with; each of its first tokens is a cold one."""
     return report.find(TRANSFORMERS, part.removesuffix(", cold"))
+
+
+def grown_lengths(report: Report) -> list[int]:
+    """The lengths of growing prompts with all parts. An interrupted run may lack the last parts."""
+    parts = {part: {r.setting for r in report.measurements if r.part == part} for part in GROWING}
+    return sorted(map(int, set.intersection(*parts.values())))
 
 
 def find_grown(report: Report, part: str, length: int) -> Measurement:

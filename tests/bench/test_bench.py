@@ -26,7 +26,7 @@ from helpers.peers import peer
 from llava_lite.bench import cases as bench_cases
 from llava_lite.bench import footprint as footprints
 from llava_lite.bench import machine as hardware
-from llava_lite.bench import memory, models, plot, targets, transformers_peer
+from llava_lite.bench import memory, models, phases, plot, targets, transformers_peer
 from llava_lite.bench import report as bench_report
 from llava_lite.bench import run as bench
 from llava_lite.bench.cases import OURS, TRANSFORMERS, Work, stored_bytes, word_ids
@@ -77,7 +77,7 @@ def report() -> Report:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.SIZES, "tiny", NARROW)
         patch.setattr(footprints, "apart", lambda task, *args: task(*args))
-        patch.setattr(bench, "quantize_model", lambda llava, method: None)
+        patch.setattr(phases, "quantize_model", lambda llava, method: None)
         patch.setattr(models, "quantize_model", lambda llava, method: None)
         settings = Settings(
             size="tiny",

@@ -522,11 +522,12 @@ def test_random_checkpoint_converts_and_runs(
 ) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"any")
     out = tmp_path / "made" / "m"
-    options = ("--layout", layout, "--size", "tiny", "--out", out)
+    options = ("--layout", layout, "--size", "tiny", "--layers", 3, "--out", out)
     tokenizer = ("--tokenizer", tmp_path / "tokenizer.model")
     assert call("make_random_checkpoint", monkeypatch, *options, *tokenizer) == 0
     source = open_source(out)
     assert source.layout.startswith(layout)
+    assert source.config.text.num_layers == 3
     assert source.tokenizer_file == out / "tokenizer.model"
     assert len(source.unused) == 18
     model = load_model(out, dtype="float32")

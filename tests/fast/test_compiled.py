@@ -25,6 +25,7 @@ from helpers.examples import examples
 from helpers.models import TINY_CONFIG, TINY_TEXT, random_llava
 from helpers.tensors import log_sizes_of
 from helpers.waits import Watch, cuda_waits, dispatched_waits
+from llava_lite.bench import models as bench_models
 from llava_lite.bench import run as bench
 from llava_lite.cache import LayerCache
 from llava_lite.fast import compiled as module
@@ -607,12 +608,12 @@ def test_load_and_bench_make_compiled_models() -> None:
     """Nothing is compiled before a token is decoded."""
     folder = llava_lite.embedded_model()
     loaded = llava_lite.load(folder, device="cpu", compile=True, exif=False)
-    made = bench.open_model(bench.Settings(size="tiny", layers=1, compile=True))
-    for model in (loaded, made, bench.twin(loaded), bench.twin(made)):
+    made = bench_models.open_model(bench.Settings(size="tiny", layers=1, compile=True))
+    for model in (loaded, made, bench_models.twin(loaded), bench_models.twin(made)):
         assert isinstance(model, CompiledModel) and model.static.way == "compile"
     assert (loaded.exif, loaded.config.name) == (False, llava_lite.load(folder).config.name)
-    assert type(bench.open_model(bench.Settings(size="tiny", layers=1))) is Model
-    named = bench.open_model(bench.Settings(str(folder), compile=True))
+    assert type(bench_models.open_model(bench.Settings(size="tiny", layers=1))) is Model
+    named = bench_models.open_model(bench.Settings(str(folder), compile=True))
     assert isinstance(named, CompiledModel)
 
 
