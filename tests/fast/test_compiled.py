@@ -38,7 +38,7 @@ from llava_lite.fast.compiled import (
     decode_step,
     resize_buffer,
 )
-from llava_lite.fast.kernels import Choice, ChosenLinear, matrix_vector
+from llava_lite.fast.kernels import Choice, ChosenLinear
 from llava_lite.fast.quantize import quantize
 from llava_lite.generation.model import Model
 from llava_lite.generation.state import State
@@ -561,7 +561,7 @@ def test_torch_compile(tiny_tokenizer: Tokenizer) -> None:
     config = replace(TINY_CONFIG, text=replace(TINY_TEXT, num_layers=1))
     model = Model(random_llava(config), tiny_tokenizer)
     layer = model.llava.decoder.layers[0]
-    layer.mlp.down_proj = ChosenLinear(layer.mlp.down_proj, Choice(matrix_vector, None))
+    layer.mlp.down_proj = ChosenLinear(layer.mlp.down_proj, Choice(("mv", *["linear"] * 3)))
     torch._dynamo.reset()
     compiled = CompiledModel(model)
     assert compiled.static.way == "compile"
