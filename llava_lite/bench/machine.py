@@ -122,7 +122,7 @@ def run_round(
         seconds[key].append(elapsed)
         bar.update()
         if turn == 0:
-            name = " ".join(key) if isinstance(key, tuple) else str(key)
+            name = " ".join(map(str, key)) if isinstance(key, tuple) else str(key)
             clock.show(f"{name}: {1000 * elapsed:.1f} ms, the first time")
     clock.rounds = turn
     took = perf_counter() - start

@@ -1,6 +1,7 @@
 """The benchmark runs and says everything it promises. No figure of time is asserted."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,15 @@ from llava_lite.bench.machine import Case, Measurement
 from llava_lite.bench.models import BenchError, Settings, open_model
 from llava_lite.bench.run import Report
 from llava_lite.config import TINY
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_limits() -> Iterator[None]:
+    """The machine's own limits, asked for in a moment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "MATMUL", (8, 64, 96))
+        patch.setattr(hardware, "READ_BYTES", 1 << 20)
+        yield
 
 
 @pytest.fixture(scope="module")
