@@ -220,14 +220,18 @@ def save_plot(rows: Sequence[Row], about: str, path: Path) -> None:
 # ---- command -----------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments. `plan` has the layers and the settings of each size. Ends the program for
+    impossible ones, before any work."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--sizes", nargs="+", choices=list(SIZES), default=list(ROADS), metavar="SIZE")
     text = "of FastVLM, in pixels"
     add("--image-sizes", nargs="+", type=positive, default=IMAGE_SIZES, metavar="N", help=text)
-    add("--reductions", nargs="+", choices=list(REDUCTIONS), default=PRESETS, metavar="NAME")
+    text = "presets of LLaVA"
+    choices = {"choices": list(REDUCTIONS), "default": PRESETS, "metavar": "NAME", "help": text}
+    add("--reductions", nargs="+", **choices)
     add("--layers", type=positive, metavar="N", help="decoder layers (default: all that fit)")
     add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     add("--device", default="cpu")
@@ -237,10 +241,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--plot", type=Path, metavar="FILE", help="draw the figures (.png)")
     args = parser.parse_args(argv)
     try:
-        device = str(pick_device(args.device))
-        plan = {
+        args.device = str(pick_device(args.device))
+        args.plan = {
             size: (
-                choose_layers(SIZES[size], args.layers, args.dtype, device),
+                choose_layers(SIZES[size], args.layers, args.dtype, args.device),
                 settings_of(SIZES[size], args.image_sizes, args.reductions),
             )
             for size in args.sizes
@@ -251,29 +255,35 @@ def main(argv: list[str] | None = None) -> int:
             check_plot(args.plot)
     except (ValueError, BenchError) as error:
         parser.error(str(error))
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    return args
+
+
+def measure_all(args: argparse.Namespace) -> list[Row]:
+    """The rows of every size, one model in memory at a time."""
     rows: list[Row] = []
-    for size, (layers, settings) in plan.items():
+    for size, (layers, settings) in args.plan.items():
         print(f"{size}: {layers} decoder layers", file=sys.stderr)
+        opened = Settings(size=size, layers=layers, device=args.device, dtype=args.dtype)
         with torch.inference_mode():
-            opened = Settings(size=size, layers=layers, device=device, dtype=args.dtype)
             model, whole = open_model(opened), SIZES[size].text.num_layers
-            rows += measure_model(model, settings, whole, args.repeat, device)
+            rows += measure_model(model, settings, whole, args.repeat, args.device)
         del model
         gc.collect()  # before the next model needs the memory
-    facts = machine(device, torch.get_num_threads())
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows, facts = measure_all(args), machine(args.device, torch.get_num_threads())
     about = f"{args.dtype}, medians of {args.repeat} rounds, {facts['name']}"
     about += f", threads {facts['threads']}, torch {facts['torch']}"
     print(f"one image and 64 words, random weights, {about}\n")
     print("\n".join(table(rows)))
     if args.json:
-        content = {
-            "machine": facts,
-            "dtype": args.dtype,
-            "repeat": args.repeat,
-            "rows": list(map(asdict, rows)),
-        }
+        settings = {"dtype": args.dtype, "repeat": args.repeat}
+        content = {"machine": facts, **settings, "rows": list(map(asdict, rows))}
         replace_file(args.json, (json.dumps(content, indent=1) + "\n").encode())
     if args.plot:
         save_plot(rows, about, args.plot)
