@@ -10,13 +10,7 @@ heavy is imported at the first use of a name.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from llava_lite.errors import (
-    CheckpointError,
-    ContextError,
-    ImageError,
-    LlavaLiteError,
-    PromptError,
-)
+from llava_lite.errors import CheckpointError, ContextError, ImageError, LlavaLiteError, PromptError
 from llava_lite.version import __version__
 
 if TYPE_CHECKING:

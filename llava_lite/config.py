@@ -169,10 +169,10 @@ class LlavaConfig:
         raw = {key: value for key, value in raw.items() if key != "format"}
         try:
             vision, text = dict(raw.pop("vision")), TextConfig(**raw.pop("text"))
-            if vision.get("kind") == FASTVITHD_KIND:
-                del vision["kind"]
-                return cls(vision=FastViTHDConfig(**vision), text=text, **raw)
-            return cls(vision=VisionConfig(**vision), text=text, **raw)
+            if vision.get("kind") != FASTVITHD_KIND:
+                return cls(VisionConfig(**vision), text, **raw)
+            del vision["kind"]
+            return cls(FastViTHDConfig(**vision), text, **raw)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a llava_lite config: {error}") from error
 
@@ -226,15 +226,7 @@ LLAVA_1_5_13B = LlavaConfig(
 )
 TINY = LlavaConfig(
     vision=VisionConfig(hidden_size=192, intermediate_size=768, num_layers=7, num_heads=6),
-    text=TextConfig(
-        vocab_size=640,
-        hidden_size=256,
-        intermediate_size=640,
-        num_layers=6,
-        num_heads=8,
-        max_positions=2048,
-        sampled_vocab_size=640,
-    ),
+    text=TextConfig(640, 256, 640, 6, 8, max_positions=2048, sampled_vocab_size=640),
     name="llava-tiny-scenes",
 )
 FASTVLM_0_5B, FASTVLM_1_5B, FASTVLM_7B = (

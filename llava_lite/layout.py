@@ -251,9 +251,8 @@ def place_folded(mapping: Tensor, num_tokens: int, position: int) -> tuple[Layou
     logical, order = place_logical(mapping, num_tokens, position)
     if num_tokens == len(mapping):  # every token is one patch: nothing to fold
         return logical, order
-    stop = position + len(mapping)
-    patches = torch.arange(position, stop, device=mapping.device)
-    return Layout(num_tokens, patches, stop, order.argsort()[mapping], folded=True), order
+    vtu, _ = place_vtu(mapping, num_tokens, position)
+    return replace(vtu, mapping_indices=order.argsort()[mapping], folded=True), order
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class EncodedImage:
     """An encoded image. A model takes it wherever it takes an image, and skips the tower.
 
     image_embeds (U, C); mapping (P,), the token of each patch (None: nothing merged); the reduction
-    that was used; tokens_per_block, the number of tokens after each block of the tower."""
+    that was used; tokens_per_block, the number of tokens after each block or round of merging."""
 
     image_embeds: Tensor
     mapping: Tensor | None = None

@@ -58,28 +58,21 @@ class ToMe:
     def steps(self, vision: TowerConfig) -> tuple[MergeStep, ...]:
         """One step for each block that runs, or for each round behind FastViTHD. Raises ValueError
         if `keep` cannot be reached."""
-        if isinstance(vision, FastViTHDConfig):
-            return self.rounds(vision.num_patches)
-        patches, blocks = vision.num_patches, vision.num_blocks
-        # Every block can merge at most half of its tokens.
-        fewest = patches - sum(cap_merges([patches] * blocks, patches))
+        patches = vision.num_patches
         if self.keep is None:
+            if isinstance(vision, FastViTHDConfig):
+                raise ValueError("FastViTHD merges after the tower: use keep, not r")
             counts = spread((self.r or 0) * vision.num_layers, vision.num_layers, self.schedule)
-        elif not fewest <= self.keep <= patches:
-            raise ValueError(f"ToMe keep {self.keep} must be in {fewest}..{patches}")
+            return tuple(MergeStep(r=count) for count in counts[: vision.num_blocks])
+        if isinstance(vision, FastViTHDConfig):  # as few rounds as halving allows
+            num_steps, fewest = (math.ceil(patches / self.keep) - 1).bit_length(), 1
         else:
-            counts = spread_to_keep(self.keep, patches, blocks)
-        return tuple(MergeStep(r=count) for count in counts[:blocks])
-
-    def rounds(self, num_patches: int) -> tuple[MergeStep, ...]:
-        """One step for each round behind FastViTHD: as few rounds as halving allows. Raises
-        ValueError for `r`, and if `keep` cannot be reached."""
-        if self.keep is None:
-            raise ValueError("FastViTHD merges after the tower: use keep, not r")
-        if self.keep > num_patches:
-            raise ValueError(f"ToMe keep {self.keep} must be in 1..{num_patches}")
-        num_rounds = (math.ceil(num_patches / self.keep) - 1).bit_length()
-        counts = spread_to_keep(self.keep, num_patches, num_rounds)
+            num_steps = vision.num_blocks
+            # Every block can merge at most half of its tokens.
+            fewest = patches - sum(cap_merges([patches] * num_steps, patches))
+        if not fewest <= self.keep <= patches:
+            raise ValueError(f"ToMe keep {self.keep} must be in {fewest}..{patches}")
+        counts = spread_to_keep(self.keep, patches, num_steps)
         return tuple(MergeStep(r=count) for count in counts)
 
 

@@ -16,6 +16,7 @@ from llava_lite.fast.compiled import CompiledModel
 from llava_lite.fast.device import pick_tower_dtype
 from llava_lite.fast.kernels import choose_kernels
 from llava_lite.fast.quantize import quantize as quantize_model
+from llava_lite.fastvithd import FastViTHD
 from llava_lite.generation.model import Model
 from llava_lite.llava import Llava
 from llava_lite.reduction import REDUCTIONS
@@ -23,6 +24,9 @@ from llava_lite.reduction import REDUCTIONS
 SIZES = {"7b": LLAVA_1_5_7B, "13b": LLAVA_1_5_13B, "tiny": TINY} | {
     name: config for name, config in PRESETS.items() if name.startswith("fastvlm-")
 }
+
+
+NOISE = 0.02  # standard deviation of random weights
 
 
 class BenchError(LlavaLiteError):
@@ -104,13 +108,16 @@ def random_dtype(settings: Settings) -> torch.dtype:
 
 def random_model(config: LlavaConfig, dtype: torch.dtype, device: str) -> Llava:
     """An untrained model, the same every time. Norms are 1, so activations stay in range. The other
-    weights repeat one block of noise, which takes seconds at any size."""
+    weights repeat one block of noise, which takes seconds at any size.
+
+    FastViTHD has long chains of convolutions without a norm. Their noise has variance 1 / fan-in:
+    smaller values would fade to denormal numbers, with which a CPU is many times slower."""
     model = meta_model(config).to(dtype)
     model.vision.to(pick_tower_dtype(config.vision, dtype, torch.device(device)))
     model.to_empty(device=device)  # never in memory in float32
     model.decoder.tie_head()
     generator = torch.Generator().manual_seed(0)
-    noise = (0.02 * torch.randn((1 << 22) + 4099, generator=generator)).to(device, dtype)
+    noise = (NOISE * torch.randn((1 << 22) + 4099, generator=generator)).to(device, dtype)
     block, start = 1 << 21, 0
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 and "embed" not in name:
@@ -119,6 +126,9 @@ def random_model(config: LlavaConfig, dtype: torch.dtype, device: str) -> Llava:
         for piece in parameter.view(-1).split(block):
             piece.copy_(noise[start : start + len(piece)])
             start = (start + 7919) % block
+        fan_in = parameter[0].numel()
+        if fan_in > 1 and name.startswith("vision.") and isinstance(model.vision, FastViTHD):
+            parameter.mul_(fan_in**-0.5 / NOISE)
     for name, statistic in model.named_buffers():  # of the norms of FastViTHD
         statistic.fill_(float(name.endswith("running_var")))
     return model

@@ -367,6 +367,7 @@ def run_batch(
     ends the run. An interrupt leaves complete lines. Raises as `plan` and `select_shard`,
     ValueError for bad options, and OSError if the output cannot be written."""
     from llava_lite.generation.loop import check_batch_size
+    from llava_lite.generation.sampling import with_size
 
     size = check_batch_size(batch_size)
     output = Path(output)
@@ -375,7 +376,7 @@ def run_batch(
         output,
         resume=resume,
         retry_errors=retry_errors,
-        reduction=options.get("reduction"),
+        reduction=with_size(options.get("reduction"), options.get("image_size")),
     )
     starts = range(0, len(work.todo), size)
     batches = (answer_rows(model, work.todo[s : s + size], open_image, options) for s in starts)

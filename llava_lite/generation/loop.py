@@ -141,24 +141,29 @@ class Loop:
     ) -> Reduction:
         """The reduction of a call, checked against the model.
 
-        None takes the reduction of the encoded images, or else the one from `before` in a chat.
-        Raises ValueError if an encoded image was merged in another way."""
+        None takes the reduction of the encoded images, or else the one from `before` in a chat. A
+        reduction without an image size takes the size of the encoded images. Raises ValueError if
+        an encoded image was merged in another way, or has another size."""
         encoded = [image.reduction for image in images if isinstance(image, EncodedImage)]
         if wish is None:
             wish = encoded[0] if encoded else before
             if any(reduction != wish for reduction in encoded):
                 raise ValueError("the images of one prompt are encoded with different reductions")
-        checked = self.check_reduction(Reduction.of(wish))
+        wish, own_size = Reduction.of(wish), self.config.vision.image_size
+        sizes = {reduction.image_size for reduction in encoded}
+        if wish.image_size is None and len(sizes) == 1:
+            wish = replace(wish, image_size=sizes.pop())
+        checked = self.check_reduction(wish)
         for reduction in encoded:
             if reduction.merge != checked.merge:
                 raise ValueError(
                     f"an image was encoded with merge={reduction.merge}, but the call asks for "
                     f"merge={checked.merge}"
                 )
-            if checked.image_size not in (None, reduction.image_size):
+            if checked.image_size not in (None, reduction.image_size or own_size):
                 raise ValueError(
-                    f"an image was encoded with image_size={reduction.image_size}, but the call "
-                    f"asks for image_size={checked.image_size}"
+                    f"an image was encoded with image_size={reduction.image_size or own_size}, but "
+                    f"the call asks for image_size={checked.image_size}"
                 )
         return checked
 

@@ -150,8 +150,8 @@ class Model(Loop):
         """Run the vision tower on one image now, to ask about the image many times later.
 
         Tokens merge here. Later calls that name no reduction use its positions and its FastV. For
-        an image that is encoded already, only these two can change. image_size: as in `generate`.
-        Raises ImageError and ValueError."""
+        an image that is encoded already, only these two can change; its size stays. image_size: as
+        in `generate`. Raises ImageError and ValueError."""
         checked = self.reduction_for([image], with_size(reduction, image_size))
         [encoded], _ = self.encode_images([(image, checked)], DEFAULT_BATCH_SIZE)
         return replace(encoded, reduction=checked)

@@ -65,10 +65,10 @@ class ImageTrace:
 
     grid: patches along one side; patches are numbered row by row, 0 .. grid^2 - 1. groups (P,): the
     token of each patch, the patch itself if nothing merged. sizes: patches per token.
-    tokens_per_block: tokens after every block of the tower, empty if unknown. scores: FastV's score
-    of each token in the first stage, None without pruning. kept: tokens in all layers, ascending.
-    folded_into: the kept token that each token is a part of in the last layers, None for a dropped
-    token."""
+    tokens_per_block: tokens after every block of the tower, or of FastViTHD after every round of
+    merging, empty if unknown. scores: FastV's score of each token in the first stage, None without
+    pruning. kept: tokens in all layers, ascending. folded_into: the kept token that each token is a
+    part of in the last layers, None for a dropped token."""
 
     grid: int
     groups: tuple[int, ...]
@@ -134,7 +134,8 @@ class Trace:
     images: one trace each. prune_layers: the first layer of every stage of pruning.
     rows_per_layer, positions_per_layer: of this prompt. kv_bytes: of the cache after the prompt;
     kv_bytes_unreduced: without a reduction. decoder_flops: by convention, "paper" and "gated".
-    tower_flops: of all images, also of those encoded before this call."""
+    tower_flops: of all images, also of those encoded before this call. merge_step: what
+    `tokens_per_block` counts, every "block" of the tower, or every "round" behind FastViTHD."""
 
     images: tuple[ImageTrace, ...]
     prune_layers: tuple[int, ...]
@@ -144,6 +145,7 @@ class Trace:
     kv_bytes_unreduced: int
     decoder_flops: dict[str, Flops]
     tower_flops: Flops
+    merge_step: str = "block"
 
     @property
     def prune_layer(self) -> int | None:
@@ -162,6 +164,7 @@ class Trace:
             "kv_bytes_unreduced": self.kv_bytes_unreduced,
             "decoder_flops": {name: flops.to_dict() for name, flops in self.decoder_flops.items()},
             "tower_flops": self.tower_flops.to_dict(),
+            "merge_step": self.merge_step,
         }
 
 
@@ -204,6 +207,7 @@ def trace_prompt(
             for convention in MLP_MATRICES
         },
         trace_tower(config.vision, images),
+        "round" if isinstance(config.vision, FastViTHDConfig) else "block",
     )
 
 

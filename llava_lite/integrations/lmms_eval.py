@@ -21,7 +21,7 @@ from llava_lite.generation.answer import Answer
 from llava_lite.generation.failures import try_together
 from llava_lite.generation.loop import DEFAULT_BATCH_SIZE
 from llava_lite.generation.model import Model
-from llava_lite.generation.sampling import GenerationOptions
+from llava_lite.generation.sampling import GenerationOptions, with_size
 from llava_lite.generation.state import as_list
 from llava_lite.inputs.messages import Conversation, ImagePart, Message, Part
 from llava_lite.integrations.conversation import (
@@ -41,9 +41,9 @@ class LlavaLite(lmms):
     """llava_lite behind lmms-eval's interface for tasks of a text and its images.
 
     pretrained: a source for `llava_lite.load`, None for the default model. reduction: the name of a
-    preset. template, system_prompt: of the prompt. seed: for tasks that sample. exif: apply the
-    rotation in the metadata; LLaVA's scripts do not. load_options: other arguments of
-    `llava_lite.load`: dtype, quantize, revision, ..."""
+    preset. image_size: of FastVLM, in pixels. template, system_prompt: of the prompt. seed: for
+    tasks that sample. exif: apply the rotation in the metadata; LLaVA's scripts do not.
+    load_options: other arguments of `llava_lite.load`: dtype, quantize, revision, ..."""
 
     is_simple = True
 
@@ -54,6 +54,7 @@ class LlavaLite(lmms):
         batch_size: int | str = DEFAULT_BATCH_SIZE,
         max_batch_size: int | None = None,
         reduction: str | None = None,
+        image_size: int | None = None,
         template: str | None = None,
         system_prompt: str | None = None,
         seed: int | None = None,
@@ -72,7 +73,7 @@ class LlavaLite(lmms):
             "system": system_prompt,
             "template": template,
             "seed": seed,
-            "reduction": reduction,
+            "reduction": with_size(reduction, image_size),
         }
         GenerationOptions(**self.prompting)  # checks the options before loading
         device = "auto" if device is None else str(device)

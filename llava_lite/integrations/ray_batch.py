@@ -406,6 +406,7 @@ def run_batch(
     Raises as `batch_file.run_batch`, and RayError. The output is untouched if Ray, the cluster or
     the model is missing."""
     from llava_lite.generation.loop import check_batch_size
+    from llava_lite.generation.sampling import with_size
 
     size, output = check_batch_size(batch_size), Path(output)
     todo_of = plan(
@@ -413,7 +414,7 @@ def run_batch(
         output,
         resume=resume,
         retry_errors=retry_errors,
-        reduction=options.get("reduction"),
+        reduction=with_size(options.get("reduction"), options.get("image_size")),
     )
     todo = [replace(row, folder=row.folder.absolute()) for row in todo_of.todo]
     blocks = [todo[start : start + size] for start in range(0, len(todo), size)]

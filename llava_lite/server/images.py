@@ -1,7 +1,7 @@
 """Image sources become small pictures: data URLs and, if allowed, http(s) URLs and files.
 
-Only the square that the model sees is kept of an image, a third of a megabyte. Error messages name
-an image by its number; they never show a path of the server.
+Only the square that the model sees is kept of an image, at 336 px a third of a megabyte. Error
+messages name an image by its number; they never show a path of the server.
 """
 
 import logging

@@ -75,6 +75,9 @@ class Preparer:
         temperature, top_p = request.temperature or 0.0, request.top_p
         if top_p == 0:  # only the best token is left
             temperature, top_p = 0.0, None
+        served, size = self.settings.reduction, request.image_size
+        if size is None and served is not None:  # a reduction by name keeps the server's size
+            size = served.image_size
         try:
             options = GenerationOptions(
                 wanted,
@@ -83,7 +86,8 @@ class Preparer:
                 request.top_k or 0,
                 request.seed,
                 request.stop or None,
-                reduction=request.reduction or self.settings.reduction,
+                reduction=request.reduction or served,
+                image_size=size,
             )
             self.model.reduction_for([], options.reduction)
         except CheckpointError:  # of the thresholds; its message names a file

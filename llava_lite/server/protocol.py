@@ -55,7 +55,7 @@ class StreamOptions(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """The body of /v1/chat/completions. `top_k` and `reduction` are extensions."""
+    """The body of /v1/chat/completions. `top_k`, `reduction` and `image_size` are extensions."""
 
     messages: list[Message] = Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)
     model: str | None = None
@@ -70,6 +70,7 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     n: int | None = None
     reduction: str | None = None
+    image_size: int | None = None
     response_format: Any = None
     tools: Annotated[Any, Unsupported([])] = None
     functions: Annotated[Any, Unsupported([])] = None

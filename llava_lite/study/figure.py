@@ -11,7 +11,7 @@ them. P patches of an image, U tokens.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -123,10 +123,12 @@ def draw_run(
 
 def header(reduction: Reduction, model: str, trace: Trace) -> Section:
     """The names of the reduction and the model, and the numbers of tokens."""
-    name = str(reduction) if reduction in REDUCTIONS.values() else "custom reduction"
-    right = COLUMNS[2] + COLUMN
-    if reduction == REDUCTIONS["none"]:
+    right, size = COLUMNS[2] + COLUMN, reduction.image_size
+    own_size = replace(reduction, image_size=None)
+    name = str(own_size) if own_size in REDUCTIONS.values() else "custom reduction"
+    if own_size == REDUCTIONS["none"]:
         name = "no reduction"
+    name += f" at {size} px" if size else ""
     counts = token_counts(trace)
     lines = wrap(describe_reduction(reduction), right - MARGIN - text_width(counts, 15) - GAP, 15)
     below = 82 + 20 * len(lines)
@@ -506,11 +508,15 @@ def percent(share: float) -> str:
 
 
 def tower_chart(trace: Trace, y: float) -> Section:
-    """A chart of the tokens before the tower's first block and after each block."""
+    """A chart of the tokens before the tower's first block and after each block; of FastViTHD,
+    after each round of merging."""
     x, top = COLUMNS[0], y + 48
+    title = "Tokens in the vision tower"
+    if trace.merge_step == "round":
+        title = "Tokens behind the vision tower"
     counts = list(dict.fromkeys(tokens_in_tower(image) for image in trace.images))
     known = [values for values in counts if len(values) > 1]
-    shapes: list[Shape] = [Text(x, y + 16, "Tokens in the vision tower", 16, bold=True)]
+    shapes: list[Shape] = [Text(x, y + 16, title, 16, bold=True)]
     if not known:
         merged = any(len(image.sizes) < image.num_patches for image in trace.images)
         text = "not known for an image encoded before" if merged else "nothing merges"
@@ -520,8 +526,8 @@ def tower_chart(trace: Trace, y: float) -> Section:
     longest = max(known, key=sum)
     shapes += columns(x, top, longest, most, blend(BLUE, PAPER, 0.55))
     shapes += [Lines(step_line(x, top, values, most), BLUE, 1.5) for values in known]
-    blocks = len(longest) - 1
-    shapes += axis(x, top, {0: "in", **{b: str(b) for b in ticks(1, blocks)}}, blocks + 1)
+    steps = len(longest) - 1
+    shapes += axis(x, top, {0: "in", **{b: str(b) for b in ticks(1, steps)}}, steps + 1)
     shapes.append(Text(x, top - 6, str(longest[0]), 13, GRAY))
     ends = ", ".join(dict.fromkeys(str(values[-1]) for values in known))
     if len(known) == 1 and longest[-1] != longest[0]:
@@ -529,13 +535,13 @@ def tower_chart(trace: Trace, y: float) -> Section:
         height = PLOT * longest[-beside] / most  # above all columns that the number spans
         shapes.append(Text(x + COLUMN, top + PLOT - height - 6, ends, 13, GRAY, "end"))
     each = " of each image" if len(trace.images) > 1 and len(known) == 1 else ""
-    lines = wrap(f"{ends} tokens{each} after {count(blocks, 'block')}", COLUMN, 13)
+    lines = wrap(f"{ends} tokens{each} after {count(steps, trace.merge_step)}", COLUMN, 13)
     shapes += [Text(x, top + PLOT + 42 + 20 * i, line, 13) for i, line in enumerate(lines)]
     return shapes, top + PLOT + 26 + 20 * len(lines)
 
 
 def tokens_in_tower(image: ImageTrace) -> tuple[int, ...]:
-    """Tokens before the first block and after each block."""
+    """Tokens before the first block or round, and after each."""
     return (image.num_patches, *image.tokens_per_block)
 
 

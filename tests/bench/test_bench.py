@@ -40,7 +40,7 @@ from llava_lite.bench.transformers_peer import Peer, PeerError
 from llava_lite.checkpoints.convert import convert
 from llava_lite.checkpoints.load import embedded_model
 from llava_lite.cli import program as cli
-from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, LlavaConfig
+from llava_lite.config import LLAVA_1_5_7B, LLAVA_1_5_13B, TINY, FastViTHDConfig, LlavaConfig
 from llava_lite.errors import CheckpointError
 from llava_lite.generation.model import Model
 
@@ -679,6 +679,18 @@ def test_random_models_are_the_same_every_time_and_finite() -> None:
     assert other.llava is not first
     pairs = zip(first.state_dict().values(), other.llava.state_dict().values(), strict=True)
     assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
+
+
+def test_no_value_of_a_random_fastvithd_fades_away() -> None:
+    """With the depths of the published tower: denormal numbers would falsify times."""
+    vision = FastViTHDConfig(256, widths=(8, 16, 32, 32, 32))
+    tower = random_model(replace(TINY, vision=vision), torch.bfloat16, "cpu").vision
+    x = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0)).to(
+        next(tower.parameters()).dtype
+    )
+    for part in (tower.stem, *tower.stages, tower.expand):
+        x = part(x)
+        assert x.isfinite().all() and x.abs().float().mean() > 1e-5
 
 
 # ---- command line ------------------------------------------------------------------------------

@@ -402,6 +402,14 @@ def test_no_reduction_and_the_one_named_none_are_the_same(images: Path) -> None:
     assert run_batch(Echo(), rows, output, resume=True, reduction=None).present == 5
 
 
+def test_lines_name_the_image_size(images: Path) -> None:
+    output, rows = images / "out.jsonl", read_rows(images, "Describe.")
+    run_batch(Echo(), rows, output, reduction="tome-72", image_size=768)
+    assert {record["reduction"] for record in read_jsonl(output)} == {"tome-72 at 768 px"}
+    with pytest.raises(BatchError, match="another reduction .tome-72 at 768 px, now none at 512"):
+        run_batch(Echo(), rows, output, resume=True, image_size=512)
+
+
 def test_unknown_reduction_shows_before_the_output_is_touched(images: Path) -> None:
     output = images / "out.jsonl"
     with pytest.raises(ValueError, match="unknown reduction 'best'"):

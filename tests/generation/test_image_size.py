@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from llava_lite.generation.model import Model
 from llava_lite.generation.sampling import GenerationOptions
 from llava_lite.inputs.tokenizer import Tokenizer
 from llava_lite.reduction import DToMe, FastV, Reduction, ToMe
+from llava_lite.server.errors import ApiError
 from llava_lite.server.prepare import Preparer
 from llava_lite.server.settings import Settings
 from llava_lite.study.find_thresholds import find_thresholds
@@ -82,6 +84,22 @@ def test_an_encoded_image_keeps_its_size(model: Model) -> None:
     message = "encoded with image_size=384, but the call asks for image_size=512"
     with pytest.raises(ValueError, match=message):
         model.generate(image, QUESTION, reduction=MERGING, image_size=512)
+    # 20 tokens are more than the 16 of the model's own size.
+    wide = model.encode(picture(), Reduction(ToMe(keep=20)), image_size=384)
+    again = model.encode(wide, Reduction(ToMe(keep=20), "folded"))
+    assert torch.equal(again.image_embeds, wide.image_embeds)
+    assert (again.reduction.positions, again.reduction.image_size) == ("folded", 384)
+    options: Any = {"reduction": again.reduction, "image_size": 384, "max_new_tokens": 2}
+    assert model.generate(again, QUESTION, **options).usage["image_tokens"] == 20
+
+
+def test_the_own_size_may_be_named(model: Model) -> None:
+    image = model.encode(picture())
+    answer = model.generate(image, QUESTION, image_size=256, max_new_tokens=2)
+    assert answer == model.generate(image, QUESTION, max_new_tokens=2)
+    message = "encoded with image_size=256, but the call asks for image_size=384"
+    with pytest.raises(ValueError, match=message):
+        model.generate(image, QUESTION, image_size=384)
 
 
 @pytest.mark.parametrize("size", [0, 128, 300, 2112, 512.5])
@@ -138,6 +156,59 @@ def test_the_server_resizes_once(model: Model) -> None:
     assert square.getpixel((0, 0)) == (0, 0, 0)
     embeds = model.encode(square, image_size=384).image_embeds
     assert torch.equal(embeds, model.encode(picture(), image_size=384).image_embeds)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, replace(MERGING, image_size=640)),
+        ({"image_size": 512}, replace(MERGING, image_size=512)),
+        ({"reduction": "tome-72"}, replace(Reduction.of("tome-72"), image_size=640)),
+        ({"reduction": "none", "image_size": 256}, Reduction(image_size=256)),
+    ],
+)
+def test_a_request_names_its_size(
+    model: Model, fields: dict[str, Any], expected: Reduction
+) -> None:
+    preparer = Preparer(model, Settings("tiny", reduction=replace(MERGING, image_size=640)))
+    body = {"messages": [{"role": "user", "content": QUESTION}], **fields}
+    _, _, options = preparer.read(json.dumps(body).encode())
+    assert options.reduction == expected
+    preparer.close()
+
+
+def test_a_request_names_the_size_of_its_images(model: Model) -> None:
+    buffer = io.BytesIO()
+    picture().save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+    preparer = Preparer(model, Settings("tiny"))
+    body = {"messages": [{"role": "user", "content": content}], "image_size": 384}
+    job, _ = asyncio.run(preparer.prepare(json.dumps(body).encode()))
+    preparer.close()
+    assert [image.size for image in job.request.images] == [(384, 384)]
+    expected = model.generate(picture(), QUESTION, image_size=384, max_new_tokens=4)
+    [row] = model.start([job.request], [job.options], 1)
+    assert row.state.images[0].num_patches == expected.usage["image_patches"] == 36
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (300, "image_size 300 must be a multiple of 64 in 256..2048"),
+        (0, "image_size 0 must be a whole number of at least 1"),
+        ("large", "image_size: .*valid integer"),
+    ],
+)
+def test_a_request_with_an_impossible_size_is_refused(
+    model: Model, size: Any, message: str
+) -> None:
+    preparer = Preparer(model, Settings("tiny"))
+    body = {"messages": [{"role": "user", "content": QUESTION}], "image_size": size}
+    with pytest.raises(ApiError, match=message) as caught:
+        preparer.read(json.dumps(body).encode())
+    preparer.close()
+    assert caught.value.status == 400
 
 
 def test_an_inspection_shows_the_square_of_the_size(model: Model) -> None:

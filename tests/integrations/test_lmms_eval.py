@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -21,10 +21,12 @@ import torch
 from PIL import Image
 
 import llava_lite
+from helpers.fastvithd import FASTVLM, random_fastvlm
 from helpers.models import ROOT
 from llava_lite.errors import LlavaLiteError
 from llava_lite.generation.model import Model
 from llava_lite.inputs.pixels import preprocess
+from llava_lite.inputs.tokenizer import Tokenizer
 from llava_lite.integrations import lmms_eval_manifest
 
 # ---- what lmms-eval 0.7.3 is, as far as the plugin needs it --------------------------------------
@@ -314,6 +316,19 @@ def test_answers_in_the_order_of_the_requests(
     assert texts(adapter.generate_until(forward)) == expected(tiny_model)
     assert texts(adapter.generate_until(forward[::-1])) == expected(tiny_model)[::-1]
     assert adapter.generate_until([]) == []
+
+
+def test_a_fastvlm_answers_by_its_own_template_and_size(
+    monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Tokenizer
+) -> None:
+    fastvlm = Model(random_fastvlm(), tiny_tokenizer, replace(FASTVLM, template="llava-hf"))
+    monkeypatch.setattr("llava_lite.checkpoints.load.load", lambda *_, **__: fastvlm)
+    adapter = plugin.LlavaLiteChat(image_size=384, reduction="none")
+    adapter.task_dict = {"colors": {"test": docs()}}
+    results = adapter.generate_until(chat_requests())
+    assert texts(results) == expected(fastvlm, image_size=384)
+    usage = fastvlm.generate(picture(docs()[0]), QUESTIONS[0], max_new_tokens=6).usage
+    assert results[0].token_counts.input_tokens == usage["prompt_tokens"] + 36
 
 
 def test_token_counts(make: Any, tiny_model: Model) -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import llava_lite
+from helpers.fastvithd import FASTVLM, random_fastvlm
 from helpers.models import TINY_CONFIG
 from llava_lite.checkpoints.info import format_bytes, format_count
 from llava_lite.cli.program import main
@@ -22,6 +23,7 @@ from llava_lite.generation.answer import Answer
 from llava_lite.generation.model import Model
 from llava_lite.inputs.images import load_image
 from llava_lite.inputs.pixels import MEAN, STD, preprocess
+from llava_lite.inputs.tokenizer import Tokenizer
 from llava_lite.reduction import REDUCTIONS, DToMe, FastV, Reduction, ToMe
 from llava_lite.study import drawing, figure
 from llava_lite.study.drawing import Drawing, Group, Lines, Picture, Rect, Shape, Text
@@ -481,6 +483,38 @@ def test_several_images_have_panels_each(tiny_model: Model) -> None:
     high = max(score for image in trace.images for score in image.scores or ())
     assert texts(drawn).count(f"{figure.percent(high)} of attention") == 2
     assert "What the model sees" in texts(one)
+
+
+@pytest.fixture(scope="module")
+def fastvlm(tiny_tokenizer: Tokenizer) -> Model:
+    """The weights of a tiny FastVLM, for images of 1024 px."""
+    config = replace(FASTVLM, text=replace(FASTVLM.text, max_positions=512)).at(1024)
+    return Model(random_fastvlm(), tiny_tokenizer, config)
+
+
+@pytest.mark.parametrize(("size", "grid"), [(None, 16), (512, 8), (256, 4)])
+def test_a_smaller_image_has_a_coarser_grid(fastvlm: Model, size: int | None, grid: int) -> None:
+    options: Any = {"image_size": size, "max_new_tokens": 2}
+    drawn = inspect(fastvlm, photo(90, 60), QUESTION, **options).drawing()
+    side, shown = size or 1024, texts(drawn)
+    assert f"{side} x {side} pixels, {grid} x {grid} patches" in shown
+    assert shown[0] == ("no reduction" if size is None else f"no reduction at {size} px")
+    assert len(tokens(drawn, 1)) == grid**2
+    assert all(rect.width == COLUMN / grid for rect in shapes_of(tokens(drawn, 1), Rect))
+    assert {"Tokens behind the vision tower", "nothing merges"} <= set(shown)
+
+
+@pytest.mark.parametrize("positions", ["logical", "vtu", "folded"])
+def test_rounds_stand_in_the_place_of_blocks(fastvlm: Model, positions: str) -> None:
+    wish, options = Reduction(ToMe(keep=20), positions), {"image_size": 512, "max_new_tokens": 2}
+    seen = inspect(fastvlm, photo(90, 60), QUESTION, reduction=wish, **options)
+    assert trace_of(seen).images[0].tokens_per_block == (40, 20)
+    shown = texts(seen.drawing())
+    assert {"custom reduction at 512 px", "20 tokens after 2 rounds"} <= set(shown)
+    assert not any("nothing merge" in text or "block" in text for text in shown)
+    assert heights(seen.drawing(), 0, figure.blend(figure.BLUE, figure.PAPER, 0.55)) == (
+        pytest.approx([PLOT * count / 64 for count in (64, 40, 20)])
+    )
 
 
 # ---- words -------------------------------------------------------------------------------------
