@@ -60,6 +60,7 @@ SHARE_OF_PLAIN = {
     "int4": 0.35,
     "int8": 0.55,
     "int8-dynamic": 0.55,
+    "int4-dynamic": 0.32,
 }  # bytes of quantized weights, scales included
 PEER_FOOTPRINT = "load and memory of transformers"
 SPARE_BYTES = 1_000_000_000

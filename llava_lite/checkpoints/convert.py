@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 FORMATS = ("llava_lite", "hf", "gguf")
-METHODS = ("int8", "int4", "int8-dynamic")  # as in fast/quantize.py, which imports torch
+METHODS = (
+    "int8",
+    "int4",
+    "int8-dynamic",
+    "int4-dynamic",
+)  # as in fast/quantize.py, which imports torch
 GGUF_METHODS = ("q8_0",)
 AUTO_DTYPES = {"llava_lite": "bfloat16", "hf": "bfloat16", "gguf": "float16"}
 # Loading packs the codes of a file while the file is mapped: small files keep this memory small.

@@ -49,10 +49,12 @@ class QuantizedSource(Source):
         stored codes are no codes of it."""
         if method is None or method == self.method:
             return self.kind
-        kind = get_method(method)
-        if kind.codes != self.kind.codes:
+        kind, groups = get_method(method), ""
+        if kind.group_size != self.kind.group_size > 1:
+            groups = f" in groups of {self.kind.group_size}"
+        if kind.codes != self.kind.codes or groups:
             raise CheckpointError(
-                f"{self.path}: is {self.method} already, it cannot become {method}"
+                f"{self.path}: is {self.method}{groups} already, it cannot become {method}"
             )
         return kind
 

@@ -57,7 +57,9 @@ BYTES, PAIRS, WORDS = ir.VectorType(INT8, 32), ir.VectorType(INT16, 16), ir.Vect
 
 def interleave(part: Tensor, width: int) -> Tensor:
     """Reorder the rows of bytes of a part (N, W): (N/32, W/width, 32, width)."""
-    return part.unflatten(1, (-1, width)).unflatten(0, (-1, BLOCK_ROWS)).transpose(1, 2).contiguous()
+    return (
+        part.unflatten(1, (-1, width)).unflatten(0, (-1, BLOCK_ROWS)).transpose(1, 2).contiguous()
+    )
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -157,7 +159,7 @@ def keeps_code() -> bool:
 OPTIONS = {"cache": keeps_code(), "fastmath": {"contract"}, "error_model": "numpy"}
 
 
-@njit("void(f4[:,::1], i1[:,:,:,:,::1], f4[:,::1], f4[:,::1])", nogil=True, **OPTIONS)
+@njit(**OPTIONS)
 def round_rows(x: Any, codes: Any, peaks: Any, sums: Any) -> None:
     """Round x (R, K) to codes (R, K/32, 4, 2, 4), two words for 8 channels: the odd channels, then
     the even ones. peaks (R, K/32): peak / 127. sums (R, K/32): 8 * sum(code)."""
@@ -227,6 +229,8 @@ def write_block(block: int, words: Any, steps: Any, offsets: Any, scales: Any, o
 # ---- threads -------------------------------------------------------------------------------------
 # A job is an array of numbers: the next block to take, the numbers of blocks, groups and rows, and
 # addresses of tensors.
+JOB_SIZE = 12
+Job = ctypes.c_int64 * JOB_SIZE
 
 
 @intrinsic
@@ -263,9 +267,21 @@ def view_weights(job: Any) -> Any:
 
 
 @cfunc("void(voidptr)", **OPTIONS)
+def round_inputs(address: Any) -> None:
+    """Round the rows of a job."""
+    job = carray(address, JOB_SIZE, np.int64)
+    groups, rows = job[2], job[3]
+    x = carray(point_to(job[4]), (rows, groups * GROUP_SIZE), np.float32)
+    codes = carray(point_to(job[5]), (rows, groups, GROUP_WORDS, 2, 4), np.int8)
+    peaks = carray(point_to(job[6]), (rows, groups), np.float32)
+    sums = carray(point_to(job[7]), (rows, groups), np.float32)
+    round_rows(x, codes, peaks, sums)
+
+
+@cfunc("void(voidptr)", **OPTIONS)
 def multiply_blocks(address: Any) -> None:
     """Multiply the blocks of a job that no other thread has taken."""
-    job = carray(address, 12, np.int64)
+    job = carray(address, JOB_SIZE, np.int64)
     blocks, groups, rows = job[1], job[2], job[3]
     words, steps, offsets, scales = view_weights(job)
     x = carray(point_to(job[8]), (rows, groups, 2 * GROUP_WORDS), np.uint32)
@@ -281,7 +297,7 @@ def multiply_blocks(address: Any) -> None:
 @cfunc("void(voidptr)", **OPTIONS)
 def write_blocks(address: Any) -> None:
     """Write out the blocks of a job that no other thread has taken."""
-    job = carray(address, 9, np.int64)
+    job = carray(address, JOB_SIZE, np.int64)
     blocks, groups = job[1], job[2]
     words, steps, offsets, scales = view_weights(job)
     out = carray(point_to(job[8]), (groups * GROUP_SIZE, blocks * BLOCK_ROWS), np.float32)
@@ -304,14 +320,20 @@ def find_threads() -> Callable | None:
     return run
 
 
+@lru_cache
+def find_call(kernel: Any) -> Callable:
+    """Make the function that calls a kernel. It lets other Python threads run."""
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel.address)
+
+
 def run_job(kernel: Any, blocks: int, groups: int, rows: int, *tensors: Tensor) -> None:
     """Run a kernel in torch's threads. All tensors are contiguous."""
-    job = np.array([0, blocks, groups, rows, *(t.data_ptr() for t in tensors)], np.int64)
+    job = Job(0, blocks, groups, rows, *(tensor.data_ptr() for tensor in tensors))
     threads, run = min(torch.get_num_threads(), blocks), find_threads()
     if threads > 1 and run is not None:
-        run(kernel.address, job.ctypes.data, threads, 0)
+        run(kernel.address, job, threads, 0)
     else:
-        kernel.ctypes(job.ctypes.data)
+        find_call(kernel)(job)
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -324,9 +346,9 @@ def multiply(x: Tensor, words: Tensor, steps: Tensor, offsets: Tensor, scales: T
     CPU."""
     blocks, groups = steps.shape[:2]
     rows, wide = len(x), x.float().contiguous()
-    codes = torch.empty(rows, groups, GROUP_WORDS, 2, 4, dtype=torch.int8)
-    peaks, sums = torch.empty(2, rows, groups).unbind()
-    round_rows(*(tensor.numpy() for tensor in (wide, codes, peaks, sums)))
+    codes = torch.empty(rows, groups * GROUP_SIZE, dtype=torch.int8)
+    peaks, sums = torch.empty(2, rows, groups)
+    run_job(round_inputs, 1, groups, rows, wide, codes, peaks, sums)
     y = torch.empty(rows, blocks * BLOCK_ROWS)
     weight = (words, steps, offsets, scales.float())
     run_job(multiply_blocks, blocks, groups, rows, *weight, codes, peaks, sums, y)

@@ -1,11 +1,11 @@
-"""Keep the times of kernels in the user's cache folder, for every machine and torch.
+"""Keep the times of kernels in the user's cache folder, for every machine, torch and numba.
 
     with Timings.open() as timings:
         times = timings.get("bfloat16 4096 x 4096", measure)    # measures only if nothing is kept
 
-A file that another machine, torch or number of threads wrote has another name. A damaged file is
-measured anew and replaced. Times that other programs have disturbed are used, and not kept. The
-folder is `$XDG_CACHE_HOME/llava_lite`, else `~/.cache/llava_lite`.
+A file that another machine, torch, numba or number of threads wrote has another name. A damaged
+file is measured anew and replaced. Times that other programs have disturbed are used, and not kept.
+The folder is `$XDG_CACHE_HOME/llava_lite`, else `~/.cache/llava_lite`.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -24,9 +25,9 @@ from llava_lite.fast.device import PROC, machine
 from llava_lite.saving import replace_json
 
 MOST_DISTURBED = 0.1  # the share of all cores that other programs may take during a timing
-FORMAT = 1  # another number after a change of the kernels or of the classes of rows
+FORMAT = 2  # another number after a change of the kernels or of the classes of rows
 # Settings of the libraries below torch that change their kernels.
-SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "NUMBA_CPU_NAME")
 
 
 @dataclass
@@ -89,14 +90,23 @@ def others_seconds() -> float:
 
 
 def machine_facts() -> dict[str, Any]:
-    """All that the times depend on: the processor and its flags, threads, torch, settings."""
+    """All that the times depend on: the processor and its flags, threads, versions, settings."""
     threads = torch.get_num_threads()
     return {
         "format": FORMAT,
         **machine("cpu", threads),
+        "numba": numba_version(),
         "flags": cpu_flags(),
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
     }
+
+
+def numba_version() -> str | None:
+    """The version of the installed numba, which compiles the kernels of int4-dynamic."""
+    try:
+        return version("numba")
+    except PackageNotFoundError:
+        return None
 
 
 def cpu_flags() -> list[str]:
