@@ -49,10 +49,10 @@ class QuantizedSource(Source):
         stored codes are no codes of it."""
         if method is None or method == self.method:
             return self.kind
-        kind, groups = get_method(method), ""
-        if kind.group_size != self.kind.group_size > 1:
-            groups = f" in groups of {self.kind.group_size}"
-        if kind.codes != self.kind.codes or groups:
+        kind = get_method(method)
+        same_codes = kind.codes == self.kind.codes
+        if not same_codes or kind.group_size != self.kind.group_size:
+            groups = f" in groups of {self.kind.group_size}" if same_codes else ""
             raise CheckpointError(
                 f"{self.path}: is {self.method}{groups} already, it cannot become {method}"
             )
