@@ -44,6 +44,8 @@ WORD_CODES = 8
 GROUP_WORDS = GROUP_SIZE // WORD_CODES  # of one row
 VECTOR_ROWS = 8  # rows of the weight that one instruction handles
 VECTORS = BLOCK_ROWS // VECTOR_ROWS
+LINE_WORDS = 16  # of a line of the caches
+AHEAD = 8  # groups to read ahead: 4 KB
 OFFSET = np.float32(1 / 127)  # 1 of `offsets`, in units of 8 codes
 LEVEL = np.float32(1 / 255)  # 1 of `steps`
 TINY = np.finfo(np.float32).tiny
@@ -138,6 +140,25 @@ def multiply_group(typing: Any, words: Any, x: Any, sums: Any) -> Any:
     return types.void(words, x, sums), write_code
 
 
+@intrinsic
+def fetch_group(typing: Any, words: Any) -> Any:
+    """fetch_group(words): let the processor read a group that is `AHEAD` groups after this one.
+
+    Reading past the end is allowed: nothing is loaded then."""
+
+    def write_code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, values[0]).data
+        kind = ir.FunctionType(ir.VoidType(), [INT8.as_pointer(), INT32, INT32, INT32])
+        fetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        options = [ir.Constant(INT32, value) for value in (0, 3, 1)]  # read, keep, data
+        for line in range(0, GROUP_WORDS * BLOCK_ROWS, LINE_WORDS):
+            place = point_at(builder, data, AHEAD * GROUP_WORDS * BLOCK_ROWS + line)
+            builder.call(fetch, [builder.bitcast(place, INT8.as_pointer()), *options])
+        return context.get_dummy_value()
+
+    return types.void(words), write_code
+
+
 def point_at(builder: Any, array: Any, index: int) -> Any:
     """Write the code of the address of an element."""
     return builder.gep(array, [ir.Constant(INT64, index)])
@@ -194,6 +215,7 @@ def multiply_block(
     products = np.empty(BLOCK_ROWS, np.int32)
     for group in range(steps.shape[1]):
         codes, step, offset = words[block, group], steps[block, group], offsets[block, group]
+        fetch_group(codes)
         for row in range(len(x)):  # the group of the weights stays in the fastest cache
             total, peak, count = totals[row], peaks[row, group], sums[row, group]
             multiply_group(codes, x[row, group], products)
