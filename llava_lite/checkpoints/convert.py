@@ -98,8 +98,8 @@ def convert(
     dtype: of the weights written; None keeps the decoder's; "auto" is bfloat16, for GGUF float16.
     shard_size: bytes per weight file, by default 2 GB, and 0.5 GB if quantized.
     dry_run: only report. verify: read everything back and compare hashes.
-    to: "llava_lite", "hf" or "gguf". quantize: the decoder, as "int8", "int4" or "int8-dynamic" in
-    our own format, as "q8_0" in GGUF.
+    to: "llava_lite", "hf" or "gguf". quantize: the decoder, as a method of `METHODS` in our own
+    format, as "q8_0" in GGUF.
     force: replace a checkpoint at the destination. progress: called with (bytes done, all bytes).
     names: what the manifest records as "source" and "base" instead of their paths.
 

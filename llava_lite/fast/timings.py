@@ -32,11 +32,12 @@ SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "NU
 
 @dataclass
 class Timings:
-    """Kept times by kind of weight. facts: what they depend on."""
+    """Times by kind of weight. facts: what they depend on. disturbed: kinds that are not kept."""
 
     path: Path
     facts: dict[str, Any]
     times: dict[str, Any] = field(default_factory=dict)
+    disturbed: set[str] = field(default_factory=set)
     new: bool = False
 
     @staticmethod
@@ -54,7 +55,8 @@ class Timings:
         if timings.new:
             with suppress(OSError):  # a cache that cannot be written costs a second per load
                 timings.path.parent.mkdir(parents=True, exist_ok=True)
-                replace_json(timings.path, {"facts": facts, "times": timings.times})
+                kept = {k: t for k, t in timings.times.items() if k not in timings.disturbed}
+                replace_json(timings.path, {"facts": facts, "times": kept})
 
     def get(self, kind: str, measure: Callable[[], Any]) -> Any:
         """The kept times of a kind, measured if there are none."""
@@ -63,9 +65,12 @@ class Timings:
         before, start = others_seconds(), perf_counter()
         times = measure()
         cores = os.cpu_count() or 1
-        if others_seconds() - before <= MOST_DISTURBED * cores * (perf_counter() - start):
-            self.times[kind] = times
+        quiet = others_seconds() - before <= MOST_DISTURBED * cores * (perf_counter() - start)
+        self.times[kind] = times  # disturbed or not: the next layer of this kind is not measured
+        if quiet:
             self.new = True
+        else:
+            self.disturbed.add(kind)
         return times
 
     def forget(self, kinds: Iterable[str]) -> None:
