@@ -29,10 +29,13 @@ from llava_lite.cli.arguments import positive
 from llava_lite.fast.device import machine
 from llava_lite.fast.kernels import choose_kernels
 from llava_lite.fast.quantize import METHODS
+from llava_lite.fast.timings import numba_version
 from llava_lite.saving import check_output
 from llava_lite.tables import table_lines
 
-FORMATS = ("bfloat16", "float16", "float32", *METHODS)
+# int4-dynamic runs with numba only.
+METHODS_HERE = [name for name in METHODS if name != "int4-dynamic" or numba_version()]
+FORMATS = ("bfloat16", "float16", "float32", *METHODS_HERE)
 # Powers of two, and one row more where another kernel may take over.
 ROWS = (1, 2, 4, 8, 9, 16, 17, 32, 33, 64, 65, 128, 256, 512, 1024, 2048)
 HIGHEST_RISE = 1.5  # of the time per row, from one number of rows to the next

@@ -65,6 +65,7 @@ SHARE_OF_PLAIN = {
     "int4": 0.35,
     "int8": 0.55,
     "int8-dynamic": 0.55,
+    "int4-dynamic": 0.32,
 }  # bytes of quantized weights, scales included
 NO_TIME = "no time left for it in a quick look"
 PEER_FOOTPRINT = "load and memory of transformers"

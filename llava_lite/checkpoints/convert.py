@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 FORMATS = ("llava_lite", "hf", "gguf")
-METHODS = ("int8", "int4", "int8-dynamic")  # as in fast/quantize.py, which imports torch
+METHODS = (
+    "int8",
+    "int4",
+    "int8-dynamic",
+    "int4-dynamic",
+)  # as in fast/quantize.py, which imports torch
 GGUF_METHODS = ("q8_0",)
 AUTO_DTYPES = {"llava_lite": "bfloat16", "hf": "bfloat16", "gguf": "float16"}
 # Loading packs the codes of a file while the file is mapped: small files keep this memory small.
@@ -93,8 +98,8 @@ def convert(
     dtype: of the weights written; None keeps the decoder's; "auto" is bfloat16, for GGUF float16.
     shard_size: bytes per weight file, by default 2 GB, and 0.5 GB if quantized.
     dry_run: only report. verify: read everything back and compare hashes.
-    to: "llava_lite", "hf" or "gguf". quantize: the decoder, as "int8", "int4" or "int8-dynamic" in
-    our own format, as "q8_0" in GGUF.
+    to: "llava_lite", "hf" or "gguf". quantize: the decoder, as a method of `METHODS` in our own
+    format, as "q8_0" in GGUF.
     force: replace a checkpoint at the destination. progress: called with (bytes done, all bytes).
     names: what the manifest records as "source" and "base" instead of their paths.
 

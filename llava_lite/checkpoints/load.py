@@ -49,8 +49,8 @@ def load(
     vision_tower: the CLIP folder, file or open_clip model for a checkpoint without a tower.
     pad: pad images to a square (True) or crop them (False); None follows the checkpoint's config.
     exif: turn images as the camera noted, which LLaVA does not.
-    quantize: "int8" or "int4" quantizes the decoder while loading (fast/quantize.py). A quantized
-        folder needs no option.
+    quantize: "int8", "int4", "int8-dynamic" or "int4-dynamic" quantizes the decoder while loading
+        (fast/quantize.py). A quantized folder needs no option.
     compile: decode in steps of fixed shapes (fast/compiled.py): CUDA graphs on a GPU, elsewhere
         `torch.compile`, which takes minutes for the first tokens of a large model.
     tensor_parallel: share the decoder between the processes of `torchrun`, which all make the same

@@ -50,9 +50,11 @@ class QuantizedSource(Source):
         if method is None or method == self.method:
             return self.kind
         kind = get_method(method)
-        if kind.codes != self.kind.codes:
+        same_codes = kind.codes == self.kind.codes
+        if not same_codes or kind.group_size != self.kind.group_size:
+            groups = f" in groups of {self.kind.group_size}" if same_codes else ""
             raise CheckpointError(
-                f"{self.path}: is {self.method} already, it cannot become {method}"
+                f"{self.path}: is {self.method}{groups} already, it cannot become {method}"
             )
         return kind
 

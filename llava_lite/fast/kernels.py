@@ -23,8 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llava_lite.attention import HybridAttention
-from llava_lite.fast.quantize import METHODS, Int8DynamicLinear, QuantizedLinear
-from llava_lite.fast.timings import Timings
+from llava_lite.fast.quantize import (
+    METHODS,
+    Int4DynamicLinear,
+    Int4Linear,
+    Int8DynamicLinear,
+    QuantizedLinear,
+)
+from llava_lite.fast.timings import Timings, numba_version
 
 Kernel = Callable[[Tensor, Tensor], Tensor]  # weight (out, in), x (rows, in) -> (rows, out)
 Times = list[dict[str, float]]  # for each class of row counts: seconds by name of the kernel
@@ -131,14 +137,15 @@ class ChosenLinear(nn.Linear):
 def choose_kernels(module: nn.Module) -> dict[str, Choice]:
     """Give the linear layers in `module` their fastest kernels. Changes only layers on a CPU in 16
     bits without hooks. Returns the choice for each kind of weight, except `F.linear` everywhere."""
-    groups: dict[str, list[Tensor]] = {}
-    parts = [part for part in module.modules() if is_large(part)]
-    for part in parts:
-        if isinstance(part, nn.Linear) and is_eligible(part):
-            groups.setdefault(kind_of(part), []).append(part.weight)
-    if not parts:
+    if not any(is_large(part) for part in module.modules()):
         return {}
+    groups: dict[str, list[Tensor]] = {}
     with Timings.open() as timings:
+        choose_operators(module, timings)
+        parts = [part for part in module.modules() if is_large(part)]
+        for part in parts:
+            if isinstance(part, nn.Linear) and is_eligible(part):
+                groups.setdefault(kind_of(part), []).append(part.weight)
         found = {
             kind: choose(timings.get(kind, partial(time_kernels, weights)))
             for kind, weights in groups.items()
@@ -182,19 +189,42 @@ def name_of(dtype: torch.dtype) -> str:
 
 # ---- quantized layers ----------------------------------------------------------------------------
 
-SAMPLE = (256, 4096)  # shape of the weight in a timing
+SAMPLE = (512, 4096)  # shape of the weight in a timing
+
+
+def choose_operators(module: nn.Module, timings: Timings) -> None:
+    """Replace int4-dynamic layers by int4 ones where torch's operator is faster with one row. That
+    operator also rounds no inputs."""
+    names = [name for name, part in module.named_modules() if isinstance(part, Int4DynamicLinear)]
+    for name in names:  # one by one, so that the old one's memory is free
+        layer = module.get_submodule(name)
+        if isinstance(layer, Int4DynamicLinear) and is_large(layer):
+            ours, torchs = (
+                find_ways(method, layer.dtype, timings)[0]["codes"]
+                for method in (layer.method, Int4Linear.method)
+            )
+            if torchs < ours:
+                other = Int4Linear(layer.stored_parts(), own=True)
+                other.bias = layer.bias
+                module.set_submodule(name, other)
 
 
 def choose_ways(layers: Sequence[nn.Module], timings: Timings) -> None:
     """Give quantized layers on a CPU their largest number of rows for the packed operator, and the
-    dtype of blocks. Dynamic ones keep theirs: their ways round x differently."""
+    dtype of blocks. int8-dynamic ones keep theirs: both of their ways round x."""
     for layer in layers:
         if not isinstance(layer, QuantizedLinear) or isinstance(layer, Int8DynamicLinear):
             continue
         if next(layer.buffers()).device.type == "cpu":
-            measure = partial(time_quantized, layer.method, layer.dtype)
-            times = timings.get(kind_of_ways(layer.method, layer.dtype), measure)
+            times = find_ways(layer.method, layer.dtype, timings)
             layer.codes_rows, layer.block_dtype = best_ways(times)
+
+
+def find_ways(method: str, dtype: torch.dtype, timings: Timings) -> Times:
+    """The kept or measured times of a method."""
+    measure = partial(time_quantized, method, dtype)
+    times: Times = timings.get(kind_of_ways(method, dtype), measure)
+    return times
 
 
 def kind_of_ways(method: str, dtype: torch.dtype) -> str:
@@ -329,7 +359,7 @@ def time_model(module: nn.Module, again: bool = False) -> dict[str, Any]:
             dtype = part.q_proj.weight.dtype
             measure = partial(time_attention, dtype, *heads_of(part))
             measures[kind_of_attention(dtype, *heads_of(part))] = measure
-            for method in ("int8", "int4"):
+            for method in ("int8", "int4", *(["int4-dynamic"] if numba_version() else ())):
                 measures[kind_of_ways(method, dtype)] = partial(time_quantized, method, dtype)
     with Timings.open() as timings:
         if again:

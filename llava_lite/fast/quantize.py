@@ -3,6 +3,7 @@
     int8           w = code * scale             code -127..127, one scale per row of a weight
     int8-dynamic   the same w; inputs are rounded to 8 bits too, with one scale per row
     int4           w = (code - 8) * s + z       code 0..15, s and z per 32 weights of a row
+    int4-dynamic   the same w; few inputs are rounded to 8 bits too (numba_kernels.py)
 
     quantize(model, "int4")                  replaces the layers, one after the other
     llava_lite.load(path, quantize="int4")   the same while loading (checkpoints/quantized.py)
@@ -20,13 +21,14 @@ Stored codes are the same on every machine:
                                   row holds the codes of columns 2j (upper half) and 2j + 1
 
 So an int4 weight takes 4.5 bits in a file. In memory it takes 5: s and z have the dtype of the
-model, as scales have. Shapes: R rows, K in_features, N out_features of a linear layer, M <= N rows
-of a block of the weight.
+model, as scales have. int4-dynamic holds steps and offsets, and takes 4.5. Shapes: R rows, K
+in_features, N out_features of a linear layer, M <= N rows of a block of the weight.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -72,6 +74,7 @@ class QuantizedLinear(nn.Module):
 
     method: ClassVar[str]
     codes: ClassVar[str]  # the name of the part that holds them
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     codes_rows: int
     block_dtype: torch.dtype | None = None
     group_size: ClassVar[int] = 1
@@ -138,9 +141,15 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.method}"
 
     def check_apply(self, fn: Callable) -> None:
-        """Raise ValueError if `fn`, a `.to()`, leads to a dtype without a packed operator."""
+        """Raise ValueError if `fn`, a `.to()`, leads to a dtype without a packed operator, or moves
+        codes that are in the order of another device."""
         before = next(part for part in self.buffers() if part.is_floating_point())
         after = fn(before)
+        if self.repacks and before.device.type != after.device.type:
+            raise ValueError(
+                f"{self.method} weights are packed for {before.device.type}: load the model on "
+                f"{after.device.type} instead of moving it there"
+            )
         if after.dtype != before.dtype:
             check_operator(self.method, after.device, after.dtype)
 
@@ -241,31 +250,18 @@ class Int8DynamicLinear(Int8Linear):
         return y.mul_(self.scales).to(rows.dtype)
 
 
-class Int4Linear(QuantizedLinear):
+class Int4Format(QuantizedLinear):
     """w = (code - 8) * s + z, asymmetric, in groups of 32 weights of a row.
 
     The 16 levels run from the smallest to the largest weight of a group, and always include 0: s is
-    about (max - min) / 15, z about min + 8 s. Both are stored in 8 bits and held in the dtype of
-    the model. Codes are in the order of the device's packed operator."""
+    about (max - min) / 15, z about min + 8 s. Both are stored in 8 bits. One subclass per order in
+    memory."""
 
-    method = "int4"
     codes = "weight_int4"
     codes_rows = 32
     group_size = GROUP_SIZE
     codes_per_byte = 2
     repacks = True
-    weight_packed: Tensor
-    scales_and_zeros: Tensor
-
-    def __init__(self, parts: Parts, own: bool = False) -> None:
-        super().__init__(parts, own)
-        codes, (scales, zeros) = parts["weight_int4"], self.levels(parts)
-        missing = -len(codes) % ROW_MULTIPLE
-        if missing:
-            codes, scales, zeros = (F.pad(t, (0, 0, 0, missing)) for t in (codes, scales, zeros))
-        pairs = torch.stack((scales.T, zeros.T), dim=-1).contiguous()  # (K/32, N, 2)
-        self.register_buffer("weight_packed", pack(codes, own), persistent=False)
-        self.register_buffer("scales_and_zeros", pairs, persistent=False)
 
     @staticmethod
     def levels(parts: Parts) -> tuple[Tensor, Tensor]:
@@ -304,6 +300,24 @@ class Int4Linear(QuantizedLinear):
             "steps": (groups, torch.uint8),
             "offsets": (groups, torch.int8),
         }
+
+
+class Int4Linear(Int4Format):
+    """By torch's packed operator: codes are in its order, s and z in the dtype of the model."""
+
+    method = "int4"
+    weight_packed: Tensor
+    scales_and_zeros: Tensor
+
+    def __init__(self, parts: Parts, own: bool = False) -> None:
+        super().__init__(parts, own)
+        codes, (scales, zeros) = parts["weight_int4"], self.levels(parts)
+        missing = -len(codes) % ROW_MULTIPLE
+        if missing:
+            codes, scales, zeros = (F.pad(t, (0, 0, 0, missing)) for t in (codes, scales, zeros))
+        pairs = torch.stack((scales.T, zeros.T), dim=-1).contiguous()  # (K/32, N, 2)
+        self.register_buffer("weight_packed", pack(codes, own), persistent=False)
+        self.register_buffer("scales_and_zeros", pairs, persistent=False)
 
     def matmul_codes(self, rows: Tensor) -> Tensor:
         """(R, K) -> (R, N), N with its padding."""
@@ -349,16 +363,6 @@ class Int4Linear(QuantizedLinear):
         super().__setstate__(state)
         self.weight_packed = pack(self.weight_packed)
 
-    def check_apply(self, fn: Callable) -> None:
-        """As `QuantizedLinear.check_apply`; also raise ValueError for another kind of device."""
-        before, after = self.scales_and_zeros, fn(self.scales_and_zeros)
-        if before.device.type != after.device.type:
-            raise ValueError(
-                f"int4 weights are packed for {before.device.type}: load the model on "
-                f"{after.device.type} instead of moving it there"
-            )
-        super().check_apply(fn)
-
 
 class OldInt4Linear(Int4Linear):
     """As folders of version 0.1 hold it: s and z per 128 weights of a row, in the model's dtype."""
@@ -378,8 +382,62 @@ class OldInt4Linear(Int4Linear):
         return {"weight_int4": ((n, k // 2), torch.uint8), "scales": groups, "zeros": groups}
 
 
+class Int4DynamicLinear(Int4Format):
+    """As `Int4Linear`. Few rows of x are rounded too: to code * peak / 127, peak = max |x| of 32
+    channels of a row. Codes are then multiplied as integers by numba (numba_kernels.py).
+
+    Many rows are multiplied as they are. s and z have no rounding beyond the stored one."""
+
+    method = "int4-dynamic"
+    devices = ("cpu",)
+    words: Tensor
+    steps: Tensor
+    offsets: Tensor
+    scales: Tensor
+
+    def __init__(self, parts: Parts, own: bool = False) -> None:
+        super().__init__(parts, own)
+        kernels, missing = find_numba_kernels(), -self.out_features % ROW_MULTIPLE
+        if missing:
+            parts = {
+                name: torch.cat((part, part.new_zeros(missing, *part.shape[1:])))
+                for name, part in parts.items()
+            }
+        self.register_buffer("words", kernels.pack(parts["weight_int4"]), persistent=False)
+        for name in ("steps", "offsets"):
+            levels = kernels.interleave(parts[name], 1).squeeze(-1)
+            self.register_buffer(name, levels, persistent=False)
+        # A view would keep the whole file mapped.
+        self.register_buffer("scales", parts["scales"].clone(), persistent=False)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The weight as the kernels take it."""
+        return self.words, self.steps, self.offsets, self.scales
+
+    def stored_parts(self) -> dict[str, Tensor]:
+        """The parts as they are stored."""
+        words = self.words.flatten(1, 2).transpose(1, 2).contiguous()  # (N/32, 32, K/8)
+        codes = words.view(torch.uint8).flatten(0, 1)
+        steps, offsets = (part.transpose(1, 2).flatten(0, 1) for part in (self.steps, self.offsets))
+        parts = {"weight_int4": codes, "scales": self.scales, "steps": steps, "offsets": offsets}
+        return {name: part[: self.out_features] for name, part in parts.items()}
+
+    def matmul_codes(self, rows: Tensor) -> Tensor:
+        """(R, K) -> (R, N), N with its padding."""
+        y: Tensor = find_numba_kernels().multiply(rows, *self.parts)
+        return y.to(rows.dtype)
+
+    def weight_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """(K, M) each, the last with the padding of N."""
+        write, rows = find_numba_kernels().write_weights, self.block_rows(torch.float32)
+        blocks = (part.split(rows // (len(self.scales) // len(part))) for part in self.parts)
+        for block in zip(*blocks, strict=True):
+            yield write(*block).to(dtype)
+
+
 METHODS: dict[str, type[QuantizedLinear]] = {
-    kind.method: kind for kind in (Int8Linear, Int4Linear, Int8DynamicLinear)
+    kind.method: kind for kind in (Int8Linear, Int4Linear, Int8DynamicLinear, Int4DynamicLinear)
 }
 
 
@@ -495,6 +553,20 @@ def find_levels(device: torch.device) -> Levels:
     raise ValueError("products of 8-bit codes are wrong")
 
 
+# ---- numba ---------------------------------------------------------------------------------------
+
+
+@lru_cache
+def find_numba_kernels() -> Any:
+    """The module numba_kernels. Raises ValueError if numba is missing, or does not compile here."""
+    try:
+        return import_module("llava_lite.fast.numba_kernels")
+    except ModuleNotFoundError:
+        raise ValueError("the package numba is missing: pip install 'llava-lite[numba]'") from None
+    except Exception as error:  # numba and LLVM have errors of every kind
+        raise ValueError(f"numba does not compile here: {one_line(error)}") from error
+
+
 # ---- int4 packing --------------------------------------------------------------------------------
 
 
@@ -599,10 +671,10 @@ class QuantizedLlava(Llava):
 def quantize(model: "Model | Llava", method: str) -> None:
     """Quantize the decoder's linear layers (q, k, v, o, gate, up, down, lm_head) in place.
 
-    method: "int8", "int4" or "int8-dynamic". Layers are replaced one by one, so the extra memory is
-    one weight. Raises ValueError for another method, a quantized model, in_features that are no
-    multiple of 32 (int4), weights that are not finite, and a device, dtype or torch without the
-    operator."""
+    method: "int8", "int4", "int8-dynamic" or "int4-dynamic". Layers are replaced one by one, so the
+    extra memory is one weight. Raises ValueError for another method, a quantized model, in_features
+    that are no multiple of 32 (int4), weights that are not finite, a device, dtype or torch without
+    the operator, and without numba for int4-dynamic."""
     llava = model if isinstance(model, Llava) else model.llava
     kind = get_method(method)
     shapes = decoder_linears(llava)
@@ -687,11 +759,12 @@ def check_operator(method: str, device: torch.device, dtype: torch.dtype) -> Non
 
     Raises ValueError if the device, dtype or torch lacks the operator, or the results differ."""
     here = f"{method} does not run here (torch {torch.__version__}, {device}, {dtype})"
-    if device.type not in TILES:
-        raise ValueError(f"{here}: it is for {' and '.join(TILES)}")
+    kind = METHODS[method]
+    if device.type not in kind.devices:
+        raise ValueError(f"{here}: it is for {' and '.join(kind.devices)}")
     if dtype.itemsize > 4:
         raise ValueError(f"{here}: it is for dtypes of 16 and 32 bits")
-    kind, generator = METHODS[method], torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3 * ROW_MULTIPLE, WIDTH, generator=generator)
     rows = torch.randn(kind.codes_rows + 1, WIDTH, generator=generator)
     rows = rows.to(device, dtype)

@@ -1,11 +1,11 @@
-"""Keep the times of kernels in the user's cache folder, for every machine and torch.
+"""Keep the times of kernels in the user's cache folder, for every machine, torch and numba.
 
     with Timings.open() as timings:
         times = timings.get("bfloat16 4096 x 4096", measure)    # measures only if nothing is kept
 
-A file that another machine, torch or number of threads wrote has another name. A damaged file is
-measured anew and replaced. Times that other programs have disturbed are used, and not kept. The
-folder is `$XDG_CACHE_HOME/llava_lite`, else `~/.cache/llava_lite`.
+A file that another machine, torch, numba or number of threads wrote has another name. A damaged
+file is measured anew and replaced. Times that other programs have disturbed are used, and not kept.
+The folder is `$XDG_CACHE_HOME/llava_lite`, else `~/.cache/llava_lite`.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -24,18 +25,19 @@ from llava_lite.fast.device import PROC, machine
 from llava_lite.saving import replace_json
 
 MOST_DISTURBED = 0.1  # the share of all cores that other programs may take during a timing
-FORMAT = 1  # another number after a change of the kernels or of the classes of rows
+FORMAT = 2  # another number after a change of the kernels or of the classes of rows
 # Settings of the libraries below torch that change their kernels.
-SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "NUMBA_CPU_NAME")
 
 
 @dataclass
 class Timings:
-    """Kept times by kind of weight. facts: what they depend on."""
+    """Times by kind of weight. facts: what they depend on. disturbed: kinds that are not kept."""
 
     path: Path
     facts: dict[str, Any]
     times: dict[str, Any] = field(default_factory=dict)
+    disturbed: set[str] = field(default_factory=set)
     new: bool = False
 
     @staticmethod
@@ -53,7 +55,8 @@ class Timings:
         if timings.new:
             with suppress(OSError):  # a cache that cannot be written costs a second per load
                 timings.path.parent.mkdir(parents=True, exist_ok=True)
-                replace_json(timings.path, {"facts": facts, "times": timings.times})
+                kept = {k: t for k, t in timings.times.items() if k not in timings.disturbed}
+                replace_json(timings.path, {"facts": facts, "times": kept})
 
     def get(self, kind: str, measure: Callable[[], Any]) -> Any:
         """The kept times of a kind, measured if there are none."""
@@ -62,9 +65,12 @@ class Timings:
         before, start = others_seconds(), perf_counter()
         times = measure()
         cores = os.cpu_count() or 1
-        if others_seconds() - before <= MOST_DISTURBED * cores * (perf_counter() - start):
-            self.times[kind] = times
+        quiet = others_seconds() - before <= MOST_DISTURBED * cores * (perf_counter() - start)
+        self.times[kind] = times  # disturbed or not: the next layer of this kind is not measured
+        if quiet:
             self.new = True
+        else:
+            self.disturbed.add(kind)
         return times
 
     def forget(self, kinds: Iterable[str]) -> None:
@@ -89,14 +95,23 @@ def others_seconds() -> float:
 
 
 def machine_facts() -> dict[str, Any]:
-    """All that the times depend on: the processor and its flags, threads, torch, settings."""
+    """All that the times depend on: the processor and its flags, threads, versions, settings."""
     threads = torch.get_num_threads()
     return {
         "format": FORMAT,
         **machine("cpu", threads),
+        "numba": numba_version(),
         "flags": cpu_flags(),
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
     }
+
+
+def numba_version() -> str | None:
+    """The version of the installed numba, which compiles the kernels of int4-dynamic."""
+    try:
+        return version("numba")
+    except PackageNotFoundError:
+        return None
 
 
 def cpu_flags() -> list[str]:

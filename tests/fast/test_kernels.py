@@ -468,7 +468,12 @@ def test_disturbed_times_are_used_and_not_kept(
 
     with Timings.open() as opened:
         assert opened.get("a", measure) == 7
+        assert opened.get("a", lambda: 8) == 7  # as long as the cache is open
     assert folder.exists() is kept
+    monkeypatch.setattr(timings, "others_seconds", lambda: 0.0)
+    with Timings.open() as opened:
+        assert opened.get("b", lambda: 3) == 3
+        assert opened.get("a", lambda: 8) == (7 if kept else 8)
 
 
 def test_the_time_of_others_leaves_out_our_own() -> None:
@@ -492,7 +497,9 @@ def test_a_system_that_does_not_tell(
     assert timings.others_seconds() == 0
 
 
-@pytest.mark.parametrize("fact", ["name", "flags", "threads", "torch", "format", "settings"])
+@pytest.mark.parametrize(
+    "fact", ["name", "flags", "threads", "torch", "numba", "format", "settings"]
+)
 def test_times_of_other_machines_are_not_used(
     monkeypatch: pytest.MonkeyPatch, folder: Path, fact: str
 ) -> None:
