@@ -541,9 +541,7 @@ def append_class_token(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dtype", "method"), [("float32", None), ("float16", None), ("auto", "q8_0")]
-)
+@pytest.mark.parametrize(("dtype", "method"), [("float16", None), ("auto", "q8_0")])
 def test_llama_cpp_gives_our_short_answers(tmp_path: Path, dtype: str, method: str | None) -> None:
     convert(EMBEDDED, tmp_path / "m", dtype=dtype, to="gguf", quantize=method)
     theirs = LlamaCpp(tmp_path / "m")
