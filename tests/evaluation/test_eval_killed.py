@@ -164,7 +164,7 @@ def test_mmbench_killed_twenty_times(model_folder: Path, tmp_path: Path) -> None
 @pytest.mark.skipif(os.name == "nt", reason="kills by POSIX signals")
 def test_coco_killed(model_folder: Path, tmp_path: Path) -> None:
     file = plain_file(tmp_path / "captions.json", drawn_references(tmp_path))
-    words = ("coco", tmp_path / "val2014", file, "--batch-size", 2, "-n", 40)
+    words = ("coco", tmp_path / "val2014", file, "--batch-size", 2, "-n", 12)
     clean = command(tmp_path / "clean", model_folder, *words)
     killed = command(tmp_path / "killed", model_folder, *words)
     clean.run()
